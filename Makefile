@@ -1,0 +1,49 @@
+# Everything happens inside .venv, which `make install` makes from requirements.lock.
+PYTHON ?= $(firstword $(foreach v,3.13 3.12 3.11,$(if $(shell command -v python$(v)),python$(v))) python3)
+BIN := .venv/bin
+DATA := data/openmoji
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast ui bench lint lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | column -t -s '	'
+
+install: .venv/.installed ## make .venv with everything that is locked
+
+.venv/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "Python 3.11 to 3.13 is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (the first time a few minutes, mostly torch) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@$(BIN)/python -m mmdiff_ray.evaluation.weights
+	@touch $@
+
+demo: install ## build OpenMoji shards, train 4 minutes on two Ray workers, evaluate
+	@test -f $(DATA)/manifest.json || $(BIN)/mmdiff data build openmoji --out $(DATA)
+	@$(BIN)/mmdiff train pipelines/configs/demo.yaml
+
+test: install ## all tests
+	@$(BIN)/python -m pytest
+
+test-fast: install ## the tests that take seconds
+	@$(BIN)/python -m pytest -m "not slow"
+
+ui: install ## open MLflow on the runs of this folder
+	@$(BIN)/mmdiff ui
+
+bench: install ## measure speed against named alternatives
+	@for file in benchmarks/*.py; do $(BIN)/python $$file; done
+
+lint: install ## check style and types
+	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+lock: ## choose the versions of requirements.lock anew
+	@$(BIN)/uv pip compile --quiet --universal --no-emit-index-url --no-annotate --no-header --all-extras \
+	  --python-version 3.11 pyproject.toml -o requirements.lock
+
+clean: ## remove .venv and what tests left; data and runs stay
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,237 @@
+"""`mmdiff`: the one front door."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mmdiff_ray import __version__
+from mmdiff_ray.config import ConfigError
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 well, 1 failed, 2 wrong input, 130 interrupted."""
+    parser = make_parser()
+    known, extra = parser.parse_known_args(arguments)
+    known.extra = extra
+    if hasattr(known, "overrides"):  # argparse gives up on positional words behind an option
+        known.overrides += [word for word in extra if not word.startswith("-")]
+        extra = [word for word in extra if word.startswith("-")]
+    if extra and known.run is not _data_build:
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    try:
+        return known.run(known)
+    except ConfigError as error:
+        print(f"mmdiff: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mmdiff: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="mmdiff", description="Train multi-modal, multi-task diffusion models on Ray."
+    )
+    parser.add_argument("--version", action="version", version=f"mmdiff {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_data(commands)
+    _add_train(commands)
+    _add_sample(commands)
+    _add_evaluate(commands)
+    _add_ui(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run: Run, text: str, example: str):  # type: ignore[no-untyped-def,type-arg]
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    data = commands.add_parser("data", help="build data sets and look at them")
+    actions = data.add_subparsers(required=True, metavar="ACTION")
+    build = _command(
+        actions,
+        "build",
+        _data_build,
+        "build a data set of shards from a raw source",
+        "mmdiff data build folder --source photos --out data/photos --size 64",
+    )
+    build.add_argument("pipeline", help="openmoji, sprites, folder, or one of your own")
+    build.add_argument(
+        "--out", required=True, help="where to: a folder, or any URI of pyarrow (s3://bucket/name)"
+    )
+    build.add_argument("--force", action="store_true", help="replace a data set that is already there")
+    build.add_argument(
+        "--workers", type=int, default=1, help="Ray actors per embedding model; 0: without Ray"
+    )
+    build.add_argument(
+        "options", nargs="*", metavar="key=value", help="the pipeline's options; --key value works too"
+    )
+    inspect = _command(
+        actions, "inspect", _data_inspect, "show what is in a data set", "mmdiff data inspect data/openmoji"
+    )
+    inspect.add_argument("uri", help="the folder or URI of the data set")
+    inspect.add_argument("--picture", type=Path, help="where to draw some rows (default: NAME.png here)")
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    train = _command(
+        commands,
+        "train",
+        _train,
+        "train a model",
+        "mmdiff train pipelines/configs/openmoji.yaml train.samples=500000 workers.count=2",
+    )
+    train.add_argument("config", nargs="?", type=Path, help="a YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check everything, print sizes and costs, start nothing"
+    )
+    train.add_argument("--resume", metavar="RUN", help="go on with a run, by its name or folder")
+    train.add_argument("--runs", default="runs", help="where runs lie (for --resume)")
+
+
+def _add_sample(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    sample = _command(
+        commands,
+        "sample",
+        _sample,
+        "draw samples from a trained model, any modality from any other",
+        "mmdiff sample demo --given category='Food & Drink' --num 16",
+    )
+    sample.add_argument("model", metavar="RUN", help="a run's name or folder")
+    sample.add_argument(
+        "--given", action="append", default=[], metavar="INSTANCE=VALUE", help="a name, or a file"
+    )
+    sample.add_argument(
+        "--hole", help="for a given masked image: a picture, white is the hole (else alpha 0 is)"
+    )
+    sample.add_argument("--num", type=int, default=16)
+    sample.add_argument("--sampler", help="ancestral, ddim or dpm2")
+    sample.add_argument("--steps", type=int)
+    sample.add_argument("--guidance", type=float, default=1.0, help="above 1: closer to what is given")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--out", type=Path, help="a folder (default: samples/RUN-...)")
+    sample.add_argument("--runs", default="runs", help="where runs lie")
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    evaluate = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "measure a trained model on held-out rows, beside the rules that need no model",
+        "mmdiff evaluate demo evaluate.rows=64",
+    )
+    evaluate.add_argument("model", metavar="RUN", help="a run's name or folder")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="values of evaluate.* and data.*")
+    evaluate.add_argument("--runs", default="runs", help="where runs lie")
+
+
+def _add_ui(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    ui = _command(commands, "ui", _ui, "open MLflow on the runs of this folder", "mmdiff ui --port 5000")
+    ui.add_argument("--runs", default="runs", help="where runs lie")
+    ui.add_argument("--host", default="127.0.0.1")
+    ui.add_argument("--port", type=int, default=5000)
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    doctor = _command(
+        commands, "doctor", _doctor, "check this machine and say what is missing", "mmdiff doctor"
+    )
+    doctor.add_argument("--runs", default="runs", help="where runs lie")
+
+
+def _data_build(given: argparse.Namespace) -> int:
+    from pipelines.base import build
+
+    options = pipeline_options([*given.options, *given.extra])
+    built = build(given.pipeline, given.out, options, force=given.force, workers=given.workers)
+    for key, reason in list(built.bad.items())[:10]:
+        print(f"left out {key}: {reason}")
+    splits = ", ".join(f"{split.rows:,} {name}" for name, split in built.manifest.splits.items())
+    print(f"{given.out}: {splits} rows. Look at it: mmdiff data inspect {given.out}")
+    return 0
+
+
+def pipeline_options(words: Sequence[str]) -> dict[str, str]:
+    """Return options from `key=value`, `--key value` and `--key=value` words. Raises ConfigError for others."""
+    options, left = {}, list(words)
+    while left:
+        word = left.pop(0)
+        key, separator, value = word.removeprefix("--").partition("=")
+        if not separator:
+            if not word.startswith("--") or not left:
+                raise ConfigError(f"option {word!r} must read key=value or --key value")
+            value = left.pop(0)
+        options[key.replace("-", "_")] = value
+    return options
+
+
+def _data_inspect(given: argparse.Namespace) -> int:
+    from pipelines.inspect import inspect
+
+    inspect(given.uri, given.picture)
+    return 0
+
+
+def _train(given: argparse.Namespace) -> int:
+    from mmdiff_ray import config as configuration
+    from mmdiff_ray.distributed.commands import dry_run, train_and_evaluate
+
+    overrides = list(given.overrides)
+    if given.resume:
+        if given.config is not None:
+            overrides.insert(0, str(given.config))
+        return train_and_evaluate(None, given.resume, given.runs, overrides)
+    if given.config is None:
+        raise ConfigError(
+            "train needs a config file, for example pipelines/configs/demo.yaml, or --resume RUN"
+        )
+    config = configuration.load([given.config], overrides)
+    return dry_run(config) if given.dry_run else train_and_evaluate(config, None, config.runs, [])
+
+
+def _sample(given: argparse.Namespace) -> int:
+    from mmdiff_ray.distributed.commands import sample
+
+    return sample(given)
+
+
+def _evaluate(given: argparse.Namespace) -> int:
+    from mmdiff_ray.distributed.commands import evaluate
+
+    return evaluate(given.model, given.runs, given.overrides)
+
+
+def _ui(given: argparse.Namespace) -> int:
+    from mmdiff_ray.tracking.store import serve
+
+    return serve(given.runs, given.host, given.port)
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    from mmdiff_ray.doctor import examine
+
+    return examine(given.runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Put rows together as batches: a rank's share of the global batches, or rows of a split for evaluation."""
+
+import contextlib
+import itertools
+import logging
+import math
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from mmdiff_ray.batch import Batch
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.manifest import Split
+from mmdiff_ray.data.plan import GroupTable, Plan, Window
+from mmdiff_ray.data.reader import DATA, PRESENT, Arrays, RowReader
+
+Stream = tuple[int, int]
+"""(lane, source): rows of one data set on their way through one lane."""
+
+
+class BadRowsError(ConfigError):
+    """More rows than `data.bad_row_limit` could not be read."""
+
+
+def rank_batches(
+    plan: Plan,
+    windows: Iterable[tuple[int, Window, Arrays]],
+    rank: int,
+    world: int,
+    start_batch: int = 0,
+    stop_batch: int | None = None,
+    bad_row_limit: int = 0,
+) -> Iterator[Batch]:
+    """Yield a rank's share of the global batches start to stop (None: for ever).
+
+    A batch has global_batch / world rows.
+    windows: (lane, window, its rows), in the order of `plan.rank_windows` with the same numbers. Rows that
+    could not be read are padding. Raises BadRowsError once this rank has more than `bad_row_limit` of them,
+    and RuntimeError if the windows end too early: no row is ever dropped silently.
+    """
+    stock = _Stock(windows, bad_row_limit)
+    lanes, size = plan.lanes_of(rank, world), plan.rows_per_lane
+    for batch in itertools.count(start_batch) if stop_batch is None else range(start_batch, stop_batch):
+        slots: dict[Stream, list[int]] = defaultdict(list)
+        for offset, lane in enumerate(lanes):
+            for row, source in enumerate(plan.mixture(lane, batch * size, (batch + 1) * size)):
+                slots[lane, source].append(offset * size + row)
+        parts = {stream: stock.take(stream, len(wanted)) for stream, wanted in slots.items()}
+        yield _to_batch(_scatter(parts, slots, len(lanes) * size))
+
+
+def local_batches(
+    plan: Plan,
+    reader: RowReader,
+    rank: int = 0,
+    world: int = 1,
+    start_batch: int = 0,
+    stop_batch: int | None = None,
+    threads: int = 1,
+) -> Iterator[Batch]:
+    """Yield a rank's share of the global batches, read in this process by background threads."""
+    items = plan.rank_windows(rank, world, start_batch, stop_batch)
+    ahead = len(plan.lanes_of(rank, world))
+    with contextlib.closing(_read_ahead(reader, items, ahead, threads)) as windows:
+        yield from rank_batches(plan, windows, rank, world, start_batch, stop_batch, reader.bad_row_limit)
+
+
+def split_batches(reader: RowReader, splits: Sequence[Split], rows: int, batch: int) -> Iterator[Batch]:
+    """Yield the first `rows` rows of a split, `batch` at a time, all as in visit 0; the last batch is padded.
+
+    splits: the split of every data set, in the reader's order; their rows take turns. The order is always the
+    same and spreads over the whole split from the first rows on, however its rows were sorted when written.
+    Raises BadRowsError once more than `data.bad_row_limit` rows could not be read.
+    """
+    turns = itertools.islice(_take_turns(splits), rows)
+    groups = [GroupTable(split) for split in splits]
+    count = _BadRows(reader.bad_row_limit)
+    while chosen := list(itertools.islice(turns, batch)):
+        slots: dict[int, list[int]] = defaultdict(list)
+        for slot, (source, _) in enumerate(chosen):
+            slots[source].append(slot)
+        parts = {}
+        for source, wanted in slots.items():
+            pieces = tuple(groups[source].row(chosen[slot][1]) for slot in wanted)
+            arrays = reader.read(Window(source, 0, pieces))
+            count.add(arrays)
+            parts[source] = [arrays]
+        yield _to_batch(_scatter(parts, slots, batch))
+
+
+class _Stock:
+    """Rows that were read and not yet put into a batch, a queue for each lane and source."""
+
+    def __init__(self, windows: Iterable[tuple[int, Window, Arrays]], bad_row_limit: int) -> None:
+        self._windows = iter(windows)
+        self._queues: dict[Stream, deque[Arrays]] = defaultdict(deque)
+        self._bad = _BadRows(bad_row_limit)
+
+    def take(self, stream: Stream, rows: int) -> list[Arrays]:
+        """Return the next rows of a stream, in one or more parts, once their windows have come."""
+        parts = []
+        while rows:
+            while not self._queues[stream]:
+                self._receive()
+            head = self._queues[stream].popleft()
+            if len(head["ids"]) > rows:
+                self._queues[stream].appendleft({name: values[rows:] for name, values in head.items()})
+                head = {name: values[:rows] for name, values in head.items()}
+            rows -= len(head["ids"])
+            parts.append(head)
+        return parts
+
+    def _receive(self) -> None:
+        for lane, window, arrays in self._windows:
+            assert len(arrays["ids"]) == len(window), f"{window} came with {len(arrays['ids'])} rows"
+            self._bad.add(arrays)
+            self._queues[lane, window.source].append(arrays)
+            return
+        raise RuntimeError("the stream of rows ended before the run did")
+
+
+class _BadRows:
+    """Count the rows that could not be read, report them, and stop above a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._count = 0
+        self._first = ""
+
+    def add(self, arrays: Arrays) -> None:
+        """Count what a reader returned. Raises BadRowsError above the limit."""
+        errors = arrays["error"][~arrays["real"]]
+        if not len(errors):
+            return
+        self._count += len(errors)
+        self._first = self._first or str(errors[0])
+        if self._count > self._limit:
+            raise BadRowsError(
+                f"{self._count} rows could not be read, more than data.bad_row_limit ({self._limit}). "
+                f"The first: {self._first}"
+            )
+        logging.getLogger(__name__).warning(
+            "%d rows could not be read so far; now: %s", self._count, errors[0]
+        )
+
+
+def _read_ahead(
+    reader: RowReader, items: Iterable[tuple[int, Window]], ahead: int, threads: int
+) -> Generator[tuple[int, Window, Arrays], None, None]:
+    """Yield (lane, window, its rows) in order, reading `ahead` windows before they are asked for."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+    waiting: deque[tuple[int, Window, Future[Arrays]]] = deque()
+    try:
+        for lane, window in items:
+            waiting.append((lane, window, pool.submit(reader.read, window)))
+            if len(waiting) > ahead:
+                lane, window, future = waiting.popleft()
+                yield lane, window, future.result()
+        for lane, window, future in waiting:
+            yield lane, window, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _scatter(parts: Mapping, slots: Mapping, rows: int) -> Arrays:
+    """Return arrays of `rows` rows: the parts of each stream, one after the other, in the stream's slots."""
+    whole: Arrays = {}
+    for stream, wanted in slots.items():
+        filled = 0
+        for part in parts[stream]:
+            spots = wanted[filled : filled + len(part["ids"])]
+            filled += len(spots)
+            for name, values in part.items():
+                if name not in whole:
+                    whole[name] = np.zeros((rows, *values.shape[1:]), values.dtype)
+                whole[name][spots] = values
+    return whole
+
+
+def _to_batch(arrays: Arrays) -> Batch:
+    tensors = {name: torch.from_numpy(values) for name, values in arrays.items() if name != "error"}
+    return Batch(
+        ids=tensors["ids"],
+        visits=tensors["visits"],
+        real=tensors["real"],
+        data={name.removeprefix(DATA): value for name, value in tensors.items() if name.startswith(DATA)},
+        present={n.removeprefix(PRESENT): value for n, value in tensors.items() if n.startswith(PRESENT)},
+    )
+
+
+def _take_turns(splits: Sequence[Split]) -> Iterator[tuple[int, int]]:
+    """Yield (source, row) until no row is left; turn i of a split is i steps of its stride from row 0."""
+    strides = [_stride(split.rows) for split in splits]
+    for number in range(max(split.rows for split in splits)):
+        for source, split in enumerate(splits):
+            if number < split.rows:
+                yield source, number * strides[source] % split.rows
+
+
+def _stride(rows: int) -> int:
+    """Return a step that visits all rows of a ring and spreads the first ones: about its golden section."""
+    stride = max(1, round(rows * (math.sqrt(5) - 1) / 2))
+    while math.gcd(stride, rows) > 1:
+        stride += 1
+    return stride

@@ -1,0 +1,135 @@
+"""Keep the journal of an unfinished build, and find the files at a URI that are ours."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.manifest import FORMAT_VERSION, JOURNAL, MANIFEST, SPLITS, Shard, shard_from_plain
+from mmdiff_ray.data.schema import Tally
+from mmdiff_ray.data.storage import exists, files_under, filesystem, read_bytes, remove, write_bytes_atomic
+
+RESTART = "build with the same settings, or start again with --force"
+
+
+@dataclass
+class Journal:
+    """What an unfinished build has written so far, a file beside the shards that goes when the build ends.
+
+    settings: what decides how rows fall into shards. facts: column -> its facts. totals: column -> its tally
+    over the rows of all finished shards. shards: split -> its finished shards.
+    """
+
+    settings: dict[str, Any]
+    facts: dict[str, dict[str, Any]]
+    totals: dict[str, Tally]
+    shards: dict[str, list[Shard]]
+
+    def save(self, uri: str) -> None:
+        """Write the journal beside the shards."""
+        fs, root = filesystem(uri)
+        plain = {
+            "format_version": FORMAT_VERSION,
+            "settings": self.settings,
+            "facts": self.facts,
+            "totals": {
+                name: {part: a.tolist() for part, a in tally.items()} for name, tally in self.totals.items()
+            },
+            "shards": {split: [asdict(shard) for shard in shards] for split, shards in self.shards.items()},
+        }
+        write_bytes_atomic(fs, f"{root}/{JOURNAL}", json.dumps(plain).encode())
+
+    def go_on_from(self, earlier: "Journal", uri: str) -> None:
+        """Take over what an interrupted build has written. Raises ConfigError if it was set up otherwise."""
+        for what, was, now in (
+            ("settings", earlier.settings, self.settings),
+            ("columns", list(earlier.facts), list(self.facts)),
+        ):
+            if was != now:
+                raise ConfigError(f"{uri} holds an interrupted build with {what} {was}, now {now}; {RESTART}")
+        for name, facts in self.facts.items():
+            for fact, value in earlier.facts[name].items():
+                if facts.setdefault(fact, value) != value:
+                    raise ConfigError(
+                        f"{uri} holds an interrupted build where {fact} of column {name!r} is {value}, "
+                        f"now {facts[fact]}; {RESTART}"
+                    )
+        self.totals, self.shards = earlier.totals, earlier.shards
+
+
+def load_journal(uri: str) -> Journal | None:
+    """Return the journal of an interrupted build, or None. Raises ConfigError if it cannot be read."""
+    plain = _read_json(uri, JOURNAL)
+    if plain is None:
+        return None
+    return Journal(
+        settings=plain["settings"],
+        facts=plain["facts"],
+        totals={
+            name: {part: np.asarray(a) for part, a in tally.items()}
+            for name, tally in plain["totals"].items()
+        },
+        shards={
+            split: [shard_from_plain(shard) for shard in shards] for split, shards in plain["shards"].items()
+        },
+    )
+
+
+def make_room(uri: str, force: bool) -> None:
+    """Make sure that a build may write at a URI.
+
+    force: remove the data set or unfinished build that is there. Raises ConfigError if a finished data set
+    is there without force, or files that no manifest or journal of ours names.
+    """
+    fs, root = filesystem(uri)
+    if exists(fs, f"{root}/{MANIFEST}") and not force:
+        raise ConfigError(
+            f"the data set at {uri} is finished and is never overwritten; "
+            "build elsewhere, or replace it with --force"
+        )
+    ours = _named_files(uri)
+    if force:
+        for path in ours:
+            remove(fs, f"{root}/{path}")
+    if force or not ours:
+        strangers = [path for split in SPLITS for path in files_under(fs, f"{root}/{split}")]
+        if strangers:
+            raise ConfigError(
+                f"{uri} holds files that are not ours, e.g. {strangers[0]}; build in an empty folder"
+            )
+
+
+def _named_files(uri: str) -> list[str]:
+    """Return the files that our journal and manifest name, what names them last."""
+    found: list[str] = []
+    journal, manifest = _read_json(uri, JOURNAL), _read_json(uri, MANIFEST)
+    if journal is not None:
+        for split, shards in journal["shards"].items():
+            # a build that was killed may have written the shard after the last one that its journal names
+            found += [*_paths(shards), f"{split}/{len(shards):05d}.parquet"]
+        found.append(JOURNAL)
+    if manifest is not None:
+        for split in manifest["splits"].values():
+            found += _paths(split["shards"])
+        found.append(MANIFEST)
+    return found
+
+
+def _paths(shards: list[Mapping[str, Any]]) -> list[str]:
+    return [shard["path"] for shard in shards]
+
+
+def _read_json(uri: str, name: str) -> Any:
+    fs, root = filesystem(uri)
+    if not exists(fs, f"{root}/{name}"):
+        return None
+    try:
+        return json.loads(read_bytes(fs, f"{root}/{name}"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{uri}/{name} cannot be read ({error}), so it is not known which files belong to it; "
+            "look at the folder and remove it yourself"
+        ) from None

@@ -1,0 +1,110 @@
+"""Turn rows into Parquet files and read their row groups back; no corrupt byte passes unnoticed."""
+
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmdiff_ray.data.manifest import RowGroup
+from mmdiff_ray.data.schema import Column
+from mmdiff_ray.data.storage import filesystem
+
+FOOTERS_KEPT = 256
+TAIL_BYTES = 1 << 16
+
+
+def encode(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Column], rows_per_group: int) -> bytes:
+    """Return rows, each with "id", "key" and its stored values, as a Parquet file."""
+    arrays = {
+        "id": pa.array([row["id"] for row in rows], pa.int64()),
+        "key": pa.array([row["key"] for row in rows]),
+    }
+    for name, column in columns.items():
+        arrays[name] = column.to_arrow([row[name] for row in rows])
+    fields = [
+        pa.field(name, array.type, nullable=name not in ("id", "key")) for name, array in arrays.items()
+    ]
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        pa.table(list(arrays.values()), schema=pa.schema(fields)),
+        sink,
+        row_group_size=rows_per_group,
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+    return sink.getvalue().to_pybytes()
+
+
+def footer_crc32(data: bytes) -> int:
+    """Return the checksum of a Parquet file's footer."""
+    return zlib.crc32(data[-_footer_bytes(data) :])
+
+
+def read_row_group(
+    uri: str, row_group: RowGroup, columns: Sequence[str], take: Sequence[int] | None = None
+) -> dict[str, list[Any]]:
+    """Return rows of one row group as column -> list of values; always with "id".
+
+    take: the rows wanted, in this order (all by default). image, mask: PNG bytes; label: int; embedding:
+    float32 array (D,); text: str; None where the row lacks one. Raises OSError or ValueError if a column is
+    missing or the bytes are not those that were written.
+    """
+    wanted = list(dict.fromkeys(("id", *columns)))
+    table = _read_table(uri, row_group, wanted)
+    if table.num_rows != row_group.rows or set(table.column_names) != set(wanted):
+        raise ValueError(
+            f"got {table.num_rows} rows of {', '.join(table.column_names)}; "
+            f"want {row_group.rows} rows of {', '.join(wanted)}"
+        )
+    if take is not None:
+        table = table.take(pa.array(take, pa.int64()))
+    return {name: _values(table[name].combine_chunks()) for name in wanted}
+
+
+def _values(array: pa.Array) -> list[Any]:
+    if not pa.types.is_fixed_size_list(array.type):
+        return array.to_pylist()
+    flat = array.flatten()
+    vectors = flat.to_numpy(zero_copy_only=False).reshape(len(array), array.type.list_size)
+    absent = flat.is_null().to_numpy(zero_copy_only=False).reshape(vectors.shape)[:, 0]
+    return [None if lacks else vector for lacks, vector in zip(absent, vectors, strict=True)]
+
+
+def _read_table(uri: str, row_group: RowGroup, columns: Sequence[str]) -> pa.Table:
+    """Return a row group as written, or raise: the pages have checksums, the manifest has the footer's."""
+    fs, root = filesystem(uri)
+    try:
+        footer = _footer(uri, row_group.path, row_group.footer_crc32)
+        with fs.open_input_file(f"{root}/{row_group.path}") as file:
+            parquet = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True)
+            return parquet.read_row_group(row_group.group, columns=list(columns), use_threads=False)
+    except pa.ArrowException as error:
+        raise ValueError(str(error)) from None
+
+
+@functools.lru_cache(maxsize=FOOTERS_KEPT)
+def _footer(uri: str, path: str, crc32: int) -> pq.FileMetaData:
+    """Return a shard's footer, read once per process."""
+    fs, root = filesystem(uri)
+    with fs.open_input_file(f"{root}/{path}") as file:
+        size = file.size()
+        file.seek(max(0, size - TAIL_BYTES))
+        tail = file.read()
+        length = _footer_bytes(tail)
+        if length > len(tail) and length <= size:
+            file.seek(size - length)
+            tail = file.read()
+    footer = tail[-length:]
+    if not 8 < length <= size or zlib.crc32(footer) != crc32:
+        raise ValueError(f"the footer of {path} ({size} bytes) is not the one that was written")
+    return pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+
+
+def _footer_bytes(tail: bytes) -> int:
+    """Return the length of a Parquet file's footer, with the 8 bytes at its end: this length, and "PAR1"."""
+    return int.from_bytes(tail[-8:-4], "little") + 8

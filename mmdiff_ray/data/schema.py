@@ -1,0 +1,235 @@
+"""The kinds of columns a data set can have: what they accept, how they are stored, what is counted of them.
+
+A kind knows nothing of modalities: several modality types may read the same kind.
+"""
+
+import difflib
+import io
+import json
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from mmdiff_ray.config import ConfigError
+
+Tally = dict[str, np.ndarray]
+"""What is counted of a column: arrays that add up over rows and shards."""
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_CHANNELS = {0: 1, 2: 3, 6: 4}
+
+
+class Column:
+    """One column being written.
+
+    facts: what the manifest says of every row: classes, names, size, dim, codec, and whatever else its
+    writer wants to say. A size or dimension that was not given is taken from the first row; every later row
+    must fit it.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, name: str, facts: Mapping[str, Any]) -> None:
+        self.name = name
+        try:
+            self.facts = json.loads(json.dumps(dict(facts)))
+        except TypeError as error:
+            raise ConfigError(f"column {name!r}: its facts must be what JSON can hold: {error}") from None
+
+    def accept(self, value: Any) -> tuple[Any, Tally]:
+        """Return a value as it is stored, and its tally. Raises ConfigError if it does not fit."""
+        raise NotImplementedError
+
+    def to_arrow(self, values: Sequence[Any]) -> pa.Array:
+        """Return stored values, None where a row lacks one, as an Arrow array."""
+        raise NotImplementedError
+
+    def summary(self, tally: Tally) -> dict[str, Any]:
+        """Return the manifest's entry: the facts and the statistics of all rows."""
+        return {"kind": self.kind, **self.facts, "present": int(tally.get("present", 0))}
+
+    def fix(self, fact: str, value: Any) -> None:
+        """Keep a fact of the first row, and hold every later row to it."""
+        if self.facts.setdefault(fact, value) != value:
+            raise ConfigError(f"{fact} is {value}, want {self.facts[fact]} as given or as in the first row")
+
+
+class ImageColumn(Column):
+    """PNG images, 8 bits, RGB or RGBA, all of one size."""
+
+    kind = "image"
+
+    def accept(self, value: Any) -> tuple[bytes, Tally]:
+        channels, size = png_header(value)
+        if channels not in (3, 4):
+            raise ConfigError("an image must be RGB or RGBA, got a grey one")
+        self.fix("channels", channels)
+        self.fix("size", size)
+        return bytes(value), _present()
+
+    def to_arrow(self, values: Sequence[Any]) -> pa.Array:
+        return pa.array(values, pa.binary())
+
+
+class MaskColumn(Column):
+    """PNG masks, 8 bits, one channel of class indices, all of one size."""
+
+    kind = "mask"
+
+    def __init__(self, name: str, facts: Mapping[str, Any]) -> None:
+        super().__init__(name, facts)
+        names = _names(name, facts) if "names" in facts else None
+        classes = self.facts.setdefault("classes", len(names or ()))
+        if not 2 <= classes <= 256 or (names is not None and len(names) != classes):
+            raise ConfigError(
+                f"column {name!r} (mask) needs classes from 2 to 256, as many as names; got {classes}"
+            )
+
+    def accept(self, value: Any) -> tuple[bytes, Tally]:
+        channels, size = png_header(value)
+        if channels != 1:
+            raise ConfigError(f"a mask must have one channel of class indices (mode L), got {channels}")
+        self.fix("size", size)
+        pixels = np.bincount(
+            np.asarray(Image.open(io.BytesIO(value))).ravel(), minlength=self.facts["classes"]
+        )
+        if len(pixels) > self.facts["classes"]:
+            raise ConfigError(f"a mask of {self.facts['classes']} classes holds the index {len(pixels) - 1}")
+        return bytes(value), {**_present(), "pixels": pixels}
+
+    def to_arrow(self, values: Sequence[Any]) -> pa.Array:
+        return pa.array(values, pa.binary())
+
+    def summary(self, tally: Tally) -> dict[str, Any]:
+        pixels = np.asarray(tally.get("pixels", np.zeros(self.facts["classes"])), dtype=float)
+        share = pixels / max(1.0, pixels.sum())
+        return {**super().summary(tally), "pixel_share": [round(float(part), 6) for part in share]}
+
+
+class LabelColumn(Column):
+    """Categories, given by name or by index."""
+
+    kind = "label"
+
+    def __init__(self, name: str, facts: Mapping[str, Any]) -> None:
+        super().__init__(name, facts)
+        self._index = {label: index for index, label in enumerate(_names(name, facts))}
+
+    def accept(self, value: Any) -> tuple[int, Tally]:
+        index = self._index.get(value) if isinstance(value, str) else operator.index(value)
+        if index is None or not 0 <= index < len(self._index):
+            raise ConfigError(f"unknown label {value!r}{_near(value, self._index)}")
+        return index, {**_present(), "counts": np.bincount([index], minlength=len(self._index))}
+
+    def to_arrow(self, values: Sequence[Any]) -> pa.Array:
+        return pa.array(values, pa.int32())
+
+    def summary(self, tally: Tally) -> dict[str, Any]:
+        counts = np.asarray(tally.get("counts", np.zeros(len(self._index))), dtype=int)
+        return {**super().summary(tally), "counts": counts.tolist()}
+
+
+class EmbeddingColumn(Column):
+    """Vectors of one dimension, stored as fixed-size lists of float32.
+
+    A row without a vector is stored as a list of nulls: pyarrow writes a fixed-size list that is itself null
+    but cannot read it back (apache/arrow issue 35692).
+    """
+
+    kind = "embedding"
+
+    def accept(self, value: Any) -> tuple[np.ndarray, Tally]:
+        vector = np.asarray(value, dtype=np.float32)
+        if vector.ndim != 1 or not len(vector):
+            raise ConfigError(f"an embedding must be one vector, got shape {vector.shape}")
+        if not np.isfinite(vector).all():
+            raise ConfigError("an embedding must be finite, got NaN or infinity")
+        self.fix("dim", len(vector))
+        return vector, {**_present(), "norm": np.asarray(math.sqrt(math.fsum(vector.astype(float) ** 2)))}
+
+    def to_arrow(self, values: Sequence[Any]) -> pa.Array:
+        dim = self.facts.get("dim", 1)  # no row has had a vector yet
+        absent = np.repeat([value is None for value in values], dim)
+        filler = np.zeros(dim, np.float32)
+        flat = np.concatenate([filler if value is None else value for value in values])
+        return pa.FixedSizeListArray.from_arrays(pa.array(flat, mask=absent), dim)
+
+    def summary(self, tally: Tally) -> dict[str, Any]:
+        entry = super().summary(tally)
+        return {**entry, "mean_norm": round(float(tally.get("norm", 0.0)) / max(1, entry["present"]), 6)}
+
+
+class TextColumn(Column):
+    """Text, for captions and the like."""
+
+    kind = "text"
+
+    def accept(self, value: Any) -> tuple[str, Tally]:
+        if not isinstance(value, str):
+            raise ConfigError(f"text must be a string, got {type(value).__name__}")
+        return value, _present()
+
+    def to_arrow(self, values: Sequence[Any]) -> pa.Array:
+        return pa.array(values, pa.string())
+
+
+KINDS: dict[str, type[Column]] = {
+    column.kind: column for column in (ImageColumn, MaskColumn, LabelColumn, EmbeddingColumn, TextColumn)
+}
+
+
+def make_column(name: str, facts: Mapping[str, Any]) -> Column:
+    """Return a column from its facts. Raises ConfigError for an unknown kind or facts that do not fit it."""
+    if name in ("id", "key"):
+        raise ConfigError(f"a column cannot be called {name!r}; every row has one already")
+    kind = facts.get("kind")
+    if kind not in KINDS:
+        raise ConfigError(f"column {name!r}: unknown kind {kind!r}; known: {', '.join(KINDS)}")
+    return KINDS[kind](name, facts)
+
+
+def png_header(value: Any) -> tuple[int, list[int]]:
+    """Return the channels and the [height, width] of PNG bytes.
+
+    Raises ConfigError unless they are a PNG of 8 bits and mode L, RGB or RGBA.
+    """
+    if not isinstance(value, bytes | bytearray | memoryview) or bytes(value[:8]) != _PNG or len(value) < 33:
+        raise ConfigError(f"want PNG bytes, got {type(value).__name__}")
+    width, height = int.from_bytes(value[16:20], "big"), int.from_bytes(value[20:24], "big")
+    depth, colour = value[24], value[25]
+    if depth != 8 or colour not in _PNG_CHANNELS:
+        raise ConfigError(
+            f"want a PNG of mode L, RGB or RGBA with 8 bits, got colour type {colour} with {depth} bits"
+        )
+    return _PNG_CHANNELS[colour], [height, width]
+
+
+def add_tallies(tallies: Iterable[Tally]) -> Tally:
+    """Return the sum of tallies."""
+    total: Tally = {}
+    for tally in tallies:
+        for part, amount in tally.items():
+            total[part] = total.get(part, 0) + np.asarray(amount)
+    return total
+
+
+def _present() -> Tally:
+    return {"present": np.ones((), np.int64)}
+
+
+def _names(name: str, facts: Mapping[str, Any]) -> list[str]:
+    names = facts.get("names") or []
+    if not names or len(set(names)) != len(names) or not all(isinstance(label, str) for label in names):
+        raise ConfigError(f"column {name!r} needs `names`, a list of different names; got {names!r}")
+    return list(names)
+
+
+def _near(value: Any, known: Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(str(value), names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are {len(names)}: {', '.join(names[:8])}"

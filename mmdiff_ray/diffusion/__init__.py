@@ -1,0 +1,1 @@
+"""The mathematics of multi-modal diffusion in pure torch: schedules, weights, process, objective, samplers."""

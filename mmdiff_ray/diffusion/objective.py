@@ -1,0 +1,221 @@
+"""The loss: four sub-losses as terms (sum, count) per modality instance.
+
+    L0  KL( q(z_T | X) || p(z_T) )            L2  sum over generated i of -log p( x_i | z_t ), the decoders
+    L1  sum over t >= 2 of the posteriors' KL  L3  -log p( z_0 | z_1 ), the last step
+
+Source: MT-Diffusion (ICLR 2024) for the four; what counts as one element, and the split over instances, are ours.
+A mean of per-worker means is not the mean: sums and counts are added over workers and micro-batches first.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdiff_ray.config import LossConfig
+from mmdiff_ray.diffusion.process import GENERATED, Codes, Process, Roles, over_cells
+
+Terms = dict[str, Tensor]
+"""`term/instance` (`l1/pixels`) -> a scalar: a sum, or a count."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a configuration.
+
+    owners: channel of the diffusion space -> the instance that its L1 is booked under (the one it was made for).
+    modalities: instance -> its likelihood (`Modality`).
+    """
+
+    process: Process
+    config: LossConfig
+    modalities: Mapping[str, Any]
+
+    @property
+    def owners(self) -> dict[str, slice]:
+        """Return instance -> its channels, for the instances that own theirs; overlapping ones own none.
+
+        Of instances that share channels the widest owns them all, so that none is left out; the anchor before others.
+        """
+        owned: dict[str, slice] = {}
+        for name, where in sorted(
+            self.process.layout.items(),
+            key=lambda item: (item[1].start - item[1].stop, item[0] != self.process.anchor),
+        ):
+            if not any(where.start < other.stop and where.stop > other.start for other in owned.values()):
+                owned[name] = where
+        return owned
+
+    def counts(self, roles: Roles, present_cells: int) -> Terms:
+        """Return the count of every term in a batch, before any forward pass. present_cells: H * W."""
+        carried = self.process.generated_channels(roles)
+        counts: Terms = {}
+        for name, where in self.owners.items():
+            counts[f"l0/{name}"] = counts[f"l1/{name}"] = carried[:, where].sum().double() * present_cells
+        for name in self.decoded:
+            counts[f"l2/{name}"] = (roles[name] == GENERATED).sum().double() * self.modalities[name].elements
+        anchor = self.process.anchor
+        counts[f"l3/{anchor}"] = (roles[anchor] == GENERATED).sum().double() * self.modalities[
+            anchor
+        ].elements
+        return counts
+
+    def sums(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        roles: Roles,
+        codes: Codes,
+        data: Mapping[str, Tensor],
+        predicted: Codes,
+        heads: Mapping[str, Tensor],
+    ) -> Terms:
+        """Return the sum of every term over a batch; t must lie on the schedule's grid.
+
+        predicted: instance -> E[c | z_t]; heads: instance -> the head's prediction. Simplified weightings average
+        over all steps, the last one being booked as L3; `elbo` gives estimates of the exact terms.
+        """
+        last = t <= 1.5 / self.process.schedule.steps
+        sums = self.prior_sums(codes, roles)
+        per_row = self._posterior(z_t, t, roles, codes, predicted)
+        for name, value in per_row.items():
+            sums[f"l1/{name}"] = torch.where(last, 0, value).sum()
+        for name in self.decoded:
+            nats = self.modalities[name].negative_log_likelihood(heads[name], data[name])
+            sums[f"l2/{name}"] = (nats * (roles[name] == GENERATED)).sum()
+        anchor = self.process.anchor
+        sums[f"l3/{anchor}"] = self._last_step(t, roles, data, predicted, per_row, last)
+        return sums
+
+    def total(self, sums: Terms, counts: Terms) -> Tensor:
+        """Return the loss: every term's mean times its coefficient. Counts of 0 give 0, with a gradient path."""
+        coefficients = self.config.coefficients
+        total = torch.zeros((), device=next(iter(sums.values())).device)
+        for key, value in sums.items():
+            term, name = key.split("/")
+            weight = getattr(coefficients, term)
+            weight *= {"l1": self.config.channels, "l2": self.config.modalities}.get(term, {}).get(name, 1.0)
+            total = total + weight * value / counts[key].clamp_min(1).to(value)
+        return total
+
+    @property
+    def decoded(self) -> list[str]:
+        """Return the instances of L2: all that can be generated but the anchor, which L3 decodes."""
+        return [
+            name for name, m in self.modalities.items() if name != self.process.anchor and not m.only_given
+        ]
+
+    def prior_sums(self, codes: Codes, roles: Roles) -> Terms:
+        """Return L0: 1/2 (mean^2 + var - 1 - log var) of z_T without what is given, whose share the prior knows."""
+        end = torch.ones(len(next(iter(roles.values()))), dtype=torch.float64, device=_device(codes))
+        generated = self.process.only(roles, GENERATED)
+        mean, std = self.process.marginal(codes, generated, end)
+        variance = over_cells(std.square(), mean)
+        nats = 0.5 * (mean.square() + variance - 1 - variance.log())
+        nats = nats * self.process.generated_channels(roles)[:, :, None, None]
+        return {f"l0/{name}": nats[:, where].sum() for name, where in self.owners.items()}
+
+    def _posterior(
+        self, z_t: Tensor, t: Tensor, roles: Roles, codes: Codes, predicted: Codes
+    ) -> dict[str, Tensor]:
+        """Return L1 of every owner, summed over its cells, (B,); only channels that carry something generated."""
+        if self.config.weighting == "elbo":
+            before = (t - 1 / self.process.schedule.steps).clamp_min(0)
+            parts = posterior_nats(self.process, t, before, roles, codes, predicted)
+            rows = {name: part["total"] * self.process.schedule.steps for name, part in parts.items()}
+            return {name: rows[name] for name in self.owners}
+        betas = self.process.betas(t, self.process.only(roles, GENERATED))
+        power = self._power(betas)
+        difference = self.process.place(
+            _errors(codes, predicted), betas
+        )  # (B, C, H, W): sum beta_k (c_k - c^_k)
+        noise = self.process.schedule.sigma(t).square().float()[:, None]
+        weight = self._weight(power / noise)
+        head_only = torch.ones(self.process.channels, dtype=torch.bool, device=weight.device)
+        head_only[self.process.layout[self.process.anchor]] = False
+        weight = torch.where(head_only, weight.clamp(max=self.config.gamma), weight)
+        weight = torch.where(power > 0, weight / power.clamp_min(1e-20), 0)
+        squares = difference.square() * weight[:, :, None, None]
+        return {name: squares[:, where].sum((1, 2, 3)) for name, where in self.owners.items()}
+
+    def _power(self, betas: Mapping[str, Tensor]) -> Tensor:
+        """Return sum beta_k^2 of the generated signals in every channel, (B, C)."""
+        power = torch.zeros(len(next(iter(betas.values()))), self.process.channels, device=_device(betas))
+        for name, beta in betas.items():
+            power[:, self.process.layout[name]] += beta.square().float()[:, None]
+        return power
+
+    def _weight(self, snr: Tensor) -> Tensor:
+        """Return the weight of the squared code error at a signal-to-noise ratio: in terms of z_0, eps has snr,
+        v has snr + 1, x0 has 1 and min-SNR has min(snr, gamma) (Hang et al., 2023)."""
+        return {
+            "eps": lambda: snr,
+            "v": lambda: snr + 1,
+            "x0": lambda: torch.ones_like(snr),
+            "min_snr": lambda: snr.clamp(max=self.config.gamma),
+        }[self.config.weighting]()
+
+    def _last_step(
+        self,
+        t: Tensor,
+        roles: Roles,
+        data: Mapping[str, Tensor],
+        predicted: Codes,
+        per_row: Mapping[str, Tensor],
+        last: Tensor,
+    ) -> Tensor:
+        """Return the sum of L3 over the rows that are at the last step: exact under `elbo`, else simplified."""
+        anchor = self.process.anchor
+        rows = last & (roles[anchor] == GENERATED)
+        if self.config.weighting != "elbo":
+            return torch.where(rows, per_row[anchor], 0).sum()
+        nats = last_step_nats(self.process, self.modalities[anchor], t, data[anchor], predicted[anchor])
+        return torch.where(rows, nats * self.process.schedule.steps, 0).sum()
+
+
+def last_step_nats(process: Process, anchor: Any, t: Tensor, data: Tensor, predicted: Tensor) -> Tensor:
+    """Return L3 of every row in nats, (B,): the data under the anchor's likelihood around E[z_0 | z_1].
+
+    Its standard deviation is that of z_0 given z_1 under a unit-variance prior, sigma_1 (stated, not learned).
+    """
+    return anchor.code_negative_log_likelihood(
+        predicted, over_cells(process.schedule.sigma(t), predicted), data
+    )
+
+
+def posterior_nats(
+    process: Process, t: Tensor, s: Tensor, roles: Roles, codes: Codes, predicted: Codes
+) -> dict[str, dict[str, Tensor]]:
+    """Return KL( q(z_s | z_t, z_0, X) || p(z_s | z_t) ) per instance that owns channels, in nats per row, (B,).
+
+    1 / (2 var) || k (eps - eps^) + (S - S^) ||^2 as one norm, with its parts: total = eps + s + cross. Rows at the
+    last step (var 0) give 0. Source: MT-Diffusion (ICLR 2024), L1.
+    """
+    generated = process.only(roles, GENERATED)
+    step, errors = process.step(t, s, generated), _errors(codes, predicted)
+    betas, sigma = process.betas(t, generated), process.schedule.sigma(t)
+    scale = torch.where(step.var > 1e-12, 0.5 / step.var.clamp_min(1e-12), 0)
+    eps = process.place(errors, {name: -step.k * betas[name] / sigma for name in errors})
+    shift = process.place(errors, {name: step.w[name] for name in errors})
+    parts = {
+        "eps": eps.square(),
+        "s": shift.square(),
+        "cross": 2 * eps * shift,
+        "total": (eps + shift).square(),
+    }
+    carried = process.generated_channels(roles)[:, :, None, None] * over_cells(scale, eps)
+    return {
+        name: {part: (value * carried)[:, where].sum((1, 2, 3)) for part, value in parts.items()}
+        for name, where in process.layout.items()
+    }
+
+
+def _errors(codes: Codes, predicted: Codes) -> dict[str, Tensor]:
+    """Return c - c^ of every predicted instance, (B, c, H, W) float32."""
+    return {name: codes[name] - value for name, value in predicted.items() if name in codes}
+
+
+def _device(tensors: Mapping[str, Tensor]) -> torch.device:
+    return next(iter(tensors.values())).device

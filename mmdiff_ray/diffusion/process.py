@@ -1,0 +1,174 @@
+"""The forward process of several modalities in one space, and its closed forms.
+
+    S_t = sum_i w_t^(i) E_i(x_i)
+    transition  q(z_t | z_{t-1}, X) = N( sqrt(a_t) (z_{t-1} + S_t),  (1 - a_t) I )
+    marginal    q(z_t | z_0, X)     = N( sqrt(abar_t) z_0 + B_t,     (1 - abar_t) I ),  B_t = sum_i b_t^(i) E_i(x_i)
+
+Source: MT-Diffusion (ICLR 2024), forward process; roles as choices of b are our own. Every modality is one signal
+beta_k(t) c_k: the anchor's beta is sqrt(abar), the others' is their profile when generated; when given it is the
+constant kappa for all of them, when absent it is 0.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmdiff_ray.diffusion.schedule import Schedule
+from mmdiff_ray.diffusion.weights import Profile
+
+ABSENT, GIVEN, GENERATED = 0, 1, 2
+
+Roles = Mapping[str, Tensor]
+"""instance -> (B,) int64: ABSENT, GIVEN or GENERATED."""
+Codes = Mapping[str, Tensor]
+"""instance -> (B, c, H, W): its code in its own channels."""
+
+
+class Gaussian(NamedTuple):
+    """A Gaussian with independent dimensions. mean: (B, C, H, W); std: (B,)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Return mean + std * noise."""
+        return self.mean + over_cells(self.std, self.mean) * noise
+
+
+class Prediction(NamedTuple):
+    """What a denoiser says of z_t. codes: instance -> E[c | z_t], (B, c, H, W) float32, what samplers and the
+    posterior need; heads: instance -> the head's own prediction, what the likelihood needs."""
+
+    codes: dict[str, Tensor]
+    heads: dict[str, Tensor]
+
+
+class Step(NamedTuple):
+    """The coefficients of one step from s up to t > s. a, k, var: (B,); w: instance -> (B,).
+
+    a: a_t of the step; w: its step weights; k: the factor of the noise's error in the posterior mean;
+    var: the posterior variance.
+    """
+
+    a: Tensor
+    w: dict[str, Tensor]
+    k: Tensor
+    var: Tensor
+
+
+@dataclass(frozen=True)
+class Process:
+    """The forward process.
+
+    profiles: instance -> b(t) when generated (the anchor's entry is not used). kappas: instance -> constant weight
+    when given. layout: instance -> its channels. channels: C of the diffusion space.
+    """
+
+    schedule: Schedule
+    profiles: Mapping[str, Profile]
+    kappas: Mapping[str, float]
+    layout: Mapping[str, slice]
+    anchor: str
+    channels: int
+
+    def betas(self, t: Tensor, roles: Roles) -> dict[str, Tensor]:
+        """Return every instance's signal weight at times t, instance -> (B,) in the dtype of t."""
+        return {name: self._beta(name, t, role) for name, role in roles.items()}
+
+    def _beta(self, name: str, t: Tensor, role: Tensor) -> Tensor:
+        """Return one instance's signal weight; at t = 0 only the anchor is there (b_0 = 0), unless given."""
+        if name == self.anchor:
+            generated = self.schedule.abar(t).sqrt()
+        else:
+            generated = torch.where(t > 0, self.profiles[name](t), torch.zeros_like(t))
+        kappa = torch.full_like(t, self.kappas[name])
+        return torch.where(
+            role == GENERATED, generated, torch.where(role == GIVEN, kappa, torch.zeros_like(t))
+        )
+
+    def place(self, codes: Codes, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return sum_i weights_i codes_i in the diffusion space, (B, C, H, W), float32 or more. weights: instance -> (B,)."""
+        first = next(iter(codes.values()))
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        total = first.new_zeros(first.shape[0], self.channels, *first.shape[2:], dtype=dtype)
+        for name, code in codes.items():
+            where = self.layout[name]
+            if code.shape[1] != where.stop - where.start or code.shape[2:] != first.shape[2:]:
+                raise ValueError(
+                    f"code of {name}: got {tuple(code.shape)}, want {where.stop - where.start} channels"
+                )
+            total[:, where] += over_cells(weights[name], total) * code
+        return total
+
+    def marginal(self, codes: Codes, roles: Roles, t: Tensor) -> Gaussian:
+        """Return q(z_t | z_0, X), the noisy code at times t.
+
+        codes: instance -> (B, c, H, W), the anchor's being z_0; t: (B,) in [0, 1]. Raises ValueError for a code of
+        the wrong shape. Source: MT-Diffusion (ICLR 2024), marginal of the forward process.
+        """
+        return Gaussian(self.place(codes, self.betas(t, roles)), self.schedule.sigma(t))
+
+    def step(self, t: Tensor, s: Tensor, roles: Roles) -> Step:
+        """Return the coefficients of the step from s to t, 0 <= s < t <= 1, all (B,).
+
+        Source: MT-Diffusion (ICLR 2024), posterior; w from b as in `weights`, on the grid (s, t).
+        """
+        log_a = self.schedule.log_abar(t) - self.schedule.log_abar(s)
+        a, one_minus_a = log_a.exp(), -torch.expm1(log_a)
+        above, below = self.betas(t, roles), self.betas(s, roles)
+        # Given or not, a modality enters with w_1 = b_1 / sqrt(a_1): b_0 = 0 for all but the anchor as z_0.
+        w = {
+            name: above[name] / a.sqrt()
+            - torch.where((s > 0) | ((roles[name] == GENERATED) & (name == self.anchor)), below[name], 0)
+            for name in roles
+        }
+        sigma_t, sigma_s = self.schedule.sigma(t), self.schedule.sigma(s)
+        return Step(a, w, one_minus_a / (sigma_t * a.sqrt()), one_minus_a * (sigma_s / sigma_t).square())
+
+    def transition(self, z_s: Tensor, codes: Codes, roles: Roles, t: Tensor, s: Tensor) -> Gaussian:
+        """Return q(z_t | z_s, X) of the step from s to t."""
+        step = self.step(t, s, roles)
+        mean = over_cells(step.a.sqrt(), z_s) * (z_s + self.place(codes, step.w))
+        return Gaussian(mean, (1 - step.a).clamp_min(0).sqrt())
+
+    def noise(self, z_t: Tensor, codes: Codes, roles: Roles, t: Tensor) -> Tensor:
+        """Return eps, the noise that z_t holds if these are its codes, (B, C, H, W)."""
+        mean, std = self.marginal(codes, roles, t)
+        return (z_t - mean) / over_cells(std, z_t)
+
+    def posterior(self, z_t: Tensor, codes: Codes, roles: Roles, t: Tensor, s: Tensor) -> Gaussian:
+        """Return q(z_s | z_t, z_0, X) of the step from s to t; with expected codes, the model's p(z_s | z_t).
+
+        Source: MT-Diffusion (ICLR 2024), mean of the posterior: (z_t - k' eps) / sqrt(a) - S_t.
+        """
+        step = self.step(t, s, roles)
+        eps = self.noise(z_t, codes, roles, t)
+        mean = z_t / over_cells(step.a.sqrt(), z_t) - over_cells(step.k, z_t) * eps
+        return Gaussian(mean - self.place(codes, step.w), step.var.sqrt())
+
+    def generated_channels(self, roles: Roles) -> Tensor:
+        """Return which channels carry something generated, bool (B, C)."""
+        first = next(iter(roles.values()))
+        carried = torch.zeros(len(first), self.channels, dtype=torch.bool, device=first.device)
+        for name, role in roles.items():
+            carried[:, self.layout[name]] |= (role == GENERATED)[:, None]
+        return carried
+
+    def only(self, roles: Roles, role: int) -> dict[str, Tensor]:
+        """Return the roles with every other role than this one made absent."""
+        return {name: torch.where(value == role, value, ABSENT) for name, value in roles.items()}
+
+    def prior_nats(self, name: str) -> float:
+        """Return L0 of a generated instance alone: KL(q(z_T) || N(0, I)) in nats per dimension, for a unit-RMS code."""
+        end = torch.ones(1, dtype=torch.float64)
+        beta = self._beta(name, end, torch.full((1,), GENERATED))
+        variance = -torch.expm1(self.schedule.log_abar(end))
+        return float(0.5 * (beta.square() + variance - 1 - variance.log()))
+
+
+def over_cells(value: Tensor, like: Tensor) -> Tensor:
+    """Return (B,) reshaped to multiply (B, C, H, W), in its dtype."""
+    return value.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,56 @@
+"""Random numbers that are a function of (seed, purpose, visit, sample id): the same at any world size, batch split
+and restart, so nothing random is ever saved.
+
+Counter-based: SplitMix64 (Steele, Lea and Flood, 2014) over a key per sample, in int64 arithmetic that wraps.
+"""
+
+import math
+import zlib
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX_A = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_B = 0x94D049BB133111EB - 2**64
+
+
+def uniform(seed: int, purpose: str, visits: Tensor, ids: Tensor, count: int) -> Tensor:
+    """Return `count` uniform numbers in [0, 1) for every sample, float64 (B, count).
+
+    visits, ids: (B,) int64. Numbers of different purposes are independent.
+    """
+    return _bits(seed, purpose, visits, ids, count).double() * 2.0**-53
+
+
+def normal(seed: int, purpose: str, visits: Tensor, ids: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return standard normal numbers for every sample, float32 (B, *shape), by the Box-Muller transform."""
+    count = math.prod(shape)
+    half = (count + 1) // 2
+    bits = _bits(seed, purpose, visits, ids, 2 * half)
+    radius = (((bits[:, :half] >> 29).float() + 0.5) * 2.0**-24).log().mul(-2).sqrt()
+    angle = (bits[:, half:] >> 29).float() * (2 * math.pi * 2.0**-24)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count].reshape(len(ids), *shape)
+
+
+def _bits(seed: int, purpose: str, visits: Tensor, ids: Tensor, count: int) -> Tensor:
+    """Return non-negative integers below 2^53, int64 (B, count)."""
+    key = _mix(ids + _wrap(seed * 0x5851F42D4C957F2D + zlib.crc32(purpose.encode())))
+    key = _mix(key ^ (visits * _GOLDEN))
+    counter = torch.arange(1, count + 1, device=ids.device, dtype=torch.int64) * _GOLDEN
+    return _shift(_mix(key[:, None] + counter), 11)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _MIX_A
+    x = (x ^ _shift(x, 27)) * _MIX_B
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Shift right with zeros coming in (torch's shift of int64 keeps the sign)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _wrap(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63

@@ -1,0 +1,70 @@
+"""The Ray cluster a command runs on: the one at an address, or a quiet local one for as long as it lasts."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mmdiff_ray.config import ConfigError, WorkersConfig
+
+
+@contextmanager
+def cluster(cpus: int = 4) -> Iterator[None]:
+    """Provide Ray for the block: the one in use, the one at RAY_ADDRESS, or a local one with at least `cpus` CPUs.
+
+    A local cluster counts CPUs by what is asked of it, so that two workers and their readers fit on a laptop.
+    Workers' output stays in Ray's log files, whose folder `log_folder` names.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    local = {} if address else {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False}
+    for variable in ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_DEDUP_LOGS"):
+        os.environ.setdefault(variable, "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **local)
+        except ConnectionError as error:
+            raise ConfigError(f"RAY_ADDRESS ({address}): no Ray cluster answers there: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cpus_needed(workers: WorkersConfig) -> int:
+    """Return the CPUs that training with these workers takes: theirs, their readers', and one for the rest."""
+    return int(workers.count * (workers.cpus + workers.data_workers)) + 1
+
+
+def check_resources(workers: WorkersConfig) -> None:
+    """Raise ConfigError if the cluster has too little for the workers and their readers, before they are asked for."""
+    import ray
+
+    total = ray.cluster_resources()
+    for key, resource, wanted in (
+        (
+            "workers.cpus and workers.data_workers",
+            "CPU",
+            workers.count * (workers.cpus + workers.data_workers),
+        ),
+        ("workers.gpus", "GPU", workers.count * workers.gpus),
+    ):
+        if wanted > total.get(resource, 0):
+            raise ConfigError(
+                f"{key}: {workers.count} workers need {wanted:g} {resource}s, the cluster has "
+                f"{total.get(resource, 0):g}; try fewer workers (workers.count={max(1, workers.count // 2)})"
+            )
+
+
+def log_folder() -> str:
+    """Return where Ray keeps the log files of this cluster on this machine."""
+    import ray
+
+    node = ray._private.worker._global_node
+    return os.path.join(node.get_session_dir_path(), "logs") if node else ""

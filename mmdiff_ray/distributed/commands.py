@@ -1,0 +1,165 @@
+"""The commands that train and use models, with what they print."""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.denoiser import Denoiser, inert_settings
+from mmdiff_ray.distributed import job as jobs
+from mmdiff_ray.distributed import launch
+from mmdiff_ray.distributed.display import Display, duration
+from mmdiff_ray.distributed.evaluate import evaluate_run, record_model
+from mmdiff_ray.distributed.job import Job
+from mmdiff_ray.evaluation.gallery import parse_given, write_gallery
+from mmdiff_ray.evaluation.run import table
+from mmdiff_ray.tracking.store import ui_command
+from mmdiff_ray.training.inference import load_export
+
+
+def train_and_evaluate(
+    config: Config | None, resumed: str | None, runs: str, overrides: Sequence[str]
+) -> int:
+    """Train a new run, or go on with one; evaluate it; record its model; say where everything is."""
+    console = Console(highlight=False)
+    display = Display(console)
+    begun = time.monotonic()
+    if config is not None:
+        folder = launch.train(config, display)
+    else:
+        assert resumed is not None
+        folder = launch.resume(resumed, runs, overrides, display)
+    run = jobs.read_run(folder)
+    if run["state"] != "finished":
+        console.print(f"stopped with a checkpoint. Go on with: mmdiff train --resume {folder.name}")
+        return 130
+    job = jobs.load_job(folder)
+    console.print(
+        f"trained in {duration(time.monotonic() - begun)}; evaluating on {job.config.evaluate.rows} rows"
+    )
+    findings = evaluate_run(folder, on_ray=job.config.workers.count > 0)
+    if job.config.tracking.log_model:
+        record_model(folder)
+    console.print(table(findings.figures))
+    _say_where(console, folder, run["tracking_uri"])
+    return 0
+
+
+def _say_where(console: Console, folder: Path, uri: str) -> None:
+    shown = _near(folder)
+    console.print(f"run       {shown}")
+    console.print(f"pictures  {shown}/pictures")
+    console.print(f"MLflow    {ui_command(uri) if uri.startswith('http') else 'mmdiff ui'}")
+    console.print(f"next      mmdiff sample {folder.name} --num 16")
+
+
+def _near(path: Path) -> Path:
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def dry_run(config: Config) -> int:
+    """Check a configuration against its data; print parameters, channels, tasks, priors and the cost of a step."""
+    console = Console(highlight=False)
+    job = jobs.prepare(config, jobs.new_folder(config))
+    denoiser = job.denoiser()
+    console.print(_modality_table(job, denoiser))
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    console.print(f"parameters  {parameters:,} ({config.model.backbone}, preset {config.model.preset})")
+    console.print(
+        f"space       {denoiser.process.channels} channels x {denoiser.size[0]} x {denoiser.size[1]}"
+    )
+    rows = sum(manifest.splits["train"].rows for manifest in job.manifests)
+    console.print(
+        f"data        {rows:,} training rows; {config.train.samples / rows:.1f} visits in {config.train.samples:,} samples"
+    )
+    console.print(_cost(job, denoiser))
+    for sentence in inert_settings(job.config):
+        console.print(f"note        {sentence}")
+    console.print("nothing was started; train with the same command without --dry-run")
+    return 0
+
+
+def _modality_table(job: Job, denoiser: Denoiser) -> Table:
+    shown = Table(title=f"{job.config.name}: modalities", title_justify="left")
+    for heading in ("instance", "type", "channels", "profile", "prior L0 (nats/dim)", "likelihood"):
+        shown.add_column(heading)
+    for name, modality in denoiser.modalities.items():
+        where, weights = denoiser.process.layout[name], job.config.modalities[name].weights
+        anchor = name == denoiser.anchor
+        profile = "sqrt(abar)" if anchor else f"{weights.family} x {weights.scale:g}, shape {weights.shape:g}"
+        shown.add_row(
+            name + (" (anchor)" if anchor else ""),
+            job.config.modalities[name].type,
+            f"{where.start}-{where.stop - 1}",
+            "given only" if modality.only_given else profile,
+            "" if modality.only_given else f"{denoiser.process.prior_nats(name):.2g}",
+            modality.likelihood,
+        )
+    return shown
+
+
+def _cost(job: Job, denoiser: Denoiser) -> str:
+    """Return what a step costs: floating-point operations, and the time of one measured here."""
+    from mmdiff_ray.data.batches import split_batches
+    from mmdiff_ray.training.parallel import choose_device
+    from mmdiff_ray.training.trainer import Trainer
+
+    config = job.config
+    splits = [manifest.splits["train"] for manifest in job.manifests]
+    size = config.train.micro_batch or config.train.global_batch // max(1, config.workers.count)
+    batch = next(split_batches(job.reader(denoiser), splits, size, size))
+    trainer = Trainer(config, denoiser, choose_device(config.train))
+    trainer.step(batch)
+    begun = time.perf_counter()
+    trainer.step(batch)
+    trainer.report()
+    seconds = time.perf_counter() - begun
+    return (
+        f"a step      {size} rows in {seconds:.2f} s on {trainer.device} here ({size / seconds:.0f} rows/s, "
+        f"{torch.get_num_threads()} threads)"
+    )
+
+
+def sample(given: argparse.Namespace) -> int:
+    """Draw samples from a run's exported model and write them."""
+    console = Console(highlight=False)
+    if given.num < 1:
+        raise ConfigError(f"--num ({given.num}) must be at least 1")
+    folder = jobs.find_run(given.model, given.runs)
+    model = load_export(folder / "export")
+    rows = parse_given(model, given.given, given.hole)
+    what = "-".join(rows) or "joint"
+    out = given.out or Path("samples") / f"{folder.name}-{what}"
+    begun = time.monotonic()
+    gallery = write_gallery(
+        model,
+        rows,
+        given.num,
+        out,
+        steps=given.steps,
+        sampler=given.sampler,
+        guidance=given.guidance,
+        seed=given.seed,
+    )
+    console.print(f"{given.num} samples in {duration(time.monotonic() - begun)}")
+    for name, share in gallery.samples.agreement.items():
+        console.print(f"{name}: the head's answer is also the nearest to its code in {share:.0%}")
+    console.print(f"picture  {gallery.grid}")
+    console.print(f"data     {gallery.folder} ({gallery.files} files, samples.json)")
+    return 0
+
+
+def evaluate(run: str, runs: str, overrides: Sequence[str]) -> int:
+    """Evaluate a run again and print its figures."""
+    console = Console(highlight=False)
+    findings = evaluate_run(jobs.find_run(run, runs), overrides)
+    console.print(table(findings.figures))
+    return 0

@@ -1,0 +1,88 @@
+"""What a person sees while a run goes on: one calm line, and what it comes to at the end."""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+LINE_EVERY_S = 15.0
+"""Where output is no terminal (a log file), a line this often."""
+
+
+class Display:
+    """Show a run's progress: samples, speed, time left, losses, the share of time spent waiting for data."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._live: Live | None = None
+        self._printed = 0.0
+        self._losses: dict[str, float] = {}
+
+    def __enter__(self) -> "Display":
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self.console.print(text, soft_wrap=True)
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Show a progress event of the first worker."""
+        progress, metrics = event["progress"], event["metrics"]
+        self._losses.update({k: v for k, v in metrics.items() if k.startswith(("loss/", "val/loss/total"))})
+        line = progress_line(progress, metrics, self._losses)
+        if self._live is not None:
+            share = progress["samples_seen"] / max(1, progress["total_samples"])
+            table = Table.grid(padding=(0, 1))
+            table.add_row(ProgressBar(total=1.0, completed=share, width=24), line)
+            self._live.update(table)
+        elif time.monotonic() - self._printed > LINE_EVERY_S:
+            self._printed = time.monotonic()
+            self.say(line)
+
+
+def progress_line(progress: dict[str, Any], metrics: dict[str, float], losses: dict[str, float]) -> str:
+    """Return progress in one line."""
+    seen, total, rate = (
+        progress["samples_seen"],
+        progress["total_samples"],
+        metrics.get("train/samples_per_s", 0.0),
+    )
+    left = (total - seen) / rate if rate else float("nan")
+    parts = [f"{seen:,} of {total:,} samples", f"{rate:.0f}/s", f"{duration(left)} left"]
+    if "loss/total" in losses:
+        parts.append(f"loss {losses['loss/total']:.3f} ({_by_term(losses)})")
+    if "train/data_wait_share" in metrics:
+        parts.append(f"data wait {metrics['train/data_wait_share']:.0%}")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them: 45 s, 3 min 20 s, 2 h 05 min."""
+    if seconds != seconds:
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _by_term(losses: dict[str, float]) -> str:
+    """Return L0 to L3 added over modalities, without their coefficients."""
+    sums: dict[str, float] = {}
+    for key, value in losses.items():
+        part = key.split("/")
+        if part[0] == "loss" and len(part) == 3:
+            sums[part[1]] = sums.get(part[1], 0.0) + value
+    return " ".join(f"{term.upper()} {value:.2f}" for term, value in sorted(sums.items()) if term != "l0")

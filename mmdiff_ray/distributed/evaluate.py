@@ -1,0 +1,105 @@
+"""Evaluate a finished run: all evaluators on held-out rows, as a Ray task or in this process, recorded in MLflow."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmdiff_ray import config as configuration
+from mmdiff_ray.config import Config
+from mmdiff_ray.data.batches import split_batches
+from mmdiff_ray.data.check import read_sources
+from mmdiff_ray.distributed import job as jobs
+from mmdiff_ray.distributed.cluster import cluster
+from mmdiff_ray.evaluation.context import Figure, Findings
+from mmdiff_ray.evaluation.grids import to_png
+from mmdiff_ray.evaluation.run import check_evaluators, evaluate, metrics_of
+from mmdiff_ray.tracking.models import log_model
+from mmdiff_ray.tracking.tracker import Tracker
+from mmdiff_ray.training.checkpoint import write_json
+from mmdiff_ray.training.inference import load_export
+from mmdiff_ray.training.parallel import choose_device
+
+LOADER = "mmdiff_ray.training.inference:load_export"
+
+
+def evaluate_run(folder: Path, overrides: Sequence[str] = (), on_ray: bool = False) -> Findings:
+    """Evaluate the exported model of a run and record what was found: `evaluation.json`, pictures, MLflow.
+
+    overrides: of `evaluate.*` and `data.*`. on_ray: as a task that asks for what one training worker has.
+    """
+    config = configuration.load([folder / "export" / "config.yaml"], list(overrides))
+    check_evaluators(config.evaluate.evaluators)
+    if on_ray:
+        with cluster():
+            findings = _on_ray(folder, config)
+    else:
+        findings = measure(folder, config)
+    _record(folder, config, findings)
+    return findings
+
+
+def measure(folder: Path, config: Config) -> Findings:
+    """Return what the configured evaluators find for the exported model."""
+    model = load_export(folder / "export", str(choose_device(config.train)))
+    model.config = config
+    manifests = read_sources(config)
+    reader = jobs.make_reader(config, model.denoiser)
+    splits = [manifest.splits[config.evaluate.split] for manifest in manifests]
+    batches = split_batches(reader, splits, config.evaluate.rows, min(64, config.evaluate.rows))
+    return evaluate(model, batches, manifests[0].columns)
+
+
+def _on_ray(folder: Path, config: Config) -> Findings:
+    import ray
+
+    workers = config.workers
+    task = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(_with_all_threads)
+    return ray.get(task.remote(folder, config))
+
+
+def _with_all_threads(folder: Path, config: Config) -> Findings:
+    import os
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    return measure(folder, config)
+
+
+def _record(folder: Path, config: Config, findings: Findings) -> None:
+    run, seen = jobs.read_run(folder), _samples_seen(folder)
+    pictures = folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    write_json(
+        folder / "evaluation.json", {"samples_seen": seen, "figures": [plain(f) for f in findings.figures]}
+    )
+    tracker = Tracker(run["tracking_uri"], run["run_id"], folder / "tracking")
+    tracker.metrics(metrics_of(findings.figures), seen)
+    tracker.artifact(folder / "evaluation.json", "evaluation")
+    for name, image in findings.pictures.items():
+        png = to_png(image)
+        (pictures / f"{name}.png").write_bytes(png)
+        tracker.image(f"evaluation/{name}", png, seen)
+        tracker.artifact(pictures / f"{name}.png", "evaluation")
+    tracker.close(timeout_s=30)
+
+
+def record_model(folder: Path) -> None:
+    """Record the exported model of a run in MLflow, to be loaded by `mlflow.pyfunc.load_model`."""
+    run = jobs.read_run(folder)
+    tracker = Tracker(run["tracking_uri"], run["run_id"], folder / "tracking")
+    log_model(tracker, folder / "export", LOADER, _samples_seen(folder))
+    tracker.close(timeout_s=60)
+
+
+def plain(figure: Figure) -> dict[str, Any]:
+    """Return a figure as plain values."""
+    values: Mapping[str, Any] = dataclasses.asdict(figure)
+    return dict(values)
+
+
+def _samples_seen(folder: Path) -> int:
+    facts = json.loads((folder / "export" / "facts.json").read_text(encoding="utf8"))
+    return int(facts["progress"]["samples_seen"])

@@ -1,0 +1,139 @@
+"""A training job: everything that a worker needs, checked and made ready on the driver."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdiff_ray import config as configuration
+from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.data.batches import split_batches
+from mmdiff_ray.data.check import read_sources, resolve_modalities
+from mmdiff_ray.data.manifest import Manifest
+from mmdiff_ray.data.plan import Plan
+from mmdiff_ray.data.reader import RowReader
+from mmdiff_ray.denoiser import Denoiser, build_denoiser
+from mmdiff_ray.evaluation.run import check_evaluators
+from mmdiff_ray.training.checkpoint import complete, write_json
+from mmdiff_ray.training.fit import calibrate
+
+CALIBRATION_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run. folder: where everything of the run lies; calibration: the modalities' fixed scales."""
+
+    config: Config
+    manifests: list[Manifest]
+    folder: Path
+    calibration: dict[str, Tensor]
+    tracking_uri: str = ""
+    run_id: str = ""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.folder / "export"
+
+    @property
+    def spool(self) -> Path:
+        return self.folder / "tracking"
+
+    def denoiser(self) -> Denoiser:
+        """Return the untrained model with its codes' scales set."""
+        denoiser = build_denoiser(self.config)
+        denoiser.modalities.load_state_dict(self.calibration, strict=False)
+        return denoiser
+
+    def reader(self, denoiser: Denoiser) -> RowReader:
+        return make_reader(self.config, denoiser)
+
+    def plan(self) -> Plan:
+        sources = [
+            (manifest.splits["train"], source.weight)
+            for manifest, source in zip(self.manifests, self.config.data.sources, strict=True)
+        ]
+        data, train = self.config.data, self.config.train
+        return Plan(sources, data.lanes, data.window, train.global_batch, self.config.seed)
+
+    @property
+    def columns(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return what the first data set's manifest says of its columns."""
+        return self.manifests[0].columns
+
+
+def make_reader(config: Config, denoiser: Denoiser) -> RowReader:
+    """Return the reader of a configuration's data sets."""
+    uris = [source.uri for source in config.data.sources]
+    return RowReader(dict(denoiser.modalities.items()), uris, config.data, config.seed)
+
+
+def prepare(config: Config, folder: Path) -> Job:
+    """Check a configuration against its data and return the job. Raises ConfigError; nothing is started or written."""
+    check_evaluators(config.evaluate.evaluators)
+    manifests = read_sources(config)
+    config = resolve_modalities(config, manifests)
+    denoiser = build_denoiser(config)
+    reader = make_reader(config, denoiser)
+    splits = [manifest.splits["train"] for manifest in manifests]
+    calibrate(denoiser.modalities, split_batches(reader, splits, CALIBRATION_ROWS, 64))
+    return Job(config, manifests, folder, _fixed_scales(denoiser))
+
+
+def _fixed_scales(denoiser: Denoiser) -> dict[str, Tensor]:
+    buffers = dict(denoiser.modalities.named_buffers())
+    return {name: value.detach().clone() for name, value in buffers.items() if value.dtype == torch.float32}
+
+
+def new_folder(config: Config) -> Path:
+    """Return the folder of a new run: the configured name, or the next free one after it."""
+    root = Path(config.runs).absolute()
+    for number in range(1, 10_000):
+        folder = root / (config.name if number == 1 else f"{config.name}-{number}")
+        if not folder.exists():
+            return folder
+    raise ConfigError(f"name: {root} is full of runs named {config.name}; choose another name")
+
+
+def find_run(run: str, runs: str = "runs") -> Path:
+    """Return the folder of a run given by its name or its path. Raises ConfigError naming the runs there are."""
+    for folder in (Path(run), Path(runs) / run):
+        if (folder / "run.json").is_file():
+            return folder.absolute()
+    known = sorted(path.parent.name for path in Path(runs).glob("*/run.json"))
+    raise ConfigError(f"no run {run!r} in {runs}/; there are: {', '.join(known) or 'none yet'}")
+
+
+def write_run(job: Job, **facts: Any) -> None:
+    """Write what is known of a run beside it: its configuration, and `run.json`."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / "config.yaml").write_text(configuration.to_yaml(job.config), encoding="utf8")
+    known = {"name": job.folder.name, "tracking_uri": job.tracking_uri, "run_id": job.run_id}
+    write_json(job.folder / "run.json", {**known, **facts})
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return what `write_run` wrote in `run.json`."""
+    return json.loads((folder / "run.json").read_text(encoding="utf8"))
+
+
+def load_job(folder: Path, overrides: list[str] | None = None) -> Job:
+    """Return the job of an existing run, with overrides. Raises ConfigError where an override cannot be resumed."""
+    config = configuration.load([folder / "config.yaml"], overrides or [])
+    facts = read_run(folder)
+    job = prepare(config, folder)
+    return dataclasses.replace(job, tracking_uri=facts["tracking_uri"], run_id=facts["run_id"])
+
+
+def has_checkpoint(job: Job) -> bool:
+    """Return whether a run has a checkpoint to go on from."""
+    return bool(complete(job.checkpoints))

@@ -1,0 +1,249 @@
+"""Launch training from the driver: check, begin the MLflow run, start the workers, show what happens, end it all."""
+
+import dataclasses
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmdiff_ray import config as configuration
+from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.denoiser import inert_settings
+from mmdiff_ray.distributed import job as jobs
+from mmdiff_ray.distributed.cluster import check_resources, cluster, cpus_needed, log_folder
+from mmdiff_ray.distributed.display import Display, duration
+from mmdiff_ray.distributed.job import Job
+from mmdiff_ray.distributed.worker import local_stream, ray_train_loop, train_worker
+from mmdiff_ray.tracking import run_life
+from mmdiff_ray.tracking.recorder import DatasetFacts
+from mmdiff_ray.tracking.store import tracking_uri
+from mmdiff_ray.tracking.tracker import Tracker
+
+POLL_S = 0.3
+
+
+def train(config: Config, display: Display) -> Path:
+    """Train a new run to its end and return its folder. Raises ConfigError before anything is started."""
+    folder = jobs.new_folder(config)
+    job = jobs.prepare(config, folder)
+    for sentence in inert_settings(job.config):
+        display.say(f"note: {sentence}")
+    uri = tracking_uri(config.tracking.uri, Path(config.runs).absolute())
+    job.folder.mkdir(parents=True)
+    run_id = run_life.start_run(
+        uri,
+        config.tracking.experiment,
+        folder.name,
+        job.spool,
+        configuration.flatten(job.config),
+        configuration.to_yaml(job.config),
+        datasets=_dataset_facts(job),
+        tags={"mmdiff.run_folder": str(folder)},
+    )
+    job = dataclasses.replace(job, tracking_uri=uri, run_id=run_id)
+    jobs.write_run(job, state="running")
+    return run(job, display)
+
+
+def resume(run_name: str, runs: str, overrides: Sequence[str], display: Display) -> Path:
+    """Go on with an existing run from its last checkpoint, in the same MLflow run."""
+    job = jobs.load_job(jobs.find_run(run_name, runs), list(overrides))
+    run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
+    jobs.write_run(job, state="running")
+    return run(job, display)
+
+
+def run(job: Job, display: Display) -> Path:
+    """Run a prepared job, in this process or on Ray, and end its MLflow run whatever happens."""
+    status = "FAILED"
+    try:
+        with display:
+            ended = _run_local(job, display) if job.config.workers.count == 0 else _run_on_ray(job, display)
+        status = "FINISHED" if ended == "finished" else "KILLED"
+        jobs.write_run(job, state=ended)
+        return job.folder
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if status == "FAILED":
+            jobs.write_run(job, state="failed")
+        left = run_life.end_run(job.tracking_uri, job.run_id, status, job.spool)
+        if left:
+            display.say(
+                f"{left} records wait in {job.spool} for MLflow at {job.tracking_uri}; a later command sends them"
+            )
+
+
+def _run_local(job: Job, display: Display) -> str:
+    def emit(event: dict[str, Any]) -> None:
+        _show(event, job, display)
+
+    with stop_requests() as stopped:
+        return train_worker(job, local_stream, emit, stopped)
+
+
+def _run_on_ray(job: Job, display: Display) -> str:
+    import ray
+
+    with cluster(cpus_needed(job.config.workers)):
+        check_resources(job.config.workers)
+        display.say(f"Ray's own log files: {log_folder()}")
+        board = ray.remote(num_cpus=0)(Board).remote()
+        done: queue.Queue = queue.Queue()
+        with stop_requests() as stopped:
+            thread = threading.Thread(target=_fit, args=(job, board, done), daemon=True)
+            thread.start()
+            ended = _listen(job, board, thread, stopped, display)
+        failure = done.get()
+        if failure is not None:
+            raise failure
+        return ended
+
+
+def _fit(job: Job, board: Any, done: queue.Queue) -> None:
+    """Run Ray Train to its end; in a thread, so that the driver can listen and stop."""
+    try:
+        make_trainer(job, board).fit()
+        done.put(None)
+    except Exception as error:
+        done.put(_told(error))
+
+
+def make_trainer(job: Job, board: Any) -> Any:
+    """Return Ray Train's trainer of a job: our loop on every worker, restarted after failures."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers = job.config.workers
+    resources = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
+    return TorchTrainer(
+        ray_train_loop,
+        train_loop_config={"job": job, "board": board, "working_folder": os.getcwd()},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(job.folder / "ray"),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+        ),
+    )
+
+
+class Board:
+    """The actor between driver and workers: events one way, the wish to stop the other."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._stop = False
+
+    def post(self, event: dict[str, Any]) -> None:
+        """Take an event from a worker."""
+        self._events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        """Return the events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def ask_to_stop(self) -> None:
+        """Ask the workers to save and end."""
+        self._stop = True
+
+    def stop_asked(self) -> bool:
+        """Return whether the workers should end."""
+        return self._stop
+
+
+def _listen(
+    job: Job, board: Any, thread: threading.Thread, stopped: Callable[[], bool], display: Display
+) -> str:
+    """Show events until the training thread ends; return how the run ended."""
+    import ray
+
+    ended, told = "finished", False
+    while True:
+        alive = thread.is_alive()
+        for event in ray.get(board.take.remote()):
+            if event["kind"] == "ended":
+                ended = event["state"]
+            _show(event, job, display)
+        if stopped() and not told:
+            told = True
+            display.say("stopping: the workers save a checkpoint and end")
+            board.ask_to_stop.remote()
+        if not alive:
+            return ended
+        thread.join(POLL_S)
+
+
+def _show(event: dict[str, Any], job: Job, display: Display) -> None:
+    if event["kind"] == "started":
+        seen = event["progress"]["samples_seen"]
+        count = job.config.workers.count
+        where = f"{count} worker{'s' if count != 1 else ''}" if count else "this process"
+        display.say(f"training on {where}" + (f", from the checkpoint at {seen:,} samples" if seen else ""))
+    elif event["kind"] == "progress":
+        display.show(event)
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a wish to stop, for the block; a second one ends at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _told(error: Exception) -> Exception:
+    """Return a failure in words: what the worker raised, without Ray's layers around it."""
+    failures = getattr(error, "worker_failures", None)
+    if not failures:
+        return error
+    rank, cause = next(iter(failures.items()))
+    inner = getattr(cause, "cause", None) or cause
+    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+    return ConfigError(f"worker {rank} failed: {lines[-1] if lines else type(inner).__name__}")
+
+
+def _dataset_facts(job: Job) -> list[DatasetFacts]:
+    return [
+        DatasetFacts(
+            name=manifest.name,
+            uri=source.uri,
+            digest=manifest.digest,
+            rows={split: facts.rows for split, facts in manifest.splits.items()},
+        )
+        for manifest, source in zip(job.manifests, job.config.data.sources, strict=True)
+    ]
+
+
+def log_pictures(job: Job, pictures: dict[str, bytes], step: int) -> None:
+    """Record pictures of a run in MLflow and wait a little until they are sent."""
+    tracker = Tracker(job.tracking_uri, job.run_id, job.spool)
+    for name, png in pictures.items():
+        tracker.image(name, png, step)
+    tracker.close(timeout_s=10)
+
+
+__all__ = ["duration", "resume", "run", "train"]

@@ -1,0 +1,67 @@
+"""Stream rows to a rank: Ray Data reads, decodes and augments windows of rows on CPU workers, in the plan's order."""
+
+import itertools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mmdiff_ray.batch import Batch
+from mmdiff_ray.data.batches import rank_batches
+from mmdiff_ray.data.plan import Plan, Window
+from mmdiff_ray.data.reader import Arrays, RowReader
+
+SEGMENT_WINDOWS = 1024
+"""Windows handed to Ray Data at once: what the driver of a stream holds does not grow with the run."""
+
+
+class WindowReader:
+    """Read windows in a data worker: one reader per actor, kept between windows."""
+
+    def __init__(self, reader: RowReader) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self.reader = reader
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        arrays = np.empty(1, dtype=object)
+        arrays[0] = self.reader.read(batch["window"][0])
+        return {"number": batch["number"], "arrays": arrays}
+
+
+def stream_batches(
+    plan: Plan, reader: RowReader, rank: int, world: int, start_batch: int, stop_batch: int, data_workers: int
+) -> Iterator[Batch]:
+    """Yield a rank's rows of global batches start_batch to stop_batch, decoded by `data_workers` Ray actors.
+
+    Every rank runs its own stream over its own list of windows, so what it gets depends on the plan alone.
+    """
+    windows = plan.rank_windows(rank, world, start_batch, stop_batch)
+    decoded = _decoded(windows, reader, data_workers)
+    return rank_batches(plan, decoded, rank, world, start_batch, stop_batch, reader.bad_row_limit)
+
+
+def _decoded(
+    windows: Iterator[tuple[int, Window]], reader: RowReader, data_workers: int
+) -> Iterator[tuple[int, Window, Arrays]]:
+    """Yield (lane, window, its rows) for every (lane, window), in order."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    while segment := list(itertools.islice(windows, SEGMENT_WINDOWS)):
+        items = [{"number": number, "window": window} for number, (_, window) in enumerate(segment)]
+        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            WindowReader,
+            fn_constructor_args=(reader,),
+            batch_size=1,
+            batch_format="numpy",
+            concurrency=data_workers,
+            num_cpus=1,
+        )
+        for row in dataset.iter_rows():
+            yield *segment[row["number"]], row["arrays"]

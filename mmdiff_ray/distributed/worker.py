@@ -1,0 +1,167 @@
+"""What one training worker does, in this process or under Ray Train: build, stream, fit, record."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmdiff_ray import __version__
+from mmdiff_ray import config as configuration
+from mmdiff_ray.batch import Batch
+from mmdiff_ray.data.batches import local_batches, split_batches
+from mmdiff_ray.distributed.job import Job
+from mmdiff_ray.evaluation.grids import to_png
+from mmdiff_ray.evaluation.run import sample_pictures
+from mmdiff_ray.tracking.system import SystemMonitor
+from mmdiff_ray.tracking.tracker import Tracker
+from mmdiff_ray.training.checkpoint import CheckpointStore
+from mmdiff_ray.training.fit import fit
+from mmdiff_ray.training.inference import Generator, save_export
+from mmdiff_ray.training.parallel import choose_device, world
+from mmdiff_ray.training.trainer import Progress, Trainer
+
+_log = logging.getLogger(__name__)
+
+Emit = Callable[[dict[str, Any]], None]
+"""Takes an event for the driver's display; must not block."""
+
+
+class WorkerHooks:
+    """Tell the tracker and the driver's display; only the first worker speaks."""
+
+    def __init__(self, job: Job, validation: list[Batch], emit: Emit, stopped: Callable[[], bool]) -> None:
+        self.job = job
+        self.validation = validation
+        self.emit = emit
+        self.stopped = stopped
+        self.first = world()[0] == 0
+        self.samples_seen = 0
+        self.tracker: Tracker | None = None
+        self.monitor: SystemMonitor | None = None
+        if self.first and job.run_id:
+            self.tracker = Tracker(job.tracking_uri, job.run_id, job.spool)
+            if job.config.tracking.system_metrics:
+                self.monitor = SystemMonitor(self.tracker, lambda: self.samples_seen)
+
+    def resumed(self, progress: Progress) -> None:
+        self.samples_seen = progress.samples_seen
+        self._emit("started", progress, {})
+
+    def report(self, progress: Progress, metrics: dict[str, float]) -> None:
+        self.samples_seen = progress.samples_seen
+        self._emit("progress", progress, metrics)
+        if self.tracker is not None:
+            self.tracker.metrics(metrics, progress.samples_seen)
+
+    def evaluate(self, trainer: Trainer) -> None:
+        if not self.first or not self.validation:
+            return
+        model = Generator(trainer.config, trainer.ema.model)
+        for name, picture in sample_pictures(model, self.validation).items():
+            png = to_png(picture)
+            path = self.job.folder / "pictures" / f"{name}-{self.samples_seen:09d}.png"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(png)
+            if self.tracker is not None:
+                self.tracker.image(f"samples/{name}", png, self.samples_seen)
+
+    def should_stop(self) -> bool:
+        return self.first and self.stopped()
+
+    def close(self) -> None:
+        if self.monitor is not None:
+            self.monitor.stop()
+        if self.tracker is not None:
+            self.tracker.close(timeout_s=5)
+
+    def _emit(self, kind: str, progress: Progress, metrics: dict[str, float]) -> None:
+        if self.first:
+            self.emit({"kind": kind, "progress": vars(progress).copy(), "metrics": metrics})
+
+
+Stream = Callable[[Job, Any, int, int, int], Iterator[Batch]]
+"""(job, reader, rank, world, finished global batches) -> this rank's batches."""
+
+
+def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], bool]) -> str:
+    """Train as one of `world()` workers and return "finished" or "stopped". The first worker writes the export."""
+    rank, count = world()
+    config = job.config
+    if config.workers.threads or count > 1:
+        torch.set_num_threads(config.workers.threads or max(1, int(config.workers.cpus)))
+    device = choose_device(config.train)
+    denoiser = job.denoiser()
+    reader = job.reader(denoiser)
+    trainer = Trainer(config, denoiser, device)
+    validation = _validation(job, reader)
+    hooks = WorkerHooks(job, validation, emit, stopped)
+    store = CheckpointStore(job.checkpoints, config.checkpoint)
+    facts = {"config": configuration.to_plain(config), "version": __version__, "torch": torch.__version__}
+    try:
+        ended = fit(
+            trainer,
+            store,
+            lambda start: stream(job, reader, rank, count, start),
+            lambda: validation[rank::count],
+            hooks,
+            facts,
+        )
+        if rank == 0:
+            known = {"progress": vars(trainer.progress), "version": __version__, "state": ended}
+            save_export(job.export, config, trainer.ema.model, known)
+        return ended
+    finally:
+        hooks.close()
+
+
+def _validation(job: Job, reader: Any) -> list[Batch]:
+    """Return the held-out rows that losses and pictures are measured on; kept, since there are few of them."""
+    splits = [manifest.splits[job.config.evaluate.split] for manifest in job.manifests]
+    if not any(split.rows for split in splits):
+        return []
+    return list(split_batches(reader, splits, job.config.evaluate.rows, min(32, job.config.evaluate.rows)))
+
+
+def local_stream(job: Job, reader: Any, rank: int, world: int, start: int) -> Iterator[Batch]:
+    """Stream rows read by threads of this process."""
+    return local_batches(
+        job.plan(), reader, rank, world, start, threads=max(1, job.config.workers.data_workers)
+    )
+
+
+def ray_stream(job: Job, reader: Any, rank: int, world: int, start: int) -> Iterator[Batch]:
+    """Stream rows read by Ray Data's workers."""
+    from mmdiff_ray.distributed.stream import stream_batches
+
+    stop = -(-job.config.train.samples // job.config.train.global_batch)
+    return stream_batches(job.plan(), reader, rank, world, start, stop, job.config.workers.data_workers)
+
+
+def ray_train_loop(settings: dict[str, Any]) -> None:
+    """Be one worker of Ray Train. settings: the job, and the actor that the driver listens to."""
+    import ray
+
+    job, board = settings["job"], settings["board"]
+    logging.basicConfig(level=logging.WARNING)
+    os.chdir(settings["working_folder"])
+    asked: list[Any] = []
+
+    def stopped() -> bool:
+        """Return the answer to the last question, and ask again: a step never waits for it."""
+        answer = bool(ray.get(asked.pop())) if asked else False
+        asked.append(board.stop_asked.remote())
+        return answer
+
+    board.post.remote({"kind": "worker", "rank": world()[0], "pid": os.getpid(), "logs": _log_folder()})
+    ended = train_worker(job, ray_stream, lambda event: board.post.remote(event), stopped)
+    if world()[0] == 0:
+        ray.get(board.post.remote({"kind": "ended", "state": ended}))
+
+
+def _log_folder() -> str:
+    import ray
+
+    return str(Path(ray._private.worker._global_node.get_session_dir_path()) / "logs")

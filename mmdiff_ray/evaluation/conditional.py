@@ -1,0 +1,127 @@
+"""What the model says of a given anchor: masks, labels and embeddings, each beside its trivial rule."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmdiff_ray.evaluation.context import Context, Figure, Findings
+from mmdiff_ray.evaluation.floors import (
+    majority_class,
+    mean_embedding,
+    nearest_palette_colour,
+    threshold_fill,
+)
+from mmdiff_ray.evaluation.grids import Panel, grid
+from mmdiff_ray.evaluation.retrieval import cosine
+from mmdiff_ray.evaluation.segmentation import confusion, foreground_iou, mean_iou
+from mmdiff_ray.modalities.embedding import EmbeddingModality
+from mmdiff_ray.modalities.image import ImageModality
+from mmdiff_ray.modalities.label import LabelModality
+from mmdiff_ray.modalities.mask import MaskModality
+from mmdiff_ray.registry import register
+
+
+@register("evaluator", "segmentation")
+def evaluate_segmentation(context: Context) -> Findings:
+    """Measure masks from the given anchor: foreground IoU (two classes) or mean IoU, and picture them."""
+    findings, panels = Findings(), []
+    for name, modality in _asked(context, MaskModality).items():
+        rows = context.rows_with(name, context.anchor)
+        if not rows.any():
+            continue
+        truth = context.truth(name, rows).numpy()
+        answer = context.sampled(context.anchor).data[name][torch.from_numpy(rows)].numpy()
+        rules = _mask_rules(context, modality, rows)
+        if modality.prediction_channels == 2:
+            metric = "iou"
+            values = {
+                rule: float(foreground_iou(m, truth).mean()) for rule, m in {"model": answer, **rules}.items()
+            }
+        else:
+            metric, classes = "miou", modality.prediction_channels
+            values = {
+                rule: mean_iou(confusion(mask, truth, classes))
+                for rule, mask in {"model": answer, **rules}.items()
+            }
+        model = values.pop("model")
+        findings.figures.append(Figure(f"{name}/{metric}", model, "higher", int(rows.sum()), values))
+        panels.append((name, modality, rows, answer, truth, rules))
+    if panels:
+        findings.pictures[f"masks_from_{context.anchor}"] = _mask_picture(context, panels)
+    return findings
+
+
+@register("evaluator", "labels")
+def evaluate_labels(context: Context) -> Findings:
+    """Measure labels from the given anchor: accuracy, beside the majority class of the rows."""
+    findings = Findings()
+    for name, modality in _asked(context, LabelModality).items():
+        rows = context.rows_with(name, context.anchor)
+        if rows.any():
+            truth = context.truth(name, rows).numpy()
+            answer = context.sampled(context.anchor).data[name][torch.from_numpy(rows)].numpy()
+            common = majority_class(_train_counts(context, modality, truth))
+            floors = {"majority class": float((truth == common).mean())}
+            value = float((answer == truth).mean())
+            findings.figures.append(Figure(f"{name}/accuracy", value, "higher", int(rows.sum()), floors))
+    return findings
+
+
+@register("evaluator", "embeddings")
+def evaluate_embeddings(context: Context) -> Findings:
+    """Measure embeddings from the given anchor: cosine to the truth, beside the mean embedding."""
+    findings = Findings()
+    for name in _asked(context, EmbeddingModality):
+        rows = context.rows_with(name, context.anchor)
+        if rows.any():
+            truth = context.truth(name, rows).numpy()
+            answer = context.sampled(context.anchor).data[name][torch.from_numpy(rows)].numpy()
+            mean = np.broadcast_to(mean_embedding(truth), truth.shape)
+            floors = {"mean embedding": float(cosine(mean, truth).mean())}
+            value = float(cosine(answer, truth).mean())
+            findings.figures.append(Figure(f"{name}/cosine", value, "higher", int(rows.sum()), floors))
+    return findings
+
+
+def _asked(context: Context, kind: type) -> dict[str, Any]:
+    """Return the instances of a type that some task generates from the given anchor."""
+    if not context.given_by_a_task(context.anchor):
+        return {}
+    return {name: m for name, m in context.instances(kind).items() if name in context.generated}
+
+
+def _train_counts(context: Context, modality: Any, truth: np.ndarray) -> list[int]:
+    counts = context.columns.get(modality.column, {}).get("counts")
+    return list(counts) if counts else np.bincount(truth, minlength=modality.prediction_channels).tolist()
+
+
+def _mask_rules(context: Context, modality: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the masks that rules without a model give: threshold + fill, or the nearest of the classes' colours."""
+    if context.anchor not in context.instances(ImageModality):
+        return {}
+    image = context.truth(context.anchor, rows).numpy()
+    if modality.prediction_channels == 2:
+        return {"threshold + fill": threshold_fill(image).astype(np.uint8)}
+    colors = modality.options.colors
+    if not colors or not any(color is not None for color in colors):
+        return {}
+    return {
+        "nearest palette colour": nearest_palette_colour(image, colors),
+        "nearest palette colour in threshold + fill": nearest_palette_colour(
+            image, colors, threshold_fill(image)
+        ),
+    }
+
+
+def _mask_picture(context: Context, panels: list[tuple]) -> Any:
+    rows = panels[0][2]
+    count = min(context.config.evaluate.grid_rows, int(rows.sum()))
+    shown = [context.panel(context.anchor, context.truth(context.anchor, rows)[:count], "given")]
+    for name, modality, _, answer, truth, rules in panels:
+        rule, mask = next(iter(rules.items()), ("", None))
+        shown.append(Panel(name, modality.picture(torch.from_numpy(answer[:count])), "generated"))
+        shown.append(Panel(f"true {name}", modality.picture(torch.from_numpy(truth[:count])), "truth"))
+        if mask is not None:
+            shown.append(Panel(rule, modality.picture(torch.from_numpy(mask[:count])), "trivial rule"))
+    return grid(shown, title=f"masks from {context.anchor}", subtitle="held-out rows over random backgrounds")

@@ -1,0 +1,147 @@
+"""What evaluators share: the model, held-out rows, and samples that are drawn once however many look at them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmdiff_ray.batch import Batch
+from mmdiff_ray.config import Config
+from mmdiff_ray.denoiser import Denoiser
+from mmdiff_ray.diffusion.process import ABSENT, GENERATED, GIVEN
+from mmdiff_ray.evaluation.grids import Panel
+from mmdiff_ray.evaluation.tiles import text_tile
+from mmdiff_ray.modalities.base import Modality
+from mmdiff_ray.training.inference import Generator, Samples, sample
+
+CHUNK = 64
+"""Rows sampled at once."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure. key: `instance/metric`; better: "higher" or "lower"; rows: how many it was measured on;
+    floors: trivial rule -> what it reaches on the same rows."""
+
+    key: str
+    value: float
+    better: str
+    rows: int
+    floors: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an evaluator found: figures, and pictures by name."""
+
+    figures: list[Figure] = field(default_factory=list)
+    pictures: dict[str, Image.Image] = field(default_factory=dict)
+
+
+class Context:
+    """Held-out rows and a model. batch: all rows that are evaluated, on the model's device."""
+
+    def __init__(self, model: Generator, batch: Batch, columns: Mapping[str, Mapping] | None = None) -> None:
+        self.model = model
+        self.batch = batch
+        self.columns = columns or {}
+        self._samples: dict[tuple[str, ...], Samples] = {}
+
+    @property
+    def config(self) -> Config:
+        return self.model.config
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return self.model.denoiser
+
+    @property
+    def anchor(self) -> str:
+        return self.denoiser.anchor
+
+    @cached_property
+    def generated(self) -> set[str]:
+        """Return the instances that some task generates, and so can be asked for."""
+        return {
+            name
+            for task in self.config.tasks.values()
+            for name, roles in task.roles.items()
+            if "generated" in (roles if isinstance(roles, list) else [roles]) and task.frequency > 0
+        }
+
+    def instances(self, kind: type[Modality]) -> dict[str, Modality]:
+        """Return the instances of a type, by name."""
+        return {name: m for name, m in self.denoiser.modalities.items() if isinstance(m, kind)}
+
+    def given_by_a_task(self, *names: str) -> bool:
+        """Return whether some task trains with exactly or at least these given."""
+        return any(
+            task.frequency > 0
+            and all("given" in np.atleast_1d(task.roles.get(name, "absent")).tolist() for name in names)
+            for task in self.config.tasks.values()
+        )
+
+    def rows_with(self, *names: str) -> np.ndarray:
+        """Return which real rows have all of these instances, bool (B,)."""
+        has = self.batch.real.clone()
+        for name in names:
+            has &= self.batch.present[name]
+        return has.cpu().numpy()
+
+    def truth(self, name: str, rows: np.ndarray | slice = slice(None)) -> Tensor:
+        """Return the data of an instance in some rows, on the CPU."""
+        return self.batch.data[name].cpu()[rows]
+
+    def sampled(self, *given: str) -> Samples:
+        """Return one sample of everything else for every row, with these instances given from the row."""
+        if given not in self._samples:
+            parts = [self._chunk(start, given) for start in range(0, len(self.batch), CHUNK)]
+            self._samples[given] = Samples(
+                data={name: torch.cat([part.data[name].cpu() for part in parts]) for name in parts[0].data},
+                heads={},
+                agreement={
+                    name: float(np.mean([part.agreement[name] for part in parts]))
+                    for name in parts[0].agreement
+                },
+            )
+        return self._samples[given]
+
+    def _chunk(self, start: int, given: Sequence[str]) -> Samples:
+        part = self.batch.rows(start, start + CHUNK)
+        roles = {}
+        for name in self.denoiser.modalities:
+            role = GIVEN if name in given else GENERATED if name in self.generated else ABSENT
+            if role == GENERATED and self._repeats(name, given):
+                role = ABSENT
+            roles[name] = torch.full((len(part),), role, device=part.ids.device)
+        settings = self.config.evaluate
+        return sample(
+            self.denoiser,
+            roles,
+            {name: part.data[name] for name in given},
+            ids=torch.arange(start, start + len(part), device=part.ids.device),
+            seed=self.config.seed,
+            steps=settings.steps,
+            sampler=settings.sampler,
+            guidance=settings.guidance,
+        )
+
+    def _repeats(self, name: str, given: Sequence[str]) -> bool:
+        """Return whether no task generates an instance together with what is given (then it was never trained)."""
+        return not any(
+            "generated" in np.atleast_1d(task.roles.get(name, "absent")).tolist()
+            and all("given" in np.atleast_1d(task.roles.get(other, "absent")).tolist() for other in given)
+            for task in self.config.tasks.values()
+            if task.frequency > 0
+        )
+
+    def panel(self, name: str, data: Tensor, note: str, title: str | None = None) -> Panel:
+        """Return data of an instance as a panel of a grid."""
+        shown = self.denoiser.modalities[name].picture(data)
+        if isinstance(shown, list):
+            shown = np.stack([text_tile(text) for text in shown])
+        return Panel(title or name, shown, note)

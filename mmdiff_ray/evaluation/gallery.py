@@ -1,0 +1,95 @@
+"""Samples of a trained model as files: one picture of them all, and the data of every sample."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.evaluation.grids import Panel, grid, mosaic, to_png
+from mmdiff_ray.evaluation.tiles import text_tile
+from mmdiff_ray.training.inference import Generator, Samples
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What was written. grid: the picture; files: how many data files lie in `folder`."""
+
+    folder: Path
+    grid: Path
+    files: int
+    samples: Samples
+
+
+def parse_given(model: Generator, given: list[str], hole: str | None = None) -> dict[str, np.ndarray]:
+    """Return instance -> one row's data from `instance=value` texts. Raises ConfigError for an unknown instance or
+    a value that is none. hole: a picture whose white part is missing from the one masked image that is given."""
+    rows = {}
+    for text in given:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(
+                f"--given {text!r} must read instance=value, for example --given label='Food & Drink'"
+            )
+        modality = model.modality(name)
+        rows[name] = modality.parse(f"{value},{hole}" if hole and modality.only_given else value)
+    if hole and not any(model.modality(name).only_given for name in rows):
+        raise ConfigError("--hole goes with a masked image: --given masked=picture.png --hole hole.png")
+    return rows
+
+
+def write_gallery(
+    model: Generator,
+    given: Mapping[str, np.ndarray],
+    num: int,
+    out: Path,
+    *,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+) -> Gallery:
+    """Draw samples and write `grid.png`, one file per sample and instance, and `samples.json` into a folder.
+
+    Given instances are written once, as they were read. Raises ConfigError if the folder has other files in it.
+    """
+    if out.is_dir() and any(out.iterdir()) and not (out / "samples.json").exists():
+        raise ConfigError(f"--out {out} is a folder with other files in it; name a new one")
+    samples = model.draw(given, num, steps=steps, sampler=sampler, guidance=guidance, seed=seed)
+    out.mkdir(parents=True, exist_ok=True)
+    names = [*given, *[name for name in samples.data if name not in given]]
+    files = {}
+    for name in names:
+        rows = samples.data[name].cpu()
+        modality = model.denoiser.modalities[name]
+        if name in given:
+            files[name] = [modality.write(rows[0], out / f"given_{name}").name]
+        else:
+            files[name] = [
+                modality.write(row, out / f"{index:04d}_{name}").name for index, row in enumerate(rows)
+            ]
+    facts = {
+        "given": {name: files[name][0] for name in given},
+        "generated": {name: files[name] for name in names if name not in given},
+        "agreement_of_answer_and_code": samples.agreement,
+        "settings": {"num": num, "steps": steps, "sampler": sampler, "guidance": guidance, "seed": seed},
+    }
+    (out / "grid.png").write_bytes(to_png(picture(model, samples, list(given), num)))
+    (out / "samples.json").write_text(json.dumps(facts, indent=1), encoding="utf8")
+    return Gallery(out, out / "grid.png", sum(len(paths) for paths in files.values()), samples)
+
+
+def picture(model: Generator, samples: Samples, given: list[str], num: int) -> Image.Image:
+    """Return the samples as one grid: what was given first, then every generated modality side by side."""
+    panels = []
+    for name in [*given, *[name for name in samples.data if name not in given]]:
+        shown = model.denoiser.modalities[name].picture(samples.data[name].cpu())
+        tiles = np.stack([text_tile(text) for text in shown]) if isinstance(shown, list) else shown
+        panels.append(Panel(name, tiles, "given" if name in given else "generated"))
+    if len(panels) == 1:
+        return mosaic(panels[0])
+    title = f"given {', '.join(given)}" if given else "joint samples"
+    return grid(panels, title=title, blocks=2 if num > 8 else 1)

@@ -1,0 +1,73 @@
+"""Joint samples: everything from noise. Whether the modalities agree, and a picture of them side by side."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mmdiff_ray.diffusion.process import GENERATED, GIVEN
+from mmdiff_ray.evaluation.context import CHUNK, Context, Figure, Findings
+from mmdiff_ray.evaluation.grids import grid
+from mmdiff_ray.evaluation.segmentation import foreground_iou
+from mmdiff_ray.modalities.mask import MaskModality
+from mmdiff_ray.registry import register
+from mmdiff_ray.training.inference import sample
+
+
+@register("evaluator", "joint")
+def evaluate_joint(context: Context) -> Findings:
+    """Measure joint samples: IoU of a sample's two-class mask with the mask the model gives its image alone.
+
+    The floor is the same with the masks of other samples: what chance agreement is worth.
+    """
+    drawn = context.sampled()
+    findings = Findings(pictures={"joint": joint_picture(context)})
+    masks = {
+        name
+        for name, modality in context.instances(MaskModality).items()
+        if name in drawn.data and modality.prediction_channels == 2
+    }
+    if masks and context.anchor in drawn.data and context.given_by_a_task(context.anchor):
+        judged = _judged(context, drawn.data[context.anchor], masks)
+        for name in sorted(masks):
+            made, told = drawn.data[name].numpy(), judged[name].numpy()
+            value = float(foreground_iou(made, told).mean())
+            chance = float(foreground_iou(np.roll(made, 1, axis=0), told).mean())
+            floors = {"masks of other samples": chance}
+            findings.figures.append(Figure(f"{name}/joint_iou", value, "higher", len(made), floors))
+    for name, share in drawn.agreement.items():
+        findings.figures.append(Figure(f"{name}/code_agreement", share, "higher", len(context.batch)))
+    return findings
+
+
+def joint_picture(context: Context) -> Image.Image:
+    """Return joint samples with all modalities side by side."""
+    drawn = context.sampled()
+    count = min(2 * context.config.evaluate.grid_rows, len(context.batch))
+    names = [name for name in context.denoiser.modalities if name in drawn.data]
+    panels = [context.panel(name, drawn.data[name][:count], "generated") for name in names]
+    return grid(panels, title="joint samples", subtitle="every modality from noise", blocks=2)
+
+
+def _judged(context: Context, images: torch.Tensor, masks: set[str]) -> dict[str, torch.Tensor]:
+    """Return the masks that the model gives to images."""
+    parts = []
+    for start in range(0, len(images), CHUNK):
+        image = images[start : start + CHUNK].to(context.model.device)
+        size, device = len(image), context.model.device
+        roles = {
+            name: torch.zeros(size, dtype=torch.int64, device=device) for name in context.denoiser.modalities
+        }
+        roles[context.anchor] += GIVEN
+        for name in masks:
+            roles[name] += GENERATED
+        made = sample(
+            context.denoiser,
+            roles,
+            {context.anchor: image},
+            ids=torch.arange(start, start + size, device=device),
+            seed=context.config.seed + 1,
+            steps=context.config.evaluate.steps,
+            sampler=context.config.evaluate.sampler,
+        )
+        parts.append({name: made.data[name].cpu() for name in masks})
+    return {name: torch.cat([part[name] for part in parts]) for name in masks}

@@ -1,0 +1,79 @@
+"""Restoration: the anchor from a masked image, against the rules that need no model."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmdiff_ray.evaluation.context import Context, Figure, Findings
+from mmdiff_ray.evaluation.floors import mean_visible_colour, nearest_visible_pixel
+from mmdiff_ray.evaluation.grids import Panel, grid
+from mmdiff_ray.evaluation.lpips import Lpips
+from mmdiff_ray.modalities.masked_image import MaskedImageModality
+from mmdiff_ray.registry import register
+
+RULES = {"mean visible colour": mean_visible_colour, "nearest visible pixel": nearest_visible_pixel}
+
+
+@register("evaluator", "restoration")
+def evaluate_restoration(context: Context) -> Findings:
+    """Measure restored images: L1 in the hole ([-1, 1] scale), and LPIPS (AlexNet) with the visible pixels pasted."""
+    findings = Findings()
+    for name, modality in context.instances(MaskedImageModality).items():
+        source = modality.made_from
+        rows = context.rows_with(name, source)
+        if rows.any() and context.given_by_a_task(name):
+            _measure(context, name, source, rows, findings)
+    return findings
+
+
+def _measure(context: Context, name: str, source: str, rows: np.ndarray, findings: Findings) -> None:
+    masked, truth = context.truth(name, rows), context.truth(source, rows)
+    visible = (masked[:, 3] > 0).numpy()
+    restored = context.sampled(name).data[source][torch.from_numpy(rows)].numpy()
+    pasted = np.where(visible[:, None], masked[:, :3].numpy(), restored)
+    answers = {
+        "model": pasted,
+        **{rule: fill(masked[:, :3].numpy(), visible) for rule, fill in RULES.items()},
+    }
+    l1 = {rule: _hole_l1(answer, truth.numpy(), visible) for rule, answer in answers.items()}
+    distance = Lpips("alex", context.model.device)
+    lpips = {
+        rule: float(distance(torch.from_numpy(answer), truth).mean()) for rule, answer in answers.items()
+    }
+    for metric, values in (("l1_hole", l1), ("lpips", lpips)):
+        model = values.pop("model")
+        findings.figures.append(
+            Figure(f"{source}_from_{name}/{metric}", model, "lower", int(rows.sum()), values)
+        )
+    seen = Figure(
+        f"{source}_from_{name}/l1_visible",
+        _hole_l1(restored, truth.numpy(), ~visible),
+        "lower",
+        int(rows.sum()),
+    )
+    findings.figures.append(seen)
+    findings.pictures[f"{source}_from_{name}"] = _picture(context, name, source, masked, truth, answers)
+
+
+def _hole_l1(answer: np.ndarray, truth: np.ndarray, visible: np.ndarray) -> float:
+    """Return the mean absolute difference over the hole, in pixels of [-1, 1]."""
+    hole = np.broadcast_to(~visible[:, None], truth.shape)
+    return float(np.abs(answer.astype(np.float64) - truth)[hole].mean() / 127.5)
+
+
+def _picture(
+    context: Context, name: str, source: str, masked: Tensor, truth: Tensor, answers: dict[str, np.ndarray]
+) -> Image.Image:
+    count = min(context.config.evaluate.grid_rows, len(truth))
+
+    def tiles(values: np.ndarray) -> np.ndarray:
+        return values[:count].transpose(0, 2, 3, 1)
+
+    panels = [
+        context.panel(name, masked[:count], "given"),
+        Panel("restored", tiles(answers["model"]), "generated"),
+        Panel("original", tiles(truth.numpy()), "truth"),
+        *[Panel(rule, tiles(answers[rule]), "trivial rule") for rule in RULES],
+    ]
+    return grid(panels, title=f"{source} from {name}", subtitle="held-out rows; visible pixels pasted")

@@ -1,0 +1,100 @@
+"""Run the configured evaluators on a model and held-out rows."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from PIL import Image
+from rich.table import Table
+
+from mmdiff_ray.batch import Batch
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.evaluation.context import Context, Figure, Findings
+from mmdiff_ray.registry import look_up, names
+from mmdiff_ray.training.inference import Generator
+
+
+def check_evaluators(wanted: Iterable[str]) -> None:
+    """Raise ConfigError for an evaluator that is not registered."""
+    for name in wanted:
+        try:
+            look_up("evaluator", name)
+        except KeyError as error:
+            raise ConfigError(f"evaluate.evaluators: {error.args[0]}") from None
+
+
+def evaluate(
+    model: Generator,
+    batches: Iterable[Batch],
+    columns: Mapping[str, Mapping] | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Findings:
+    """Return what all configured evaluators found on the rows of the batches.
+
+    columns: what the data set's manifest says of them; tell: is told each evaluator's name before it starts.
+    """
+    context = Context(model, joined(batches).to(model.device), columns)
+    findings = Findings()
+    for name in model.config.evaluate.evaluators or names("evaluator"):
+        tell(name)
+        found = look_up("evaluator", name)(context)
+        findings.figures.extend(found.figures)
+        findings.pictures.update(found.pictures)
+    return findings
+
+
+def sample_pictures(model: Generator, batches: Iterable[Batch]) -> dict[str, Image.Image]:
+    """Return the pictures alone, of the first few rows: joint samples and every conditional task."""
+    batch = joined(batches)
+    context = Context(model, batch.rows(0, 2 * model.config.evaluate.grid_rows).to(model.device))
+    pictures: dict[str, Image.Image] = {}
+    for name in ("joint", "segmentation", "restoration"):
+        if name in (model.config.evaluate.evaluators or names("evaluator")):
+            pictures.update(look_up("evaluator", name)(context).pictures)
+    return pictures
+
+
+def joined(batches: Iterable[Batch]) -> Batch:
+    """Return batches as one."""
+    parts = list(batches)
+    return Batch(
+        ids=torch.cat([part.ids for part in parts]),
+        visits=torch.cat([part.visits for part in parts]),
+        real=torch.cat([part.real for part in parts]),
+        data={name: torch.cat([part.data[name] for part in parts]) for name in parts[0].data},
+        present={name: torch.cat([part.present[name] for part in parts]) for name in parts[0].present},
+    )
+
+
+def metrics_of(figures: Iterable[Figure]) -> dict[str, float]:
+    """Return figures as flat metrics: `eval/KEY`, and `eval/KEY/floor/RULE` for each trivial rule."""
+    metrics = {}
+    for figure in figures:
+        metrics[f"eval/{figure.key}"] = figure.value
+        for rule, value in figure.floors.items():
+            metrics[f"eval/{figure.key}/floor/{_plain(rule)}"] = value
+    return metrics
+
+
+def table(figures: Iterable[Figure]) -> Table:
+    """Return figures as a table for a person: every figure beside the trivial rules it has to beat."""
+    shown = Table(title="evaluation on held-out rows", title_justify="left")
+    for heading in ("figure", "model", "best trivial rule", "", "rows"):
+        shown.add_column(heading, justify="right" if heading in ("model", "rows") else "left")
+    for figure in sorted(figures, key=lambda figure: not figure.floors):
+        arrow = "\N{UPWARDS ARROW}" if figure.better == "higher" else "\N{DOWNWARDS ARROW}"
+        shown.add_row(f"{figure.key} {arrow}", f"{figure.value:.3f}", *_floor(figure), str(figure.rows))
+    return shown
+
+
+def _floor(figure: Figure) -> tuple[str, str]:
+    if not figure.floors:
+        return "", ""
+    pick = max if figure.better == "higher" else min
+    rule = pick(figure.floors, key=lambda name: figure.floors[name])
+    value = figure.floors[rule]
+    wins = figure.value > value if figure.better == "higher" else figure.value < value
+    return f"{value:.3f}  {rule}", "better" if wins else "not better"
+
+
+def _plain(rule: str) -> str:
+    return "_".join(part for part in rule.replace("+", " ").split())

@@ -1,0 +1,1 @@
+"""The modality types: one file each. A module in this package is found and registered by itself."""

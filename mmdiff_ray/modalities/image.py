@@ -1,0 +1,190 @@
+"""Images: 8-bit RGB, standardised pixels as code. Transparent ones are drawn over a background when read."""
+
+import dataclasses
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+
+from mmdiff_ray.config import ConfigError, ModalityConfig
+from mmdiff_ray.modalities.backgrounds import draw_background
+from mmdiff_ray.modalities.base import DenseHead, Mean, Modality, RowContext, need_column
+from mmdiff_ray.registry import register
+
+
+@dataclass(frozen=True)
+class ImageOptions(ModalityConfig):
+    """column: the Parquet column (default: the instance's name). sigma: standard deviation of the likelihood
+    where the image is not the anchor, in pixel units of [-1, 1]."""
+
+    column: str | None = None
+    sigma: float = 0.5
+
+
+@register("modality", "image")
+class ImageModality(Modality):
+    """RGB images. data: uint8 (B, 3, H, W); code and prediction: (B, 3, H, W), standardised per channel.
+
+    Likelihood: a Gaussian discretised to the 256 grey levels (Ho et al., 2020, equation 13).
+    """
+
+    Options = ImageOptions
+    likelihood = "discretised Gaussian"
+    code_channels = 3
+    prediction_channels = 3
+    code_mean: Tensor
+    code_scale: Tensor
+
+    def __init__(self, name: str, options: ImageOptions, size: tuple[int, int]) -> None:
+        super().__init__(name, options, size)
+        if not options.sigma > 0:
+            raise ConfigError(f"modalities.{name}.sigma ({options.sigma}) must be above 0")
+        self.register_buffer("code_mean", torch.zeros(3))
+        self.register_buffer("code_scale", torch.full((3,), 0.5))
+
+    @classmethod
+    def resolve(
+        cls, name: str, options: ImageOptions, columns: Mapping[str, Mapping[str, Any]]
+    ) -> ImageOptions:
+        column = options.column or name
+        need_column(name, column, columns, ("image",))
+        return dataclasses.replace(options, column=column)
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        return (3, *self.size)
+
+    @property
+    def data_type(self) -> type:
+        return np.uint8
+
+    def read(self, row: Mapping[str, Any], context: RowContext, done: Mapping[str, Any]) -> np.ndarray | None:
+        if row[self.column] is None:
+            return None
+        image = Image.open(io.BytesIO(row[self.column]))
+        return draw(image, context, self.name)
+
+    def calibrate(self, data: Tensor) -> None:
+        """Fix mean and standard deviation per channel from a sample of images."""
+        pixels = to_float(data).double()
+        self.code_mean.copy_(pixels.mean(dim=(0, 2, 3)))
+        self.code_scale.copy_(pixels.std(dim=(0, 2, 3)).clamp_min(1e-2))
+
+    def encode(self, data: Tensor) -> Tensor:
+        return (to_float(data) - _per_channel(self.code_mean)) / _per_channel(self.code_scale)
+
+    def from_code(self, code: Tensor) -> Tensor:
+        return to_bytes(code.float() * _per_channel(self.code_scale) + _per_channel(self.code_mean))
+
+    def make_head(self, feature_channels: int, pooled_channels: int) -> nn.Module:
+        return DenseHead(feature_channels, self.prediction_channels)
+
+    def expected_code(self, prediction: Tensor) -> Tensor:
+        return prediction
+
+    def answer(self, prediction: Tensor) -> Tensor:
+        return self.from_code(prediction)
+
+    def negative_log_likelihood(self, prediction: Tensor, data: Tensor) -> Tensor:
+        std = self.options.sigma / _per_channel(self.code_scale)
+        return self.code_negative_log_likelihood(prediction, std, data)
+
+    def code_negative_log_likelihood(self, mean: Tensor, std: Tensor, data: Tensor) -> Tensor:
+        """Return -log p(data) in nats under N(mean, std^2) on the code, discretised to grey levels, (B,).
+
+        mean: (B, 3, H, W); std: a number per sample or channel that broadcasts to it, in code units.
+        """
+        scale, half = _per_channel(self.code_scale), 1 / 255
+        centre = to_float(data)
+        deviation = centre - (mean.float() * scale + _per_channel(self.code_mean))
+        sigma = (std * scale).clamp_min(1e-4)
+        # The outermost levels take the whole tails; a finite end keeps gradients finite.
+        below = deviation - torch.where(centre < -1 + half, 1e6, half)
+        above = deviation + torch.where(centre > 1 - half, 1e6, half)
+        return -_log_normal_mass(below / sigma, above / sigma).flatten(1).sum(1)
+
+    def metrics(self, answer: Tensor, data: Tensor) -> dict[str, Mean]:
+        difference = (to_float(answer) - to_float(data)).abs()
+        return {"l1": Mean(float(difference.sum()), difference.numel())}
+
+    def picture(self, data: Tensor) -> np.ndarray:
+        return data.permute(0, 2, 3, 1).cpu().numpy()
+
+    def parse(self, text: str) -> np.ndarray:
+        context = RowContext(self.size, seed=0, visit=0, row_id=0, backgrounds="white", flip=False)
+        return draw(open_image(text, self.name), context, self.name)
+
+    def write(self, data: Tensor, stem: Path) -> Path:
+        path = Path(f"{stem}.png")
+        Image.fromarray(data.permute(1, 2, 0).cpu().numpy()).save(path)
+        return path
+
+
+def draw(image: Image.Image, context: RowContext, name: str) -> np.ndarray:
+    """Return an image as uint8 (3, H, W): resized to the context's cells, mirrored, over a background.
+
+    name: the instance's, which keys the background (`RowContext.backgrounds`), drawn if there is
+    transparency.
+    """
+    height, width = context.size
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    pixels = image.convert("RGBA").convert("RGBa") if transparent else image.convert("RGB")
+    if pixels.size != (width, height):
+        shrinks = pixels.size[0] >= width and pixels.size[1] >= height
+        pixels = pixels.resize((width, height), Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC)
+    array = np.asarray(pixels, dtype=np.float32) / 255
+    if context.mirrored:
+        array = array[:, ::-1]
+    if transparent:
+        generator = context.generator(f"background of {name}")
+        background = draw_background(generator, context.size) if context.backgrounds == "random" else 1.0
+        array = array[..., :3] + (1 - array[..., 3:]) * background  # premultiplied colours
+    return np.ascontiguousarray((array * 255).round().clip(0, 255).astype(np.uint8).transpose(2, 0, 1))
+
+
+def open_image(path: str, name: str) -> Image.Image:
+    """Return the picture in a file. Raises ConfigError if there is none."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, UnidentifiedImageError) as error:
+        raise ConfigError(f"{name}: cannot read a picture from {path!r}: {error}") from None
+    return image
+
+
+def to_float(data: Tensor) -> Tensor:
+    """Return uint8 pixels as float32 in [-1, 1]."""
+    return data.float() / 127.5 - 1
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Return pixels in [-1, 1] as uint8, rounded."""
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _per_channel(value: Tensor) -> Tensor:
+    return value[:, None, None]
+
+
+def _log_normal_mass(low: Tensor, high: Tensor) -> Tensor:
+    """Return log(Phi(high) - Phi(low)), low < high; values and gradients are accurate in both tails.
+
+    By Phi(x) = exp(-x^2 / 2) erfcx(-x / sqrt 2) / 2 for x < 0, since the gradient of torch's log_ndtr is wrong
+    from about 1,000 standard deviations on.
+    """
+    flip = low > 0
+    low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
+    root, around = math.sqrt(0.5), high > 0
+    mass = torch.where(around, torch.erf(root * high) - torch.erf(root * low), 1.0)
+    low, high = torch.where(around, -2.0, low), torch.where(around, -1.0, high)  # not used: 0 is in between
+    log_low, log_high = (torch.special.erfcx(-root * x).log() for x in (low, high))
+    log_ratio = (0.5 * (high - low) * (high + low) + log_low - log_high).clamp(max=-1e-7)
+    tail = log_high - 0.5 * high.square() + torch.log(-torch.expm1(log_ratio))
+    return torch.where(around, mass.log(), tail) - math.log(2)

@@ -1,0 +1,175 @@
+"""Segmentation masks of K classes: binary codes per cell, one class distribution per cell as head."""
+
+import colorsys
+import dataclasses
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mmdiff_ray.config import ConfigError, ModalityConfig
+from mmdiff_ray.modalities.base import DenseHead, Mean, Modality, RowContext, class_codes, need_column
+from mmdiff_ray.modalities.image import open_image
+from mmdiff_ray.registry import register
+
+
+@dataclass(frozen=True)
+class MaskOptions(ModalityConfig):
+    """column: the Parquet column (default: the instance's name). classes, names, colors: the data set's,
+    filled in from its manifest (colors: one [red, green, blue] or null per class). code_channels: at least
+    log2 of the classes, the default."""
+
+    column: str | None = None
+    classes: int | None = None
+    names: list[str] | None = None
+    colors: list[Any] | None = None
+    code_channels: int | None = None
+
+
+@register("modality", "mask")
+class MaskModality(Modality):
+    """Class masks. data: uint8 (B, H, W); code: (B, c, H, W) of +1 and -1; prediction: logits (B, K, H, W).
+
+    Likelihood: categorical in every cell.
+    """
+
+    Options = MaskOptions
+    likelihood = "categorical"
+    codes: Tensor
+
+    def __init__(self, name: str, options: MaskOptions, size: tuple[int, int]) -> None:
+        super().__init__(name, options, size)
+        if not options.classes or not 2 <= options.classes <= 256:
+            raise ConfigError(f"modalities.{name}.classes ({options.classes}) must be between 2 and 256")
+        self.prediction_channels = options.classes
+        if options.colors is not None and len(options.colors) != options.classes:
+            raise ConfigError(
+                f"modalities.{name}.colors: got {len(options.colors)}, want {options.classes}, one per class"
+            )
+        codes = class_codes(options.classes, options.code_channels, f"modalities.{name}.code_channels")
+        self.code_channels = codes.shape[1]
+        self.register_buffer("codes", codes)
+
+    @classmethod
+    def resolve(
+        cls, name: str, options: MaskOptions, columns: Mapping[str, Mapping[str, Any]]
+    ) -> MaskOptions:
+        column = options.column or name
+        entry = need_column(name, column, columns, ("mask",))
+        if options.classes not in (None, entry["classes"]):
+            raise ConfigError(
+                f"modalities.{name}.classes ({options.classes}) differs from the data set's "
+                f"{entry['classes']} classes in column {column!r}; leave it out to take the data set's"
+            )
+        return dataclasses.replace(
+            options,
+            column=column,
+            classes=entry["classes"],
+            names=options.names or entry.get("names"),
+            colors=options.colors or entry.get("colors"),
+        )
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        return self.size
+
+    @property
+    def data_type(self) -> type:
+        return np.uint8
+
+    def read(self, row: Mapping[str, Any], context: RowContext, done: Mapping[str, Any]) -> np.ndarray | None:
+        if row[self.column] is None:
+            return None
+        array = self._fit(np.asarray(Image.open(io.BytesIO(row[self.column]))), context.size)
+        return np.ascontiguousarray(array[:, ::-1]) if context.mirrored else array
+
+    def _fit(self, array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Return class indices (h, w) at the space's size.
+
+        Every cell takes the class that most of its pixels have, of equals the first. Raises ValueError for
+        what is no mask of these classes.
+        """
+        classes = self.prediction_channels
+        if array.ndim != 2 or int(array.max(initial=0)) >= classes:
+            raise ValueError(
+                f"mask {self.name}: got shape {array.shape} with classes up to {array.max(initial=0)}, "
+                f"want (h, w) with classes below {classes}"
+            )
+        array = array.astype(np.uint8)
+        if array.shape == size:
+            return array
+        times = [-(-pixels // cells) for pixels, cells in zip(array.shape, size, strict=True)]
+        height, width = size[0] * times[0], size[1] * times[1]  # the next size that the cells divide
+        array = np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST))
+        cell = np.arange(size[0] * size[1]).reshape(size).repeat(times[0], 0).repeat(times[1], 1)
+        votes = np.bincount((cell * classes + array).ravel(), minlength=size[0] * size[1] * classes)
+        return votes.reshape(*size, classes).argmax(-1).astype(np.uint8)
+
+    def encode(self, data: Tensor) -> Tensor:
+        return self.codes[data.long()].permute(0, 3, 1, 2)
+
+    def from_code(self, code: Tensor) -> Tensor:
+        return torch.einsum("bchw,kc->bkhw", code.float(), self.codes).argmax(1).to(torch.uint8)
+
+    def make_head(self, feature_channels: int, pooled_channels: int) -> nn.Module:
+        return DenseHead(feature_channels, self.prediction_channels)
+
+    def expected_code(self, prediction: Tensor) -> Tensor:
+        return torch.einsum("bkhw,kc->bchw", prediction.float().softmax(1), self.codes)
+
+    def answer(self, prediction: Tensor) -> Tensor:
+        return prediction.argmax(1).to(torch.uint8)
+
+    def negative_log_likelihood(self, prediction: Tensor, data: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(prediction.float(), data.long(), reduction="none").sum((1, 2))
+
+    def metrics(self, answer: Tensor, data: Tensor) -> dict[str, Mean]:
+        return {"cell_accuracy": Mean(float((answer == data).sum()), data.numel())}
+
+    def picture(self, data: Tensor) -> np.ndarray:
+        return self.palette[data.cpu().numpy()]
+
+    @property
+    def palette(self) -> np.ndarray:
+        """Return one colour per class, uint8 (K, 3): the data set's where it names them."""
+        colors = self.options.colors or [None] * self.prediction_channels
+        plain = [(20, 20, 24), (245, 245, 245)] if self.prediction_channels == 2 else None
+        return np.array(
+            [c or (plain[i] if plain else _colour(i)) for i, c in enumerate(colors)], dtype=np.uint8
+        )
+
+    def parse(self, text: str) -> np.ndarray:
+        """Return the mask in a picture of class indices; of two classes, in any picture: white is class 1."""
+        picture = open_image(text, self.name)
+        if self.prediction_channels == 2 and picture.mode not in ("1", "L", "P"):
+            picture = picture.convert("L")
+        array = np.asarray(picture)
+        if self.prediction_channels == 2 and array.max(initial=0) > 1:
+            array = (array >= 128).astype(np.uint8)
+        try:
+            return self._fit(array, self.size)
+        except ValueError as error:
+            raise ConfigError(f"{text}: {error}") from None
+
+    def write(self, data: Tensor, stem: Path) -> Path:
+        path = Path(f"{stem}.png")
+        image = Image.fromarray(data.cpu().numpy())
+        image.putpalette(self.palette.flatten().tolist())
+        image.save(path)
+        return path
+
+
+def _colour(index: int) -> tuple[int, int, int]:
+    """Return a colour for a class without one: dark grey for class 0, then hues a golden angle apart."""
+    if index == 0:
+        return (40, 40, 46)
+    red, green, blue = colorsys.hsv_to_rgb(
+        index * 0.618034 % 1, 0.55 + 0.4 * (index % 2), 0.95 - 0.2 * (index % 3)
+    )
+    return int(red * 255), int(green * 255), int(blue * 255)

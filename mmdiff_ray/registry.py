@@ -1,0 +1,71 @@
+"""Register classes and functions under a name, and look them up with a clear error.
+
+A kind ("modality", "backbone", ...) has a home package whose modules register their own parts when they are
+imported; the home is imported at the first look-up, so nothing happens at import and a new file is found by
+itself.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Part = TypeVar("Part", bound=Callable[..., Any])
+
+HOMES = {
+    "modality": "mmdiff_ray.modalities",
+    "backbone": "mmdiff_ray.backbones",
+    "schedule": "mmdiff_ray.diffusion",
+    "profile": "mmdiff_ray.diffusion",
+    "sampler": "mmdiff_ray.diffusion",
+    "evaluator": "mmdiff_ray.evaluation",
+    "pipeline": "pipelines",
+    "embedder": "pipelines",
+}
+_parts: dict[str, dict[str, Any]] = {kind: {} for kind in HOMES}
+_loaded: set[str] = set()
+
+
+def register(kind: str, name: str) -> Callable[[Part], Part]:
+    """Return a decorator that registers a part of a kind under a name.
+
+    It raises ValueError if another part has the name.
+    """
+
+    def keep(part: Part) -> Part:
+        known = _parts[kind].get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (
+            part.__module__,
+            part.__qualname__,
+        ):
+            raise ValueError(f"{kind} {name!r} is registered twice: {known.__module__} and {part.__module__}")
+        _parts[kind][name] = part
+        return part
+
+    return keep
+
+
+def look_up(kind: str, name: str) -> Any:
+    """Return the part of a kind registered under a name. Raises KeyError naming what is registered."""
+    known = _known(kind)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise KeyError(f"unknown {kind} {name!r}; registered: {', '.join(sorted(known))}{hint}")
+    return known[name]
+
+
+def names(kind: str) -> list[str]:
+    """Return the names registered for a kind, sorted."""
+    return sorted(_known(kind))
+
+
+def _known(kind: str) -> dict[str, Any]:
+    home = HOMES[kind]
+    if home not in _loaded:
+        package = importlib.import_module(home)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{home}.{module.name}")
+        _loaded.add(home)  # only now: a module that cannot be imported must not look like an unknown name
+    return _parts[kind]

@@ -1,0 +1,99 @@
+"""Tasks: rows of roles with frequencies. The role of every modality in a sample is drawn here alone."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mmdiff_ray.batch import Batch
+from mmdiff_ray.config import ConfigError, TaskConfig
+from mmdiff_ray.diffusion import rng
+from mmdiff_ray.diffusion.process import ABSENT, GENERATED, GIVEN
+
+ROLES = {"absent": ABSENT, "given": GIVEN, "generated": GENERATED}
+ALTERNATIVES = 6
+"""A list of roles is written out to this many equally likely entries: 1, 2, 3 or 6 come out even."""
+
+
+class Tasks:
+    """The configured tasks.
+
+    instances: the modality instances, in order. table: (tasks, instances, ALTERNATIVES) roles.
+    """
+
+    def __init__(
+        self, tasks: Mapping[str, TaskConfig], instances: Sequence[str], only_given: set[str]
+    ) -> None:
+        self.names = list(tasks)
+        self.instances = list(instances)
+        self.frequencies = torch.tensor([task.frequency for task in tasks.values()], dtype=torch.float64)
+        self.drop = torch.tensor([task.drop for task in tasks.values()], dtype=torch.float64)
+        if not self.frequencies.sum() > 0:
+            raise ConfigError("tasks: every frequency is 0; give at least one task a frequency above 0")
+        self.table = torch.tensor(
+            [
+                [_alternatives(name, task, instance, only_given) for instance in instances]
+                for name, task in tasks.items()
+            ]
+        )
+
+    def draw(self, batch: Batch, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draw a task and the roles of every sample: (B,) task index and instance -> (B,) roles.
+
+        A modality that a row lacks is absent; only tasks that still generate something in the row are drawn.
+        Where there is none (and in padding) every role is absent. Where the draws from lists generate
+        nothing, one instance that the task may generate is. All is a function of (seed, visit, id).
+        """
+        count = len(self.instances)
+        draws = rng.uniform(seed, "task", batch.visits.cpu(), batch.ids.cpu(), 2 + 2 * count)
+        present = torch.stack([batch.present[name].cpu() for name in self.instances], dim=1)  # (B, I)
+        can_generate = ((self.table == GENERATED).any(-1)[None] & present[:, None]).any(-1)  # (B, T)
+        weights = self.frequencies * can_generate
+        task = (
+            (weights.cumsum(1) <= draws[:, :1] * weights.sum(1, keepdim=True))
+            .sum(1)
+            .clamp(max=len(self.names) - 1)
+        )
+        pick = (draws[:, 1 : 1 + count] * ALTERNATIVES).long()
+        roles = self.table[task].gather(2, pick[..., None])[..., 0]  # (B, I)
+        dropped = (roles == GIVEN) & (draws[:, 1 + count : 1 + 2 * count] < self.drop[task][:, None])
+        roles = torch.where(dropped | ~present, ABSENT, roles)
+        roles = self._generate_one(roles, (self.table[task] == GENERATED).any(-1) & present, draws[:, -1])
+        nothing = (weights.sum(1) == 0) | ~batch.real.cpu()
+        roles = torch.where(nothing[:, None], ABSENT, roles)
+        return task, {name: roles[:, i].to(batch.ids.device) for i, name in enumerate(self.instances)}
+
+    def _generate_one(self, roles: Tensor, possible: Tensor, draw: Tensor) -> Tensor:
+        """Return the roles with one of the possible instances generated in rows that generate nothing.
+
+        roles: (B, I); possible: (B, I) bool; draw: (B,) in [0, 1), which picks evenly.
+        """
+        wanted = (draw * possible.sum(1)).long() + 1
+        chosen = possible & (possible.cumsum(1) == wanted[:, None])
+        return torch.where(chosen & ~(roles == GENERATED).any(1, keepdim=True), GENERATED, roles)
+
+    def roles(self, task: str, batch: Batch) -> dict[str, Tensor]:
+        """Return a named task's roles for a batch without any draw: of lists the first, what lacks absent.
+
+        Raises ConfigError for an unknown task.
+        """
+        if task not in self.names:
+            raise ConfigError(f"tasks: unknown {task!r}; known: {', '.join(self.names)}")
+        row = self.table[self.names.index(task), :, 0]
+        return {
+            name: torch.where(batch.present[name], row[i].to(batch.ids.device), ABSENT)
+            for i, name in enumerate(self.instances)
+        }
+
+
+def _alternatives(name: str, task: TaskConfig, instance: str, only_given: set[str]) -> list[int]:
+    roles = task.roles.get(instance, "absent")
+    roles = roles if isinstance(roles, list) else [roles]
+    if instance in only_given and "generated" in roles:
+        raise ConfigError(
+            f"tasks.{name}.roles.{instance}: it is made from another modality, so it can be given or absent, "
+            "never generated (it would be counted twice)"
+        )
+    if not roles or ALTERNATIVES % len(roles):
+        raise ConfigError(f"tasks.{name}.roles.{instance}: got {len(roles)} alternatives, want 1, 2, 3 or 6")
+    return [ROLES[role] for role in roles] * (ALTERNATIVES // len(roles))

@@ -1,0 +1,135 @@
+"""A trained model as an MLflow model: `mlflow.pyfunc.load_model(uri).predict(rows)` draws samples.
+
+The model holds the exported folder and the name of the function that opens it, no pickled code: loading it
+needs this package installed.
+
+What goes in, as a data frame (or a list of dictionaries): one row per request, one column per given instance.
+Images and masks are PNGs, as bytes or base64 text; labels names or numbers; embeddings lists of numbers. An
+empty frame asks for joint samples. What comes out: `num` rows for each row given, one column per instance,
+images and masks as PNG bytes.
+"""
+
+import base64
+import importlib
+import io
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mmdiff_ray.tracking import provenance
+from mmdiff_ray.tracking.recorder import Recorder
+
+PARAMS: dict[str, Any] = {"num": 1, "steps": 25, "sampler": "dpm2", "guidance": 1.0, "seed": 0}
+REQUIREMENTS = ("mmdiff-ray", "torch", "numpy")
+PNG_MAGIC, PNG_BASE64 = b"\x89PNG", "iVBORw0KGgo"
+
+
+class Sampler(Protocol):
+    """What an exported folder opens into. Images are uint8 (C, H, W), masks uint8 (H, W)."""
+
+    def sample(
+        self, given: dict[str, list], num: int, steps: int, sampler: str, guidance: float, seed: int
+    ) -> dict[str, list]:
+        """Return `num` values of every instance; each list of `given` has `num` values."""
+        ...
+
+
+def log_model(recorder: Recorder, export: str | Path, loader: str, step: int, name: str = "model") -> None:
+    """Record an exported folder as a model of the run, which `runs:/<run id>/<name>` then names.
+
+    loader: "module:function" that opens the folder into a Sampler. Works without a store: the model is
+    written on this disk and sent as any record.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="mmdiff-model-"))
+    try:
+        save_model(folder / name, export, loader)
+        recorder.model(folder / name, name, step)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_model(folder: Path, export: str | Path, loader: str) -> None:
+    """Write an exported folder as an MLflow model."""
+    import mlflow.pyfunc
+
+    versions = provenance.versions()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*input example was not")  # checking one would draw samples
+        mlflow.pyfunc.save_model(
+            folder,
+            loader_module=__name__,
+            data_path=str(export),
+            model_config={"loader": loader},
+            signature=_signature(),
+            pip_requirements=[f"{name}=={versions[name]}" for name in REQUIREMENTS if name in versions],
+        )
+
+
+def _load_pyfunc(path: str, model_config: Mapping[str, Any]) -> "SamplerModel":
+    """Open a saved model; MLflow calls this by its name."""
+    module, _, function = model_config["loader"].partition(":")
+    return SamplerModel(getattr(importlib.import_module(module), function)(Path(path)))
+
+
+class SamplerModel:
+    """A sampler behind MLflow's `predict`."""
+
+    def __init__(self, sampler: Sampler):
+        self._sampler = sampler
+
+    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+        """Return the samples for rows of given values as a data frame.
+
+        params: num (samples per row), steps, sampler, guidance, seed. Raises ValueError for rows that do not
+        all give the same instances.
+        """
+        import pandas as pd
+
+        rows = pd.DataFrame(model_input)
+        if rows.isna().any(axis=None):
+            raise ValueError("an empty cell: all rows of one call must give the same instances")
+        options = PARAMS | (params or {})
+        each = options.pop("num")
+        given = {str(name): [_decoded(value) for value in rows[name] for _ in range(each)] for name in rows}
+        samples = self._sampler.sample(given, num=each * max(1, len(rows)), **options)
+        return pd.DataFrame({name: [_encoded(value) for value in values] for name, values in samples.items()})
+
+
+def _signature() -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec
+
+    kinds = {int: "long", float: "double", str: "string"}
+    return ModelSignature(
+        params=ParamSchema([ParamSpec(name, kinds[type(value)], value) for name, value in PARAMS.items()])
+    )
+
+
+def _decoded(value: Any) -> Any:
+    """Return a PNG as uint8 (C, H, W), or (H, W) where it has one channel; anything else as it is."""
+    from PIL import Image
+
+    if isinstance(value, str) and value.startswith(PNG_BASE64):
+        value = base64.b64decode(value)
+    if not (isinstance(value, bytes) and value.startswith(PNG_MAGIC)):
+        return value
+    image = np.asarray(Image.open(io.BytesIO(value)))
+    return image if image.ndim == 2 else image.transpose(2, 0, 1)
+
+
+def _encoded(value: Any) -> Any:
+    """Return an image or a mask as the bytes of a PNG, another array as a list, anything else as it is."""
+    from PIL import Image
+
+    if not isinstance(value, np.ndarray):
+        return value
+    if value.dtype != np.uint8 or value.ndim not in (2, 3):
+        return value.tolist()
+    buffer = io.BytesIO()
+    Image.fromarray(value if value.ndim == 2 else value.transpose(1, 2, 0)).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,44 @@
+"""Read runs back from MLflow: find one, its numbers, their history."""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.tracking import store
+from mmdiff_ray.tracking.sender import LOCAL_PREFIX, Sender
+
+
+def find_run(uri: str, reference: str) -> Any:
+    """Return the run of an id or local id, or else the newest of a name or of a folder of that name.
+
+    Raises ConfigError where there is none, naming the newest runs.
+    """
+    if reference.startswith(LOCAL_PREFIX):
+        return store.client(uri).get_run(Sender(uri, reference).run_id)
+    name = PurePosixPath(reference).name.replace("'", "")
+    for condition in (f"attributes.run_id = '{name}'", f"attributes.run_name = '{name}'"):
+        if found := _search(uri, condition, 1):
+            return found[0]
+    newest = ", ".join(run.info.run_name for run in _search(uri, "", 5)) or "none"
+    raise ConfigError(f"no run {reference!r} in {store.shown(uri)}; newest: {newest}")
+
+
+def latest(uri: str, run_id: str) -> dict[str, float]:
+    """Return the last value of each metric of a run."""
+    return dict(store.client(uri).get_run(run_id).data.metrics)
+
+
+def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    """Return a metric over the steps, in order.
+
+    A run that went back to a checkpoint records steps again: the last value of a step counts.
+    """
+    points = store.client(uri).get_metric_history(run_id, key)
+    ordered = sorted(points, key=lambda point: (point.step, point.timestamp))
+    return sorted({point.step: point.value for point in ordered}.items())
+
+
+def _search(uri: str, condition: str, limit: int) -> list[Any]:
+    client = store.client(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments, condition, max_results=limit, order_by=["start_time DESC"]))

@@ -1,0 +1,93 @@
+"""The life of a job's one run in MLflow, led from the driver: it starts, goes on after a restart, ends."""
+
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.tracking import provenance, store
+from mmdiff_ray.tracking.recorder import DatasetFacts
+from mmdiff_ray.tracking.sender import LOCAL_PREFIX, RunUnknown, Sender
+from mmdiff_ray.tracking.tracker import Tracker
+
+STATUSES = ("FINISHED", "FAILED", "KILLED")
+
+
+def start_run(
+    uri: str,
+    experiment: str,
+    name: str,
+    root: str | Path,
+    settings: Mapping[str, Any],
+    config_yaml: str,
+    datasets: Sequence[DatasetFacts] = (),
+    tags: Mapping[str, Any] | None = None,
+    offline: bool = False,
+    timeout_s: float = 60.0,
+) -> str:
+    """Begin a run and return its id, which the caller keeps: it names the run through all restarts.
+
+    root: the folder of the run's spools. settings: the resolved configuration as dotted keys. config_yaml:
+    the same as YAML, kept as the artifact `config.yaml`.
+    Where the store does not answer: raises ConfigError, or with `offline` returns a local id that every
+    function here takes in place of MLflow's; the run then appears in MLflow when its spools are sent.
+    """
+    local_id = f"{LOCAL_PREFIX}{uuid.uuid4().hex}"
+    tracker = Tracker(uri, local_id, root)
+    tracker.start(experiment, name)
+    tracker.params({key: _without_secret(value, uri) for key, value in settings.items()})
+    tracker.tags({**provenance.tags(), **(tags or {})})
+    tracker.datasets(datasets)
+    tracker.text(_without_secret(config_yaml, uri), "config.yaml")
+    left = tracker.flush(timeout_s, patient=False)
+    error = tracker.error or f"no answer within {timeout_s:g} s"
+    if left and not offline:
+        tracker.discard()
+        raise ConfigError(
+            f"tracking.uri ({store.shown(uri)}): the run cannot be recorded there: {error}; "
+            "start that server, choose another store, or record on this disk first (offline)"
+        )
+    run_id = local_id if left else tracker.run_id
+    tracker.close(timeout_s=0.0)
+    return run_id
+
+
+def resume_run(uri: str, run_id: str, root: str | Path, timeout_s: float = 30.0) -> int:
+    """Mark a run as running again, with the versions of now, and return how many records wait for the store.
+
+    A store that does not answer is no error: the record waits. Raises ConfigError where it answers that there
+    is no such run.
+    """
+    tracker = Tracker(uri, run_id, root)
+    tracker.status("RUNNING")
+    tracker.tags(provenance.tags())
+    tracker.flush(timeout_s, patient=False)
+    if getattr(tracker.problem, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+        tracker.discard()
+        raise ConfigError(f"there is no run {run_id} in {store.shown(uri)}; was tracking.uri changed?")
+    return tracker.close(timeout_s=0.0)
+
+
+def end_run(uri: str, run_id: str, status: str, root: str | Path, timeout_s: float = 30.0) -> int:
+    """Send what the run's processes have left, mark the run as ended, return how many records still wait.
+
+    status: FINISHED, FAILED or KILLED.
+    """
+    if status not in STATUSES:
+        raise ValueError(f"status ({status}) must be one of {', '.join(STATUSES)}")
+    tracker = Tracker(uri, run_id, root)
+    tracker.status(status)
+    return tracker.close(timeout_s)
+
+
+def run_id_at(uri: str, run_id: str) -> str | None:
+    """Return MLflow's id of a run that may have begun without the store; None while it is not there."""
+    try:
+        return Sender(uri, run_id).run_id
+    except RunUnknown:
+        return None
+
+
+def _without_secret(value: Any, uri: str) -> Any:
+    return value.replace(uri, store.shown(uri)) if isinstance(value, str) else value

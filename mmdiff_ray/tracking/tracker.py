@@ -1,0 +1,154 @@
+"""Record a run while it trains: every call writes to disk and returns, a thread sends to MLflow."""
+
+import logging
+import threading
+from pathlib import Path
+
+from mmdiff_ray.tracking import store
+from mmdiff_ray.tracking.recorder import Recorder
+from mmdiff_ray.tracking.sender import Sender, reason
+from mmdiff_ray.tracking.spool import Spool, waiting
+
+POLL_S = 1.0
+LONGEST_PAUSE_S = 30.0
+CLOSING_PAUSE_S = 0.5
+_log = logging.getLogger(__name__)
+
+
+class Tracker(Recorder):
+    """A recorder whose spool is sent to one run of MLflow by a daemon thread.
+
+    A store that is away costs nothing but disk: the thread tries again with growing pauses, and what is
+    unsent when the process ends is sent by the next tracker under the same root, or by `replay`.
+    Raises OSError only where the spool itself cannot be written.
+    """
+
+    def __init__(self, uri: str, run_id: str, root: str | Path):
+        """Begin to record. root: the folder of the run's spools, on a disk that outlives the process."""
+        store.prepare(uri)
+        self.problem: Exception | None = None
+        self._root = Path(root)
+        self._sender = Sender(uri, run_id)
+        self._adopted: list[tuple[Spool, Sender]] = []
+        self._changed = threading.Condition()
+        self._hurry = self._closing = self._discarded = False
+        super().__init__(Spool.create(root, {"uri": uri, "run_id": run_id}))
+        self._adopt()
+        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str:
+        """The id of the run in MLflow; asks the store where the run was begun without it."""
+        return self._sender.run_id
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong when records were last sent, in one line; None if nothing did."""
+        return None if self.problem is None else reason(self.problem)
+
+    @property
+    def waiting(self) -> int:
+        """The number of records that have not been sent."""
+        return len(self._spool) + sum(len(spool) for spool, _ in self._adopted)
+
+    def flush(self, timeout_s: float, patient: bool = True) -> int:
+        """Wait until everything is sent, at most `timeout_s`, and return how many records are not.
+
+        patient: False gives up at the first error, which `problem` then holds.
+        """
+        self._adopt()
+        with self._changed:
+            self.problem = None
+            self._hurry = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self.waiting or (self.problem and not patient), timeout_s)
+            self._hurry = False
+        return self.waiting
+
+    def close(self, timeout_s: float = 10.0) -> int:
+        """Send what is left, for at most `timeout_s`, stop, and return how many records wait on disk."""
+        left = self.flush(timeout_s)
+        self._stop()
+        if left:
+            _log.warning("%d records of the run wait in %s for MLflow (%s)", left, self._root, self.error)
+        return left
+
+    def discard(self) -> None:
+        """Stop and forget what this tracker has not sent."""
+        self._discarded = True
+        self._stop()
+
+    def _stop(self) -> None:
+        """End the thread; inside a request it ends later, and gives its spools up then."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(POLL_S)
+
+    def _work(self) -> None:
+        failures = 0
+        while not self._closing:
+            try:
+                self._send_all()
+                self._note(None, failures)
+                failures = 0
+            except Exception as problem:
+                failures += 1
+                self._note(problem, failures)
+            self._pause(failures)
+        for spool, _ in self._adopted:
+            spool.close()
+        self._spool.close(keep=not self._discarded)
+
+    def _adopt(self) -> None:
+        """Take over the spools that ended processes of this run have left."""
+        for folder in waiting(self._root):
+            if folder != self._spool.folder and (spool := Spool.adopt(folder)) is not None:
+                with self._changed:
+                    self._adopted = [*self._adopted, (spool, Sender(**spool.target))]
+
+    def _send_all(self) -> None:
+        """Send everything, ended processes' records first; raise the last error after all had their turn."""
+        problem: Exception | None = None
+        for spool, sender in [*self._adopted, (self._spool, self._sender)]:
+            try:
+                while not self._closing and sender.send_next(spool):
+                    self._notify()
+            except Exception as error:
+                problem = error
+        self._give_up_empty()
+        if problem is not None:
+            raise problem
+
+    def _give_up_empty(self) -> None:
+        with self._changed:
+            done = [spool for spool, _ in self._adopted if not len(spool)]
+            self._adopted = [pair for pair in self._adopted if len(pair[0])]
+        for spool in done:
+            spool.close()
+
+    def _note(self, problem: Exception | None, failures: int) -> None:
+        uri = store.shown(self._sender.uri)
+        if problem and failures == 1:
+            _log.warning(
+                "MLflow at %s: %s; the run goes on, records wait in %s", uri, reason(problem), self._root
+            )
+        elif not problem and failures:
+            _log.info("MLflow at %s answers again; nothing was lost", uri)
+        self.problem = problem
+        self._notify()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _pause(self, failures: int) -> None:
+        pause = min(LONGEST_PAUSE_S, POLL_S * 2**failures) if failures else POLL_S
+        with self._changed:
+            if self._closing:
+                return
+            if self._hurry:
+                self._changed.wait(CLOSING_PAUSE_S if failures else 0.01)
+            else:
+                self._changed.wait_for(lambda: self._hurry or self._closing, pause)

@@ -1,0 +1,241 @@
+"""Use of a trained model: load an export, and sample any modalities from any others."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmdiff_ray import config as configuration
+from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.denoiser import Denoiser, build_denoiser
+from mmdiff_ray.diffusion import rng
+from mmdiff_ray.diffusion.process import ABSENT, GENERATED, GIVEN, Prediction, Roles
+from mmdiff_ray.diffusion.samplers import guided, walk
+from mmdiff_ray.modalities.base import Modality
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was sampled. data: instance -> (B, ...), given instances unchanged; heads: the generated instances' last
+    predictions; agreement: instance -> share of rows (or cells) whose answer is also the nearest to its code in z."""
+
+    data: dict[str, Tensor]
+    heads: dict[str, Tensor]
+    agreement: dict[str, float]
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    roles: Roles,
+    given: Mapping[str, Tensor],
+    *,
+    ids: Tensor,
+    seed: int,
+    steps: int = 25,
+    sampler: str = "dpm2",
+    guidance: float | Mapping[str, float] = 1.0,
+) -> Samples:
+    """Sample the generated instances of every row.
+
+    roles: instance -> (B,); given: instance -> data (B, ...), for instances given in any row; ids: (B,) int64, which
+    with the seed key the noise; guidance: one scale for all given instances, or one for each.
+    """
+    process, device = denoiser.process, ids.device
+    shape = (process.channels, *denoiser.size)
+    visits = torch.zeros_like(ids)
+    codes, conditions = denoiser.encode(given), denoiser.conditions(given)
+    scales = guidance if isinstance(guidance, Mapping) else dict.fromkeys(given, guidance)
+
+    def predict(z: Tensor, t: Tensor, roles: Roles) -> Prediction:
+        return denoiser(z, t, roles, codes, conditions)
+
+    def noise(purpose: str) -> Tensor:
+        return rng.normal(seed, f"sample {purpose}", visits, ids, shape).to(device)
+
+    was_training = denoiser.training
+    denoiser.eval()
+    last, z = walk(process, guided(predict, process, codes, scales), noise, codes, roles, steps, sampler)
+    denoiser.train(was_training)
+    data = dict(given)
+    for name, role in roles.items():
+        if bool((role == GENERATED).any()):
+            answer = denoiser.modalities[name].answer(last.heads[name])
+            data[name] = _where_given(role, given.get(name), answer)
+    return Samples(data, last.heads, _agreement(denoiser, z, roles, data, steps))
+
+
+def _where_given(role: Tensor, given: Tensor | None, answer: Tensor) -> Tensor:
+    if given is None:
+        return answer
+    return torch.where((role == GIVEN).reshape(-1, *[1] * (answer.ndim - 1)), given, answer)
+
+
+def _agreement(
+    denoiser: Denoiser, z: Tensor, roles: Roles, data: Mapping[str, Tensor], steps: int
+) -> dict[str, float]:
+    """Return how often the head's answer is also the data nearest to the code channels of the last noisy z.
+
+    Only for instances with channels of their own that are generated in every row, and with discrete data.
+    """
+    found = {}
+    t = torch.full((len(z),), 1 / steps, dtype=torch.float64, device=z.device)
+    betas = denoiser.process.betas(t, roles)
+    for name, role in roles.items():
+        where = denoiser.process.layout[name]
+        alone = sum(
+            other.start < where.stop and other.stop > where.start
+            for other in denoiser.process.layout.values()
+        )
+        if alone > 1 or not bool((role == GENERATED).all()) or data[name].is_floating_point():
+            continue
+        code = z[:, where] / betas[name].float().clamp_min(1e-6)[:, None, None, None]
+        if name != denoiser.anchor:
+            nearest = denoiser.modalities[name].from_code(code)
+            found[name] = float((nearest == data[name]).float().mean())
+    return found
+
+
+class Generator:
+    """A trained model for use: sample modalities from given values, `num` at a time."""
+
+    def __init__(self, config: Config, denoiser: Denoiser) -> None:
+        self.config = config
+        self.denoiser = denoiser.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def roles_for(self, given: Sequence[str], num: int) -> dict[str, Tensor]:
+        """Return roles: what is named is given, all else generated, except what is only made from a generated one."""
+        roles = {}
+        for name, modality in self.denoiser.modalities.items():
+            role = GIVEN if name in given else ABSENT if modality.only_given else GENERATED
+            roles[name] = torch.full((num,), role, device=self.device)
+        return roles
+
+    def draw(
+        self,
+        given: Mapping[str, np.ndarray],
+        num: int,
+        *,
+        steps: int | None = None,
+        sampler: str | None = None,
+        guidance: float | Mapping[str, float] = 1.0,
+        seed: int = 0,
+        batch: int = 64,
+    ) -> Samples:
+        """Return num samples. given: instance -> one row's data, or one for each of num rows.
+
+        Raises ConfigError for an instance the model does not have.
+        """
+        rows = {name: self._rows(name, value, num) for name, value in given.items()}
+        parts = []
+        for start in range(0, num, batch):
+            stop = min(num, start + batch)
+            parts.append(
+                sample(
+                    self.denoiser,
+                    self.roles_for(list(given), stop - start),
+                    {name: value[start:stop] for name, value in rows.items()},
+                    ids=torch.arange(start, stop, device=self.device),
+                    seed=seed,
+                    steps=steps or self.config.evaluate.steps,
+                    sampler=sampler or self.config.evaluate.sampler,
+                    guidance=guidance,
+                )
+            )
+        return _joined(parts)
+
+    def _rows(self, name: str, value: np.ndarray, num: int) -> Tensor:
+        shape = self.modality(name).data_shape
+        rows = torch.as_tensor(np.asarray(value))
+        if tuple(rows.shape) == tuple(shape):
+            rows = rows[None].expand(num, *shape)
+        if tuple(rows.shape) != (num, *shape):
+            raise ConfigError(
+                f"given {name}: got shape {tuple(rows.shape)}, want {tuple(shape)} or {(num, *shape)}"
+            )
+        return rows.contiguous().to(self.device)
+
+    def sample(
+        self,
+        given: Mapping[str, Sequence[Any]],
+        num: int,
+        steps: int = 25,
+        sampler: str = "dpm2",
+        guidance: float = 1.0,
+        seed: int = 0,
+    ) -> dict[str, list[Any]]:
+        """Return num samples as plain values: labels by name, all else as arrays.
+
+        given: instance -> num values: arrays, or what `mmdiff sample --given` takes (a name, a file).
+        """
+        rows = {
+            name: np.stack([self._row(name, value) for value in values]) for name, values in given.items()
+        }
+        drawn = self.draw(rows, num, steps=steps, sampler=sampler, guidance=guidance, seed=seed)
+        return {name: self._plain(name, value.cpu()) for name, value in drawn.data.items()}
+
+    def _row(self, name: str, value: Any) -> np.ndarray:
+        modality = self.modality(name)
+        return (
+            modality.parse(value) if isinstance(value, str) else np.asarray(value, dtype=modality.data_type)
+        )
+
+    def _plain(self, name: str, data: Tensor) -> list[Any]:
+        shown = self.denoiser.modalities[name].picture(data)
+        return shown if isinstance(shown, list) else list(data.numpy())
+
+    def modality(self, name: str) -> Modality:
+        """Return an instance. Raises ConfigError if the model does not have it."""
+        if name not in self.denoiser.modalities:
+            raise ConfigError(
+                f"the model has no modality {name!r}; it has: {', '.join(self.denoiser.modalities)}"
+            )
+        return self.denoiser.modalities[name]
+
+
+def _joined(parts: Sequence[Samples]) -> Samples:
+    return Samples(
+        data={name: torch.cat([part.data[name] for part in parts]) for name in parts[0].data},
+        heads={name: torch.cat([part.heads[name] for part in parts]) for name in parts[0].heads},
+        agreement={
+            name: float(
+                np.average([p.agreement[name] for p in parts], weights=[len(p.data[name]) for p in parts])
+            )
+            for name in parts[0].agreement
+        },
+    )
+
+
+def save_export(folder: Path, config: Config, denoiser: Denoiser, facts: Mapping[str, Any]) -> None:
+    """Write a model for use: `model.safetensors`, `config.yaml` and `facts.json`. The folder appears complete."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in denoiser.state_dict().items()}
+    save_file(tensors, str(partial / "model.safetensors"))
+    (partial / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf8")
+    (partial / "facts.json").write_text(json.dumps(dict(facts), indent=1), encoding="utf8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def load_export(folder: str | Path, device: str = "cpu") -> Generator:
+    """Return the model in an export folder. Raises ConfigError if it is none."""
+    folder = Path(folder)
+    if not (folder / "model.safetensors").is_file() or not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder} holds no exported model (model.safetensors and config.yaml)")
+    config = configuration.load([folder / "config.yaml"])
+    denoiser = build_denoiser(config)
+    denoiser.load_state_dict(load_file(str(folder / "model.safetensors")))
+    return Generator(config, denoiser.to(device))

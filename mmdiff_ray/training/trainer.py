@@ -1,0 +1,251 @@
+"""The trainer: steps over batches, with loss terms added over workers and micro-batches. No Ray, no files."""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mmdiff_ray.batch import Batch
+from mmdiff_ray.config import Config
+from mmdiff_ray.denoiser import Denoiser
+from mmdiff_ray.diffusion import rng
+from mmdiff_ray.diffusion.ema import Ema
+from mmdiff_ray.diffusion.objective import Objective, Terms
+from mmdiff_ray.diffusion.process import Roles
+from mmdiff_ray.tasks import Tasks
+from mmdiff_ray.training.optim import learning_rate, make_optimizer
+from mmdiff_ray.training.parallel import add_over_workers, parallelize, same_everywhere, without_sync, world
+
+PROBE_STEPS = (5, 25)
+"""Steps between which the speed is measured when `train.max_minutes` sizes the run."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, in words for the person who runs it."""
+
+
+@dataclass
+class Progress:
+    """Where a run is. samples_seen: the master clock; total_samples: where it ends; seconds: spent in training."""
+
+    samples_seen: int = 0
+    steps: int = 0
+    total_samples: int = 0
+    seconds: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        return self.samples_seen >= self.total_samples
+
+
+@dataclass
+class Meters:
+    """What is measured between two reports. Tensors stay on the device until a report is asked for."""
+
+    sums: Tensor | None = None
+    counts: Tensor | None = None
+    grad_norm: Tensor | None = None
+    bad_step: Tensor | None = None
+    steps: int = 0
+    wait_s: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+
+class Trainer:
+    """Train a denoiser. One instance per worker; every worker gets its own rows of each global batch."""
+
+    def __init__(self, config: Config, denoiser: Denoiser, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.denoiser = denoiser.to(device)
+        self.model = parallelize(self.denoiser, config.train, device)
+        self.tasks = Tasks(
+            config.tasks,
+            list(denoiser.modalities),
+            {name for name, modality in denoiser.modalities.items() if modality.only_given},
+        )
+        self.objective = Objective(denoiser.process, config.loss, dict(denoiser.modalities.items()))
+        self.optimizer = make_optimizer(self.denoiser, config.train)
+        self.ema = Ema(self.denoiser, config.train.ema_samples)
+        self.progress = Progress(total_samples=config.train.samples)
+        self.terms = sorted(self.objective.counts(self._no_roles(), 1))
+        self.meters = Meters()
+
+    def _no_roles(self) -> Roles:
+        return {
+            name: torch.zeros(1, dtype=torch.int64, device=self.device) for name in self.denoiser.modalities
+        }
+
+    def advance(self, batches: Iterator[Batch], stop_at: int) -> dict[str, float]:
+        """Train until samples_seen reaches stop_at (or the run's end) and return the report of what was done."""
+        while self.progress.samples_seen < min(stop_at, self.progress.total_samples):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - asked
+            self.step(batch)
+            self.meters.wait_s += waited
+            self.progress.seconds += time.perf_counter() - asked
+            self._size_by_time()
+        return self.report()
+
+    def step(self, batch: Batch) -> None:
+        """Do one optimizer step on this worker's rows of a global batch."""
+        batch = batch.to(self.device)
+        _, roles = self.tasks.draw(batch, self.config.seed)
+        cells = self.denoiser.size[0] * self.denoiser.size[1]
+        counts = self._global(self.objective.counts(roles, cells))
+        rate = learning_rate(self.config.train, self.progress.samples_seen, self.progress.total_samples)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = self._backward(batch, roles, counts)
+        grad_norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.config.train.clip_norm)
+        self.optimizer.step()
+        self.progress.samples_seen += self.config.train.global_batch
+        self.progress.steps += 1
+        self.ema.update(self.denoiser, self.config.train.global_batch, self.progress.samples_seen)
+        self._measure(sums, counts, grad_norm)
+
+    def _backward(self, batch: Batch, roles: Roles, counts: Terms) -> Terms:
+        """Add the gradients of all micro-batches; return this worker's sums."""
+        size = self.config.train.micro_batch or len(batch)
+        starts = range(0, len(batch), size)
+        totals: Terms = {}
+        for start in starts:
+            part = batch.rows(start, start + size)
+            part_roles = {name: role[start : start + size] for name, role in roles.items()}
+            with without_sync(self.model, start != starts[-1]):
+                sums = self._sums(self.model, part, part_roles)
+                # Workers' gradients are averaged, but counts are global: the factor makes it a sum.
+                (self.objective.total(sums, counts) * world()[1]).backward()
+            for key, value in sums.items():
+                totals[key] = totals.get(key, 0) + value.detach().double()
+        return totals
+
+    def _sums(self, model: nn.Module, batch: Batch, roles: Roles) -> Terms:
+        """Return the loss terms of a micro-batch: draw t and noise, go forward, predict."""
+        seed, steps = self.config.seed, self.denoiser.process.schedule.steps
+        drawn = rng.uniform(seed, "time", batch.visits, batch.ids, 1)[:, 0]
+        t = ((drawn * steps).floor() + 1) / steps
+        noise = rng.normal(
+            seed, "noise", batch.visits, batch.ids, (self.denoiser.process.channels, *self.denoiser.size)
+        )
+        codes, conditions = self.denoiser.encode(batch.data), self.denoiser.conditions(batch.data)
+        z_t = self.denoiser.process.marginal(codes, roles, t).sample(noise)
+        if self.config.train.channels_last:
+            z_t = z_t.contiguous(memory_format=torch.channels_last)
+        with self.autocast():
+            prediction = model(z_t, t, roles, codes, conditions)
+        return self.objective.sums(z_t, t, roles, codes, batch.data, prediction.codes, prediction.heads)
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of the configured precision."""
+        enabled = self.config.train.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _global(self, counts: Terms) -> Terms:
+        """Return counts added over workers, in one message."""
+        values = add_over_workers(torch.stack([counts[key] for key in self.terms]))
+        return dict(zip(self.terms, values.unbind(), strict=True))
+
+    def _measure(self, sums: Terms, counts: Terms, grad_norm: Tensor) -> None:
+        meters = self.meters
+        values = torch.stack([sums[key] for key in self.terms])
+        totals = torch.stack([counts[key] for key in self.terms])
+        bad = ~(torch.isfinite(values).all() & torch.isfinite(grad_norm))
+        if meters.sums is None:
+            meters.sums, meters.counts = torch.zeros_like(values), torch.zeros_like(totals)
+            meters.grad_norm, meters.bad_step = (
+                torch.zeros_like(grad_norm),
+                torch.full_like(bad, 0, dtype=torch.int64),
+            )
+        assert meters.counts is not None and meters.grad_norm is not None and meters.bad_step is not None
+        meters.sums += values
+        meters.counts += totals
+        meters.grad_norm += grad_norm.detach()
+        first = bad & (meters.bad_step == 0)
+        meters.bad_step = torch.where(first, self.progress.steps, meters.bad_step)
+        meters.steps += 1
+
+    def report(self) -> dict[str, float]:
+        """Return the mean of every measured thing since the last report, the same on all workers, and start anew.
+
+        Raises TrainingError on every worker alike if a loss term or gradient was not finite.
+        """
+        meters, self.meters = self.meters, Meters()
+        if meters.sums is None:
+            return {}
+        assert meters.counts is not None and meters.grad_norm is not None and meters.bad_step is not None
+        sums = add_over_workers(meters.sums)
+        self._check_finite(sums, meters)
+        means = (sums / meters.counts.clamp_min(1)).tolist()
+        elapsed = time.perf_counter() - meters.started
+        samples = meters.steps * self.config.train.global_batch
+        losses = {f"loss/{key}": mean for key, mean in zip(self.terms, means, strict=True)}
+        total = self.objective.total(
+            dict(zip(self.terms, sums, strict=True)), dict(zip(self.terms, meters.counts, strict=True))
+        )
+        return {
+            "loss/total": float(total),
+            **losses,
+            "train/grad_norm": float(meters.grad_norm) / meters.steps,
+            "train/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "train/samples_per_s": samples / elapsed,
+            "train/data_wait_share": meters.wait_s / elapsed,
+        }
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Return the loss terms of the averaged model on held-out rows, the same on all workers.
+
+        batches: this worker's share. Draws depend on the rows alone, so losses can be compared over time.
+        """
+        sums = torch.zeros(len(self.terms), device=self.device, dtype=torch.float64)
+        counts = torch.zeros_like(sums)
+        for batch in batches:
+            batch = batch.to(self.device)
+            _, roles = self.tasks.draw(batch, self.config.seed)
+            cells = self.denoiser.size[0] * self.denoiser.size[1]
+            part, count = self._sums(self.ema.model, batch, roles), self.objective.counts(roles, cells)
+            sums += torch.stack([part[key] for key in self.terms])
+            counts += torch.stack([count[key] for key in self.terms])
+        both = add_over_workers(torch.stack([sums, counts]))
+        sums, counts = both.unbind()
+        if not float(counts.sum()):
+            return {}
+        terms = dict(zip(self.terms, sums, strict=True))
+        total = self.objective.total(terms, dict(zip(self.terms, counts, strict=True)))
+        means = (sums / counts.clamp_min(1)).tolist()
+        return {
+            "val/loss/total": float(total),
+            **{f"val/loss/{key}": mean for key, mean in zip(self.terms, means, strict=True)},
+        }
+
+    def _check_finite(self, sums: Tensor, meters: Meters) -> None:
+        bad_steps = add_over_workers((meters.bad_step != 0).double()[None])  # type: ignore[union-attr]
+        if float(bad_steps) == 0:
+            return
+        finite = torch.isfinite(sums).tolist()
+        terms = [key for key, good in zip(self.terms, finite, strict=True) if not good] or ["the gradient"]
+        step = int(meters.bad_step or 0) or self.progress.steps
+        raise TrainingError(
+            f"not finite: {', '.join(terms)} at step {step} (of {self.progress.steps} done). The last checkpoint is "
+            "from before; resume from it with a lower train.learning_rate or clip_norm, or train.precision=float32"
+        )
+
+    def _size_by_time(self) -> None:
+        """Where `train.max_minutes` is set, end the run at the samples that fit into it, once the speed is known."""
+        minutes, (begin, end) = self.config.train.max_minutes, PROBE_STEPS
+        if minutes is None or self.progress.steps > end:
+            return
+        if self.progress.steps == begin:
+            self._probe_from = (self.progress.seconds, self.progress.samples_seen)
+        if self.progress.steps == end and hasattr(self, "_probe_from"):
+            seconds, samples = self._probe_from
+            rate = (self.progress.samples_seen - samples) / (self.progress.seconds - seconds)
+            left = rate * max(0.0, minutes * 60 - self.progress.seconds)
+            batch = self.config.train.global_batch
+            fits = self.progress.samples_seen + int(same_everywhere(left)) // batch * batch
+            self.progress.total_samples = min(self.config.train.samples, fits)

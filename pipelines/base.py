@@ -1,0 +1,265 @@
+"""What every dataset pipeline is made of, and `build`, which runs one: raw source -> multi-modal shards.
+
+A pipeline lists the items of its source and turns one item into one row; embedding stages add columns made by
+a frozen encoder. `build` runs them as a Ray Data program (or in this process) over one shard writer.
+"""
+
+import hashlib
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mmdiff_ray import config, registry
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.manifest import Manifest
+from mmdiff_ray.data.shards import ShardWriter
+from pipelines import flow
+from pipelines.embedders import Embedder
+
+CHUNK = 32
+"""Items that travel, and are embedded, together."""
+
+
+class Item(NamedTuple):
+    """One item of a source. key: stable, unique, the row's name; source: what `row` needs, cheap to send."""
+
+    key: str
+    source: Any
+
+
+class BadRow(Exception):
+    """An item that cannot be read. `build` counts and reports it, and stops above `bad_limit`."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every pipeline can be told.
+
+    limit: build only so many items, a stable random choice. bad_limit: unreadable items tolerated before the
+    build stops. val_share: the share of rows that go to the validation split.
+    """
+
+    limit: int | None = None
+    bad_limit: int = 0
+    val_share: float = 0.1
+
+
+class Made(NamedTuple):
+    """What a chunk of items became. rows: in the items' order; bad: key -> why the item could not be read."""
+
+    rows: list[dict[str, Any]]
+    bad: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An embedding stage: `column` holds the embedder's vectors of column `source` (image or text)."""
+
+    column: str
+    source: str
+    embedder: Embedder
+
+    def entry(self) -> dict[str, Any]:
+        """Return the manifest's entry of the column."""
+        return {"kind": "embedding", "dim": self.embedder.dim, "codec": self.embedder.codec_id}
+
+    def __call__(self, made: Made) -> Made:
+        """Return a chunk with the column added to its rows; None where a row lacks the source."""
+        has = [index for index, row in enumerate(made.rows) if row.get(self.source) is not None]
+        vectors = self.embedder([_embeddable(made.rows[index][self.source]) for index in has])
+        found: dict[int, np.ndarray] = dict(zip(has, vectors, strict=True))
+        rows = [{**row, self.column: found.get(index)} for index, row in enumerate(made.rows)]
+        return Made(rows, made.bad)
+
+
+def _embeddable(value: bytes | str) -> Image.Image | str:
+    return Image.open(io.BytesIO(value)) if isinstance(value, bytes) else value
+
+
+class Pipeline:
+    """A source of rows; subclasses register themselves with `registry.register("pipeline", name)`."""
+
+    Options: ClassVar[type[Options]] = Options
+    credit: ClassVar[str] = ""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @property
+    def description(self) -> str:
+        """Return what the data set is, one sentence for its manifest."""
+        return (type(self).__doc__ or "").split("\n")[0]
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """Return column -> what the manifest says of it, but the embedding stages' columns."""
+        raise NotImplementedError
+
+    def stages(self) -> list[Stage]:
+        """Return the embedding stages."""
+        return []
+
+    def items(self) -> list[Item]:
+        """Return the items of the source, cheaply and in any order."""
+        raise NotImplementedError
+
+    def row(self, item: Item) -> dict[str, Any]:
+        """Return one item's row without its key: column -> value. Raises BadRow for an unreadable item.
+
+        Values: PNG bytes for images and masks, an index or a name for labels, float32 (dim,) for embeddings,
+        str for text, and None where the row lacks the column.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a build did. kept: rows of an interrupted run before it; bad: key -> why an item is unreadable."""
+
+    manifest: Manifest
+    written: int
+    kept: int
+    bad: Mapping[str, str]
+
+
+def make_pipeline(name: str, options: Mapping[str, Any] | None = None) -> Pipeline:
+    """Return a registered pipeline. Raises ConfigError for an unknown name or option, or a wrong value."""
+    try:
+        kind = registry.look_up("pipeline", name)
+    except KeyError as error:
+        raise ConfigError(str(error.args[0])) from None
+    return kind(config.options(kind.Options, dict(options or {}), prefix=""))
+
+
+def build(
+    name: str,
+    out: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    force: bool = False,
+    workers: int = 1,
+    progress: bool = True,
+) -> Build:
+    """Build the data set of a registered pipeline into the folder URI `out`.
+
+    options: the pipeline's own, as values or text. workers: Ray actors per embedding stage; 0 runs in this
+    process without Ray and gives the same rows (embeddings up to rounding). An interrupted build continues
+    where it stopped; a finished one is replaced only with `force`.
+    Raises ConfigError for what the user can mend.
+    """
+    pipeline = make_pipeline(name, options)
+    stages = pipeline.stages()
+    items = choose(pipeline.items(), pipeline.options.limit)
+    writer = ShardWriter(
+        out,
+        name,
+        pipeline.columns() | {stage.column: stage.entry() for stage in stages},
+        description=pipeline.description,
+        credit=pipeline.credit,
+        val_share=pipeline.options.val_share,
+        force=force,
+    )
+    with show_progress(f"{name} -> {out}", len(items), progress) as advance:
+        return _write(pipeline, stages, items, writer, workers, advance)
+
+
+def _write(
+    pipeline: Pipeline,
+    stages: Sequence[Stage],
+    items: Sequence[Item],
+    writer: ShardWriter,
+    workers: int,
+    advance: Callable[[int], None],
+) -> Build:
+    """Make the rows of the items that the writer lacks and write them, in the items' order."""
+    kept = sum(item.key in writer.done for item in items)
+    advance(kept)
+    chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+    chunks = [chunk for chunk in chunks if any(item.key not in writer.done for item in chunk)]
+    bad: dict[str, str] = {}
+    written = 0
+    with closing(flow.run(partial(render, pipeline), stages, chunks, workers)) as stream:
+        for made in stream:
+            bad |= made.bad
+            _check_bad(bad, pipeline.options.bad_limit)
+            fresh = [row for row in made.rows if row["key"] not in writer.done]
+            for row in fresh:
+                writer.add(row)
+            written += len(fresh)
+            advance(len(fresh) + len(made.bad))
+    return Build(writer.close(), written, kept, bad)
+
+
+def render(pipeline: Pipeline, chunk: Sequence[Item]) -> Made:
+    """Return the rows of a chunk of items, and apart the items that cannot be read."""
+    rows, bad = [], {}
+    for item in chunk:
+        try:
+            rows.append({"key": item.key, **pipeline.row(item)})
+        except BadRow as error:
+            bad[item.key] = str(error)
+    return Made(rows, bad)
+
+
+def _check_bad(bad: Mapping[str, str], limit: int) -> None:
+    if len(bad) > limit:
+        listed = "".join(f"\n  {key}: {reason}" for key, reason in list(bad.items())[:5])
+        raise ConfigError(
+            f"{len(bad)} items of the source cannot be read, more than bad_limit ({limit}); mend or remove "
+            f"them, or raise bad_limit and they are left out:{listed}"
+        )
+
+
+def choose(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """Return items in a random order that depends on their keys alone, the first `limit` of them.
+
+    Raises ConfigError for no items or two of the same key.
+    """
+    if not items:
+        raise ConfigError("the source has no items")
+    ordered = sorted(items, key=lambda item: hashlib.sha256(item.key.encode()).digest())
+    for first, second in itertools.pairwise(ordered):
+        if first.key == second.key:
+            raise ConfigError(f"two items of the source have the same key {first.key!r}")
+    return ordered[:limit]
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Return pixels, uint8 (H, W), (H, W, 3) or (H, W, 4), as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def is_off(value: str) -> bool:
+    """Return whether an option's text means no."""
+    return value.lower() in ("off", "false", "none", "no", "")
+
+
+def is_on(value: str) -> bool:
+    """Return whether an option's text means yes."""
+    return value.lower() in ("on", "true", "yes")
+
+
+@contextmanager
+def show_progress(title: str, total: int, visible: bool) -> Iterator[Callable[[int], None]]:
+    """Show one calm bar on standard error while the block runs; yield the function that advances it.
+
+    The bar has its own way to the terminal, which stays open while Ray's noise is caught.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with open(os.dup(2), "w") as terminal:
+        console = Console(file=terminal)
+        with Progress(*parts, console=console, disable=not visible, refresh_per_second=4) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda rows: bar.advance(task, rows)

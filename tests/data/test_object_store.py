@@ -1,0 +1,67 @@
+"""The data layer on an object store, a real S3 server on the loopback."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.batches import BadRowsError, local_batches
+from mmdiff_ray.data.manifest import read_manifest
+from mmdiff_ray.data.plan import Plan
+from mmdiff_ray.data.shards import verify
+from mmdiff_ray.data.storage import files_under, filesystem, read_bytes, write_bytes_atomic
+from tests.data.samples import interrupted, pairs, reader, write
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[str]:
+    """Yield a template of URIs in an empty bucket: `bucket.format("folder")`."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(
+        Bucket="toys"
+    )
+    yield "s3://toys/{}?scheme=http&region=us-east-1&endpoint_override=" + f"{host}:{port}"
+    server.stop()
+
+
+def test_a_data_set_on_an_object_store_is_written_taken_up_read_and_checked(bucket: str, tmp_path) -> None:
+    uri, local = bucket.format("some/toy"), str(tmp_path / "toy")
+    with pytest.raises(ConfigError, match="no data set at s3://toys/some/toy"):
+        read_manifest(uri)
+    for number in interrupted(uri, range(60)):
+        if number == 40:
+            break
+    assert write(uri, range(60)) == write(local, range(60)) == read_manifest(uri)
+    assert verify(uri) == []
+    with pytest.raises(ConfigError, match="finished and is never overwritten"):
+        write(uri, range(60))
+
+    plan = Plan([(read_manifest(uri).splits["train"], 1.0)], lanes=2, window=2, global_batch=8, seed=0)
+    there = pairs(local_batches(plan, reader([uri]), stop_batch=12, threads=2))
+    assert there == pairs(local_batches(plan, reader([local]), stop_batch=12))
+
+    fs, root = filesystem(uri)
+    shard = f"{root}/train/00001.parquet"
+    data = bytearray(read_bytes(fs, shard))
+    data[700] ^= 1
+    write_bytes_atomic(fs, shard, bytes(data))
+    assert len(verify(uri)) == 1
+    with pytest.raises(BadRowsError, match=r"train/00001.parquet"):
+        list(local_batches(plan, reader([uri]), stop_batch=12))
+
+    write(uri, range(20), force=True)
+    assert files_under(fs, root) == [f"{root}/{name}" for name in names_of(uri)]
+
+
+def names_of(uri: str) -> list[str]:
+    shards = [shard.path for split in read_manifest(uri).splits.values() for shard in split.shards]
+    return sorted(["manifest.json", *shards])

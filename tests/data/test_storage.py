@@ -1,0 +1,34 @@
+"""URIs and files."""
+
+from pathlib import Path
+
+import pytest
+
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.manifest import read_manifest
+from mmdiff_ray.data.storage import absolute, filesystem, read_bytes, write_bytes_atomic
+from tests.data.samples import write
+
+
+def test_a_relative_path_and_a_file_uri_name_the_same_data_set(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = write("toy set", range(10))
+    assert read_manifest("toy set") == written
+    assert read_manifest(f"file://{tmp_path}/toy%20set") == written
+    assert absolute("toy set") == str(tmp_path / "toy set")
+    monkeypatch.chdir("/")
+    assert read_manifest(str(tmp_path / "toy set")) == written
+
+
+def test_a_rewritten_file_is_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    fs, root = filesystem(str(tmp_path / "new/folder"))
+    for data in (b"first", b"second"):
+        write_bytes_atomic(fs, f"{root}/file", data)
+        assert read_bytes(fs, f"{root}/file") == data
+    assert [path.name for path in (tmp_path / "new/folder").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("uri", ["nope://bucket/x", "s3://bucket/x?colour=red"])
+def test_a_uri_that_cannot_be_opened_is_named(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"cannot open (nope|s3)://bucket/x.*want a path or"):
+        filesystem(uri)

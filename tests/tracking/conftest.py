@@ -1,0 +1,93 @@
+"""A real SQLite store shared by the tests, and a real MLflow server that can be stopped and started again."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmdiff_ray.tracking import store
+
+
+@pytest.fixture(scope="session")
+def uri(tmp_path_factory) -> str:
+    """The address of an SQLite store, in a folder with a space in its name."""
+    address = store.tracking_uri(None, tmp_path_factory.mktemp("the runs"))
+    store.client(address)
+    return address
+
+
+@pytest.fixture(scope="session")
+def client(uri):
+    return store.client(uri)
+
+
+@pytest.fixture(scope="session")
+def experiment(uri) -> str:
+    return store.get_or_create_experiment(uri, "tests")
+
+
+@pytest.fixture
+def run_id(client, experiment) -> str:
+    return client.create_run(experiment, run_name="a run").info.run_id
+
+
+@pytest.fixture
+def dead_uri() -> str:
+    """The address of a server that is not there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture
+def mute_uri():
+    """The address of a server that takes connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(16)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+class Server:
+    """An `mlflow server` on loopback; its store and its port stay the same from start to start."""
+
+    def __init__(self, folder: Path, port: int):
+        self.uri = f"http://127.0.0.1:{port}"
+        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+        self._command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/server.db"]
+        self._command += ["--artifacts-destination", str(folder / "artifacts")]
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        self._process = subprocess.Popen(
+            self._command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | quiet
+        )
+        seen = []
+        for line in self._process.stderr:
+            seen.append(line)
+            if "Application startup complete" in line:
+                return
+        raise RuntimeError("the server ended:\n" + "".join(seen))
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process.stderr.close()
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = Server(tmp_path_factory.mktemp("server"), port)
+    running.start()
+    yield running
+    running.kill()
