@@ -1,5 +1,5 @@
 # Everything happens inside .venv, which `make install` makes from requirements.lock.
-PYTHON ?= $(firstword $(foreach v,3.13 3.12 3.11,$(if $(shell command -v python$(v)),python$(v))) python3)
+PYTHON ?= python3
 BIN := .venv/bin
 DATA := data/openmoji
 
