@@ -38,9 +38,9 @@ class ScalarOptions(ModalityConfig):
 
 @register("modality", "scalar")
 class ScalarModality(Modality):
-    """Real numbers. data: float32 (B,); code: (B, 1, H, W), the standardised number in every cell;
-    prediction: its mean and the logarithm of its deviation, (B, 2). Likelihood: Gaussian on the standardised
-    number.
+    """Real numbers. data: float32 (B,); code: (B, 1, H, W), the standardised number in every cell.
+
+    prediction: (B, 2), the standardised number's mean and logarithm of its deviation. Likelihood: Gaussian.
     """
 
     Options = ScalarOptions

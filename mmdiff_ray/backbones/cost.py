@@ -23,7 +23,9 @@ def describe(module: nn.Module, *sizes: tuple[int, ...]) -> Cost:
 
     Works on any device, the meta device included, and allocates no activations.
     """
-    weights = {name: weight.to("meta") for name, weight in (*module.named_parameters(), *module.named_buffers())}
+    weights = {
+        name: weight.to("meta") for name, weight in (*module.named_parameters(), *module.named_buffers())
+    }
     inputs = tuple(torch.empty(1, *size, device="meta") for size in sizes)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         functional_call(module, weights, inputs)

@@ -123,7 +123,9 @@ def positions(height: int, width: int, channels: int, device: torch.device) -> T
     frequencies = torch.exp(torch.arange(quarter, device=device) * (-math.log(10_000) / quarter))
     rows = torch.arange(height, device=device)[:, None] * frequencies  # (height, quarter)
     columns = torch.arange(width, device=device)[:, None] * frequencies
-    grid = torch.cat([rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)], dim=-1).flatten(0, 1)
+    grid = torch.cat([rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)], dim=-1).flatten(
+        0, 1
+    )
     return torch.cat([grid.sin(), grid.cos()], dim=-1)
 
 
@@ -134,5 +136,7 @@ def _normal(x: Tensor) -> Tensor:
 def _check(sizes: DiTOptions, size: tuple[int, int]) -> None:
     """Raise ConfigError for sizes that contradict each other or the diffusion space."""
     if sizes.width % 4:
-        raise ConfigError(f"model.options.width ({sizes.width}) must be a multiple of 4 (sine, cosine; row, column)")
+        raise ConfigError(
+            f"model.options.width ({sizes.width}) must be a multiple of 4 (sine, cosine; row, column)"
+        )
     check_size(size, sizes.patch)

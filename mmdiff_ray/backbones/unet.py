@@ -80,7 +80,9 @@ class UNet(nn.Module):
         self.grow = nn.ModuleList(
             nn.ConvTranspose2d(low, high, 2, stride=2) for high, low in pairwise(channels)
         )
-        self.up = nn.ModuleList(_Level(sizes, level, 2 * channels[level]) for level in range(len(channels) - 1))
+        self.up = nn.ModuleList(
+            _Level(sizes, level, 2 * channels[level]) for level in range(len(channels) - 1)
+        )
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None = None) -> Features:
         """Return the features of a noisy code.
@@ -181,5 +183,7 @@ def _check(sizes: UNetOptions, size: tuple[int, int]) -> None:
         )
     for level in sizes.attention:
         if not 0 <= level < levels:
-            raise ConfigError(f"model.options.attention: no level {level}; there are the levels 0 to {levels - 1}")
+            raise ConfigError(
+                f"model.options.attention: no level {level}; there are the levels 0 to {levels - 1}"
+            )
     check_size(size, sizes.stride)

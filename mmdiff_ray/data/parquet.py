@@ -81,7 +81,7 @@ def _read_table(uri: str, row_group: RowGroup, columns: Sequence[str]) -> pa.Tab
     try:
         footer = _footer(uri, row_group.path, row_group.footer_crc32)
         with fs.open_input_file(f"{root}/{row_group.path}") as file:
-            parquet = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True)
+            parquet = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, pre_buffer=True)
             return parquet.read_row_group(row_group.group, columns=list(columns), use_threads=False)
     except pa.ArrowException as error:
         raise ValueError(str(error)) from None

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from mmdiff_ray.config import ConfigError, WorkersConfig
 
+_log = logging.getLogger(__name__)
+
 
 @contextmanager
 def cluster(cpus: int = 4) -> Iterator[None]:
@@ -31,10 +33,21 @@ def cluster(cpus: int = 4) -> Iterator[None]:
             ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **local)
         except ConnectionError as error:
             raise ConfigError(f"RAY_ADDRESS ({address}): no Ray cluster answers there: {error}") from None
+    _keep_messages_off_the_terminal()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _keep_messages_off_the_terminal() -> None:
+    """Send what the cluster prints on its drivers (worker deaths, retries) to the log instead."""
+    try:
+        from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+    except ImportError:  # a private name: without it the messages show, nothing breaks
+        return
+    dispatcher.remove_handler("ray_print_logs")
+    dispatcher.add_handler("mmdiff", lambda data: _log.info("%s", "\n".join(map(str, data.get("lines", [])))))
 
 
 def cpus_needed(workers: WorkersConfig) -> int:

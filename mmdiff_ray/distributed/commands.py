@@ -17,7 +17,7 @@ from mmdiff_ray.distributed.display import Display, duration
 from mmdiff_ray.distributed.evaluate import evaluate_run, record_model
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.evaluation.gallery import parse_given, write_gallery
-from mmdiff_ray.evaluation.run import table
+from mmdiff_ray.evaluation.run import tables
 from mmdiff_ray.tracking.store import ui_command
 from mmdiff_ray.training.inference import load_export
 
@@ -45,7 +45,8 @@ def train_and_evaluate(
     findings = evaluate_run(folder, on_ray=job.config.workers.count > 0)
     if job.config.tracking.log_model:
         record_model(folder)
-    console.print(table(findings.figures))
+    for table in tables(findings.figures):
+        console.print(table)
     _say_where(console, folder, run["tracking_uri"])
     return 0
 
@@ -161,5 +162,6 @@ def evaluate(run: str, runs: str, overrides: Sequence[str]) -> int:
     """Evaluate a run again and print its figures."""
     console = Console(highlight=False)
     findings = evaluate_run(jobs.find_run(run, runs), overrides)
-    console.print(table(findings.figures))
+    for table in tables(findings.figures):
+        console.print(table)
     return 0

@@ -31,7 +31,9 @@ def evaluate_bound(context: Context) -> Findings:
         for turn in range(TIMES_PER_ROW + 1):
             _add(context, part, turn, totals, counts)
     figures = [
-        Figure(f"{name}/{term}_nats", totals[f"{term}/{name}"] / count, "lower", len(context.batch))
+        Figure(
+            f"{name}/{term}_nats", totals[f"{term}/{name}"] / count, "lower", len(context.batch), bound=True
+        )
         for term, name, count in sorted((*key.split("/"), counts[key]) for key in totals)
         if count
     ]

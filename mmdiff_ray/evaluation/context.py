@@ -24,14 +24,18 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured figure. key: `instance/metric`; better: "higher" or "lower"; rows: how many it was measured on;
-    floors: trivial rule -> what it reaches on the same rows."""
+    """One measured figure.
+
+    key: `instance/metric`; better: "higher" or "lower"; rows: how many it was measured on; floors: trivial rule ->
+    what it reaches on the same rows; bound: whether it is a term of the bound, in nats per element.
+    """
 
     key: str
     value: float
     better: str
     rows: int
     floors: Mapping[str, float] = field(default_factory=dict)
+    bound: bool = False
 
 
 @dataclass(frozen=True)

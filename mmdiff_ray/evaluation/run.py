@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from PIL import Image
+from rich.box import SIMPLE
 from rich.table import Table
 
 from mmdiff_ray.batch import Batch
@@ -75,25 +76,43 @@ def metrics_of(figures: Iterable[Figure]) -> dict[str, float]:
     return metrics
 
 
-def table(figures: Iterable[Figure]) -> Table:
-    """Return figures as a table for a person: every figure beside the trivial rules it has to beat."""
-    shown = Table(title="evaluation on held-out rows", title_justify="left")
-    for heading in ("figure", "model", "best trivial rule", "", "rows"):
-        shown.add_column(heading, justify="right" if heading in ("model", "rows") else "left")
-    for figure in sorted(figures, key=lambda figure: not figure.floors):
+def tables(figures: Iterable[Figure]) -> list[Table]:
+    """Return figures as tables for a person: each beside the trivial rules it has to beat; then the bound's terms."""
+    figures = list(figures)
+    shown = Table(
+        title="held-out rows, beside the best rule that needs no model", title_justify="left", box=SIMPLE
+    )
+    for heading in ("figure", "model", "rule", "", ""):
+        shown.add_column(heading, justify="right" if heading in ("model", "rule") else "left", no_wrap=True)
+    for figure in sorted((f for f in figures if not f.bound), key=lambda figure: not figure.floors):
         arrow = "\N{UPWARDS ARROW}" if figure.better == "higher" else "\N{DOWNWARDS ARROW}"
-        shown.add_row(f"{figure.key} {arrow}", f"{figure.value:.3f}", *_floor(figure), str(figure.rows))
+        shown.add_row(f"{figure.key} {arrow}", f"{figure.value:.3f}", *_floor(figure))
+    bound = _bound_table([figure for figure in figures if figure.bound])
+    return [shown, *([bound] if bound.row_count else [])]
+
+
+def _bound_table(figures: list[Figure]) -> Table:
+    """Return L0 to L3 of every instance; the parts of L1 are in MLflow alone."""
+    shown = Table(title="the bound on -log p, nats per element", title_justify="left", box=SIMPLE)
+    terms = ("l0", "l1", "l2", "l3")
+    for heading in ("", *(term.upper() for term in terms)):
+        shown.add_column(heading, justify="right" if heading else "left")
+    values = {figure.key: figure.value for figure in figures}
+    for name in dict.fromkeys(figure.key.split("/")[0] for figure in figures):
+        cells = [values.get(f"{name}/{term}_nats") for term in terms]
+        shown.add_row(name, *["" if value is None else f"{value:.3g}" for value in cells])
     return shown
 
 
-def _floor(figure: Figure) -> tuple[str, str]:
+def _floor(figure: Figure) -> tuple[str, str, str]:
+    """Return the best trivial rule's value and name, and whether the model beats it."""
     if not figure.floors:
-        return "", ""
+        return "", "", ""
     pick = max if figure.better == "higher" else min
     rule = pick(figure.floors, key=lambda name: figure.floors[name])
     value = figure.floors[rule]
     wins = figure.value > value if figure.better == "higher" else figure.value < value
-    return f"{value:.3f}  {rule}", "better" if wins else "not better"
+    return f"{value:.3f}", rule, "better" if wins else "not better"
 
 
 def _plain(rule: str) -> str:

@@ -35,4 +35,7 @@ def test_counting_leaves_the_network_as_it_was():
     before = [weight.clone() for weight in backbone.parameters()]
     describe(backbone, (3, 8, 8), (backbone.embedding_channels,))
     assert all(torch.equal(a, b) for a, b in zip(before, backbone.parameters(), strict=True))
-    assert backbone(torch.randn(1, 3, 8, 8), torch.randn(1, backbone.embedding_channels)).map.device.type == "cpu"
+    assert (
+        backbone(torch.randn(1, 3, 8, 8), torch.randn(1, backbone.embedding_channels)).map.device.type
+        == "cpu"
+    )

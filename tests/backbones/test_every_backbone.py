@@ -35,7 +35,9 @@ def inputs(
 
 
 def close(first: Features, second: Features, tolerance: float) -> bool:
-    return all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(first, second, strict=True))
+    return all(
+        torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(first, second, strict=True)
+    )
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 16), (8, 24), (32, 16)])
@@ -52,7 +54,9 @@ def test_a_sample_does_not_see_the_other_samples_of_its_batch(name):
     others_x, others_embedding = inputs(backbone, seed=3)
     whole = backbone(x, embedding)
     alone = backbone(x[:1], embedding[:1])
-    among_others = backbone(torch.cat([x[:1], others_x[1:]]), torch.cat([embedding[:1], others_embedding[1:]]))
+    among_others = backbone(
+        torch.cat([x[:1], others_x[1:]]), torch.cat([embedding[:1], others_embedding[1:]])
+    )
     assert close(Features(*(part[:1] for part in whole)), alone, 1e-5)
     assert close(Features(*(part[:1] for part in among_others)), alone, 1e-5)
 
@@ -117,7 +121,9 @@ def test_bfloat16_autocast_stays_finite_and_near_float32(name):
 def test_channels_last_input_gives_the_same_features_with_contiguous_weights(name):
     backbone = awake(build(name))
     x, embedding = inputs(backbone)
-    assert close(backbone(x.contiguous(memory_format=torch.channels_last), embedding), backbone(x, embedding), 1e-5)
+    assert close(
+        backbone(x.contiguous(memory_format=torch.channels_last), embedding), backbone(x, embedding), 1e-5
+    )
     assert all(weight.is_contiguous() for weight in backbone.parameters())
 
 
@@ -129,7 +135,9 @@ def test_it_is_traced_as_one_graph(name):
 
 
 def test_the_same_seed_gives_the_same_weights(name):
-    weights = [torch.cat([weight.flatten() for weight in build(name, seed).parameters()]) for seed in (0, 0, 1)]
+    weights = [
+        torch.cat([weight.flatten() for weight in build(name, seed).parameters()]) for seed in (0, 0, 1)
+    ]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 

@@ -50,7 +50,10 @@ def test_pooled_features_are_the_means_of_the_lowest_and_the_full_resolution():
         ({"blocks": [1, 2]}, r"blocks \(\[1, 2\]\) must have one number"),
         ({"blocks": [1, 0, 1]}, "at least 1"),
         ({"attention": [3]}, "no level 3; there are the levels 0 to 2"),
-        ({"multipliers": [1, 2, 2, 2, 2, 2], "blocks": [1] * 6}, r"must be multiples of the backbone's stride \(32\)"),
+        (
+            {"multipliers": [1, 2, 2, 2, 2, 2], "blocks": [1] * 6},
+            r"must be multiples of the backbone's stride \(32\)",
+        ),
     ],
 )
 def test_contradicting_options_are_refused(options, words):

@@ -1,6 +1,7 @@
 """Random numbers as a function of (seed, purpose, visit, id)."""
 
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from mmdiff_ray.diffusion import rng
 
 ROWS, COUNT = 2000, 50
 TOTAL = ROWS * COUNT
+TOP, GOLDEN, MIX = 2**64, 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 SMALLEST_P = 1e-4
 """Seeds are fixed, so a test fails only if the generator is at fault; p is that of the one draw looked at."""
 
@@ -102,27 +104,34 @@ def test_numbers_are_the_same_in_every_release():
 
 def split_mix(seed: int, purpose: str, visit: int, row: int, counter: int) -> float:
     """Return one number by the published algorithm, in integers without a width."""
-    import zlib
-
-    top, golden = 2**64, 0x9E3779B97F4A7C15
-
-    def mix(x: int) -> int:
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % top
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % top
-        return x ^ (x >> 31)
-
-    key = mix((row + seed * 0x5851F42D4C957F2D + zlib.crc32(purpose.encode())) % top)
-    key = mix(key ^ (visit * golden % top))
-    return (mix((key + counter * golden) % top) >> 11) / 2**53
+    key = mix(mix((row + start(seed, purpose)) % TOP) ^ (visit * GOLDEN % TOP))
+    return (mix((key + counter * GOLDEN) % TOP) >> 11) / 2**53
 
 
-@pytest.mark.parametrize("bits", [0, 2**53 - 1])
-def test_extreme_bits_give_finite_normal_numbers(bits, monkeypatch):
-    """The logarithm's argument is never 0: at most 5.9 standard deviations, at least 0."""
-    monkeypatch.setattr(rng, "_bits", lambda seed, purpose, visits, ids, count: torch.full((1, count), bits))
-    values = rng.normal(0, "noise", *keys(1), (4,))
-    assert values.isfinite().all()
-    assert values.abs().max() < 5.9
+def start(seed: int, purpose: str) -> int:
+    return (seed * 0x5851F42D4C957F2D + zlib.crc32(purpose.encode())) % TOP
+
+
+def mix(x: int) -> int:
+    x = (x ^ (x >> 30)) * MIX[0] % TOP
+    x = (x ^ (x >> 27)) * MIX[1] % TOP
+    return x ^ (x >> 31)
+
+
+def unmix(x: int) -> int:
+    x = (x ^ (x >> 31) ^ (x >> 62)) * pow(MIX[1], -1, TOP) % TOP
+    x = (x ^ (x >> 27) ^ (x >> 54)) * pow(MIX[0], -1, TOP) % TOP
+    return x ^ (x >> 30) ^ (x >> 60)
+
+
+@pytest.mark.parametrize(("bits", "low", "high"), [(0, 5.88, 5.89), (TOP - 1, 0.0, 1e-3)])
+def test_extreme_bits_give_finite_normal_numbers(bits, low, high):
+    """SplitMix64 can be inverted: this is the id whose first bits are all 0 (or 1), where a logarithm of 0 would lie."""
+    row = (unmix(unmix((unmix(bits) - GOLDEN) % TOP)) - start(0, "noise")) % TOP
+    ids = torch.tensor([row - TOP if row >= TOP // 2 else row])
+    assert rng.uniform(0, "noise", torch.zeros_like(ids), ids, 1).item() == pytest.approx(bits / TOP, abs=1e-15)
+    radius = rng.normal(0, "noise", torch.zeros_like(ids), ids, (2,)).norm().item()
+    assert low <= radius <= high
 
 
 def test_many_normal_numbers_reach_far_and_stay_finite():

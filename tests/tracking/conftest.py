@@ -67,7 +67,8 @@ class Server:
         self._process = subprocess.Popen(
             self._command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | quiet
         )
-        seen = []
+        seen: list[str] = []
+        assert self._process.stderr is not None
         for line in self._process.stderr:
             seen.append(line)
             if "Application startup complete" in line:
@@ -77,8 +78,7 @@ class Server:
     def kill(self) -> None:
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process.stderr.close()
+            self._process.communicate()
             self._process = None
 
 

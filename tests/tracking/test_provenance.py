@@ -21,7 +21,7 @@ def test_the_revision_is_that_of_the_checkout_with_the_number_of_changed_files(t
     git(tmp_path, "commit", "-q", "-m", "first")
     assert provenance.git_revision(tmp_path) == (git(tmp_path, "rev-parse", "HEAD"), 0)
     (tmp_path / "a.py").write_text("2")
-    assert provenance.git_revision(tmp_path)[1] == 1
+    assert provenance.git_revision(tmp_path) == (git(tmp_path, "rev-parse", "HEAD"), 1)
 
 
 def test_an_installed_package_does_not_take_the_revision_of_the_project_around_it(tmp_path):

@@ -17,9 +17,19 @@ def numbers(entries) -> list[int | None]:
 
 def filled(root, count: int) -> Spool:
     spool = Spool.create(root, TARGET)
+    append_numbers(spool, count)
+    return spool
+
+
+def adopted_by_another(spool: Spool) -> Spool:
+    adopted = Spool.adopt(spool.folder)
+    assert adopted is not None
+    return adopted
+
+
+def append_numbers(spool: Spool, count: int) -> None:
     for n in range(count):
         spool.append("metrics", {"n": n})
-    return spool
 
 
 def test_records_come_back_in_order_and_once_acknowledged_no_more(tmp_path):
@@ -35,7 +45,7 @@ def test_a_half_written_line_was_never_recorded(tmp_path):
     with open(spool.folder / "00000.jsonl", "a") as file:
         file.write('{"id": "x", "kind": "metr')
     spool.close()
-    adopted = Spool.adopt(spool.folder)
+    adopted = adopted_by_another(spool)
     assert numbers(adopted.read(10)) == [0, 1] and len(adopted) == 2
 
 
@@ -52,7 +62,7 @@ def test_a_living_owner_keeps_its_spool_and_an_ended_one_leaves_it(tmp_path):
     assert waiting(tmp_path) == [spool.folder]
     assert Spool.adopt(spool.folder) is None
     spool.close()
-    adopted = Spool.adopt(spool.folder)
+    adopted = adopted_by_another(spool)
     assert numbers(adopted.read(10)) == [0, 1, 2] and adopted.target == TARGET
 
 
@@ -60,7 +70,7 @@ def test_an_adopted_spool_goes_on_where_its_owner_stopped(tmp_path):
     spool = filled(tmp_path, 4)
     spool.acknowledge(spool.read(3))
     spool.close()
-    assert numbers(Spool.adopt(spool.folder).read(10)) == [3]
+    assert numbers(adopted_by_another(spool).read(10)) == [3]
 
 
 def test_a_torn_note_of_what_was_sent_sends_what_is_there_again(tmp_path, monkeypatch):
@@ -69,7 +79,7 @@ def test_a_torn_note_of_what_was_sent_sends_what_is_there_again(tmp_path, monkey
     spool.acknowledge(spool.read(3))
     (spool.folder / "sent.json").write_text("")
     spool.close()
-    assert numbers(Spool.adopt(spool.folder).read(10)) == [2, 3]
+    assert numbers(adopted_by_another(spool).read(10)) == [2, 3]
 
 
 def test_an_empty_spool_leaves_nothing_behind(tmp_path):
@@ -90,7 +100,7 @@ def test_the_files_of_a_record_go_when_it_has_arrived(tmp_path):
 def test_nothing_is_lost_when_lines_are_written_while_others_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(spool_module, "SEGMENT_BYTES", 300)
     spool, count, pause = Spool.create(tmp_path, TARGET), 3000, sys.getswitchinterval()
-    writer = threading.Thread(target=lambda: [spool.append("metrics", {"n": n}) for n in range(count)])
+    writer = threading.Thread(target=append_numbers, args=(spool, count))
     seen: list[int | None] = []
     sys.setswitchinterval(1e-6)  # the two take turns as often as they can
     try:
@@ -124,6 +134,8 @@ def test_a_value_that_json_cannot_hold_is_an_error_of_the_writer(tmp_path):
 
 def test_refused_records_are_kept_with_the_reason(tmp_path):
     spool = filled(tmp_path, 1)
-    spool.refuse(spool.read(1)[0].record, "too long")
+    record = spool.read(1)[0].record
+    assert record is not None
+    spool.refuse(record, "too long")
     line = json.loads((tmp_path / "refused.jsonl").read_text())
     assert line["reason"] == "too long" and line["body"] == {"n": 0}

@@ -1,0 +1,74 @@
+"""Running chunks: order, errors, what actors ask for, and noise."""
+
+import os
+import sys
+from contextlib import closing
+
+import pytest
+
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.distributed.cluster import cluster
+from pipelines.flow import actor_share, caught_noise, run
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    with cluster():
+        yield
+
+
+def test_steps_run_in_order_in_this_process():
+    assert list(run(lambda n: n + 1, [lambda n: n * 10, str], [1, 2, 3], workers=0)) == ["20", "30", "40"]
+
+
+@pytest.mark.ray
+def test_chunks_come_back_from_ray_in_order_and_unchanged(ray_cluster):
+    chunks = [{"n": n, "nothing": None, "bytes": bytes([n])} for n in range(40)]
+    done = run(lambda chunk: {**chunk, "square": chunk["n"] ** 2}, [lambda chunk: (chunk, "seen")], chunks, 2)
+    assert list(done) == [({**chunk, "square": chunk["n"] ** 2}, "seen") for chunk in chunks]
+
+
+@pytest.mark.ray
+def test_users_mistake_in_an_actor_arrives_as_itself(ray_cluster):
+    def complain(chunk):
+        raise ConfigError("look: these weights do not fit")
+
+    with pytest.raises(ConfigError) as caught, closing(run(lambda n: n, [complain], [1, 2], 1)) as stream:
+        list(stream)
+    assert type(caught.value) is ConfigError
+    assert str(caught.value) == "look: these weights do not fit"
+
+
+@pytest.mark.parametrize("cpus", [2, 4, 16])
+@pytest.mark.parametrize("actors", [1, 2, 4, 30])
+def test_actors_leave_a_cpu_for_the_tasks_that_feed_them(cpus, actors):
+    share = actor_share({"CPU": cpus}, actors)["num_cpus"]
+    assert 0 < share <= 1
+    assert actors * share <= cpus - 1 + 1e-9
+
+
+def test_actors_share_the_gpus_of_a_cluster_that_has_some():
+    assert actor_share({"CPU": 8, "GPU": 1}, 2)["num_gpus"] == 0.5
+    assert actor_share({"CPU": 8, "GPU": 4}, 2)["num_gpus"] == 1.0
+    assert "num_gpus" not in actor_share({"CPU": 8}, 2)
+
+
+def test_noise_is_kept_off_the_terminal(capfd):
+    with caught_noise():
+        os.write(2, b"core_worker.cc: nothing to see\n")
+    print("after", file=sys.stderr)
+    assert capfd.readouterr().err == "after\n"
+
+
+def test_noise_is_shown_where_a_build_fails(capfd):
+    with pytest.raises(RuntimeError), caught_noise():
+        os.write(2, b"a worker died of signal 11\n")
+        raise RuntimeError
+    assert "signal 11" in capfd.readouterr().err
+
+
+def test_noise_is_not_shown_for_a_users_mistake(capfd):
+    with pytest.raises(ConfigError), caught_noise():
+        os.write(2, b"traceback\n")
+        raise ConfigError("mend this")
+    assert capfd.readouterr().err == ""
