@@ -222,7 +222,7 @@ def _evaluate(given: argparse.Namespace) -> int:
 
 
 def _ui(given: argparse.Namespace) -> int:
-    from mmdiff_ray.tracking.store import serve
+    from mmdiff_ray.tracking.ui import serve
 
     return serve(given.runs, given.host, given.port)
 

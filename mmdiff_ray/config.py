@@ -54,7 +54,7 @@ class ModalityConfig:
 
 @dataclass(frozen=True)
 class SpaceConfig:
-    """The diffusion space: height and width in cells, and the instance whose code is z_0, an image."""
+    """The diffusion space. height, width: in cells; anchor: the instance whose code is z_0, an image."""
 
     height: int = 16
     width: int = 16
@@ -81,7 +81,11 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class GivenConfig:
-    """How a given code reaches the network: u_plus_code, z_plus_code or z_only."""
+    """How a given code reaches the network.
+
+    input: u_plus_code: it is taken out of z_t and stands in channels beside it; z_plus_code: it stays in z_t
+    as well; z_only: it is heard through z_t alone, as loud as its kappa, as in the paper.
+    """
 
     input: str = "u_plus_code"
 
@@ -102,7 +106,7 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class CoefficientsConfig:
-    """The coefficients of the four sub-losses."""
+    """The coefficients of the four sub-losses l0, l1, l2 and l3 (`diffusion.objective`)."""
 
     l0: float = 0.0
     l1: float = 1.0
@@ -116,7 +120,8 @@ class LossConfig:
 
     prediction: what the anchor's head predicts: v, eps or x0. weighting of L1 over t: the simplified v, eps,
     x0 and min_snr (with its gamma), or elbo, the exact weight. modalities: each instance's coefficient in
-    L2, 1 where it is not listed (the anchor has none, L3 decodes it).
+    L2, 1 where it is not listed (the anchor has none, L3 decodes it). channels: the same for the L1 of the
+    channels that an instance has of its own. coefficients: of the four sub-losses.
     """
 
     coefficients: CoefficientsConfig = field(default_factory=CoefficientsConfig)
@@ -129,7 +134,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The backbone: registered name, size preset, and options: single sizes that replace the preset's."""
+    """The backbone: its registered name, a size preset, and options: single sizes in the preset's place."""
 
     backbone: str = "unet"
     preset: str = "tiny"
@@ -138,7 +143,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One data set: where its manifest lies (any URI of pyarrow's file systems) and its share of the mix."""
+    """One data set. uri: its folder, any URI of pyarrow's file systems; weight: its share of the mix."""
 
     uri: str = "???"
     weight: float = 1.0
@@ -166,8 +171,13 @@ class DataConfig:
 class TrainConfig:
     """The training loop; all lengths are in samples, the master clock.
 
-    max_minutes: where set, `samples` shrinks to what fits. micro_batch: rows per forward pass and worker.
-    ema_samples: half-life of the moving average. decay: constant, linear or cosine, to `final_lr_ratio`.
+    samples: where training ends. max_minutes: where set, `samples` shrinks to what fits. global_batch: rows
+    of a step, over all workers. micro_batch: rows per forward pass and worker (null: all of its rows).
+    learning_rate, weight_decay, betas: of AdamW. warmup_samples: in which the learning rate rises from 0.
+    decay: constant, linear or cosine, to `final_lr_ratio` of it. clip_norm: largest norm of the gradient.
+    ema_samples: half-life of the moving average. precision: float32, or bfloat16 (autocast). compile: by
+    torch.compile. channels_last: the memory layout. device: auto (a GPU if there is one), cpu or cuda.
+    log_every_samples: how often losses are reported.
     """
 
     samples: int = 100_000
@@ -191,7 +201,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run's state is written and how many of the last ones stay (the best stays besides)."""
+    """When the run's state is written. keep_last: how many of the last ones stay; the best stays besides.
+
+    every_samples: how often.
+    """
 
     every_samples: int = 20_000
     keep_last: int = 2
@@ -199,10 +212,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class WorkersConfig:
-    """The workers: their number (0 = in this process) and what each asks the cluster for.
+    """The workers. count: their number, 0 = in this process.
 
-    cpus, gpus: of each worker. data_workers: tasks that read rows. threads: torch's in each worker (null:
-    torch's own choice). max_failures: restarts from the last checkpoint before the run gives up.
+    cpus, gpus: what each asks the cluster for. data_workers: processes that read rows for each of them (in
+    this process: threads). threads: torch's in each (null: one per cpu where there are several workers).
+    max_failures: restarts from the last checkpoint before the run gives up.
     """
 
     count: int = 0
@@ -215,10 +229,10 @@ class WorkersConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is evaluated, on how many rows of which split, with which sampler.
+    """What is evaluated.
 
-    every_samples: how often (0 = only at the end). steps, guidance: of the sampler. grid_rows: rows in a
-    picture.
+    evaluators: registered names. split, rows: of which split, and how many at most. every_samples: how often
+    (0 = only at the end). sampler, steps, guidance: how samples are drawn. grid_rows: rows in a picture.
     """
 
     evaluators: list[str] = field(default_factory=list)
@@ -233,7 +247,10 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Where the run is recorded. uri: MLflow's; else MLFLOW_TRACKING_URI; else SQLite beside the runs."""
+    """Where the run is recorded. uri: MLflow's; else MLFLOW_TRACKING_URI; else SQLite beside the runs.
+
+    experiment: MLflow's. log_model, system_metrics: whether the model, and the machines' load, are logged.
+    """
 
     uri: str | None = None
     experiment: str = "mmdiff"
@@ -245,9 +262,10 @@ class TrackingConfig:
 class Config:
     """The whole configuration of a run.
 
-    name: the run's, which resumes it. runs: the folder that runs are kept in. plugins: modules that register
-    parts of your own, imported first. modalities: instance -> what it is, by its type's own keys
-    (`ModalityConfig`). tasks: name -> a row of roles.
+    name: the run's; a number is added where it is taken. seed: of everything random. runs: the folder that
+    runs are kept in. plugins: modules that register parts of your own, imported first. modalities: instance
+    -> what it is, by its type's own keys (`ModalityConfig`). tasks: name -> a row of roles. All else:
+    sections.
     """
 
     name: str = "run"
@@ -348,8 +366,6 @@ def check(config: Config) -> None:
     _one_of("model.backbone", config.model.backbone, registry.names("backbone"))
     _one_of("evaluate.sampler", config.evaluate.sampler, registry.names("sampler"))
     _one_of("evaluate.split", config.evaluate.split, ("train", "val"))
-    for name in config.evaluate.evaluators:
-        _one_of("evaluate.evaluators", name, registry.names("evaluator"))
     check_batch(config)
 
 
@@ -536,9 +552,12 @@ def _without(values: Mapping[str, Any], removed: set[str]) -> dict[str, Any]:
             tasks[name] = kept
     result = {**values, "tasks": tasks}
     loss = values.get("loss")
-    if isinstance(loss, Mapping) and isinstance(loss.get("modalities"), Mapping):
-        left = {name: value for name, value in loss["modalities"].items() if name not in removed}
-        result["loss"] = {**loss, "modalities": left}
+    if isinstance(loss, Mapping):
+        for key in ("modalities", "channels"):
+            if isinstance(loss.get(key), Mapping):
+                left = {name: value for name, value in loss[key].items() if name not in removed}
+                loss = {**loss, key: left}
+        result["loss"] = loss
     return result
 
 

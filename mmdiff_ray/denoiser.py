@@ -26,9 +26,10 @@ class Denoiser(nn.Module):
     configured ones.
     """
 
-    modalities: Mapping[str, Modality]
-    heads: Mapping[str, nn.Module]
-    role_embedding: Mapping[str, Tensor]
+    # Module dictionaries of Modality, heads and tensors; torch's types do not say of what.
+    modalities: Any
+    heads: Any
+    role_embedding: Any
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class Denoiser(nn.Module):
         prediction: str,
     ) -> None:
         super().__init__()
-        self.modalities = nn.ModuleDict(dict(modalities))  # type: ignore[assignment]
+        self.modalities = nn.ModuleDict(dict(modalities))
         self.process = process
         self.backbone = backbone
         self.given_input = given_input
@@ -50,9 +51,9 @@ class Denoiser(nn.Module):
             for name, modality in modalities.items()
             if not modality.only_given
         }
-        self.heads = nn.ModuleDict(heads)  # type: ignore[assignment]
+        self.heads = nn.ModuleDict(heads)
         roles = {name: torch.randn(3, width) * 0.5 for name in modalities}
-        self.role_embedding = nn.ParameterDict(roles)  # type: ignore[assignment]
+        self.role_embedding = nn.ParameterDict(roles)
         self.width = width
         self.embed = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
 

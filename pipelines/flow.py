@@ -1,6 +1,7 @@
 """Run chunks of work through steps in order: as a Ray Data program, or one after another in this process."""
 
 import logging
+import math
 import os
 import pickle
 import sys
@@ -27,7 +28,7 @@ def run(
     of its own. workers = 0 runs everything in this process, without Ray.
     """
     if workers > 0 and chunks:
-        with caught_noise(), cluster(), ordered_and_silent(), plain_errors():
+        with caught_noise(), cluster(), ordered_and_silent():
             yield from _run_on_ray(first, stages, chunks, workers)
         return
     for chunk in chunks:
@@ -53,33 +54,50 @@ def _run_on_ray(first: Step, stages: Sequence[Step], chunks: Sequence[Any], work
 
     packed = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
     dataset: Any = ray.data.from_items(packed, override_num_blocks=min(len(packed), MOST_BLOCKS))
-    dataset = dataset.map(lambda row: {"chunk": _apply(first, row["chunk"])}, num_cpus=1)
-    share = actor_share(ray.cluster_resources(), workers * len(stages))
+    task, actor = _shares(workers * len(stages))
+    dataset = dataset.map(lambda row: {"chunk": _apply(first, row["chunk"])}, **task)
     for stage in stages:
         dataset = dataset.map_batches(
-            StageActor, fn_constructor_args=(stage,), batch_size=1, concurrency=workers, **share
+            StageActor, fn_constructor_args=(stage,), batch_size=1, concurrency=workers, **actor
         )
     for row in dataset.iter_rows():
-        yield pickle.loads(row["chunk"])
+        chunk = pickle.loads(row["chunk"])
+        if isinstance(chunk, ConfigError):
+            raise chunk
+        yield chunk
 
 
 def _apply(step: Step, packed: bytes) -> bytes:
-    return pickle.dumps(step(pickle.loads(packed)))
+    """Return the packed chunk after a step. A ConfigError travels on in its place: Ray would garble it."""
+    chunk = pickle.loads(packed)
+    if isinstance(chunk, ConfigError):
+        return packed
+    try:
+        return pickle.dumps(step(chunk))
+    except ConfigError as error:
+        return pickle.dumps(error)
 
 
-def actor_share(resources: Mapping[str, float], actors: int) -> dict[str, Any]:
-    """Return what each of so many actors asks a cluster for: a share of its GPUs, or of its CPUs without any.
+def shares(cpus: float, gpus: float, nodes: int, actors: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a task and what an actor asks for, in a cluster of so many CPUs, GPUs and nodes.
 
-    One CPU stays free for the tasks that feed the actors.
+    All actors together take half of the CPUs at most. So, however they are spread over the nodes, some node
+    has room for a task: what feeds the actors never waits for them.
     """
-    gpus = resources.get("GPU", 0)
+    task = {"num_cpus": min(1.0, cpus / 2 / max(1, nodes))}
+    actor: dict[str, Any] = {"num_cpus": min(1.0, cpus / 2 / max(1, actors))}
     if gpus:
-        return {"num_cpus": 0.1, "num_gpus": _share(gpus, actors)}
-    return {"num_cpus": _share(resources.get("CPU", 1) - 1, actors)}
+        actor["num_gpus"] = 1 / math.ceil(max(1, actors) / gpus)
+    return task, actor
 
 
-def _share(total: float, actors: int) -> float:
-    return max(0.01, min(1.0, int(100 * total / max(1, actors)) / 100))
+def _shares(actors: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [resources for resources in nodes if resources.get("CPU")]
+    cpus, gpus = (sum(resources.get(kind, 0) for resources in nodes) for kind in ("CPU", "GPU"))
+    return shares(cpus, gpus, len(nodes), actors)
 
 
 @contextmanager
@@ -117,17 +135,3 @@ def caught_noise() -> Iterator[None]:
         finally:
             sys.stderr.flush()
             os.dup2(terminal.fileno(), 2)
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Raise a ConfigError of a task or actor as itself, without Ray's wrapping."""
-    try:
-        yield
-    except Exception as error:
-        inner: BaseException | None = error
-        while inner is not None and type(inner) is not ConfigError:
-            inner = getattr(inner, "cause", None) or inner.__cause__
-        if inner is None or inner is error:
-            raise
-        raise inner from None

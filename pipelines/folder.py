@@ -32,7 +32,7 @@ class FolderOptions(Options):
     open_clip:MODEL[:weights]), on (minilm) or off.
     """
 
-    source: str = "???"
+    source: str = ""
     size: int = 64
     masks: str = "auto"
     csv: str | None = None
@@ -62,7 +62,7 @@ class Folder(Pipeline):
 
     def __init__(self, options: FolderOptions) -> None:
         super().__init__(options)
-        if options.source == "???":
+        if not options.source:
             raise ConfigError("source is missing; name the folder of pictures, for example source=photos")
         if options.size < 8:
             raise ConfigError(f"size ({options.size}) must be at least 8")
@@ -79,7 +79,7 @@ class Folder(Pipeline):
 
     @property
     def description(self) -> str:
-        return f"The {len(self.entries)} pictures of the folder {self.source.name}."
+        return f"The pictures of the folder {self.source.name}."
 
     @property
     def _mask_folder(self) -> Path | None:

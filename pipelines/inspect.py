@@ -90,7 +90,8 @@ def describe(facts: Facts) -> str:
             return f"{size} pixels, {facts['classes']} classes"
         case "label":
             largest = max(facts["counts"]) / max(1, facts["present"])
-            return f"{len(facts['names'])} names, the commonest {_percent(largest)}"
+            count = len(facts["names"])
+            return f"{count} name{'s' * (count > 1)}, the commonest {_percent(largest)}"
         case "embedding":
             return f"{facts.get('dim')} numbers by {facts.get('codec', '?')}"
     return ""

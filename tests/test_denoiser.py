@@ -53,7 +53,7 @@ def build(*overrides: str) -> tuple[Denoiser, Batch]:
 
 
 def all_roles(denoiser: Denoiser, **named: int) -> dict[str, Tensor]:
-    """Return the named roles, the same in every row; what is not named is generated, or absent if it cannot be."""
+    """Return the named roles in every row; what is not named is generated, or absent if it cannot be."""
     return {
         name: torch.full((ROWS,), named.get(name, ABSENT if modality.only_given else GENERATED))
         for name, modality in denoiser.modalities.items()
@@ -87,10 +87,11 @@ def predict(denoiser: Denoiser, batch: Batch, roles: dict[str, Tensor], z_t: Ten
     return denoiser(z_t, times(), roles, *batch_codes(denoiser, batch))
 
 
-def changed(batch: Batch, name: str) -> Batch:
+def changed(denoiser: Denoiser, batch: Batch, name: str) -> Batch:
     """Return the batch with other data of one instance in every row."""
-    data = batch.data[name]
-    other = data.roll(1, 0) if data.is_floating_point() else data.roll(1, 0) ^ 1
+    data, modality = batch.data[name], denoiser.modalities[name]
+    values = modality.prediction_channels if modality.likelihood == "categorical" else 256
+    other = data.roll(1, 0) if data.is_floating_point() else ((data.long() + 1) % values).to(data.dtype)
     return dataclasses.replace(batch, data={**batch.data, name: other})
 
 
@@ -109,7 +110,7 @@ def test_data_that_is_not_given_never_reaches_a_prediction(mode, layout):
     z_t = noisy(denoiser, batch, roles)
     before = predict(denoiser, batch, roles, z_t)
     for name in denoiser.modalities:
-        after = predict(denoiser, changed(batch, name), roles, z_t)
+        after = predict(denoiser, changed(denoiser, batch, name), roles, z_t)
         assert not differs(before, after)[roles[name] != GIVEN].any()
 
 
@@ -119,8 +120,8 @@ def test_given_data_reaches_the_predictions_of_its_rows(mode):
     roles = mixed_roles(denoiser)
     before = predict(denoiser, batch, roles, noisy(denoiser, batch, roles))
     for name in denoiser.modalities:
-        other = changed(batch, name)
-        # Where it is generated its data makes another z_t; that is no leak, so only rows where it is not are compared.
+        other = changed(denoiser, batch, name)
+        # Where it is generated its data makes another z_t, which is no leak: only other rows are compared.
         after = predict(denoiser, other, roles, noisy(denoiser, other, roles))
         assert differs(before, after)[roles[name] == GIVEN].all()
         assert not differs(before, after)[roles[name] == ABSENT].any()
@@ -131,7 +132,7 @@ def test_under_z_only_a_given_code_is_heard_through_z_t_alone():
     roles = all_roles(denoiser, alpha=GIVEN)
     z_t = noisy(denoiser, batch, roles)
     before = predict(denoiser, batch, roles, z_t)
-    assert not differs(before, predict(denoiser, changed(batch, "alpha"), roles, z_t)).any()
+    assert not differs(before, predict(denoiser, changed(denoiser, batch, "alpha"), roles, z_t)).any()
     assert denoiser.backbone.enter.in_channels == denoiser.process.channels
 
 
@@ -185,7 +186,7 @@ def test_the_anchor_may_be_given_or_absent(mode, role):
     z_t = noisy(denoiser, batch, roles)
     before = predict(denoiser, batch, roles, z_t)
     assert all(bool(code.isfinite().all()) for code in before.codes.values())
-    other = changed(batch, "pixels")
+    other = changed(denoiser, batch, "pixels")
     after = predict(denoiser, other, roles, noisy(denoiser, other, roles))
     alpha_differs = (before.codes["alpha"] != after.codes["alpha"]).flatten(1).any(1)
     assert bool(alpha_differs.all()) if role == GIVEN else not bool(alpha_differs.any())
@@ -219,7 +220,7 @@ def test_the_anchors_code_is_exact_where_its_prediction_is(prediction):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_predicted_codes_and_noise_add_up_to_z_t_where_channels_overlap(mode):
-    """eps^ that the v prediction stands for is the noise that z_t holds beside all predicted and given codes."""
+    """eps^ that the v prediction stands for is the noise that z_t holds beside predicted and given codes."""
     denoiser, batch = build(f"given.input={mode}", *OVERLAPPING)
     assert denoiser.process.layout["category"] == denoiser.process.layout["pixels"] == slice(0, 3)
     roles = {**mixed_roles(denoiser), "pixels": torch.full((ROWS,), GENERATED)}

@@ -11,18 +11,20 @@ from mmdiff_ray.registry import look_up, names, register
 def test_an_unknown_name_is_an_error_that_lists_and_suggests():
     with pytest.raises(KeyError) as error:
         look_up("schedule", "cosin")
-    assert error.value.args[0] == (
-        "unknown schedule 'cosin'; registered: cosine, linear, sigmoid; did you mean 'cosine'?"
+    assert error.value.args[0].startswith("unknown schedule 'cosin'; registered: cosine, linear, ")
+    assert error.value.args[0].endswith("; did you mean 'cosine'?")
+
+
+def test_what_is_registered_is_found_by_its_name(monkeypatch):
+    monkeypatch.setitem(
+        registry._parts, "sampler", {name: look_up("sampler", name) for name in names("sampler")}
     )
 
-
-def test_what_is_registered_is_found_by_its_name():
     @register("sampler", "test_registered")
     def part() -> None: ...
 
     assert look_up("sampler", "test_registered") is part
     assert "test_registered" in names("sampler") and names("sampler") == sorted(names("sampler"))
-    registry._parts["sampler"].pop("test_registered")
 
 
 def test_a_name_is_given_once():

@@ -77,6 +77,12 @@ def test_given_instances_are_dropped_at_their_rate_independently_and_generated_o
     assert p_value(cells, [0.09, 0.21, 0.21, 0.49]) > 1e-3
 
 
+def test_dropping_does_not_depend_on_what_a_list_drew():
+    row = {"roles": {"pixels": "generated", "alpha": ["given", "absent"]}, "drop": 0.5}
+    _, roles = tasks(a=row).draw(batch(20_000), seed=2)
+    assert p_value(torch.bincount(roles["alpha"])[:2], [0.75, 0.25]) > 1e-3
+
+
 def test_every_task_has_its_own_drop_rate():
     rows = tasks(a={**READ, "drop": 0.0}, b={**READ, "drop": 0.9})
     drawn, roles = rows.draw(batch(4_000), seed=0)

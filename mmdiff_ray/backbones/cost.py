@@ -19,7 +19,7 @@ class Cost(NamedTuple):
 
 
 def describe(module: nn.Module, *sizes: tuple[int, ...]) -> Cost:
-    """Return the cost of a module called on inputs of these sizes (without the batch), say (C, H, W) and (E,).
+    """Return the cost of a module called on inputs of these sizes (without the batch), like (C, H, W), (E,).
 
     Works on any device, the meta device included, and allocates no activations.
     """

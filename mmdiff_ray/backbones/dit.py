@@ -1,6 +1,7 @@
 """The diffusion transformer: a sequence of patches, blocks modulated by the embedding."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,11 @@ from mmdiff_ray.registry import register
 class DiTOptions:
     """The sizes of a diffusion transformer.
 
-    width: channels of a patch's vector, so also of the pooled features. depth: blocks. head_channels: the fewest channels
-    of one attention head. patch: cells along one side of a patch. mlp_ratio: hidden channels of a block's perceptron, in
-    widths. feature_channels: of the feature map. embedding_channels: of the embedding of time and roles.
-    token_channels: where set, every block also attends to tokens of so many channels.
+    width: channels of a patch's vector, so also of the pooled features. depth: blocks. head_channels: the
+    fewest channels of one attention head. patch: cells along one side of a patch. mlp_ratio: hidden channels
+    of a block's perceptron, in widths. feature_channels: of the feature map. embedding_channels: of the
+    embedding of time and roles. token_channels: where set, every block also attends to tokens of so many
+    channels.
     """
 
     width: int
@@ -47,16 +49,16 @@ PRESETS = {
 class DiT(nn.Module):
     """Turn a noisy code into features by attention among its patches.
 
-    At the start every block is the identity and the embedding changes nothing (adaLN-Zero). Positions are computed
-    from the height and width of the input. Source: Peebles and Xie, "Scalable Diffusion Models with Transformers",
-    2023; small, base and large have its S, B and L's width and depth.
+    At the start every block is the identity and the embedding changes nothing (adaLN-Zero). Positions are
+    computed from the height and width of the input. Source: Peebles and Xie, "Scalable Diffusion Models with
+    Transformers", 2023; small, base and large have its S, B and L's width and depth.
     """
 
     def __init__(self, in_channels: int, size: tuple[int, int], preset: str, **options: Any) -> None:
         """Build a preset with single sizes replaced by options (see `DiTOptions`).
 
-        size: (H, W) that will be used; others that are multiples of the patch work too. Raises ConfigError for unknown
-        or contradicting options.
+        size: (H, W) that will be used; others that are multiples of the patch work too. Raises ConfigError
+        for unknown or contradicting options.
         """
         super().__init__()
         sizes = self.options = choose(PRESETS, preset, options)
@@ -72,15 +74,15 @@ class DiT(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None = None) -> Features:
         """Return the features of a noisy code.
 
-        x: (B, in_channels, H, W); embedding: (B, embedding_channels); tokens: (B, N, token_channels), if any. Raises
-        ValueError where H or W is not a multiple of the patch, or tokens are missing or not expected.
+        x: (B, in_channels, H, W); embedding: (B, embedding_channels); tokens: (B, N, token_channels), if any.
+        Raises ValueError where H or W is not a multiple of the patch, or tokens are missing or not expected.
         """
         check_size(x.shape[2:], self.options.patch)
         check_tokens(tokens, self.options.token_channels)
         embedding = F.silu(embedding)
         x = self.patch(x)  # (B, width, h, w), h = H / patch, w = W / patch
         cells = x.shape[2:]
-        x = x.flatten(2).transpose(1, 2) + positions(*cells, self.options.width, x.device)  # (B, h w, width)
+        x = x.flatten(2).transpose(1, 2) + positions(cells, self.options.width, x.device)  # (B, h w, width)
         for block in self.blocks:
             x = block(x, embedding, tokens)
         shift, scale = self.modulation(embedding)[:, None].chunk(2, dim=-1)  # (B, 1, width) each
@@ -90,7 +92,7 @@ class DiT(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention, then a perceptron, each shifted, scaled and gated by the embedding; the gates start closed."""
+    """Attention, then a perceptron, each shifted, scaled and gated by the embedding; gates start closed."""
 
     def __init__(self, sizes: DiTOptions) -> None:
         super().__init__()
@@ -113,12 +115,13 @@ class _Block(nn.Module):
         return x + gate_2 * self.perceptron(_normal(x) * (1 + scale_2) + shift_2)
 
 
-def positions(height: int, width: int, channels: int, device: torch.device) -> Tensor:
-    """Return sine-cosine codes of the rows and columns of a grid, (height * width, channels).
+def positions(cells: Sequence[int], channels: int, device: torch.device) -> Tensor:
+    """Return sine-cosine codes of the rows and columns of a grid of height x width cells, (h * w, channels).
 
-    A quarter of the channels each: sine of the row, of the column, cosine of the row, of the column. Source: Vaswani
-    et al., 2017, one dimension of a grid after the other.
+    A quarter of the channels each: sine of the row, of the column, cosine of the row, of the column. Source:
+    Vaswani et al., 2017, one dimension of a grid after the other.
     """
+    height, width = cells
     quarter = channels // 4
     frequencies = torch.exp(torch.arange(quarter, device=device) * (-math.log(10_000) / quarter))
     rows = torch.arange(height, device=device)[:, None] * frequencies  # (height, quarter)

@@ -18,19 +18,19 @@ from mmdiff_ray.registry import register
 class UNetOptions:
     """The sizes of a U-Net.
 
-    width: channels at full resolution, so also of the feature map. multipliers: the channels of every level, in
-    widths; each further level has half the resolution. blocks: residual blocks of every level, as many on the way
-    down as on the way up (at the lowest level: in all). attention: the levels, from 0, that attend.
-    head_channels: the fewest channels of one attention head. embedding_channels: of the embedding of time and roles.
-    token_channels: where set, every attention also reads tokens of so many channels.
+    width: channels at full resolution, so also of the feature map. multipliers: the channels of every level,
+    in widths; each further level has half the resolution. blocks: residual blocks of every level, as many on
+    the way down as on the way up (at the lowest level: in all). attention: the levels, from 0, that attend.
+    embedding_channels: of the embedding of time and roles. head_channels: the fewest channels of one attention
+    head. token_channels: where set, every attention also reads tokens of so many channels.
     """
 
     width: int
     multipliers: list[int]
     blocks: list[int]
     attention: list[int]
-    head_channels: int
     embedding_channels: int
+    head_channels: int = 64
     token_channels: int | None = None
 
     @property
@@ -44,9 +44,22 @@ class UNetOptions:
         return 2 ** (len(self.multipliers) - 1)
 
 
-PRESETS: dict[str, UNetOptions] = {
-    "nano": UNetOptions(16, [1, 2, 4], [1, 1, 2], [2], 64, 64),
-    "tiny": UNetOptions(32, [1, 2, 4], [2, 2, 2], [1, 2], 64, 128),
+PRESETS = {
+    "nano": UNetOptions(
+        width=16, multipliers=[1, 2, 4], blocks=[1, 1, 2], attention=[2], embedding_channels=64
+    ),
+    "tiny": UNetOptions(
+        width=40, multipliers=[1, 2, 4], blocks=[1, 1, 2], attention=[2], embedding_channels=128
+    ),
+    "small": UNetOptions(
+        width=64, multipliers=[1, 2, 4], blocks=[2, 2, 3], attention=[1, 2], embedding_channels=256
+    ),
+    "base": UNetOptions(
+        width=128, multipliers=[1, 2, 3, 4], blocks=[2, 2, 2, 3], attention=[2, 3], embedding_channels=512
+    ),
+    "large": UNetOptions(
+        width=192, multipliers=[1, 2, 3, 4], blocks=[2, 2, 3, 4], attention=[2, 3], embedding_channels=768
+    ),
 }
 
 
@@ -54,16 +67,16 @@ PRESETS: dict[str, UNetOptions] = {
 class UNet(nn.Module):
     """Turn a noisy code into features, at full resolution and at every lower one.
 
-    x and y of each cell, from -1 to 1, enter beside the code: codes that are the same in every cell can be told
-    apart from what lies somewhere. Sources: Dhariwal and Nichol, 2021 ("ADM", the adaptive group norm); Karras et al.,
-    2022 ("EDM", the residual blocks); Liu et al., "CoordConv", 2018.
+    x and y of each cell, from -1 to 1, enter beside the code: codes that are the same in every cell can be
+    told apart from what lies somewhere. Sources: Dhariwal and Nichol, 2021 ("ADM", the adaptive group norm);
+    Karras et al., 2022 ("EDM", the residual blocks); Liu et al., "CoordConv", 2018.
     """
 
     def __init__(self, in_channels: int, size: tuple[int, int], preset: str, **options: Any) -> None:
         """Build a preset with single sizes replaced by options (see `UNetOptions`).
 
-        size: (H, W) that will be used; others that are multiples of the stride work too. Raises ConfigError for
-        unknown or contradicting options.
+        size: (H, W) that will be used; others that are multiples of the stride work too. Raises ConfigError
+        for unknown or contradicting options.
         """
         super().__init__()
         sizes = self.options = choose(PRESETS, preset, options)
@@ -87,8 +100,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None = None) -> Features:
         """Return the features of a noisy code.
 
-        x: (B, in_channels, H, W); embedding: (B, embedding_channels); tokens: (B, N, token_channels), if any. Raises
-        ValueError where H or W is not a multiple of the stride, or tokens are missing or not expected.
+        x: (B, in_channels, H, W); embedding: (B, embedding_channels); tokens: (B, N, token_channels), if any.
+        Raises ValueError where H or W is not a multiple of the stride, or tokens are missing or not expected.
         """
         check_size(x.shape[2:], self.options.stride)
         check_tokens(tokens, self.options.token_channels)
@@ -125,7 +138,7 @@ class _Level(nn.Module):
 
 
 class _Block(nn.Module):
-    """A residual block; the embedding scales and shifts the second norm's output. Its branch starts as nothing."""
+    """A residual block, its second norm scaled and shifted by the embedding; its branch starts as nothing."""
 
     def __init__(self, in_channels: int, channels: int, embedding_channels: int) -> None:
         super().__init__()
@@ -178,8 +191,8 @@ def _check(sizes: UNetOptions, size: tuple[int, int]) -> None:
     levels = len(sizes.multipliers)
     if len(sizes.blocks) != levels or not levels or min(sizes.blocks) < 1:
         raise ConfigError(
-            f"model.options.blocks ({sizes.blocks}) must have one number, at least 1, for each of the {levels} "
-            f"multipliers ({sizes.multipliers})"
+            f"model.options.blocks ({sizes.blocks}) must have one number, at least 1, for each of "
+            f"the {levels} multipliers ({sizes.multipliers})"
         )
     for level in sizes.attention:
         if not 0 <= level < levels:

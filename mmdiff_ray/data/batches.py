@@ -36,10 +36,10 @@ def rank_batches(
 ) -> Iterator[Batch]:
     """Yield a rank's share of the global batches start to stop (None: for ever).
 
-    A batch has global_batch / world rows.
-    windows: (lane, window, its rows), in the order of `plan.rank_windows` with the same numbers. Rows that
-    could not be read are padding. Raises BadRowsError once this rank has more than `bad_row_limit` of them,
-    and RuntimeError if the windows end too early: no row is ever dropped silently.
+    windows: (lane, window, its rows), in the order of `plan.rank_windows` with the same numbers. A batch
+    has global_batch / world rows; those that could not be read are padding. Raises BadRowsError once this
+    rank has more than `bad_row_limit` of them, and RuntimeError if the windows end too early: no row is ever
+    dropped silently.
     """
     stock = _Stock(windows, bad_row_limit)
     lanes, size = plan.lanes_of(rank, world), plan.rows_per_lane

@@ -1,17 +1,18 @@
 """Keep the journal of an unfinished build, and find the files at a URI that are ours."""
 
 import json
-from collections.abc import Mapping
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.data.manifest import FORMAT_VERSION, JOURNAL, MANIFEST, SPLITS, Shard, shard_from_plain
+from mmdiff_ray.data.manifest import JOURNAL, MANIFEST, SPLITS, Shard, shard_from_plain
 from mmdiff_ray.data.schema import Tally
 from mmdiff_ray.data.storage import exists, files_under, filesystem, read_bytes, remove, write_bytes_atomic
 
+SHARD_PATH = re.compile(r"(train|val)/\d{5,}\.parquet")
 RESTART = "build with the same settings, or start again with --force"
 
 
@@ -32,7 +33,6 @@ class Journal:
         """Write the journal beside the shards."""
         fs, root = filesystem(uri)
         plain = {
-            "format_version": FORMAT_VERSION,
             "settings": self.settings,
             "facts": self.facts,
             "totals": {
@@ -65,17 +65,18 @@ def load_journal(uri: str) -> Journal | None:
     plain = _read_json(uri, JOURNAL)
     if plain is None:
         return None
-    return Journal(
-        settings=plain["settings"],
-        facts=plain["facts"],
-        totals={
-            name: {part: np.asarray(a) for part, a in tally.items()}
-            for name, tally in plain["totals"].items()
-        },
-        shards={
-            split: [shard_from_plain(shard) for shard in shards] for split, shards in plain["shards"].items()
-        },
-    )
+    try:
+        return Journal(
+            settings=plain["settings"],
+            facts=plain["facts"],
+            totals={
+                name: {part: np.asarray(amount) for part, amount in tally.items()}
+                for name, tally in plain["totals"].items()
+            },
+            shards={split: [shard_from_plain(shard) for shard in plain["shards"][split]] for split in SPLITS},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _not_ours(uri, JOURNAL, error) from None
 
 
 def make_room(uri: str, force: bool) -> None:
@@ -104,22 +105,36 @@ def make_room(uri: str, force: bool) -> None:
 
 def _named_files(uri: str) -> list[str]:
     """Return the files that our journal and manifest name, what names them last."""
-    found: list[str] = []
     journal, manifest = _read_json(uri, JOURNAL), _read_json(uri, MANIFEST)
+    found: list[str] = []
     if journal is not None:
-        for split, shards in journal["shards"].items():
+        for split in SPLITS:
+            shards = _paths(uri, JOURNAL, journal, "shards", split)
             # a build that was killed may have written the shard after the last one that its journal names
-            found += [*_paths(shards), f"{split}/{len(shards):05d}.parquet"]
+            found += [*shards, f"{split}/{len(shards):05d}.parquet"]
         found.append(JOURNAL)
     if manifest is not None:
-        for split in manifest["splits"].values():
-            found += _paths(split["shards"])
+        for split in SPLITS:
+            found += _paths(uri, MANIFEST, manifest, "splits", split, "shards")
         found.append(MANIFEST)
     return found
 
 
-def _paths(shards: list[Mapping[str, Any]]) -> list[str]:
-    return [shard["path"] for shard in shards]
+def _paths(uri: str, name: str, plain: Any, *keys: str) -> list[str]:
+    """Return the paths of the shards that a file lists under the keys.
+
+    Raises ConfigError if it does not, or for a path that no writer of ours makes.
+    """
+    try:
+        for key in keys:
+            plain = plain[key]
+        paths = [shard["path"] for shard in plain]
+        strange = [path for path in paths if not SHARD_PATH.fullmatch(path)]
+    except (KeyError, TypeError, IndexError) as error:
+        raise _not_ours(uri, name, error) from None
+    if strange:
+        raise _not_ours(uri, name, f"it names {strange[0]}")
+    return paths
 
 
 def _read_json(uri: str, name: str) -> Any:
@@ -129,7 +144,11 @@ def _read_json(uri: str, name: str) -> Any:
     try:
         return json.loads(read_bytes(fs, f"{root}/{name}"))
     except ValueError as error:
-        raise ConfigError(
-            f"{uri}/{name} cannot be read ({error}), so it is not known which files belong to it; "
-            "look at the folder and remove it yourself"
-        ) from None
+        raise _not_ours(uri, name, error) from None
+
+
+def _not_ours(uri: str, name: str, why: object) -> ConfigError:
+    return ConfigError(
+        f"{uri}/{name} is not as we write it ({why}), so it is not known which files belong to it; "
+        "look at the folder and remove it yourself"
+    )

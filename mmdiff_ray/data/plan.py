@@ -68,9 +68,9 @@ class Plan:
 
     sources: (training split, weight) of each data set. lanes: number of streams, a multiple of every number
     of workers. window: row groups that are shuffled together. global_batch: rows of a batch over all
-    workers, a multiple of lanes. Global batch b holds rows [b k, (b + 1) k) of lane l in its slots [l k, (l
-    + 1) k), where k = global_batch / lanes. Memory: the sizes of all row groups and a few permutations of
-    them.
+    workers, a multiple of lanes. With k = global_batch / lanes, slots [l k, (l + 1) k) of global batch b hold
+    rows [b k, (b + 1) k) of lane l.
+    Memory: the sizes of all row groups and a few permutations of them.
     """
 
     def __init__(
@@ -144,9 +144,8 @@ class GroupTable:
 
     def __init__(self, split: Split) -> None:
         self._shards = split.shards
-        self._first = np.cumsum(
-            [0, *(len(shard.row_groups) for shard in split.shards)]
-        )  # shard -> first number
+        sizes = [len(shard.row_groups) for shard in split.shards]
+        self._first = np.cumsum([0, *sizes])  # shard -> number of its first row group
         self.rows = np.array([rows for shard in split.shards for rows in shard.row_groups], np.int32)
         self._ends = np.cumsum(self.rows, dtype=np.int64)
 

@@ -138,7 +138,7 @@ class EmbeddingColumn(Column):
     """Vectors of one dimension, stored as fixed-size lists of float32.
 
     A row without a vector is stored as a list of nulls: pyarrow writes a fixed-size list that is itself null
-    but cannot read it back (apache/arrow issue 35692).
+    but cannot read it back (apache/arrow#35692).
     """
 
     kind = "embedding"
@@ -153,7 +153,7 @@ class EmbeddingColumn(Column):
         return vector, {**_present(), "norm": np.asarray(math.sqrt(math.fsum(vector.astype(float) ** 2)))}
 
     def to_arrow(self, values: Sequence[Any]) -> pa.Array:
-        dim = self.facts.get("dim", 1)  # no row has had a vector yet
+        dim = self.facts.get("dim", 1)  # unknown as long as no row has had a vector
         absent = np.repeat([value is None for value in values], dim)
         filler = np.zeros(dim, np.float32)
         flat = np.concatenate([filler if value is None else value for value in values])

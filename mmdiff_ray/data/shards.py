@@ -7,6 +7,7 @@ from typing import Any
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.journal import RESTART, Journal, load_journal, make_room
 from mmdiff_ray.data.manifest import (
+    FORMAT_VERSION,
     JOURNAL,
     MANIFEST,
     SPLITS,
@@ -56,12 +57,13 @@ class ShardWriter:
         self._tallies: dict[str, list[dict[str, Tally]]] = {split: [] for split in SPLITS}
         self._journal = Journal(
             settings={
+                "format_version": FORMAT_VERSION,
                 "name": name,
                 "rows_per_shard": rows_per_shard,
                 "rows_per_group": rows_per_group,
                 "val_share": val_share,
             },
-            facts={column.name: column.facts for column in self._columns.values()},
+            facts={column.name: column.facts for column in self._columns.values()},  # shared, they still grow
             totals={column: {} for column in columns},
             shards={split: [] for split in SPLITS},
         )

@@ -1,1 +1,1 @@
-"""The mathematics of multi-modal diffusion in pure torch: schedules, weights, process, objective, samplers."""
+"""The mathematics of multi-modal diffusion in pure torch: schedules, weights, process, loss, samplers."""

@@ -3,8 +3,9 @@
     L0  KL( q(z_T | X) || p(z_T) )            L2  sum over generated i of -log p( x_i | z_t ), the decoders
     L1  sum over t >= 2 of the posteriors' KL  L3  -log p( z_0 | z_1 ), the last step
 
-Source: MT-Diffusion (ICLR 2024) for the four; what counts as one element, and the split over instances, are ours.
-A mean of per-worker means is not the mean: sums and counts are added over workers and micro-batches first.
+Source: MT-Diffusion (ICLR 2024) for the four; what counts as one element, and the split over instances, are
+ours. A mean of per-worker means is not the mean: sums and counts are added over workers and micro-batches
+first.
 """
 
 from collections.abc import Mapping
@@ -25,8 +26,8 @@ Terms = dict[str, Tensor]
 class Objective:
     """The loss of a configuration.
 
-    owners: channel of the diffusion space -> the instance that its L1 is booked under (the one it was made for).
-    modalities: instance -> its likelihood (`Modality`).
+    owners: channel of the diffusion space -> the instance that its L1 is booked under (the one it was made
+    for). modalities: instance -> its likelihood (`Modality`).
     """
 
     process: Process
@@ -37,7 +38,8 @@ class Objective:
     def owners(self) -> dict[str, slice]:
         """Return instance -> its channels, for the instances that own theirs; overlapping ones own none.
 
-        Of instances that share channels the widest owns them all, so that none is left out; the anchor before others.
+        Of instances that share channels the widest owns them all, so that none is left out; the anchor
+        before others.
         """
         owned: dict[str, slice] = {}
         for name, where in sorted(
@@ -74,8 +76,8 @@ class Objective:
     ) -> Terms:
         """Return the sum of every term over a batch; t must lie on the schedule's grid.
 
-        predicted: instance -> E[c | z_t]; heads: instance -> the head's prediction. Simplified weightings average
-        over all steps, the last one being booked as L3; `elbo` gives estimates of the exact terms.
+        predicted: instance -> E[c | z_t]; heads: instance -> the head's prediction. Simplified weightings
+        average over all steps, the last one being booked as L3; `elbo` gives estimates of the exact terms.
         """
         last = t <= 1.5 / self.process.schedule.steps
         sums = self.prior_sums(codes, roles)
@@ -90,7 +92,7 @@ class Objective:
         return sums
 
     def total(self, sums: Terms, counts: Terms) -> Tensor:
-        """Return the loss: every term's mean times its coefficient. Counts of 0 give 0, with a gradient path."""
+        """Return the loss: every term's mean times its coefficient; a count of 0 gives 0, with a gradient."""
         coefficients = self.config.coefficients
         total = torch.zeros((), device=next(iter(sums.values())).device)
         for key, value in sums.items():
@@ -108,7 +110,7 @@ class Objective:
         ]
 
     def prior_sums(self, codes: Codes, roles: Roles) -> Terms:
-        """Return L0: 1/2 (mean^2 + var - 1 - log var) of z_T without what is given, whose share the prior knows."""
+        """Return L0: 1/2 (mean^2 + var - 1 - log var) of z_T without what is given, which the prior knows."""
         end = torch.ones(len(next(iter(roles.values()))), dtype=torch.float64, device=_device(codes))
         generated = self.process.only(roles, GENERATED)
         mean, std = self.process.marginal(codes, generated, end)
@@ -120,7 +122,7 @@ class Objective:
     def _posterior(
         self, z_t: Tensor, t: Tensor, roles: Roles, codes: Codes, predicted: Codes
     ) -> dict[str, Tensor]:
-        """Return L1 of every owner, summed over its cells, (B,); only channels that carry something generated."""
+        """Return L1 of every owner, summed over its cells, (B,), where channels carry something generated."""
         if self.config.weighting == "elbo":
             before = (t - 1 / self.process.schedule.steps).clamp_min(0)
             parts = posterior_nats(self.process, t, before, roles, codes, predicted)
@@ -148,8 +150,8 @@ class Objective:
         return power
 
     def _weight(self, snr: Tensor) -> Tensor:
-        """Return the weight of the squared code error at a signal-to-noise ratio: in terms of z_0, eps has snr,
-        v has snr + 1, x0 has 1 and min-SNR has min(snr, gamma) (Hang et al., 2023)."""
+        """Return the weight of the squared code error at a signal-to-noise ratio: in terms of z_0, eps has
+        snr, v has snr + 1, x0 has 1 and min-SNR has min(snr, gamma) (Hang et al., 2023)."""
         return {
             "eps": lambda: snr,
             "v": lambda: snr + 1,
@@ -166,7 +168,7 @@ class Objective:
         per_row: Mapping[str, Tensor],
         last: Tensor,
     ) -> Tensor:
-        """Return the sum of L3 over the rows that are at the last step: exact under `elbo`, else simplified."""
+        """Return the sum of L3 over the rows at the last step: exact under `elbo`, else simplified."""
         anchor = self.process.anchor
         rows = last & (roles[anchor] == GENERATED)
         if self.config.weighting != "elbo":
@@ -178,7 +180,7 @@ class Objective:
 def last_step_nats(process: Process, anchor: Any, t: Tensor, data: Tensor, predicted: Tensor) -> Tensor:
     """Return L3 of every row in nats, (B,): the data under the anchor's likelihood around E[z_0 | z_1].
 
-    Its standard deviation is that of z_0 given z_1 under a unit-variance prior, sigma_1 (stated, not learned).
+    Its standard deviation is that of z_0 given z_1 under a unit-variance prior, sigma_1: stated, not learned.
     """
     return anchor.code_negative_log_likelihood(
         predicted, over_cells(process.schedule.sigma(t), predicted), data
@@ -188,10 +190,10 @@ def last_step_nats(process: Process, anchor: Any, t: Tensor, data: Tensor, predi
 def posterior_nats(
     process: Process, t: Tensor, s: Tensor, roles: Roles, codes: Codes, predicted: Codes
 ) -> dict[str, dict[str, Tensor]]:
-    """Return KL( q(z_s | z_t, z_0, X) || p(z_s | z_t) ) per instance that owns channels, in nats per row, (B,).
+    """Return KL( q(z_s | z_t, z_0, X) || p(z_s | z_t) ) per instance with channels, in nats per row, (B,).
 
-    1 / (2 var) || k (eps - eps^) + (S - S^) ||^2 as one norm, with its parts: total = eps + s + cross. Rows at the
-    last step (var 0) give 0. Source: MT-Diffusion (ICLR 2024), L1.
+    1 / (2 var) || k (eps - eps^) + (S - S^) ||^2 as one norm, with its parts: total = eps + s + cross. Rows
+    at the last step (var 0) give 0. Source: MT-Diffusion (ICLR 2024), L1.
     """
     generated = process.only(roles, GENERATED)
     step, errors = process.step(t, s, generated), _errors(codes, predicted)

@@ -2,11 +2,12 @@
 
     S_t = sum_i w_t^(i) E_i(x_i)
     transition  q(z_t | z_{t-1}, X) = N( sqrt(a_t) (z_{t-1} + S_t),  (1 - a_t) I )
-    marginal    q(z_t | z_0, X)     = N( sqrt(abar_t) z_0 + B_t,     (1 - abar_t) I ),  B_t = sum_i b_t^(i) E_i(x_i)
+    marginal    q(z_t | z_0, X)     = N( sqrt(abar_t) z_0 + B_t,     (1 - abar_t) I )
+                B_t = sum_i b_t^(i) E_i(x_i)
 
-Source: MT-Diffusion (ICLR 2024), forward process; roles as choices of b are our own. Every modality is one signal
-beta_k(t) c_k: the anchor's beta is sqrt(abar), the others' is their profile when generated; when given it is the
-constant kappa for all of them, when absent it is 0.
+Source: MT-Diffusion (ICLR 2024), forward process; roles as choices of b are our own. Every modality is one
+signal beta_k(t) c_k: the anchor's beta is sqrt(abar), the others' is their profile when generated; when
+given it is the constant kappa for all of them, when absent it is 0.
 """
 
 from collections.abc import Mapping
@@ -63,8 +64,8 @@ class Step(NamedTuple):
 class Process:
     """The forward process.
 
-    profiles: instance -> b(t) when generated (the anchor's entry is not used). kappas: instance -> constant weight
-    when given. layout: instance -> its channels. channels: C of the diffusion space.
+    profiles: instance -> b(t) when generated (the anchor's entry is not used). kappas: instance -> constant
+    weight when given. layout: instance -> its channels. channels: C of the diffusion space.
     """
 
     schedule: Schedule
@@ -90,7 +91,10 @@ class Process:
         )
 
     def place(self, codes: Codes, weights: Mapping[str, Tensor]) -> Tensor:
-        """Return sum_i weights_i codes_i in the diffusion space, (B, C, H, W), float32 or more. weights: instance -> (B,)."""
+        """Return sum_i weights_i codes_i in the diffusion space, (B, C, H, W), float32 or more.
+
+        weights: instance -> (B,). Raises ValueError for a code of the wrong shape.
+        """
         first = next(iter(codes.values()))
         dtype = torch.promote_types(first.dtype, torch.float32)
         total = first.new_zeros(first.shape[0], self.channels, *first.shape[2:], dtype=dtype)
@@ -106,8 +110,8 @@ class Process:
     def marginal(self, codes: Codes, roles: Roles, t: Tensor) -> Gaussian:
         """Return q(z_t | z_0, X), the noisy code at times t.
 
-        codes: instance -> (B, c, H, W), the anchor's being z_0; t: (B,) in [0, 1]. Raises ValueError for a code of
-        the wrong shape. Source: MT-Diffusion (ICLR 2024), marginal of the forward process.
+        codes: instance -> (B, c, H, W), the anchor's being z_0; t: (B,) in [0, 1]. Raises ValueError for a
+        code of the wrong shape. Source: MT-Diffusion (ICLR 2024), marginal of the forward process.
         """
         return Gaussian(self.place(codes, self.betas(t, roles)), self.schedule.sigma(t))
 
@@ -162,7 +166,10 @@ class Process:
         return {name: torch.where(value == role, value, ABSENT) for name, value in roles.items()}
 
     def prior_nats(self, name: str) -> float:
-        """Return L0 of a generated instance alone: KL(q(z_T) || N(0, I)) in nats per dimension, for a unit-RMS code."""
+        """Return L0 of a generated instance alone in nats per dimension: KL(q(z_T) || N(0, I)).
+
+        Its code has unit RMS.
+        """
         end = torch.ones(1, dtype=torch.float64)
         beta = self._beta(name, end, torch.full((1,), GENERATED))
         variance = -torch.expm1(self.schedule.log_abar(end))

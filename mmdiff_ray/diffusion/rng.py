@@ -1,5 +1,5 @@
-"""Random numbers that are a function of (seed, purpose, visit, sample id): the same at any world size, batch split
-and restart, so nothing random is ever saved.
+"""Random numbers that are a function of (seed, purpose, visit, sample id): the same at any world size, batch
+split and restart, so nothing random is ever saved.
 
 Counter-based: SplitMix64 (Steele, Lea and Flood, 2014) over a key per sample, in int64 arithmetic that wraps.
 """

@@ -1,11 +1,13 @@
 """Samplers: functions that take z_t one step down, and the walk from noise to data.
 
-With several signals, z_t = sum_k beta_k(t) c_k + sigma_t eps, and c^_k = E[c_k | z_t] (method: our own extension of
-DDIM, Song et al., 2021, and of DPM-Solver++, Lu et al., 2022, to several signals with their own profiles):
+With several signals, z_t = sum_k beta_k(t) c_k + sigma_t eps, and c^_k = E[c_k | z_t] (method: our own
+extension of DDIM, Song et al., 2021, and of DPM-Solver++, Lu et al., 2022, to several signals with their own
+profiles):
 
     first order    z_s = sum_k beta_k(s) c^_k + sigma_s eps^
     second order   z_s / sigma_s = z_t / sigma_t + sum_k c~_k Delta(beta_k / sigma),
-                   c~_k = c^_k + Delta / (2 h) (c^_k - c^_k before), Delta and h in that signal's own beta_k / sigma
+                   c~_k = c^_k + Delta / (2 h) (c^_k - c^_k before),
+                   Delta and h in that signal's own beta_k / sigma
 """
 
 from collections.abc import Callable, Mapping
@@ -41,8 +43,8 @@ class State(NamedTuple):
 
 
 Move = Callable[[Process, State, Tensor, Codes, Roles, Callable[[], Tensor]], Tensor]
-"""(process, state, s, codes, roles, noise) -> z_s. codes: E[c | z_t] of generated, the truth of given instances;
-noise: draws (B, C, H, W) standard normal numbers."""
+"""(process, state, s, codes, roles, noise) -> z_s. codes: E[c | z_t] of generated, the truth of given
+instances; noise: draws (B, C, H, W) standard normal numbers."""
 
 
 def walk(
@@ -56,9 +58,9 @@ def walk(
 ) -> tuple[Prediction, Tensor]:
     """Walk from the prior to the data; return the last prediction and the z it was made from.
 
-    noise: purpose -> (B, C, H, W) standard normal; given: codes of given instances. The prior is N(B_T, I), with B_T
-    of what is given. steps: number of predictions, at even times 1, 1 - 1 / steps, ..., 1 / steps. The returned codes
-    of what is given are the given ones.
+    noise: purpose -> (B, C, H, W) standard normal; given: codes of given instances. The prior is N(B_T, I),
+    with B_T of what is given. steps: number of predictions, at even times 1, 1 - 1 / steps, ..., 1 / steps.
+    The returned codes of what is given are the given ones.
     """
     move: Move = look_up("sampler", sampler)
     z = noise("prior")
@@ -105,7 +107,7 @@ def ddim(
 def dpm2(
     process: Process, state: State, s: Tensor, codes: Codes, roles: Roles, noise: Callable[[], Tensor]
 ) -> Tensor:
-    """Move to z_s, second order from the second step on (multistep; the step to t = 0 is a prediction alone)."""
+    """Move to z_s, second order from the second step on (multistep; to t = 0 a prediction alone leads)."""
     sigma_t, sigma_s = process.schedule.sigma(state.t), process.schedule.sigma(s)
     now, then = _ratios(process, state.t, roles), _ratios(process, s, roles)
     change = {name: then[name] - now[name] for name in codes}
@@ -124,7 +126,7 @@ def _ratios(process: Process, t: Tensor, roles: Roles) -> dict[str, Tensor]:
 
 
 def _half_slope(change: Tensor, before: Tensor) -> Tensor:
-    """Return Delta / (2 h), or 0 where the signal stood still; at most 2, for a profile that starts to move late."""
+    """Return Delta / (2 h), 0 where the signal stood still, at most 2 (profiles may start to move late)."""
     still = before.abs() < 1e-9
     return torch.where(still, 0, change / torch.where(still, 1, 2 * before)).clamp(-2, 2)
 
@@ -134,8 +136,8 @@ def guided(predict: Predict, process: Process, given: Codes, scales: Mapping[str
 
         c^ + sum_i (g_i - 1) (c^ - c^ with i absent),  and the same for what the heads predict.
 
-    An absent instance's code is taken out of z_t, whose law it then has (classifier-free guidance, Ho and Salimans,
-    2022, for any modality). Costs one more prediction per guided instance.
+    An absent instance's code is taken out of z_t, whose law it then has (classifier-free guidance, Ho and
+    Salimans, 2022, for any modality). Costs one more prediction per guided instance.
     """
     pulled = {name: scale for name, scale in scales.items() if scale != 1 and name in given}
 

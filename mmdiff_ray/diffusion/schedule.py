@@ -1,7 +1,7 @@
 """Noise schedules abar(t) on continuous time t in [0, 1]; a grid of T steps reads them at t = k / T.
 
-abar(0) = 1 (data), abar(1) close to 0 (noise). Everything is kept as log abar so that products over many steps
-and 1 - abar near t = 0 stay exact. Pass float64 times; results have the dtype of t.
+abar(0) = 1 (data), abar(1) close to 0 (noise). Everything is kept as log abar so that products over many
+steps and 1 - abar near t = 0 stay exact. Pass float64 times; results have the dtype of t.
 """
 
 import math
@@ -15,7 +15,7 @@ from mmdiff_ray.config import ScheduleConfig
 from mmdiff_ray.registry import look_up, register
 
 ABAR_FLOOR = 1e-5
-"""abar(1): far enough from 0 that ratios of neighbouring steps stay finite; costs 5e-6 nats per dimension in L0."""
+"""abar(1): so far from 0 that ratios of neighbouring steps stay finite; costs 5e-6 nats per dimension."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def interpolate(t: Tensor, table: Tensor) -> Tensor:
 
 @register("schedule", "cosine")
 def cosine(start: float = 0.008) -> Callable[[Tensor], Tensor]:
-    """abar = cos^2, with an offset `start` at the data end. Source: Nichol and Dhariwal, 2021, equation 17."""
+    """abar = cos^2, offset by `start` at the data end. Source: Nichol and Dhariwal, 2021, equation 17."""
 
     def abar(t: Tensor) -> Tensor:
         phase = (t + start) / (1 + start) * math.pi / 2
@@ -89,8 +89,10 @@ def cosine(start: float = 0.008) -> Callable[[Tensor], Tensor]:
 
 @register("schedule", "linear")
 def linear(start: float = 0.1, end: float = 20.0) -> Callable[[Tensor], Tensor]:
-    """abar = exp(-integral of beta), beta rising linearly from `start` to `end` per unit time (DDPM's 1e-4 .. 0.02
-    over 1000 steps in the limit of many steps). Source: Song et al., 2021, the variance preserving process."""
+    """abar = exp(-integral of beta), beta rising linearly from `start` to `end` per unit time.
+
+    The limit of DDPM's 1e-4 .. 0.02 over 1000 steps. Source: Song et al., 2021, variance preserving process.
+    """
 
     def abar(t: Tensor) -> Tensor:
         return torch.exp(-(start * t + 0.5 * (end - start) * t.square()))
@@ -100,7 +102,7 @@ def linear(start: float = 0.1, end: float = 20.0) -> Callable[[Tensor], Tensor]:
 
 @register("schedule", "sigmoid")
 def sigmoid(start: float = -3.0, end: float = 3.0, power: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """abar = a falling sigmoid between `start` and `end`, at temperature `power`. Source: Jabri et al., 2022."""
+    """abar = a falling sigmoid from `start` to `end`, at temperature `power`. Source: Jabri et al., 2022."""
 
     def abar(t: Tensor) -> Tensor:
         top, bottom = 1 / (1 + math.exp(-start / power)), 1 / (1 + math.exp(-end / power))

@@ -2,8 +2,9 @@
 
     b_t = sqrt(a_t) (b_{t-1} + w_t),  b_0 = 0   <=>   w_t = b_t / sqrt(a_t) - b_{t-1}
 
-b is canonical: it is continuous, and w is derived from it on whatever grid is walked. The recursion is the paper's
-(MT-Diffusion, ICLR 2024, forward process); profiles as functions of time, and their families, are our own choice.
+b is canonical: it is continuous, and w is derived from it on whatever grid is walked. The recursion is the
+paper's (MT-Diffusion, ICLR 2024, forward process); profiles as functions of time, and their families, are
+our own choice.
 """
 
 import math
@@ -76,7 +77,7 @@ def power_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
 
 @register("profile", "sigmoid")
 def sigmoid_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
-    """b = scale times a sigmoid that falls from 1 to 0 around t = 1/2, `shape` = its steepness (6: smooth)."""
+    """b = scale times a sigmoid that falls from 1 to 0 around t = 1/2; shape: its steepness (6: smooth)."""
 
     def profile(t: Tensor) -> Tensor:
         top, bottom = torch.sigmoid(t.new_tensor([config.shape / 2, -config.shape / 2]))
@@ -89,8 +90,8 @@ def sigmoid_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
 def clock_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
     """b = scale sigma(t) sqrt(abar(tau)) / sigma(tau), tau = shape t / (1 + (shape - 1) t).
 
-    The modality has the signal-to-noise ratio that the anchor has at its own time tau. shape 1: the same clock,
-    b = scale sqrt(abar). shape below 1: the modality is settled before the anchor; above 1: after it.
+    The modality has the signal-to-noise ratio that the anchor has at its own time tau. shape 1: the same
+    clock, b = scale sqrt(abar). shape below 1: the modality is settled before the anchor; above 1: after it.
     """
 
     def profile(t: Tensor) -> Tensor:

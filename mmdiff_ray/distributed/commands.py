@@ -26,7 +26,7 @@ def train_and_evaluate(
     config: Config | None, resumed: str | None, runs: str, overrides: Sequence[str]
 ) -> int:
     """Train a new run, or go on with one; evaluate it; record its model; say where everything is."""
-    console = Console(highlight=False)
+    console = make_console()
     display = Display(console)
     begun = time.monotonic()
     if config is not None:
@@ -51,6 +51,12 @@ def train_and_evaluate(
     return 0
 
 
+def make_console() -> Console:
+    """Return the console of a command; where output is no terminal, lines are not cut at 80 columns."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=120)
+
+
 def _say_where(console: Console, folder: Path, uri: str) -> None:
     shown = _near(folder)
     console.print(f"run       {shown}")
@@ -68,7 +74,7 @@ def _near(path: Path) -> Path:
 
 def dry_run(config: Config) -> int:
     """Check a configuration against its data; print parameters, channels, tasks, priors and the cost of a step."""
-    console = Console(highlight=False)
+    console = make_console()
     job = jobs.prepare(config, jobs.new_folder(config))
     denoiser = job.denoiser()
     console.print(_modality_table(job, denoiser))
@@ -131,7 +137,7 @@ def _cost(job: Job, denoiser: Denoiser) -> str:
 
 def sample(given: argparse.Namespace) -> int:
     """Draw samples from a run's exported model and write them."""
-    console = Console(highlight=False)
+    console = make_console()
     if given.num < 1:
         raise ConfigError(f"--num ({given.num}) must be at least 1")
     folder = jobs.find_run(given.model, given.runs)
@@ -160,7 +166,7 @@ def sample(given: argparse.Namespace) -> int:
 
 def evaluate(run: str, runs: str, overrides: Sequence[str]) -> int:
     """Evaluate a run again and print its figures."""
-    console = Console(highlight=False)
+    console = make_console()
     findings = evaluate_run(jobs.find_run(run, runs), overrides)
     for table in tables(findings.figures):
         console.print(table)

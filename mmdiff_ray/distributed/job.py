@@ -19,7 +19,7 @@ from mmdiff_ray.data.plan import Plan
 from mmdiff_ray.data.reader import RowReader
 from mmdiff_ray.denoiser import Denoiser, build_denoiser
 from mmdiff_ray.evaluation.run import check_evaluators
-from mmdiff_ray.training.checkpoint import complete, write_json
+from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.fit import calibrate
 
 CALIBRATION_ROWS = 512
@@ -132,8 +132,3 @@ def load_job(folder: Path, overrides: list[str] | None = None) -> Job:
     facts = read_run(folder)
     job = prepare(config, folder)
     return dataclasses.replace(job, tracking_uri=facts["tracking_uri"], run_id=facts["run_id"])
-
-
-def has_checkpoint(job: Job) -> bool:
-    """Return whether a run has a checkpoint to go on from."""
-    return bool(complete(job.checkpoints))

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ Stream = Callable[[Job, Any, int, int, int], Iterator[Batch]]
 
 def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], bool]) -> str:
     """Train as one of `world()` workers and return "finished" or "stopped". The first worker writes the export."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is one by intent
     rank, count = world()
     config = job.config
     if config.workers.threads or count > 1:

@@ -11,6 +11,7 @@ from mmdiff_ray.evaluation.floors import (
     mean_embedding,
     nearest_palette_colour,
     threshold_fill,
+    unlike_border,
 )
 from mmdiff_ray.evaluation.grids import Panel, grid
 from mmdiff_ray.evaluation.retrieval import cosine
@@ -102,7 +103,10 @@ def _mask_rules(context: Context, modality: Any, rows: np.ndarray) -> dict[str, 
         return {}
     image = context.truth(context.anchor, rows).numpy()
     if modality.prediction_channels == 2:
-        return {"threshold + fill": threshold_fill(image).astype(np.uint8)}
+        return {
+            "threshold + fill": threshold_fill(image).astype(np.uint8),
+            "unlike the border": unlike_border(image).astype(np.uint8),
+        }
     colors = modality.options.colors
     if not colors or not any(color is not None for color in colors):
         return {}
@@ -119,7 +123,7 @@ def _mask_picture(context: Context, panels: list[tuple]) -> Any:
     count = min(context.config.evaluate.grid_rows, int(rows.sum()))
     shown = [context.panel(context.anchor, context.truth(context.anchor, rows)[:count], "given")]
     for name, modality, _, answer, truth, rules in panels:
-        rule, mask = next(iter(rules.items()), ("", None))
+        rule, mask = next(reversed(rules.items()), ("", None))
         shown.append(Panel(name, modality.picture(torch.from_numpy(answer[:count])), "generated"))
         shown.append(Panel(f"true {name}", modality.picture(torch.from_numpy(truth[:count])), "truth"))
         if mask is not None:

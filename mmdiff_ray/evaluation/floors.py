@@ -50,6 +50,25 @@ def threshold_fill(image: np.ndarray, threshold: float = 0.6) -> np.ndarray:
     return np.stack([ndimage.binary_fill_holes(mask) for mask in _flat(dark)]).reshape(dark.shape)
 
 
+def unlike_border(image: np.ndarray, threshold: float = 0.2) -> np.ndarray:
+    """Return the foreground of pictures over any smooth background: what differs from the border, holes filled.
+
+    The background is the plane of colour (a constant and a gradient) fitted to the outermost pixels; foreground is
+    what lies further from it than the threshold in a channel. image: uint8 (..., 3, H, W); threshold: in [0, 1].
+    Returns bool (..., H, W).
+    """
+    height, width = image.shape[-2:]
+    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    plane = np.stack([np.ones_like(x), x, y], axis=-1).reshape(-1, 3)
+    edge = np.ones((height, width), dtype=bool)
+    edge[1:-1, 1:-1] = False
+    colours = image.reshape(-1, 3, height * width).astype(np.float64) / 255
+    fit = colours[:, :, edge.ravel()] @ np.linalg.pinv(plane[edge.ravel()]).T  # (n, 3, 3)
+    far = np.abs(colours - fit @ plane.T).max(axis=1) > threshold
+    masks = far.reshape(-1, height, width)
+    return np.stack([ndimage.binary_fill_holes(mask) for mask in masks]).reshape(*image.shape[:-3], height, width)
+
+
 def nearest_palette_colour(
     image: np.ndarray, colours: Sequence[Colour | None], foreground: np.ndarray | None = None
 ) -> np.ndarray:

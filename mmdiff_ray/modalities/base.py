@@ -186,15 +186,20 @@ class Modality(nn.Module):
 
 
 class DenseHead(nn.Module):
-    """A convolutional decoder head: one prediction per cell."""
+    """A convolutional decoder head: one prediction per cell.
+
+    The linear bypass lets what the features hold of the input through as it is: given pixels are copied, not learned.
+    """
 
     def __init__(self, feature_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(math.gcd(8, feature_channels), feature_channels)
         self.conv = nn.Conv2d(feature_channels, out_channels, 3, padding=1)
+        self.bypass = nn.Conv2d(feature_channels, out_channels, 1, bias=False)
 
     def forward(self, features: Features) -> Tensor:
-        return self.conv(nn.functional.silu(self.norm(features.map)))  # (B, F, H, W) -> (B, out, H, W)
+        shaped = self.conv(nn.functional.silu(self.norm(features.map)))  # (B, F, H, W) -> (B, out, H, W)
+        return shaped + self.bypass(features.map)
 
 
 class PooledHead(nn.Module):

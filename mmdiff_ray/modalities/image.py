@@ -176,8 +176,8 @@ def _per_channel(value: Tensor) -> Tensor:
 def _log_normal_mass(low: Tensor, high: Tensor) -> Tensor:
     """Return log(Phi(high) - Phi(low)), low < high; values and gradients are accurate in both tails.
 
-    By Phi(x) = exp(-x^2 / 2) erfcx(-x / sqrt 2) / 2 for x < 0, since the gradient of torch's log_ndtr is wrong
-    from about 1,000 standard deviations on.
+    By Phi(x) = exp(-x^2 / 2) erfcx(-x / sqrt 2) / 2 for x < 0, since the gradient of torch's log_ndtr is
+    wrong from about 1,000 standard deviations on.
     """
     flip = low > 0
     low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)

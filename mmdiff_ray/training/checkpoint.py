@@ -59,7 +59,11 @@ class CheckpointStore:
             **facts,
         }
         future = _quietly(
-            dcp.async_save, _tensors(trainer), checkpoint_id=str(partial), process_group=self._group
+            dcp.async_save,
+            _tensors(trainer),
+            checkpoint_id=str(partial),
+            process_group=self._group,
+            no_dist=self._group is None,
         )
         self._pending = (future, samples, state)
         return partial.with_suffix("")
@@ -122,7 +126,7 @@ def restore(trainer: Any, path: Path) -> None:
         optim_state_dict=tensors["optimizer"],
     )
     trainer.ema.model.load_state_dict(tensors["ema"])
-    trainer.progress = type(trainer.progress)(**read_state(path)["progress"])
+    trainer.go_on(type(trainer.progress)(**read_state(path)["progress"]))
 
 
 def complete(folder: Path) -> list[Path]:
@@ -160,6 +164,8 @@ def _tensors(trainer: Any) -> dict[str, Any]:
 
 
 def _quietly(function: Any, *args: Any, **kwargs: Any) -> Any:
+    # Said in a thread of its own, after this returns: only a lasting filter hears it.
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return function(*args, **kwargs)

@@ -9,7 +9,7 @@ from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config
 from mmdiff_ray.training.checkpoint import CheckpointStore, restore
 from mmdiff_ray.training.parallel import same_everywhere, world
-from mmdiff_ray.training.trainer import Progress, Trainer
+from mmdiff_ray.training.trainer import Progress, Trainer, TrainingError
 
 
 class Hooks(Protocol):
@@ -38,39 +38,47 @@ def fit(
 ) -> str:
     """Train to the end, or until asked to stop, and return "finished" or "stopped".
 
-    batches: finished global batches -> this worker's rows of the following ones; validation: this worker's share of
-    held-out rows. A checkpoint is complete when this returns.
+    batches: finished global batches -> this worker's rows of the following ones; validation: this worker's
+    share of held-out rows. A checkpoint is complete when this returns. Raises TrainingError on all workers.
     """
-    config, progress = trainer.config, trainer.progress
     latest = store.latest()
     if latest is not None:
         restore(trainer, latest)
-        progress = trainer.progress
-    hooks.resumed(progress)
-    stream = batches(progress.steps)
-    while not progress.done:
-        before = progress.samples_seen
-        metrics = trainer.advance(stream, _next(before, config))
-        store.poll()
-        stop = bool(same_everywhere(float(hooks.should_stop())))
-        save = (
-            progress.done or stop or crossed(before, progress.samples_seen, config.checkpoint.every_samples)
-        )
-        loss = None
-        if save:
-            validated = trainer.validate(validation())
-            metrics.update(validated)
-            loss = validated.get("val/loss/total")
-        hooks.report(progress, metrics)
-        if crossed(before, progress.samples_seen, config.evaluate.every_samples) and not progress.done:
-            hooks.evaluate(trainer)
-        if save:
-            store.save(trainer, facts, loss)
-        if stop and not progress.done:
+    hooks.resumed(trainer.progress)
+    stream, stopped = batches(trainer.progress.steps), False
+    try:
+        while not (trainer.progress.done or stopped):
+            stopped = _advance(trainer, store, stream, validation, hooks, facts)
+    except Exception as error:
+        if isinstance(error, TrainingError) or world()[1] == 1:  # else the other workers know nothing of it
             store.wait()
-            return "stopped"
+        raise
     store.wait()
-    return "finished"
+    return "stopped" if stopped else "finished"
+
+
+def _advance(
+    trainer: Trainer,
+    store: CheckpointStore,
+    stream: Iterator[Batch],
+    validation: Callable[[], Iterable[Batch]],
+    hooks: Hooks,
+    facts: dict[str, Any],
+) -> bool:
+    """Train until something is due and do what is due. Return whether the run was asked to end before its end."""
+    config, progress, before = trainer.config, trainer.progress, trainer.progress.samples_seen
+    metrics = trainer.advance(stream, _next(before, config))
+    store.poll()
+    stop = bool(same_everywhere(float(hooks.should_stop()))) and not progress.done
+    save = progress.done or stop or crossed(before, progress.samples_seen, config.checkpoint.every_samples)
+    if save:
+        metrics.update(trainer.validate(validation()))
+    hooks.report(progress, metrics)
+    if crossed(before, progress.samples_seen, config.evaluate.every_samples) and not progress.done:
+        hooks.evaluate(trainer)
+    if save:
+        store.save(trainer, facts, metrics.get("val/loss/total"))
+    return stop
 
 
 def crossed(before: int, now: int, every: int) -> bool:
@@ -92,8 +100,3 @@ def calibrate(trainer_modalities: Any, batches: Iterable[Batch]) -> None:
         data = torch.cat(rows)
         if len(data):
             modality.calibrate(data)
-
-
-def first_worker() -> bool:
-    """Return whether this is the worker that speaks for all."""
-    return world()[0] == 0

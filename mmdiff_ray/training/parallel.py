@@ -33,9 +33,18 @@ def without_sync(model: nn.Module, skip: bool) -> AbstractContextManager:
 
 def add_over_workers(values: Tensor) -> Tensor:
     """Return values summed over all workers."""
+    return _over_workers(values, dist.ReduceOp.SUM)
+
+
+def largest_over_workers(values: Tensor) -> Tensor:
+    """Return the largest of every value over all workers."""
+    return _over_workers(values, dist.ReduceOp.MAX)
+
+
+def _over_workers(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     if dist.is_initialized() and dist.get_world_size() > 1:
         values = values.clone()
-        dist.all_reduce(values)
+        dist.all_reduce(values, operation)
     return values
 
 

@@ -1,5 +1,6 @@
 """The trainer: steps over batches, with loss terms added over workers and micro-batches. No Ray, no files."""
 
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,10 +17,17 @@ from mmdiff_ray.diffusion.objective import Objective, Terms
 from mmdiff_ray.diffusion.process import Roles
 from mmdiff_ray.tasks import Tasks
 from mmdiff_ray.training.optim import learning_rate, make_optimizer
-from mmdiff_ray.training.parallel import add_over_workers, parallelize, same_everywhere, without_sync, world
+from mmdiff_ray.training.parallel import (
+    add_over_workers,
+    largest_over_workers,
+    parallelize,
+    same_everywhere,
+    without_sync,
+    world,
+)
 
 PROBE_STEPS = (5, 25)
-"""Steps between which the speed is measured when `train.max_minutes` sizes the run."""
+"""Steps between which the speed is measured, by which `train.max_minutes` sizes the run."""
 
 
 class TrainingError(RuntimeError):
@@ -28,12 +36,18 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class Progress:
-    """Where a run is. samples_seen: the master clock; total_samples: where it ends; seconds: spent in training."""
+    """Where a run is. samples_seen: the master clock; total_samples: where it ends; seconds: spent in training.
+
+    slow_s, probed_s: seconds at both ends of PROBE_STEPS; speed: samples per second between them, 0 before.
+    """
 
     samples_seen: int = 0
     steps: int = 0
     total_samples: int = 0
     seconds: float = 0.0
+    slow_s: float = 0.0
+    probed_s: float = 0.0
+    speed: float = 0.0
 
     @property
     def done(self) -> bool:
@@ -42,12 +56,16 @@ class Progress:
 
 @dataclass
 class Meters:
-    """What is measured between two reports. Tensors stay on the device until a report is asked for."""
+    """What is measured between two reports. Tensors stay on the device until a report is asked for.
 
-    sums: Tensor | None = None
-    counts: Tensor | None = None
-    grad_norm: Tensor | None = None
-    bad_step: Tensor | None = None
+    bad_step: the first step that was not finite, 0 if none; bad_terms: which of its loss terms were not.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    grad_norm: Tensor
+    bad_step: Tensor
+    bad_terms: Tensor
     steps: int = 0
     wait_s: float = 0.0
     started: float = field(default_factory=time.perf_counter)
@@ -71,7 +89,17 @@ class Trainer:
         self.ema = Ema(self.denoiser, config.train.ema_samples)
         self.progress = Progress(total_samples=config.train.samples)
         self.terms = sorted(self.objective.counts(self._no_roles(), 1))
-        self.meters = Meters()
+        self.meters = self._new_meters()
+
+    def go_on(self, progress: Progress) -> None:
+        """Take over the progress of an earlier process; where the run ends is for this configuration to say."""
+        self.progress = dataclasses.replace(progress)
+        self.progress.total_samples = self._total_samples()
+
+    def _new_meters(self) -> Meters:
+        zeros = torch.zeros(len(self.terms), dtype=torch.float64, device=self.device)
+        zero = torch.zeros((), device=self.device)
+        return Meters(zeros, zeros.clone(), zero, zero.long(), zeros.bool())
 
     def _no_roles(self) -> Roles:
         return {
@@ -80,6 +108,7 @@ class Trainer:
 
     def advance(self, batches: Iterator[Batch], stop_at: int) -> dict[str, float]:
         """Train until samples_seen reaches stop_at (or the run's end) and return the report of what was done."""
+        self.meters.started = time.perf_counter()
         while self.progress.samples_seen < min(stop_at, self.progress.total_samples):
             asked = time.perf_counter()
             batch = next(batches)
@@ -153,20 +182,14 @@ class Trainer:
     def _measure(self, sums: Terms, counts: Terms, grad_norm: Tensor) -> None:
         meters = self.meters
         values = torch.stack([sums[key] for key in self.terms])
-        totals = torch.stack([counts[key] for key in self.terms])
-        bad = ~(torch.isfinite(values).all() & torch.isfinite(grad_norm))
-        if meters.sums is None:
-            meters.sums, meters.counts = torch.zeros_like(values), torch.zeros_like(totals)
-            meters.grad_norm, meters.bad_step = (
-                torch.zeros_like(grad_norm),
-                torch.full_like(bad, 0, dtype=torch.int64),
-            )
-        assert meters.counts is not None and meters.grad_norm is not None and meters.bad_step is not None
-        meters.sums += values
-        meters.counts += totals
-        meters.grad_norm += grad_norm.detach()
+        bad_terms = ~torch.isfinite(values)
+        bad = bad_terms.any() | ~torch.isfinite(grad_norm)
         first = bad & (meters.bad_step == 0)
         meters.bad_step = torch.where(first, self.progress.steps, meters.bad_step)
+        meters.bad_terms = torch.where(first, bad_terms, meters.bad_terms)
+        meters.sums += values
+        meters.counts += torch.stack([counts[key] for key in self.terms])
+        meters.grad_norm += grad_norm.detach()
         meters.steps += 1
 
     def report(self) -> dict[str, float]:
@@ -174,12 +197,11 @@ class Trainer:
 
         Raises TrainingError on every worker alike if a loss term or gradient was not finite.
         """
-        meters, self.meters = self.meters, Meters()
-        if meters.sums is None:
+        meters, self.meters = self.meters, self._new_meters()
+        if not meters.steps:
             return {}
-        assert meters.counts is not None and meters.grad_norm is not None and meters.bad_step is not None
+        self._check_finite(meters)
         sums = add_over_workers(meters.sums)
-        self._check_finite(sums, meters)
         means = (sums / meters.counts.clamp_min(1)).tolist()
         elapsed = time.perf_counter() - meters.started
         samples = meters.steps * self.config.train.global_batch
@@ -223,29 +245,32 @@ class Trainer:
             **{f"val/loss/{key}": mean for key, mean in zip(self.terms, means, strict=True)},
         }
 
-    def _check_finite(self, sums: Tensor, meters: Meters) -> None:
-        bad_steps = add_over_workers((meters.bad_step != 0).double()[None])  # type: ignore[union-attr]
-        if float(bad_steps) == 0:
+    def _check_finite(self, meters: Meters) -> None:
+        age = torch.where(meters.bad_step > 0, self.progress.steps + 1 - meters.bad_step, 0)
+        oldest, *bad_terms = largest_over_workers(torch.cat([age[None], meters.bad_terms.long()])).tolist()
+        if not oldest:
             return
-        finite = torch.isfinite(sums).tolist()
-        terms = [key for key, good in zip(self.terms, finite, strict=True) if not good] or ["the gradient"]
-        step = int(meters.bad_step or 0) or self.progress.steps
+        terms = [key for key, bad in zip(self.terms, bad_terms, strict=True) if bad] or ["the gradient"]
         raise TrainingError(
-            f"not finite: {', '.join(terms)} at step {step} (of {self.progress.steps} done). The last checkpoint is "
-            "from before; resume from it with a lower train.learning_rate or clip_norm, or train.precision=float32"
+            f"not finite: {', '.join(terms)} at step {self.progress.steps + 1 - oldest} (of {self.progress.steps} "
+            "done). The last checkpoint is from before; resume from it with a lower train.learning_rate or "
+            "clip_norm, or train.precision=float32"
         )
 
     def _size_by_time(self) -> None:
-        """Where `train.max_minutes` is set, end the run at the samples that fit into it, once the speed is known."""
-        minutes, (begin, end) = self.config.train.max_minutes, PROBE_STEPS
-        if minutes is None or self.progress.steps > end:
-            return
-        if self.progress.steps == begin:
-            self._probe_from = (self.progress.seconds, self.progress.samples_seen)
-        if self.progress.steps == end and hasattr(self, "_probe_from"):
-            seconds, samples = self._probe_from
-            rate = (self.progress.samples_seen - samples) / (self.progress.seconds - seconds)
-            left = rate * max(0.0, minutes * 60 - self.progress.seconds)
-            batch = self.config.train.global_batch
-            fits = self.progress.samples_seen + int(same_everywhere(left)) // batch * batch
-            self.progress.total_samples = min(self.config.train.samples, fits)
+        """Measure the speed once; where `train.max_minutes` is set, end the run at the samples that fit into it."""
+        progress, (begin, end) = self.progress, PROBE_STEPS
+        if progress.steps == begin:
+            progress.slow_s = progress.seconds
+        if progress.steps == end:
+            samples = (end - begin) * self.config.train.global_batch
+            progress.probed_s = same_everywhere(progress.seconds)
+            progress.speed = same_everywhere(samples / max(1e-9, progress.seconds - progress.slow_s))
+            progress.total_samples = self._total_samples()
+
+    def _total_samples(self) -> int:
+        train, progress = self.config.train, self.progress
+        if train.max_minutes is None or not progress.speed:
+            return train.samples
+        left = progress.speed * max(0.0, train.max_minutes * 60 - progress.probed_s)
+        return min(train.samples, (PROBE_STEPS[1] + int(left) // train.global_batch) * train.global_batch)

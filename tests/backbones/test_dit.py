@@ -13,7 +13,7 @@ MILLIONS = {}
 
 
 def test_positions_are_sines_and_cosines_of_row_and_column():
-    codes = positions(3, 5, 8, torch.device("cpu"))
+    codes = positions((3, 5), 8, torch.device("cpu"))
     row, column = 2, 3
     expected = [
         *(math.sin(place * rate) for place in (row, column) for rate in (1, 0.01)),
@@ -23,7 +23,7 @@ def test_positions_are_sines_and_cosines_of_row_and_column():
 
 
 def test_no_two_positions_of_an_oblong_grid_are_alike():
-    codes = positions(4, 24, 32, torch.device("cpu"))
+    codes = positions((4, 24), 32, torch.device("cpu"))
     assert (torch.cdist(codes, codes) + torch.eye(len(codes))).min() > 0.1
 
 

@@ -96,14 +96,14 @@ def test_a_trivial_regression_is_learned_in_a_few_steps(name):
     target = x[:, :1].roll(1, dims=3) * embedding[:, :1, None, None].sign()
     optimizer = torch.optim.Adam(backbone.parameters(), lr=3e-3)
     losses = []
-    for _ in range(120):
+    for _ in range(80):
         features = backbone(x, embedding)
         loss = (features.map[:, :1] - target).square().mean() + (features.pooled[:, 0] - 1).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0]
+    assert losses[-1] < 0.2 * losses[0]
 
 
 def test_bfloat16_autocast_stays_finite_and_near_float32(name):

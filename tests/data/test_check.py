@@ -55,7 +55,9 @@ def test_one_source_may_lack_a_column_that_another_has(tmp_path: Path) -> None:
     poor = write_columns(str(tmp_path / "poor"), {"pixels": COLUMNS["pixels"]})
     rich = str(tmp_path / "rich")
     write(rich, range(30))
-    assert resolve([poor, rich]).modalities["look"].dim == 4
+    empty = str(tmp_path / "empty")
+    write(empty, [2, 7, 12, 17, 22])
+    assert resolve([poor, rich, empty]).modalities["look"].dim == 4
 
 
 def test_sources_that_disagree_on_labels_are_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.manifest import RowGroup
 from mmdiff_ray.data.plan import Plan
 from tests.data.samples import pairs, plan, planned, split
 
@@ -95,11 +96,24 @@ def test_the_mixture_is_never_more_than_two_rows_off_its_weights(weights: list[f
                 assert abs(count - row * weight / sum(weights)) < 2
 
 
-def test_seeds_and_visits_have_different_orders() -> None:
-    first, again, other = (pairs(planned(plan([96], seed=seed), 24)) for seed in (0, 0, 1))
-    assert first == again
-    assert first != other
-    assert [row for visit, row in first if visit == 0] != [row for visit, row in first if visit == 1]
+def test_seeds_and_visits_read_the_row_groups_in_different_orders() -> None:
+    def groups(seed: int, visit: int) -> list[set[RowGroup]]:
+        windows = itertools.takewhile(lambda window: window.visit <= visit, plan([96], seed=seed).windows(0))
+        return [{group for group, _ in window.places()} for window in windows if window.visit == visit]
+
+    assert groups(0, 0) == groups(0, 0)
+    assert groups(0, 0) != groups(0, 1)
+    assert groups(0, 0) != groups(1, 0)
+
+
+def test_seeds_and_visits_shuffle_the_rows_of_a_row_group_differently() -> None:
+    def rows(seed: int, visit: int) -> list[int]:
+        only = plan([4], seed=seed, lanes=1).windows(0)
+        return [row for _, row in next(window for window in only if window.visit == visit).places()]
+
+    assert rows(0, 0) == rows(0, 0) and sorted(rows(0, 0)) == [0, 1, 2, 3]
+    assert len({tuple(rows(0, visit)) for visit in range(5)}) > 1
+    assert len({tuple(rows(seed, 0)) for seed in range(5)}) > 1
 
 
 def test_a_batch_mixes_rows_from_distant_row_groups() -> None:

@@ -137,9 +137,29 @@ def test_force_replaces_what_is_ours_and_nothing_else(tmp_path: Path) -> None:
 def test_force_clears_an_interrupted_build_too(tmp_path: Path) -> None:
     uri = str(tmp_path / "toy")
     list(interrupted(uri, range(60), rows_per_shard=8))
+    (tmp_path / "toy/val/00001.parquet").write_bytes(b"written just before the kill, not yet in the journal")
     write(uri, range(20), force=True)
     write(str(tmp_path / "fresh"), range(20))
     assert files_of(tmp_path / "toy") == files_of(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"splits": {}}',
+        '{"splits": {"train": {"shards": [{"path": "../precious"}]}, "val": {"shards": []}}}',
+    ],
+)
+def test_force_removes_nothing_that_a_strange_manifest_names(tmp_path: Path, text: str) -> None:
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "toy" / MANIFEST).write_text(text)
+    before = files_of(tmp_path)
+    with pytest.raises(ConfigError, match=r"manifest.json is not as we write it .* remove it yourself"):
+        write(str(tmp_path / "toy"), range(20), force=True)
+    assert files_of(tmp_path) == before
 
 
 def test_a_folder_with_files_of_others_is_left_alone(tmp_path: Path) -> None:

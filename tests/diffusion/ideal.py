@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mmdiff_ray.config import ScheduleConfig, WeightsConfig
-from mmdiff_ray.diffusion.process import GENERATED, GIVEN, Codes, Prediction, Process, Roles, over_cells
+from mmdiff_ray.diffusion.process import GENERATED, GIVEN, Codes, Prediction, Process, Roles
 from mmdiff_ray.diffusion.samplers import walk
 from mmdiff_ray.diffusion.schedule import make_schedule
 from mmdiff_ray.diffusion.weights import make_profile
@@ -34,8 +34,16 @@ class FiniteData:
             shares = shares * (self.alike(name) == index)
         return shares / shares.sum()
 
+    def merged(self, law: Tensor, names: list[str]) -> Tensor:
+        """Return a law in which points alike in all of these instances count as the first of them, (P,)."""
+        same = torch.stack([self.alike(name)[:, None] == self.alike(name)[None] for name in names]).all(0)
+        return torch.zeros_like(law).index_add(0, same.int().argmax(1), law)
+
     def point_of(self, codes: Codes) -> Tensor:
-        """Return which point the codes are nearest to, each modality by itself, (B,); P where they make no point."""
+        """Return which point the codes are nearest to, each modality by itself, (B,).
+
+        The first of several that are alike in these modalities; P where they make none.
+        """
         found = torch.ones(len(next(iter(codes.values()))), len(self.shares), dtype=torch.bool)
         for name, code in codes.items():
             distance = torch.cdist(code.flatten(1), self.codes[name].flatten(1))
@@ -48,8 +56,8 @@ class FiniteData:
 class IdealDenoiser:
     """The exact E[codes | z_t, what is given] of a finite data set, called like the production denoiser.
 
-    likeliest: instances whose code is the likeliest class's in place of the expected code. hears_codes: False: what is
-    given is heard through z_t alone (`z_only`).
+    likeliest: instances whose code is the likeliest class's in place of the expected code. hears_codes:
+    False: what is given is heard through z_t alone (`z_only`).
     """
 
     process: Process
@@ -86,7 +94,7 @@ class IdealDenoiser:
         return torch.stack(logits, dim=1).softmax(1)
 
     def _sharpened(self, name: str, chances: Tensor) -> Tensor:
-        """Return the weight of every point's code, (B, P): its chance, or all to one point of the likeliest class."""
+        """Return the weight of every point's code, (B, P): its chance, or all to the likeliest class."""
         if name not in self.likeliest:
             return chances
         alike = torch.nn.functional.one_hot(self.data.alike(name)).to(chances.dtype)  # (P, classes)
@@ -95,7 +103,7 @@ class IdealDenoiser:
 
 
 def four_points() -> FiniteData:
-    """Return four points with an image of two cells, one of two labels and one of two masks, unevenly frequent."""
+    """Return four points, unevenly frequent: an image of two cells, one of two labels, one of three masks."""
     image = torch.tensor([[1.0, 0.6], [0.4, -1.0], [-0.4, 1.0], [-1.0, -0.6]])
     label = torch.tensor([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, -1.0]])
     mask = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
@@ -106,9 +114,13 @@ def four_points() -> FiniteData:
 
 
 def make_process(
-    layout: Mapping[str, slice], kappa: float = 1.0, schedule: ScheduleConfig | None = None, **weights: WeightsConfig
+    layout: Mapping[str, slice],
+    weights: Mapping[str, WeightsConfig] | None = None,
+    kappa: float = 1.0,
+    schedule: ScheduleConfig | None = None,
 ) -> Process:
-    """Return the process of a layout whose first instance is the anchor, with a profile per other instance."""
+    """Return the process of a layout, its first instance being the anchor. weights: of the others."""
+    weights = weights or {}
     made = make_schedule(schedule or ScheduleConfig(), len(layout))
     return Process(
         schedule=made,
@@ -120,13 +132,19 @@ def make_process(
     )
 
 
-def roles_of(rows: int, **roles: int) -> dict[str, Tensor]:
-    """Return the same roles for every row; those not named are generated."""
-    return {name: torch.full((rows,), roles.get(name, GENERATED)) for name in OWN}
+def roles_of(rows: int, **roles: int | Tensor) -> dict[str, Tensor]:
+    """Return the roles of every row, given as (rows,) or as one for all; what is not named is generated."""
+    return {name: torch.as_tensor(roles.get(name, GENERATED)).expand(rows) for name in OWN}
 
 
 def draw(
-    ideal: IdealDenoiser, rows: int, steps: int, sampler: str, given: Codes | None = None, seed: int = 0, **roles: int
+    ideal: IdealDenoiser,
+    rows: int,
+    steps: int,
+    sampler: str,
+    given: Codes | None = None,
+    seed: int = 0,
+    **roles: int | Tensor,
 ) -> Prediction:
     """Return the end of a walk of the production samplers with the ideal denoiser, from a seed."""
     generator = torch.Generator().manual_seed(seed)
@@ -145,6 +163,6 @@ def draw(
 
 
 def total_variation(drawn: Tensor, law: Tensor) -> float:
-    """Return the total variation between what was drawn, (B,) points, and a law, (P,); no point counts in full."""
+    """Return the total variation between points drawn, (B,), and a law, (P,); P, no point, counts in full."""
     counts = torch.bincount(drawn, minlength=len(law) + 1).double() / len(drawn)
     return float(0.5 * ((counts[:-1] - law).abs().sum() + counts[-1]))

@@ -1,6 +1,7 @@
 """The forward process against brute force, a trusted library and its own simulation."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ VECTORS = {
     key: np.array(value)
     for key, value in json.loads((Path(__file__).parent / "process_vectors.json").read_text()).items()
 }
-EXACT = {"rtol": 1e-12, "atol": 1e-12}
+assert_equal = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 STEPS = 12
 ALL = [ABSENT, GIVEN, GENERATED]
 
@@ -69,36 +70,38 @@ def grid() -> tuple[Tensor, Tensor]:
 def test_accumulated_weights_equal_brute_force(grid):
     betas = brute_force_process().betas(grid[0], generated(brute_force_codes()))
     found = torch.stack([betas[f"x{i}"] for i in range(3)], dim=1)
-    torch.testing.assert_close(found, vector("accumulated_weight"), **EXACT)
+    assert_equal(found, vector("accumulated_weight"))
 
 
 def test_step_weights_are_recovered_from_the_profiles(grid):
-    step = brute_force_process().step(*grid, generated(brute_force_codes()))
-    torch.testing.assert_close(torch.stack([step.w[f"x{i}"] for i in range(3)], 1), vector("w"), **EXACT)
-    torch.testing.assert_close(step.a, vector("alpha"), **EXACT)
-    torch.testing.assert_close(step.w["z0"], torch.zeros(STEPS, dtype=torch.float64), **EXACT)
+    step = brute_force_process().step(grid[0], grid[1], generated(brute_force_codes()))
+    assert_equal(torch.stack([step.w[f"x{i}"] for i in range(3)], 1), vector("w"))
+    assert_equal(step.a, vector("alpha"))
+    assert_equal(step.w["z0"], torch.zeros(STEPS, dtype=torch.float64))
 
 
 def test_marginal_equals_brute_force(grid):
     codes = brute_force_codes()
     mean, std = brute_force_process().marginal(codes, generated(codes), grid[0])
-    torch.testing.assert_close(mean, cells("marginal_mean"), **EXACT)
-    torch.testing.assert_close(std.square(), vector("marginal_var"), **EXACT)
+    assert_equal(mean, cells("marginal_mean"))
+    assert_equal(std.square(), vector("marginal_var"))
 
 
 def test_posterior_equals_brute_force(grid):
     codes = brute_force_codes()
     mean, std = brute_force_process().posterior(cells("z_t"), codes, generated(codes), *grid)
-    torch.testing.assert_close(mean, cells("posterior_mean"), **EXACT)
-    torch.testing.assert_close(std.square(), vector("posterior_var"), **EXACT)
+    assert_equal(mean, cells("posterior_mean"))
+    assert_equal(std.square(), vector("posterior_var"))
 
 
 @pytest.mark.parametrize("wrong", ["z0", "x0", "x1", "x2"])
 def test_model_mean_and_step_kl_equal_brute_force_whichever_code_is_predicted_wrong(grid, wrong):
-    """The vectors' model has the posterior mean `model_mean`. Any one code, predicted wrong by the right amount,
-    makes the production posterior have it from step 2 on (at step 1 the mean is z_0, whatever else is predicted);
-    the KL must then be the vectors', by the closed form of L1."""
-    process, codes = brute_force_process(), brute_force_codes()
+    """The vectors' model has the posterior mean `model_mean`.
+
+    Any one code, predicted wrong by the right amount, makes the production posterior have it from step 2 on
+    (at step 1 the mean is z_0, whatever else is predicted). The KL must then be the vectors'.
+    """
+    process, codes, (t, s) = brute_force_process(), brute_force_codes(), grid
     roles = generated(codes)
     nudged = {**codes, wrong: codes[wrong] + 1}
     slope = (
@@ -109,22 +112,27 @@ def test_model_mean_and_step_kl_equal_brute_force_whichever_code_is_predicted_wr
     error[0] = 0
     predicted = {**codes, wrong: codes[wrong] + error}
     mean, _ = process.posterior(cells("z_t"), predicted, roles, *grid)
-    torch.testing.assert_close(mean[1:], cells("model_mean")[1:], **EXACT)
-    nats = posterior_nats(process, *grid, roles, codes, predicted)["z0"]["total"]
+    assert_equal(mean[1:], cells("model_mean")[1:])
+    nats = posterior_nats(process, t, s, roles, codes, predicted)["z0"]["total"]
     torch.testing.assert_close(nats, vector("kl_step_nats"), rtol=1e-12, atol=1e-11)
 
 
 def test_prior_kl_equals_brute_force():
-    """The vectors' prior is N(m, I); a further signal of -m moves both so that it becomes the N(0, I) of L0."""
+    """The vectors' prior is N(m, I); one more signal, -m, moves both so that it becomes the N(0, I) of L0."""
     process = brute_force_process(extra=1.0)
-    codes = brute_force_codes() | {"prior": -vector("prior_mean").reshape(1, 1, 1, 4).expand(STEPS, -1, -1, -1)}
+    codes = brute_force_codes() | {
+        "prior": -vector("prior_mean").reshape(1, 1, 1, 4).expand(STEPS, -1, -1, -1)
+    }
     sums = Objective(process, LossConfig(), {}).prior_sums(codes, generated(codes))
     assert sums["l0/z0"].item() / STEPS == pytest.approx(VECTORS["kl_prior_nats"], rel=1e-12)
 
 
 def test_chain_of_transitions_ends_in_the_marginal_and_its_regression_is_the_posterior():
-    """Simulate z_1 .. z_12 step by step: mean and variance at every step are the marginal's, and the least squares
-    line of z_{t-1} on z_t is the posterior, all within 5 standard errors."""
+    """Simulate z_1 .. z_12 step by step, and look at every step.
+
+    Mean and variance are the marginal's, and the least squares line of z_{t-1} on z_t is the posterior, all
+    within 5 standard errors.
+    """
     rows, generator = 100_000, torch.Generator().manual_seed(7)
     process, every = brute_force_process(), {n: c[:1] for n, c in brute_force_codes().items()}
     codes = {name: code[..., :1].expand(rows, -1, -1, -1) for name, code in every.items()}
@@ -133,7 +141,9 @@ def test_chain_of_transitions_ends_in_the_marginal_and_its_regression_is_the_pos
     for k in range(1, STEPS + 1):
         t, s = (torch.full((rows,), step / STEPS, dtype=torch.float64) for step in (k, k - 1))
         before = z
-        z = process.transition(z, codes, roles, t, s).sample(torch.randn(z.shape, generator=generator).double())
+        z = process.transition(z, codes, roles, t, s).sample(
+            torch.randn(z.shape, generator=generator).double()
+        )
         marginal = Gaussian(*process.marginal(codes, roles, t))
         std = float(marginal.std[0])
         assert abs(float(z.mean() - marginal.mean[0])) < 5 * std / rows**0.5
@@ -207,8 +217,8 @@ def test_marginal_of_the_anchor_alone_is_the_noised_sample_of_diffusers(ddpm):
 @pytest.mark.parametrize("layout", [OWN, OVERLAPPING], ids=["own", "overlapping"])
 @pytest.mark.parametrize("s", [0.0, 0.25, 0.5])
 def test_transition_after_marginal_is_the_marginal_for_all_roles(layout, s):
-    """Chapman-Kolmogorov for each of the 27 rows of roles; from s = 0, where z holds z_0 if it is generated."""
-    process = make_process(layout, kappa=0.7, label=WeightsConfig("linear"), mask=WeightsConfig(shape=0.3))
+    """Chapman-Kolmogorov for all 27 rows of roles; at s = 0, z is z_0 if that is generated, else 0."""
+    process = make_process(layout, {"label": WeightsConfig("linear"), "mask": WeightsConfig(shape=0.3)}, 0.7)
     table = torch.cartesian_prod(*[torch.tensor(ALL)] * 3)
     roles = {name: table[:, i] for i, name in enumerate(layout)}
     codes = {name: code[:1].double().expand(27, -1, -1, -1) for name, code in four_points().codes.items()}
@@ -221,12 +231,12 @@ def test_transition_after_marginal_is_the_marginal_for_all_roles(layout, s):
     a = process.step(t, before, roles).a
     variance = after.std.square() + a * process.schedule.sigma(before).square()
     want = process.marginal(codes, roles, t)
-    torch.testing.assert_close(after.mean, want.mean, **EXACT)
-    torch.testing.assert_close(variance, want.std.square(), **EXACT)
+    assert_equal(after.mean, want.mean)
+    assert_equal(variance, want.std.square())
 
 
 def test_given_instances_have_constant_weight_absent_ones_none_and_generated_ones_vanish_at_noise():
-    process = make_process(OWN, kappa=0.7, label=WeightsConfig("linear"), mask=WeightsConfig("cosine"))
+    process = make_process(OWN, {"label": WeightsConfig("linear"), "mask": WeightsConfig("cosine")}, 0.7)
     t = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
     for name in OWN:
         assert process.betas(t, {name: torch.full((3,), GIVEN)})[name].tolist() == [0.7, 0.7, 0.7]

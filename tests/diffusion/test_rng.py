@@ -72,12 +72,17 @@ def test_two_halves_of_box_muller_are_independent_also_in_their_squares():
 
 
 def test_first_number_is_uniform_over_ids_over_visits_and_over_seeds():
-    """What decides role and time is one number per sample: its spread over keys matters, not only over counters."""
+    """Role and time are one number per sample: its spread over keys matters, not only over counters."""
     ids = torch.arange(20_000)
     zeros = torch.zeros_like(ids)
     over_seeds = torch.cat([rng.uniform(seed, "time", zeros[:1], ids[:1], 1) for seed in range(4000)])
     over_hashes = rng.uniform(0, "time", zeros, ids * 7919 % (2**61 - 1), 1)
-    draws = [rng.uniform(0, "time", zeros, ids, 1), rng.uniform(0, "time", ids, zeros, 1), over_seeds, over_hashes]
+    draws = [
+        rng.uniform(0, "time", zeros, ids, 1),
+        rng.uniform(0, "time", ids, zeros, 1),
+        over_seeds,
+        over_hashes,
+    ]
     for values in draws:
         assert stats.kstest(values.numpy().ravel(), "uniform").pvalue > SMALLEST_P
 
@@ -97,7 +102,7 @@ def test_first_numbers_do_not_depend_on_how_many_are_drawn():
 
 
 def test_numbers_are_the_same_in_every_release():
-    """The draws are part of what a checkpoint resumes; these were computed by SplitMix64 in Python integers."""
+    """A checkpoint resumes with the same draws: those of SplitMix64, here in Python integers."""
     found = rng.uniform(3, "time", torch.tensor([2]), torch.tensor([11]), 3)[0].tolist()
     assert found == [split_mix(3, "time", 2, 11, counter) for counter in (1, 2, 3)]
 
@@ -126,10 +131,12 @@ def unmix(x: int) -> int:
 
 @pytest.mark.parametrize(("bits", "low", "high"), [(0, 5.88, 5.89), (TOP - 1, 0.0, 1e-3)])
 def test_extreme_bits_give_finite_normal_numbers(bits, low, high):
-    """SplitMix64 can be inverted: this is the id whose first bits are all 0 (or 1), where a logarithm of 0 would lie."""
+    """SplitMix64 can be inverted: this is the id whose first bits are all 0 (or 1), near a logarithm of 0."""
     row = (unmix(unmix((unmix(bits) - GOLDEN) % TOP)) - start(0, "noise")) % TOP
     ids = torch.tensor([row - TOP if row >= TOP // 2 else row])
-    assert rng.uniform(0, "noise", torch.zeros_like(ids), ids, 1).item() == pytest.approx(bits / TOP, abs=1e-15)
+    assert rng.uniform(0, "noise", torch.zeros_like(ids), ids, 1).item() == pytest.approx(
+        bits / TOP, abs=1e-15
+    )
     radius = rng.normal(0, "noise", torch.zeros_like(ids), ids, (2,)).norm().item()
     assert low <= radius <= high
 

@@ -1,6 +1,7 @@
 """The samplers against a trusted library, exact flows of Gaussian data, and their promised orders."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -28,7 +29,9 @@ def anchor_alone(scheduler) -> Process:
 
 
 def made_by(scheduler_class, **options):
-    return scheduler_class(num_train_timesteps=100, trained_betas=BETAS, timestep_spacing="trailing", **options)
+    return scheduler_class(
+        num_train_timesteps=100, trained_betas=BETAS, timestep_spacing="trailing", **options
+    )
 
 
 def toy_network(z: Tensor, t: Tensor) -> Tensor:
@@ -61,8 +64,10 @@ def test_walk_of_the_anchor_alone_is_the_ddim_of_diffusers_for_every_prediction(
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")
 def test_first_order_walk_of_the_anchor_alone_is_the_first_order_dpm_solver_of_diffusers():
-    """Their second order extrapolates in log signal-to-noise ratio, ours in beta / sigma: not the same numbers."""
-    theirs = made_by(DPMSolverMultistepScheduler, solver_order=1, prediction_type="sample", final_sigmas_type="zero")
+    """Their second order extrapolates in log signal-to-noise ratio, ours in beta / sigma: other numbers."""
+    theirs = made_by(
+        DPMSolverMultistepScheduler, solver_order=1, prediction_type="sample", final_sigmas_type="zero"
+    )
     theirs.set_timesteps(10)
     noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     z = noise
@@ -94,7 +99,9 @@ class GaussianDenoiser:
         """Return the matrix from codes to z at one time, (C, 3)."""
         betas = self.process.betas(t.reshape(1), roles_of(1))
         rows = torch.eye(self.process.channels, dtype=torch.float64)
-        return torch.stack([rows[where.start] * betas[name] for name, where in self.process.layout.items()], 1)
+        return torch.stack(
+            [rows[where.start] * betas[name] for name, where in self.process.layout.items()], 1
+        )
 
     def codes(self, z: Tensor, t: Tensor) -> Tensor:
         """Return E[codes | z_t = z], (..., 3). z: (..., C); t: a number."""
@@ -109,7 +116,7 @@ class GaussianDenoiser:
 
 
 def flow(denoiser: GaussianDenoiser, z: Tensor) -> Tensor:
-    """Return where the probability flow carries z, (B, C), from START to END, by an adaptive Runge-Kutta method.
+    """Return where the probability flow carries z, (B, C), from START to END, by adaptive Runge-Kutta.
 
     dz/dt = sum_k beta_k' c^_k + sigma' eps^, the derivatives by automatic differentiation.
     """
@@ -119,7 +126,9 @@ def flow(denoiser: GaussianDenoiser, z: Tensor) -> Tensor:
         time = torch.tensor(t, dtype=torch.float64)
         signal = denoiser.signal(time)
         change = torch.autograd.functional.jacobian(denoiser.signal, time)
-        sigma, sigma_change = torch.autograd.functional.jvp(process.schedule.sigma, time, torch.ones_like(time))
+        sigma, sigma_change = torch.autograd.functional.jvp(
+            process.schedule.sigma, time, torch.ones_like(time)
+        )
         value = torch.from_numpy(flat).reshape(z.shape)
         codes = denoiser.codes(value, time)
         eps = (value - codes @ signal.T) / sigma
@@ -133,9 +142,12 @@ def one_channel_flow(denoiser: GaussianDenoiser, z: Tensor) -> Tensor:
     """Return the same in one dimension, where the flow between two Gaussians can only shift and scale."""
     times = torch.tensor([START, END], dtype=torch.float64)
     (m_t, m_s), (v_t, v_s) = zip(
-        *((a @ denoiser.mean, a @ denoiser.covariance @ a.T) for a in map(denoiser.signal, times)), strict=True
+        *((a @ denoiser.mean, a @ denoiser.covariance @ a.T) for a in map(denoiser.signal, times)),
+        strict=True,
     )
-    v_t, v_s = (v + denoiser.process.schedule.sigma(t).square() for v, t in zip((v_t, v_s), times, strict=True))
+    v_t, v_s = (
+        v + denoiser.process.schedule.sigma(t).square() for v, t in zip((v_t, v_s), times, strict=True)
+    )
     return m_s + (v_s / v_t).sqrt() * (z - m_t)
 
 
@@ -156,9 +168,9 @@ def no_noise() -> Tensor:
 
 @pytest.fixture(scope="module", params=["own", "overlapping"])
 def exact_flow(request) -> tuple[GaussianDenoiser, Tensor, Tensor]:
-    """Return a denoiser of three correlated signals with three different profiles, z at START, and z at END."""
+    """Return a denoiser of three correlated signals of different profiles, z at START, and z at END."""
     layout, exact = {"own": (OWN, flow), "overlapping": (OVERLAPPING, one_channel_flow)}[request.param]
-    denoiser = GaussianDenoiser(make_process(layout, **PROFILES))
+    denoiser = GaussianDenoiser(make_process(layout, PROFILES))
     shape = (16, denoiser.process.channels)
     z = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return denoiser, z, exact(denoiser, z)
@@ -168,23 +180,27 @@ def exact_flow(request) -> tuple[GaussianDenoiser, Tensor, Tensor]:
 def test_sampler_converges_to_the_exact_flow_with_its_order(exact_flow, sampler, order):
     """The error halves, or quarters, from 80 to 160 steps."""
     denoiser, z, want = exact_flow
-    coarse, fine = (float((sampled_flow(denoiser, z, sampler, n) - want).square().mean().sqrt()) for n in (80, 160))
+    coarse, fine = (
+        float((sampled_flow(denoiser, z, sampler, n) - want).square().mean().sqrt()) for n in (80, 160)
+    )
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
     assert fine < {"ddim": 2e-2, "dpm2": 1e-3}[sampler]
 
 
 def test_both_exact_flows_agree_in_one_channel():
-    denoiser = GaussianDenoiser(make_process(OVERLAPPING, **PROFILES))
+    denoiser = GaussianDenoiser(make_process(OVERLAPPING, PROFILES))
     z = torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None]
     torch.testing.assert_close(flow(denoiser, z), one_channel_flow(denoiser, z), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", [OWN, OVERLAPPING], ids=["own", "overlapping"])
 def test_ancestral_steps_keep_the_exact_law_of_gaussian_data(layout):
-    """From the exact marginal at t = 0.9 to that at 0.1 in 100 steps: mean and variance within 5 standard errors and
-    the 2 % that the steps' size costs."""
+    """From the exact marginal at t = 0.9 to that at 0.1 in 100 steps.
+
+    Mean and variance are within 5 standard errors and the 2 % that the steps' size costs.
+    """
     rows, generator = 20_000, torch.Generator().manual_seed(0)
-    denoiser = GaussianDenoiser(make_process(layout, **PROFILES))
+    denoiser = GaussianDenoiser(make_process(layout, PROFILES))
     process, roles = denoiser.process, roles_of(rows)
     times = torch.linspace(START, END, 101, dtype=torch.float64)
 
@@ -198,7 +214,7 @@ def test_ancestral_steps_keep_the_exact_law_of_gaussian_data(layout):
 
     mean, covariance = law(times[0])
     z = mean[:, None, None] + torch.einsum("cd,bdhw->bchw", torch.linalg.cholesky(covariance), draw())
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in pairwise(times):
         state = State(z, t.expand(rows))
         codes = denoiser(z, state.t, roles).codes
         z = registry.look_up("sampler", "ancestral")(process, state, s.expand(rows), codes, roles, draw)
@@ -265,10 +281,12 @@ def test_known_codes_are_the_given_ones_bit_for_bit_and_only_where_given():
 @pytest.mark.parametrize("sampler", ["ddim", "dpm2"])
 def test_true_codes_lead_along_the_marginal_whatever_the_size_of_the_steps(layout, sampler):
     """With the truth predicted, z_s is the marginal's mean plus sigma_s times the same noise, at once."""
-    process = make_process(layout, kappa=0.7, **PROFILES)
+    process = make_process(layout, PROFILES, 0.7)
     generator = torch.Generator().manual_seed(0)
     codes = {name: torch.randn(3, 1, 1, 2, dtype=torch.float64, generator=generator) for name in layout}
-    roles = {name: torch.tensor(row) for name, row in zip(layout, ([2, 2, 1], [2, 1, 2], [2, 0, 2]), strict=True)}
+    roles = {
+        name: torch.tensor(row) for name, row in zip(layout, ([2, 2, 1], [2, 1, 2], [2, 0, 2]), strict=True)
+    }
     noise = torch.randn(3, process.channels, 1, 2, dtype=torch.float64, generator=generator)
     now, then = torch.full((3,), 0.8, dtype=torch.float64), torch.full((3,), 0.2, dtype=torch.float64)
     state = State(process.marginal(codes, roles, now).sample(noise), now, codes, now + 0.1)

@@ -1,6 +1,7 @@
 """Noise schedules: their ends, their grids and their published formulas."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,11 @@ def floored(abar: torch.Tensor) -> torch.Tensor:
     return ABAR_FLOOR + (1 - ABAR_FLOOR) * abar
 
 
+def of_diffusers(**options: Any) -> torch.Tensor:
+    """Return abar_1 .. abar_1000 of a scheduler of diffusers."""
+    return vars(DDPMScheduler(1000, **options))["alphas_cumprod"].double()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_falls_from_data_to_noise(family):
     schedule = make_schedule(ScheduleConfig(family=family), 1)
@@ -31,17 +37,21 @@ def test_every_family_falls_from_data_to_noise(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_noise_of_the_first_step_keeps_its_digits(family):
-    """1 - abar(1/T) is a difference of nearly equal numbers; float64 keeps it to 1e-9 of what 50 digits give."""
+    """1 - abar(1/T) is a difference of nearly equal numbers: within 1e-9 of what 50 digits give."""
     mpmath = pytest.importorskip("mpmath")
     schedule = make_schedule(ScheduleConfig(family=family), 1)
     t = torch.tensor([1e-3], dtype=torch.float64)
     with mpmath.workdps(50):
         exact = {
-            "cosine": lambda x: (mpmath.cos((x + 0.008) / 1.008 * mpmath.pi / 2) / mpmath.cos(0.008 / 1.008 * mpmath.pi / 2))
-            ** 2,
+            "cosine": lambda x: (
+                (mpmath.cos((x + 0.008) / 1.008 * mpmath.pi / 2) / mpmath.cos(0.008 / 1.008 * mpmath.pi / 2))
+                ** 2
+            ),
             "linear": lambda x: mpmath.exp(-(0.1 * x + 0.5 * 19.9 * x**2)),
-            "sigmoid": lambda x: (logistic(mpmath, 3) - logistic(mpmath, 6 * x - 3))
-            / (logistic(mpmath, 3) - logistic(mpmath, -3)),
+            "sigmoid": lambda x: (
+                (logistic(mpmath, 3) - logistic(mpmath, 6 * x - 3))
+                / (logistic(mpmath, 3) - logistic(mpmath, -3))
+            ),
         }[family](mpmath.mpf(1) / 1000)
         variance = float((1 - exact) * (1 - mpmath.mpf(ABAR_FLOOR)))
     assert schedule.sigma(t).square().item() == pytest.approx(variance, rel=1e-9)
@@ -52,14 +62,14 @@ def logistic(mpmath, x):
 
 
 def test_cosine_is_the_squared_cosine_of_diffusers_before_clipping():
-    """Nichol and Dhariwal cut every beta at 0.999; ours ends in a floor under abar instead. They agree elsewhere."""
-    theirs = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2").alphas_cumprod[:990].double()
+    """Nichol and Dhariwal cut every beta at 0.999; ours ends in a floor under abar; else they agree."""
+    theirs = of_diffusers(beta_schedule="squaredcos_cap_v2")[:990]
     ours = make_schedule(ScheduleConfig(), 1)
     torch.testing.assert_close(ours.abar(ours.grid())[:990], floored(theirs), rtol=1e-3, atol=1e-6)
 
 
 def test_linear_is_the_limit_of_the_linear_betas_of_diffusers():
-    theirs = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02).alphas_cumprod.double()
+    theirs = of_diffusers(beta_start=1e-4, beta_end=0.02)
     ours = make_schedule(ScheduleConfig(family="linear"), 1)
     torch.testing.assert_close(ours.abar(ours.grid()), floored(theirs), rtol=0.07, atol=1e-3)
 

@@ -103,7 +103,10 @@ def test_step_weights_profile_gives_the_configured_weights_back_on_its_own_grid(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (WeightsConfig("clok"), r"modalities\.x\.weights\.family: unknown profile 'clok'.*did you mean 'clock'"),
+        (
+            WeightsConfig("clok"),
+            r"modalities\.x\.weights\.family: unknown profile 'clok'.*did you mean 'clock'",
+        ),
         (WeightsConfig(scale=float("nan")), r"modalities\.x\.weights: scale \(nan\) must be finite"),
         (WeightsConfig(shape=0.0), r"modalities\.x\.weights: .*shape \(0\.0\) above 0"),
         (WeightsConfig("knots"), r"modalities\.x\.weights: family knots needs knots"),

@@ -119,3 +119,12 @@ def test_no_unit_vector_is_nearer_to_all_embeddings_than_their_mean() -> None:
 def test_embeddings_that_cancel_out_have_no_mean() -> None:
     with pytest.raises(ValueError, match="no direction"):
         floors.mean_embedding(np.array([[1.0, 0], [-1.0, 0]]))
+
+
+def test_unlike_border_finds_a_disc_over_a_gradient_and_fills_its_hole():
+    y, x = np.mgrid[:32, :32]
+    background = np.stack([4 * x + 40, 3 * y + 60, 100 + 0 * x]).astype(np.uint8)
+    ring = ((y - 16) ** 2 + (x - 16) ** 2 <= 81) & ((y - 16) ** 2 + (x - 16) ** 2 > 9)
+    image = np.where(ring, np.array([250, 10, 10], np.uint8)[:, None, None], background)
+    disc = (y - 16) ** 2 + (x - 16) ** 2 <= 81
+    assert np.array_equal(floors.unlike_border(image[None])[0], disc)

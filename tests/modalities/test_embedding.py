@@ -19,8 +19,8 @@ def embedding(dim: int = 6, **options) -> EmbeddingModality:
     return EmbeddingModality("look", EmbeddingOptions(type="embedding", dim=dim, **options), tiny.SIZE)
 
 
-def vectors(count: int, dim: int = 6, rank: int = 6) -> torch.Tensor:
-    rng = torch.Generator().manual_seed(0)
+def vectors(count: int, dim: int = 6, rank: int = 6, seed: int = 0) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(seed)
     mixed = torch.randn(count, rank, generator=rng) @ torch.randn(rank, dim, generator=rng)
     return torch.nn.functional.normalize(mixed + 1, dim=1)
 
@@ -48,12 +48,12 @@ def test_calibration_does_not_depend_on_the_order_of_rows():
     torch.testing.assert_close(first.basis, second.basis, atol=1e-4, rtol=0)
 
 
-def test_opposite_directions_do_not_cancel_a_component():
-    """The leading direction is (1, -1) / sqrt 2, whose numbers add up to 0."""
-    look = embedding(2, code_channels=1)
-    angle = torch.linspace(0.2, math.pi / 2 - 0.2, 101)
-    look.calibrate(torch.stack([angle.cos(), angle.sin()], 1))
-    assert look.basis.abs().max() > 0.1
+def test_components_point_where_their_largest_number_is_positive():
+    """A decomposition leaves signs open; their sum, which may be 0, is no rule that holds on every machine."""
+    for seed in range(10):
+        look = embedding(code_channels=4)
+        look.calibrate(vectors(200, seed=seed))
+        assert (look.basis.gather(1, look.basis.abs().argmax(1, keepdim=True)) > 0).all()
 
 
 @pytest.mark.parametrize(("count", "rank"), [(3, 6), (200, 1), (1, 6)])

@@ -4,11 +4,12 @@ import os
 import sys
 from contextlib import closing
 
+import numpy as np
 import pytest
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.distributed.cluster import cluster
-from pipelines.flow import actor_share, caught_noise, run
+from pipelines.flow import caught_noise, run, shares
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +40,24 @@ def test_users_mistake_in_an_actor_arrives_as_itself(ray_cluster):
     assert str(caught.value) == "look: these weights do not fit"
 
 
-@pytest.mark.parametrize("cpus", [2, 4, 16])
-@pytest.mark.parametrize("actors", [1, 2, 4, 30])
-def test_actors_leave_a_cpu_for_the_tasks_that_feed_them(cpus, actors):
-    share = actor_share({"CPU": cpus}, actors)["num_cpus"]
-    assert 0 < share <= 1
-    assert actors * share <= cpus - 1 + 1e-9
+@pytest.mark.parametrize("nodes", [[1], [2], [16], [1, 1, 1, 1], [2, 2], [1, 7], [4, 4, 4]])
+@pytest.mark.parametrize("actors", [1, 2, 3, 5, 30])
+def test_a_task_finds_room_beside_the_actors_however_they_are_spread(nodes, actors):
+    task, actor = (ask["num_cpus"] for ask in shares(sum(nodes), 0, len(nodes), actors))
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        free = np.array(nodes, float)
+        for _ in range(actors):
+            free[rng.choice(np.flatnonzero(free >= actor - 1e-9))] -= actor
+        assert free.max() >= task - 1e-9 > 0
 
 
-def test_actors_share_the_gpus_of_a_cluster_that_has_some():
-    assert actor_share({"CPU": 8, "GPU": 1}, 2)["num_gpus"] == 0.5
-    assert actor_share({"CPU": 8, "GPU": 4}, 2)["num_gpus"] == 1.0
-    assert "num_gpus" not in actor_share({"CPU": 8}, 2)
+@pytest.mark.parametrize(
+    ("gpus", "actors", "share"), [(1, 1, 1), (1, 2, 0.5), (3, 4, 0.5), (8, 2, 1), (2, 5, 1 / 3)]
+)
+def test_actors_share_whole_gpus(gpus, actors, share):
+    assert shares(8, gpus, 1, actors)[1]["num_gpus"] == pytest.approx(share)
+    assert "num_gpus" not in shares(8, 0, 1, actors)[1]
 
 
 def test_noise_is_kept_off_the_terminal(capfd):

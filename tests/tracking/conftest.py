@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -65,20 +66,27 @@ class Server:
     def start(self) -> None:
         quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         self._process = subprocess.Popen(
-            self._command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | quiet
+            self._command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ | quiet,
         )
         seen: list[str] = []
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
+        errors = self._process.stderr
+        assert errors is not None
+        for line in errors:
             seen.append(line)
             if "Application startup complete" in line:
+                threading.Thread(target=errors.read, daemon=True).start()  # a full pipe would stop the server
                 return
         raise RuntimeError("the server ended:\n" + "".join(seen))
 
     def kill(self) -> None:
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.communicate()
+            self._process.wait()
             self._process = None
 
 

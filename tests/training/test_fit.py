@@ -1,0 +1,146 @@
+"""The life of a run: what happens when, how it is stopped, how it goes on."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdiff_ray.batch import Batch
+from mmdiff_ray.training.checkpoint import CheckpointStore, complete, read_state
+from mmdiff_ray.training.fit import crossed, fit
+from mmdiff_ray.training.trainer import Progress, Trainer, TrainingError
+from tests import sprites as tiny
+
+TIMES = ("train.log_every_samples=32", "checkpoint.every_samples=64", "evaluate.every_samples=48")
+
+
+class Diary:
+    """Write down what happens. stop_at: samples from which on somebody asks for the run to stop."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.stop_at = stop_at
+        self.seen = 0
+        self.began: int | None = None
+        self.reports: dict[int, dict[str, float]] = {}
+        self.evaluated: list[int] = []
+
+    def resumed(self, progress: Progress) -> None:
+        self.began = self.seen = progress.samples_seen
+
+    def report(self, progress: Progress, metrics: dict[str, float]) -> None:
+        self.seen = progress.samples_seen
+        self.reports[progress.samples_seen] = metrics
+
+    def evaluate(self, trainer: Trainer) -> None:
+        self.evaluated.append(trainer.progress.samples_seen)
+
+    def should_stop(self) -> bool:
+        return self.stop_at is not None and self.seen + 32 > self.stop_at
+
+
+@pytest.fixture(scope="module")
+def job(sprites):
+    return tiny.job(sprites, *TIMES)
+
+
+def run(
+    job,
+    folder: Path,
+    diary: Diary,
+    spoil: Callable[[Iterator[Batch]], Iterator[Batch]] = lambda batches: batches,
+) -> tuple[str, Trainer]:
+    trainer = tiny.trainer(job)
+    ended = fit(
+        trainer,
+        CheckpointStore(folder, job.config.checkpoint),
+        lambda start: spoil(tiny.batches(job, start)),
+        lambda: tiny.held_out(job),
+        diary,
+        {"facts": "kept"},
+    )
+    return ended, trainer
+
+
+@pytest.fixture(scope="module")
+def whole(job, tmp_path_factory):
+    """Return how an undisturbed run ended, its trainer, its diary and its checkpoints."""
+    folder, diary = tmp_path_factory.mktemp("whole"), Diary()
+    return *run(job, folder, diary), diary, folder
+
+
+def test_reports_evaluations_and_checkpoints_come_at_their_samples(whole):
+    ended, trainer, diary, folder = whole
+    assert ended == "finished" and trainer.progress.done
+    assert diary.began == 0
+    assert list(diary.reports) == [32, 48, 64, 96, 128, 144, 160]
+    assert diary.evaluated == [48, 96, 144]  # at the end the whole evaluation follows
+    assert [int(path.name) for path in complete(folder)] == [128, 160]  # of 64, 128 and the end, two are kept
+
+
+def test_held_out_loss_is_reported_with_every_checkpoint_and_kept_in_it(whole):
+    _, trainer, diary, folder = whole
+    with_loss = [seen for seen, metrics in diary.reports.items() if "val/loss/total" in metrics]
+    assert with_loss == [64, 128, 160]
+    for path in complete(folder):
+        state = read_state(path)
+        assert state["metric"] == diary.reports[int(path.name)]["val/loss/total"]
+        assert state["facts"] == "kept"
+
+
+def test_stopped_run_saves_and_goes_on_to_the_same_end_bit_for_bit(job, whole, tmp_path):
+    stopped = Diary(stop_at=80)
+    ended, half = run(job, tmp_path, stopped)
+    assert ended == "stopped" and half.progress.samples_seen == 96
+    assert int(complete(tmp_path)[-1].name) == 96
+    resumed = Diary()
+    ended, end = run(job, tmp_path, resumed)
+    assert ended == "finished" and resumed.began == 96
+    assert list(resumed.reports) == [128, 144, 160]
+    assert tiny.same(tiny.weights(end.denoiser), tiny.weights(whole[1].denoiser))
+    assert tiny.same(tiny.weights(end.ema.model), tiny.weights(whole[1].ema.model))
+    losses = {key: value for key, value in resumed.reports[160].items() if "loss/" in key}
+    assert losses == {key: value for key, value in whole[2].reports[160].items() if "loss/" in key}
+
+
+def test_finished_run_has_nothing_left_to_do(job, whole):
+    diary = Diary()
+    ended, trainer = run(job, whole[3], diary)
+    assert ended == "finished" and diary.reports == {} and diary.began == 160
+    assert tiny.same(tiny.weights(trainer.ema.model), tiny.weights(whole[1].ema.model))
+
+
+def test_request_to_stop_at_the_very_end_does_not_undo_it(job, tmp_path):
+    assert run(job, tmp_path, Diary(stop_at=160))[0] == "finished"
+
+
+def test_nothing_is_saved_from_a_loss_that_is_not_finite_on_and_what_was_being_saved_is_kept(job, tmp_path):
+    def poisoned(batches: Iterator[Batch]) -> Iterator[Batch]:
+        for number, batch in enumerate(batches, start=1):
+            if number == 5:  # the step after the checkpoint at 64 samples
+                factors = torch.full_like(batch.data["factors"], float("nan"))
+                batch = dataclasses.replace(batch, data={**batch.data, "factors": factors})
+            yield batch
+
+    diary = Diary()
+    with pytest.raises(TrainingError, match="factors.* at step 5 "):
+        run(job, tmp_path, diary, poisoned)
+    assert list(diary.reports) == [32, 48, 64]
+    assert [path.name for path in tmp_path.iterdir()] == ["000000000064"]
+    assert run(job, tmp_path, Diary())[0] == "finished"  # with sound rows it goes on from there
+
+
+@pytest.mark.parametrize(
+    "before, now, every, answer",
+    [
+        (0, 63, 64, False),
+        (0, 64, 64, True),
+        (63, 64, 64, True),
+        (64, 127, 64, False),
+        (60, 70, 0, False),
+        (10, 300, 64, True),
+    ],
+)
+def test_crossing_a_multiple(before, now, every, answer):
+    assert crossed(before, now, every) is answer
