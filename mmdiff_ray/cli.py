@@ -172,7 +172,8 @@ def _data_build(given: argparse.Namespace) -> int:
 
 
 def pipeline_options(words: Sequence[str]) -> dict[str, str]:
-    """Return options from `key=value`, `--key value` and `--key=value` words. Raises ConfigError for others."""
+    """Return options from `key=value`, `--key value` and `--key=value` words. Raises ConfigError for
+    others."""
     options, left = {}, list(words)
     while left:
         word = left.pop(0)

@@ -43,7 +43,10 @@ def examine(runs: str) -> int:
 
 
 def _python() -> Check:
-    return (3, 11) <= sys.version_info[:2] <= (3, 13), f"{sys.version.split()[0]} (3.11 to 3.13 are supported)"
+    return (3, 11) <= sys.version_info[:2] <= (
+        3,
+        13,
+    ), f"{sys.version.split()[0]} (3.11 to 3.13 are supported)"
 
 
 def _packages() -> Check:
@@ -87,7 +90,11 @@ def _shared_memory() -> Check:
         return True, "no /dev/shm on this system; Ray uses files"
     free = shutil.disk_usage(path).free / 2**30
     text = f"{free:.1f} GiB free in /dev/shm"
-    return (True, text) if free > 1 else (False, f"{text}; give the container more, e.g. docker run --shm-size=4g")
+    return (
+        (True, text)
+        if free > 1
+        else (False, f"{text}; give the container more, e.g. docker run --shm-size=4g")
+    )
 
 
 def _disk(runs: str) -> Check:

@@ -87,8 +87,8 @@ class DiT(nn.Module):
             x = block(x, embedding, tokens)
         shift, scale = self.modulation(embedding)[:, None].chunk(2, dim=-1)  # (B, 1, width) each
         x = _normal(x) * (1 + scale) + shift
-        map_ = self.out(x).transpose(1, 2).unflatten(2, cells)  # (B, F patch^2, h, w)
-        return Features(F.pixel_shuffle(map_, self.options.patch), x.mean(1))  # (B, F, H, W), (B, width)
+        patches = self.out(x).transpose(1, 2).unflatten(2, cells)  # (B, F patch^2, h, w)
+        return Features(F.pixel_shuffle(patches, self.options.patch), x.mean(1))  # (B, F, H, W), (B, width)
 
 
 class _Block(nn.Module):

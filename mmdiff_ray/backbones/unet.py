@@ -21,8 +21,8 @@ class UNetOptions:
     width: channels at full resolution, so also of the feature map. multipliers: the channels of every level,
     in widths; each further level has half the resolution. blocks: residual blocks of every level, as many on
     the way down as on the way up (at the lowest level: in all). attention: the levels, from 0, that attend.
-    embedding_channels: of the embedding of time and roles. head_channels: the fewest channels of one attention
-    head. token_channels: where set, every attention also reads tokens of so many channels.
+    embedding_channels: of the embedding of time and roles. head_channels: the fewest channels of one
+    attention head. token_channels: where set, every attention also reads tokens of so many channels.
     """
 
     width: int

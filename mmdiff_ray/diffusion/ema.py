@@ -1,19 +1,22 @@
 """The exponential moving average of a model's parameters."""
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
 
+Model = TypeVar("Model", bound=nn.Module)
 
-class Ema:
+
+class Ema(Generic[Model]):
     """Keep a moving average whose half-life is counted in samples.
 
     Early on the half-life is a tenth of the samples seen, so that the average forgets the start
     (Karras et al., 2022, "EDM", appendix F).
     """
 
-    def __init__(self, model: nn.Module, half_life_samples: int) -> None:
+    def __init__(self, model: Model, half_life_samples: int) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.half_life_samples = half_life_samples
 

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from mmdiff_ray.config import ConfigError, WorkersConfig
 
@@ -13,7 +14,8 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def cluster(cpus: int = 4) -> Iterator[None]:
-    """Provide Ray for the block: the one in use, the one at RAY_ADDRESS, or a local one with at least `cpus` CPUs.
+    """Provide Ray for the block: the one in use, the one at RAY_ADDRESS, or a local one with at least `cpus`
+    CPUs.
 
     A local cluster counts CPUs by what is asked of it, so that two workers and their readers fit on a laptop.
     Workers' output stays in Ray's log files, whose folder `log_folder` names.
@@ -24,7 +26,9 @@ def cluster(cpus: int = 4) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    local = {} if address else {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False}
+    local: dict[str, Any] = (
+        {} if address else {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False}
+    )
     for variable in ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_DEDUP_LOGS"):
         os.environ.setdefault(variable, "0")
     with warnings.catch_warnings():
@@ -51,12 +55,14 @@ def _keep_messages_off_the_terminal() -> None:
 
 
 def cpus_needed(workers: WorkersConfig) -> int:
-    """Return the CPUs that training with these workers takes: theirs, their readers', and one for the rest."""
+    """Return the CPUs that training with these workers takes: theirs, their readers', and one for the
+    rest."""
     return int(workers.count * (workers.cpus + workers.data_workers)) + 1
 
 
 def check_resources(workers: WorkersConfig) -> None:
-    """Raise ConfigError if the cluster has too little for the workers and their readers, before they are asked for."""
+    """Raise ConfigError if the cluster has too little for the workers and their readers, before they are
+    asked for."""
     import ray
 
     total = ray.cluster_resources()

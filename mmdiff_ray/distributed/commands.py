@@ -73,7 +73,8 @@ def _near(path: Path) -> Path:
 
 
 def dry_run(config: Config) -> int:
-    """Check a configuration against its data; print parameters, channels, tasks, priors and the cost of a step."""
+    """Check a configuration against its data; print parameters, channels, tasks, priors and the cost of a
+    step."""
     console = make_console()
     job = jobs.prepare(config, jobs.new_folder(config))
     denoiser = job.denoiser()
@@ -84,9 +85,8 @@ def dry_run(config: Config) -> int:
         f"space       {denoiser.process.channels} channels x {denoiser.size[0]} x {denoiser.size[1]}"
     )
     rows = sum(manifest.splits["train"].rows for manifest in job.manifests)
-    console.print(
-        f"data        {rows:,} training rows; {config.train.samples / rows:.1f} visits in {config.train.samples:,} samples"
-    )
+    samples = config.train.samples
+    console.print(f"data        {rows:,} training rows; {samples / rows:.1f} visits in {samples:,} samples")
     console.print(_cost(job, denoiser))
     for sentence in inert_settings(job.config):
         console.print(f"note        {sentence}")

@@ -1,4 +1,5 @@
-"""Evaluate a finished run: all evaluators on held-out rows, as a Ray task or in this process, recorded in MLflow."""
+"""Evaluate a finished run: all evaluators on held-out rows, as a Ray task or in this process, recorded in
+MLflow."""
 
 import dataclasses
 import json

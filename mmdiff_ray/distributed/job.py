@@ -27,7 +27,8 @@ CALIBRATION_ROWS = 512
 
 @dataclass(frozen=True)
 class Job:
-    """One training run. folder: where everything of the run lies; calibration: the modalities' fixed scales."""
+    """One training run. folder: where everything of the run lies; calibration: the modalities' fixed
+    scales."""
 
     config: Config
     manifests: list[Manifest]
@@ -78,15 +79,28 @@ def make_reader(config: Config, denoiser: Denoiser) -> RowReader:
 
 
 def prepare(config: Config, folder: Path) -> Job:
-    """Check a configuration against its data and return the job. Raises ConfigError; nothing is started or written."""
+    """Check a configuration against its data and return the job. Raises ConfigError; nothing is started or
+    written."""
     check_evaluators(config.evaluate.evaluators)
     manifests = read_sources(config)
     config = resolve_modalities(config, manifests)
     denoiser = build_denoiser(config)
+    config = _with_sizes(config, denoiser)
     reader = make_reader(config, denoiser)
     splits = [manifest.splits["train"] for manifest in manifests]
     calibrate(denoiser.modalities, split_batches(reader, splits, CALIBRATION_ROWS, 64))
     return Job(config, manifests, folder, _fixed_scales(denoiser))
+
+
+def _with_sizes(config: Config, denoiser: Denoiser) -> Config:
+    """Return the configuration with all sizes of the backbone written out, so that it outlives its preset."""
+    sizes = getattr(denoiser.backbone, "options", None)
+    if not dataclasses.is_dataclass(sizes):
+        return config
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, options=dataclasses.asdict(sizes)),  # type: ignore[arg-type]
+    )
 
 
 def _fixed_scales(denoiser: Denoiser) -> dict[str, Tensor]:
@@ -105,7 +119,8 @@ def new_folder(config: Config) -> Path:
 
 
 def find_run(run: str, runs: str = "runs") -> Path:
-    """Return the folder of a run given by its name or its path. Raises ConfigError naming the runs there are."""
+    """Return the folder of a run given by its name or its path. Raises ConfigError naming the runs there
+    are."""
     for folder in (Path(run), Path(runs) / run):
         if (folder / "run.json").is_file():
             return folder.absolute()
@@ -127,7 +142,8 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def load_job(folder: Path, overrides: list[str] | None = None) -> Job:
-    """Return the job of an existing run, with overrides. Raises ConfigError where an override cannot be resumed."""
+    """Return the job of an existing run, with overrides. Raises ConfigError where an override cannot be
+    resumed."""
     config = configuration.load([folder / "config.yaml"], overrides or [])
     facts = read_run(folder)
     job = prepare(config, folder)

@@ -1,4 +1,5 @@
-"""Launch training from the driver: check, begin the MLflow run, start the workers, show what happens, end it all."""
+"""Launch training from the driver: check, begin the MLflow run, start the workers, show what happens, end
+it all."""
 
 import dataclasses
 import os
@@ -75,7 +76,7 @@ def run(job: Job, display: Display) -> Path:
         left = run_life.end_run(job.tracking_uri, job.run_id, status, job.spool)
         if left:
             display.say(
-                f"{left} records wait in {job.spool} for MLflow at {job.tracking_uri}; a later command sends them"
+                f"{left} records wait in {job.spool}; the next command on this run sends them to MLflow"
             )
 
 

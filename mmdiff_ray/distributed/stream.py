@@ -1,4 +1,5 @@
-"""Stream rows to a rank: Ray Data reads, decodes and augments windows of rows on CPU workers, in the plan's order."""
+"""Stream rows to a rank: Ray Data reads, decodes and augments windows of rows on CPU workers, in the
+plan's order."""
 
 import itertools
 import logging

@@ -4,7 +4,6 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from mmdiff_ray import __version__
 from mmdiff_ray import config as configuration
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.data.batches import local_batches, split_batches
+from mmdiff_ray.distributed.cluster import log_folder
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.evaluation.grids import to_png
 from mmdiff_ray.evaluation.run import sample_pictures
@@ -88,7 +88,8 @@ Stream = Callable[[Job, Any, int, int, int], Iterator[Batch]]
 
 
 def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], bool]) -> str:
-    """Train as one of `world()` workers and return "finished" or "stopped". The first worker writes the export."""
+    """Train as one of `world()` workers and return "finished" or "stopped". The first worker writes the
+    export."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is one by intent
     rank, count = world()
     config = job.config
@@ -120,7 +121,8 @@ def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], boo
 
 
 def _validation(job: Job, reader: Any) -> list[Batch]:
-    """Return the held-out rows that losses and pictures are measured on; kept, since there are few of them."""
+    """Return the held-out rows that losses and pictures are measured on; kept, since there are few of
+    them."""
     splits = [manifest.splits[job.config.evaluate.split] for manifest in job.manifests]
     if not any(split.rows for split in splits):
         return []
@@ -157,13 +159,7 @@ def ray_train_loop(settings: dict[str, Any]) -> None:
         asked.append(board.stop_asked.remote())
         return answer
 
-    board.post.remote({"kind": "worker", "rank": world()[0], "pid": os.getpid(), "logs": _log_folder()})
+    board.post.remote({"kind": "worker", "rank": world()[0], "pid": os.getpid(), "logs": log_folder()})
     ended = train_worker(job, ray_stream, lambda event: board.post.remote(event), stopped)
     if world()[0] == 0:
         ray.get(board.post.remote({"kind": "ended", "state": ended}))
-
-
-def _log_folder() -> str:
-    import ray
-
-    return str(Path(ray._private.worker._global_node.get_session_dir_path()) / "logs")

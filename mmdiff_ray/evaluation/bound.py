@@ -1,6 +1,6 @@
 """The exact bound: L0 to L3 in nats per element of every modality, under its named likelihood."""
 
-from collections import Counter
+from collections import defaultdict
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from mmdiff_ray.diffusion.process import ABSENT, GENERATED, Codes, Prediction, R
 from mmdiff_ray.evaluation.context import CHUNK, Context, Figure, Findings
 from mmdiff_ray.registry import register
 
+Sums = defaultdict[str, float]
 TIMES_PER_ROW = 8
 """Steps drawn for every row; L1 is a sum over T - 1 of them, estimated from these."""
 
@@ -21,11 +22,11 @@ TIMES_PER_ROW = 8
 def evaluate_bound(context: Context) -> Findings:
     """Measure the bound on -log p of all modalities together, L0 + L1 + L2 + L3, each in nats per element.
 
-    L1 draws t evenly over steps 2 .. T and is unbiased; its parts (noise, S_t, cross) stand beside it. L2 decodes at
-    the same random t, which keeps the sum a bound. L3 is taken at step 1 of every row.
+    L1 draws t evenly over steps 2 .. T and is unbiased; its parts (noise, S_t, cross) stand beside it. L2
+    decodes at the same random t, which keeps the sum a bound. L3 is taken at step 1 of every row.
     """
-    totals: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
+    totals: Sums = defaultdict(float)
+    counts: Sums = defaultdict(float)
     for start in range(0, len(context.batch), CHUNK):
         part = context.batch.rows(start, start + CHUNK)
         for turn in range(TIMES_PER_ROW + 1):
@@ -34,13 +35,13 @@ def evaluate_bound(context: Context) -> Findings:
         Figure(
             f"{name}/{term}_nats", totals[f"{term}/{name}"] / count, "lower", len(context.batch), bound=True
         )
-        for term, name, count in sorted((*key.split("/"), counts[key]) for key in totals)
-        if count
+        for term, name in sorted(key.split("/") for key in totals)
+        if (count := counts[f"{term}/{name}"])
     ]
     return Findings(figures)
 
 
-def _add(context: Context, part: Batch, turn: int, totals: Counter, counts: Counter) -> None:
+def _add(context: Context, part: Batch, turn: int, totals: Sums, counts: Sums) -> None:
     """Add one look at a chunk: turn 0 at the last step (L0, L3), the others at a random one (L1, L2)."""
     denoiser, steps = context.denoiser, context.denoiser.process.schedule.steps
     objective = Objective(denoiser.process, context.config.loss, dict(denoiser.modalities.items()))

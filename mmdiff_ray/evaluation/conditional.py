@@ -98,7 +98,8 @@ def _train_counts(context: Context, modality: Any, truth: np.ndarray) -> list[in
 
 
 def _mask_rules(context: Context, modality: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the masks that rules without a model give: threshold + fill, or the nearest of the classes' colours."""
+    """Return the masks that rules without a model give: threshold + fill, or the nearest of the classes'
+    colours."""
     if context.anchor not in context.instances(ImageModality):
         return {}
     image = context.truth(context.anchor, rows).numpy()

@@ -1,4 +1,5 @@
-"""What evaluators share: the model, held-out rows, and samples that are drawn once however many look at them."""
+"""What evaluators share: the model, held-out rows, and samples that are drawn once however many look at
+them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +27,8 @@ CHUNK = 64
 class Figure:
     """One measured figure.
 
-    key: `instance/metric`; better: "higher" or "lower"; rows: how many it was measured on; floors: trivial rule ->
-    what it reaches on the same rows; bound: whether it is a term of the bound, in nats per element.
+    key: `instance/metric`; better: "higher" or "lower"; rows: how many it was measured on; floors: trivial
+    rule -> what it reaches on the same rows; bound: whether it is a term of the bound, in nats per element.
     """
 
     key: str
@@ -135,7 +136,8 @@ class Context:
         )
 
     def _repeats(self, name: str, given: Sequence[str]) -> bool:
-        """Return whether no task generates an instance together with what is given (then it was never trained)."""
+        """Return whether no task generates an instance together with what is given (then it was never
+        trained)."""
         return not any(
             "generated" in np.atleast_1d(task.roles.get(name, "absent")).tolist()
             and all("given" in np.atleast_1d(task.roles.get(other, "absent")).tolist() for other in given)

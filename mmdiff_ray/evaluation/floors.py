@@ -51,11 +51,12 @@ def threshold_fill(image: np.ndarray, threshold: float = 0.6) -> np.ndarray:
 
 
 def unlike_border(image: np.ndarray, threshold: float = 0.2) -> np.ndarray:
-    """Return the foreground of pictures over any smooth background: what differs from the border, holes filled.
+    """Return the foreground of pictures over any smooth background: what differs from the border, holes
+    filled.
 
-    The background is the plane of colour (a constant and a gradient) fitted to the outermost pixels; foreground is
-    what lies further from it than the threshold in a channel. image: uint8 (..., 3, H, W); threshold: in [0, 1].
-    Returns bool (..., H, W).
+    The background is the plane of colour (a constant and a gradient) fitted to the outermost pixels;
+    foreground is what lies further from it than the threshold in a channel. image: uint8 (..., 3, H, W);
+    threshold: in [0, 1]. Returns bool (..., H, W).
     """
     height, width = image.shape[-2:]
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
@@ -66,7 +67,9 @@ def unlike_border(image: np.ndarray, threshold: float = 0.2) -> np.ndarray:
     fit = colours[:, :, edge.ravel()] @ np.linalg.pinv(plane[edge.ravel()]).T  # (n, 3, 3)
     far = np.abs(colours - fit @ plane.T).max(axis=1) > threshold
     masks = far.reshape(-1, height, width)
-    return np.stack([ndimage.binary_fill_holes(mask) for mask in masks]).reshape(*image.shape[:-3], height, width)
+    return np.stack([ndimage.binary_fill_holes(mask) for mask in masks]).reshape(
+        *image.shape[:-3], height, width
+    )
 
 
 def nearest_palette_colour(

@@ -25,8 +25,9 @@ class Gallery:
 
 
 def parse_given(model: Generator, given: list[str], hole: str | None = None) -> dict[str, np.ndarray]:
-    """Return instance -> one row's data from `instance=value` texts. Raises ConfigError for an unknown instance or
-    a value that is none. hole: a picture whose white part is missing from the one masked image that is given."""
+    """Return instance -> one row's data from `instance=value` texts. Raises ConfigError for an unknown
+    instance or a value that is none. hole: a picture whose white part is missing from the one masked image
+    that is given."""
     rows = {}
     for text in given:
         name, separator, value = text.partition("=")
@@ -54,7 +55,8 @@ def write_gallery(
 ) -> Gallery:
     """Draw samples and write `grid.png`, one file per sample and instance, and `samples.json` into a folder.
 
-    Given instances are written once, as they were read. Raises ConfigError if the folder has other files in it.
+    Given instances are written once, as they were read. Raises ConfigError if the folder has other files in
+    it.
     """
     if out.is_dir() and any(out.iterdir()) and not (out / "samples.json").exists():
         raise ConfigError(f"--out {out} is a folder with other files in it; name a new one")

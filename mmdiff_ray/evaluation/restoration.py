@@ -17,10 +17,12 @@ RULES = {"mean visible colour": mean_visible_colour, "nearest visible pixel": ne
 
 @register("evaluator", "restoration")
 def evaluate_restoration(context: Context) -> Findings:
-    """Measure restored images: L1 in the hole ([-1, 1] scale), and LPIPS (AlexNet) with the visible pixels pasted."""
+    """Measure restored images: L1 in the hole ([-1, 1] scale), and LPIPS (AlexNet) with the visible pixels
+    pasted."""
     findings = Findings()
     for name, modality in context.instances(MaskedImageModality).items():
         source = modality.made_from
+        assert source is not None, f"{name} is made from nothing"
         rows = context.rows_with(name, source)
         if rows.any() and context.given_by_a_task(name):
             _measure(context, name, source, rows, findings)

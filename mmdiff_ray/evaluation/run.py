@@ -77,7 +77,8 @@ def metrics_of(figures: Iterable[Figure]) -> dict[str, float]:
 
 
 def tables(figures: Iterable[Figure]) -> list[Table]:
-    """Return figures as tables for a person: each beside the trivial rules it has to beat; then the bound's terms."""
+    """Return figures as tables for a person: each beside the trivial rules it has to beat; then the
+    bound's terms."""
     figures = list(figures)
     shown = Table(
         title="held-out rows, beside the best rule that needs no model", title_justify="left", box=SIMPLE

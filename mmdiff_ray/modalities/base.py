@@ -4,6 +4,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -48,7 +49,7 @@ class RowContext:
         key = [self.seed, self.visit, self.row_id & (2**63 - 1), zlib.crc32(purpose.encode())]
         return np.random.default_rng(key)
 
-    @property
+    @cached_property
     def mirrored(self) -> bool:
         """Return whether this visit sees the row mirrored, the same for all of its modalities."""
         return self.flip and bool(self.generator("mirror").random() < 0.5)
@@ -188,7 +189,8 @@ class Modality(nn.Module):
 class DenseHead(nn.Module):
     """A convolutional decoder head: one prediction per cell.
 
-    The linear bypass lets what the features hold of the input through as it is: given pixels are copied, not learned.
+    The linear bypass lets what the features hold of the input through as it is: given pixels are copied, not
+    learned.
     """
 
     def __init__(self, feature_channels: int, out_channels: int) -> None:

@@ -9,7 +9,8 @@ from mmdiff_ray.tracking.store import SQLITE, client, sqlite_file, tracking_uri
 
 
 def serve(runs: str | Path, host: str, port: int) -> int:
-    """Serve MLflow's page until interrupted; return its exit code. Raises ConfigError where there is nothing yet."""
+    """Serve MLflow's page until interrupted; return its exit code. Raises ConfigError where there is
+    nothing yet."""
     uri = tracking_uri(None, Path(runs).absolute())
     if not uri.startswith(SQLITE):
         print(f"the runs are on a server: open {uri}")

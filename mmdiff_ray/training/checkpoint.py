@@ -1,8 +1,8 @@
 """Checkpoints: complete or absent, written while training goes on, kept by age and by merit.
 
-A checkpoint is a folder named by samples_seen with PyTorch's distributed checkpoint in it (one file per worker) and
-`state.json`: format version, progress, configuration, metric. It is written under a `.partial` name and renamed when
-every worker is done, so a folder with its final name is complete.
+A checkpoint is a folder named by samples_seen with PyTorch's distributed checkpoint in it (one file per
+worker) and `state.json`: format version, progress, configuration, metric. It is written under a `.partial`
+name and renamed when every worker is done, so a folder with its final name is complete.
 """
 
 import json
@@ -37,7 +37,7 @@ class CheckpointStore:
         self.better = better
         self._pending: tuple[Future, int, dict[str, Any]] | None = None
         # Its own group: the writer's messages must not mix with those of the training step.
-        self._group = dist.new_group(backend="gloo") if world()[1] > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if world()[1] > 1 else None
 
     def save(self, trainer: Any, facts: dict[str, Any], metric: float | None = None) -> Path:
         """Begin to write the trainer's state; wait first for the one before. Return where it will be.
@@ -86,7 +86,8 @@ class CheckpointStore:
             dist.barrier(self._group)
 
     def poll(self) -> None:
-        """Finish the checkpoint begun last if it is written on every worker (one small message between them)."""
+        """Finish the checkpoint begun last if it is written on every worker (one small message between
+        them)."""
         if self._pending is None:
             return
         done = torch.tensor(int(self._pending[0].done()))
@@ -116,7 +117,8 @@ class CheckpointStore:
 
 
 def restore(trainer: Any, path: Path) -> None:
-    """Set a trainer to the state in a checkpoint; the number of workers may differ from when it was written."""
+    """Set a trainer to the state in a checkpoint; the number of workers may differ from when it was
+    written."""
     tensors = _tensors(trainer)
     _quietly(dcp.load, tensors, checkpoint_id=str(path), no_dist=world()[1] == 1)
     set_state_dict(
@@ -139,7 +141,8 @@ def complete(folder: Path) -> list[Path]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's `state.json`, brought to the present format. Raises ConfigError if it is newer."""
+    """Return a checkpoint's `state.json`, brought to the present format. Raises ConfigError if it is
+    newer."""
     state = json.loads((path / "state.json").read_text(encoding="utf8"))
     version = state.get("format_version", 0)
     while version in MIGRATIONS:

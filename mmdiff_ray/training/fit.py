@@ -65,7 +65,8 @@ def _advance(
     hooks: Hooks,
     facts: dict[str, Any],
 ) -> bool:
-    """Train until something is due and do what is due. Return whether the run was asked to end before its end."""
+    """Train until something is due and do what is due. Return whether the run was asked to end before its
+    end."""
     config, progress, before = trainer.config, trainer.progress, trainer.progress.samples_seen
     metrics = trainer.advance(stream, _next(before, config))
     store.poll()

@@ -23,8 +23,9 @@ from mmdiff_ray.modalities.base import Modality
 
 @dataclass(frozen=True)
 class Samples:
-    """What was sampled. data: instance -> (B, ...), given instances unchanged; heads: the generated instances' last
-    predictions; agreement: instance -> share of rows (or cells) whose answer is also the nearest to its code in z."""
+    """What was sampled. data: instance -> (B, ...), given instances unchanged; heads: the generated
+    instances' last predictions; agreement: instance -> share of rows (or cells) whose answer is also the
+    nearest to its code in z."""
 
     data: dict[str, Tensor]
     heads: dict[str, Tensor]
@@ -45,8 +46,8 @@ def sample(
 ) -> Samples:
     """Sample the generated instances of every row.
 
-    roles: instance -> (B,); given: instance -> data (B, ...), for instances given in any row; ids: (B,) int64, which
-    with the seed key the noise; guidance: one scale for all given instances, or one for each.
+    roles: instance -> (B,); given: instance -> data (B, ...), for instances given in any row; ids: (B,)
+    int64, which with the seed key the noise; guidance: one scale for all given instances, or one for each.
     """
     process, device = denoiser.process, ids.device
     shape = (process.channels, *denoiser.size)
@@ -115,7 +116,8 @@ class Generator:
         return next(self.denoiser.parameters()).device
 
     def roles_for(self, given: Sequence[str], num: int) -> dict[str, Tensor]:
-        """Return roles: what is named is given, all else generated, except what is only made from a generated one."""
+        """Return roles: what is named is given, all else generated, except what is only made from a
+        generated one."""
         roles = {}
         for name, modality in self.denoiser.modalities.items():
             role = GIVEN if name in given else ABSENT if modality.only_given else GENERATED
@@ -218,7 +220,8 @@ def _joined(parts: Sequence[Samples]) -> Samples:
 
 
 def save_export(folder: Path, config: Config, denoiser: Denoiser, facts: Mapping[str, Any]) -> None:
-    """Write a model for use: `model.safetensors`, `config.yaml` and `facts.json`. The folder appears complete."""
+    """Write a model for use: `model.safetensors`, `config.yaml` and `facts.json`. The folder appears
+    complete."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -22,7 +22,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
 
 def learning_rate(config: TrainConfig, samples_seen: int, total_samples: int) -> float:
-    """Return the learning rate of the step that starts at samples_seen: warm-up, then the configured decay."""
+    """Return the learning rate of the step that starts at samples_seen: warm-up, then the configured
+    decay."""
     warmup = min(1.0, (samples_seen + config.global_batch) / max(1, config.warmup_samples))
     progress = min(1.0, samples_seen / max(1, total_samples))
     shape = {

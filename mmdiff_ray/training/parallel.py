@@ -1,6 +1,7 @@
 """One model on one process, or on many: the only place that wraps a model for data parallelism."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,9 @@ def world() -> tuple[int, int]:
 
 
 def parallelize(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
-    """Return the model as the training step calls it: compiled where asked for, wrapped where there are workers."""
-    wrapped = torch.compile(model) if config.compile else model
+    """Return the model as the training step calls it: compiled where asked for, wrapped where there are
+    workers."""
+    wrapped: Any = torch.compile(model) if config.compile else model
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return wrapped
     devices = [device.index] if device.type == "cuda" else None

@@ -36,7 +36,8 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class Progress:
-    """Where a run is. samples_seen: the master clock; total_samples: where it ends; seconds: spent in training.
+    """Where a run is. samples_seen: the master clock; total_samples: where it ends; seconds: spent in
+    training.
 
     slow_s, probed_s: seconds at both ends of PROBE_STEPS; speed: samples per second between them, 0 before.
     """
@@ -92,7 +93,8 @@ class Trainer:
         self.meters = self._new_meters()
 
     def go_on(self, progress: Progress) -> None:
-        """Take over the progress of an earlier process; where the run ends is for this configuration to say."""
+        """Take over the progress of an earlier process; where the run ends is for this configuration to
+        say."""
         self.progress = dataclasses.replace(progress)
         self.progress.total_samples = self._total_samples()
 
@@ -107,7 +109,8 @@ class Trainer:
         }
 
     def advance(self, batches: Iterator[Batch], stop_at: int) -> dict[str, float]:
-        """Train until samples_seen reaches stop_at (or the run's end) and return the report of what was done."""
+        """Train until samples_seen reaches stop_at (or the run's end) and return the report of what was
+        done."""
         self.meters.started = time.perf_counter()
         while self.progress.samples_seen < min(stop_at, self.progress.total_samples):
             asked = time.perf_counter()
@@ -193,7 +196,8 @@ class Trainer:
         meters.steps += 1
 
     def report(self) -> dict[str, float]:
-        """Return the mean of every measured thing since the last report, the same on all workers, and start anew.
+        """Return the mean of every measured thing since the last report, the same on all workers, and start
+        anew.
 
         Raises TrainingError on every worker alike if a loss term or gradient was not finite.
         """
@@ -258,7 +262,8 @@ class Trainer:
         )
 
     def _size_by_time(self) -> None:
-        """Measure the speed once; where `train.max_minutes` is set, end the run at the samples that fit into it."""
+        """Measure the speed once; where `train.max_minutes` is set, end the run at the samples that fit
+        into it."""
         progress, (begin, end) = self.progress, PROBE_STEPS
         if progress.steps == begin:
             progress.slow_s = progress.seconds

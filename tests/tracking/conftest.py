@@ -73,15 +73,18 @@ class Server:
             start_new_session=True,
             env=os.environ | quiet,
         )
-        seen: list[str] = []
+        seen, awaited = (
+            "",
+            ("Application startup complete", "Uvicorn running on"),
+        )  # the latter: its port is open
         errors = self._process.stderr
         assert errors is not None
         for line in errors:
-            seen.append(line)
-            if "Application startup complete" in line:
+            seen += line
+            if all(words in seen for words in awaited):
                 threading.Thread(target=errors.read, daemon=True).start()  # a full pipe would stop the server
                 return
-        raise RuntimeError("the server ended:\n" + "".join(seen))
+        raise RuntimeError(f"the server ended:\n{seen}")
 
     def kill(self) -> None:
         if self._process is not None:
