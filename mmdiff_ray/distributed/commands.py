@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mmdiff_ray.backbones.cost import describe
 from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.denoiser import Denoiser, inert_settings
 from mmdiff_ray.distributed import job as jobs
@@ -62,7 +63,8 @@ def _say_where(console: Console, folder: Path, uri: str) -> None:
     console.print(f"run       {shown}")
     console.print(f"pictures  {shown}/pictures")
     console.print(f"MLflow    {ui_command(uri) if uri.startswith('http') else 'mmdiff ui'}")
-    console.print(f"next      mmdiff sample {folder.name} --num 16")
+    name = folder.name if folder.parent == Path("runs").absolute() else shown
+    console.print(f"next      mmdiff sample {name} --num 16")
 
 
 def _near(path: Path) -> Path:
@@ -81,6 +83,7 @@ def dry_run(config: Config) -> int:
     console.print(_modality_table(job, denoiser))
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     console.print(f"parameters  {parameters:,} ({config.model.backbone}, preset {config.model.preset})")
+    console.print(f"forward     {forward_flops(denoiser) / 1e9:.3g} GFLOP per sample in the backbone")
     console.print(
         f"space       {denoiser.process.channels} channels x {denoiser.size[0]} x {denoiser.size[1]}"
     )
@@ -111,6 +114,15 @@ def _modality_table(job: Job, denoiser: Denoiser) -> Table:
             modality.likelihood,
         )
     return shown
+
+
+def forward_flops(denoiser: Denoiser) -> int:
+    """Return the floating-point operations of one sample's pass through the backbone."""
+    channels = denoiser.process.channels
+    if denoiser.given_input != "z_only":
+        channels += sum(modality.condition_channels for modality in denoiser.modalities.values())
+    backbone = denoiser.backbone
+    return describe(backbone, (channels, *denoiser.size), (backbone.embedding_channels,)).flops
 
 
 def _cost(job: Job, denoiser: Denoiser) -> str:

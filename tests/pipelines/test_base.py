@@ -13,7 +13,6 @@ from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.data.shards import verify
-from mmdiff_ray.distributed.cluster import cluster
 from pipelines.base import BadRow, Item, build, choose, make_pipeline
 from pipelines.sprites import Sprites, SpritesOptions
 from tests.pipelines.reading import read_rows
@@ -121,11 +120,10 @@ def test_manifest_carries_description_and_credit(tmp_path):
 
 
 @pytest.mark.ray
-def test_ray_and_this_process_give_the_same_rows(tmp_path):
+def test_ray_and_this_process_give_the_same_rows(ray_cluster, tmp_path):
     options = {"size": 32, "limit": 70, "captions": "off"}
     build("openmoji", str(tmp_path / "here"), options, workers=0, progress=False)
-    with cluster():
-        build("openmoji", str(tmp_path / "ray"), options, workers=1, progress=False)
+    build("openmoji", str(tmp_path / "ray"), options, workers=1, progress=False)
     here, ray = read_rows(str(tmp_path / "here")), read_rows(str(tmp_path / "ray"))
     assert list(here) == list(ray)
     assert len(here) == 70

@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.distributed.cluster import cluster
 from pipelines.flow import caught_noise, run, shares
-
-
-@pytest.fixture(scope="module")
-def ray_cluster():
-    with cluster():
-        yield
 
 
 def test_steps_run_in_order_in_this_process():

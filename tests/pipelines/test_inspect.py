@@ -10,15 +10,15 @@ from pipelines.inspect import draw_rows, human_bytes, inspect, over_checkerboard
 
 
 @pytest.fixture(scope="module")
-def sprites(tmp_path_factory):
+def built(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("inspect") / "set")
     build("sprites", out, {"count": 50, "size": 32, "val_share": 0.2}, workers=0, progress=False)
     return out
 
 
-def test_tables_say_what_the_manifest_says(sprites, tmp_path, capsys, monkeypatch):
+def test_tables_say_what_the_manifest_says(built, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    path = inspect(sprites, tmp_path / "deep" / "rows.png")
+    path = inspect(built, tmp_path / "deep" / "rows.png")
     shown = capsys.readouterr().out
     for words in ("train", "32x32 pixels, RGB", "7 classes", "9 numbers by sprites-factors", "circle"):
         assert words in shown
@@ -26,15 +26,15 @@ def test_tables_say_what_the_manifest_says(sprites, tmp_path, capsys, monkeypatc
     assert Image.open(path).size[0] > 600
 
 
-def test_picture_goes_by_default_to_the_data_sets_name(sprites, tmp_path, monkeypatch):
+def test_picture_goes_by_default_to_the_data_sets_name(built, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert inspect(sprites).name == "sprites.png"
+    assert inspect(built).name == "sprites.png"
     assert (tmp_path / "sprites.png").is_file()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 12, 400])
-def test_any_number_of_rows_can_be_drawn(sprites, rows):
-    assert draw_rows(sprites, rows).height > 100
+def test_any_number_of_rows_can_be_drawn(built, rows):
+    assert draw_rows(built, rows).height > 100
 
 
 def test_rows_that_lack_a_column_can_be_drawn(tmp_path):
