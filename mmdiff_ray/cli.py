@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mmdiff_ray import __version__
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, RunError
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"mmdiff: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"mmdiff: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("mmdiff: interrupted", file=sys.stderr)
         return 130

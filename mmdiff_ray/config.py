@@ -22,6 +22,10 @@ class ConfigError(ValueError):
     """A mistake in a configuration, in words for the person who wrote it."""
 
 
+class RunError(RuntimeError):
+    """A run that failed once it had started, in words for the person who runs it."""
+
+
 @dataclass(frozen=True)
 class WeightsConfig:
     """The weight profile of one modality.

@@ -36,6 +36,7 @@ class DiTOptions:
     token_channels: int | None = None
 
 
+# Of 0.3, 1.8, 32, 129 and 456 million parameters; the first two are for CPUs.
 PRESETS = {
     "nano": DiTOptions(64, 4, head_channels=32, feature_channels=16, embedding_channels=64),
     "tiny": DiTOptions(128, 6, feature_channels=32, embedding_channels=128),

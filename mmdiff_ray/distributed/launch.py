@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.config import Config, RunError
 from mmdiff_ray.denoiser import inert_settings
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed.cluster import check_resources, cluster, cpus_needed, log_folder
@@ -224,7 +224,7 @@ def _told(error: Exception) -> Exception:
     rank, cause = next(iter(failures.items()))
     inner = getattr(cause, "cause", None) or cause
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]
-    return ConfigError(f"worker {rank} failed: {lines[-1] if lines else type(inner).__name__}")
+    return RunError(f"worker {rank} failed: {lines[-1] if lines else type(inner).__name__}")
 
 
 def _dataset_facts(job: Job) -> list[DatasetFacts]:

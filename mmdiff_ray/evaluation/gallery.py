@@ -35,6 +35,7 @@ def parse_given(model: Generator, given: list[str], hole: str | None = None) -> 
             raise ConfigError(
                 f"--given {text!r} must read instance=value, for example --given label='Food & Drink'"
             )
+        name = model.instance(name)
         modality = model.modality(name)
         rows[name] = modality.parse(f"{value},{hole}" if hole and modality.only_given else value)
     if hole and not any(model.modality(name).only_given for name in rows):

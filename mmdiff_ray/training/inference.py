@@ -197,6 +197,17 @@ class Generator:
         shown = self.denoiser.modalities[name].picture(data)
         return shown if isinstance(shown, list) else list(data.numpy())
 
+    def instance(self, name: str) -> str:
+        """Return the instance of a name, or the only instance of a type of that name (`label`).
+
+        Raises ConfigError if the model has neither.
+        """
+        options = self.config.modalities
+        of_type = [instance for instance in options if options[instance].type == name]
+        if name not in options and len(of_type) != 1:
+            raise ConfigError(f"the model has no modality {name!r}; it has: {', '.join(options)}")
+        return name if name in options else of_type[0]
+
     def modality(self, name: str) -> Modality:
         """Return an instance. Raises ConfigError if the model does not have it."""
         if name not in self.denoiser.modalities:

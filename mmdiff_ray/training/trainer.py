@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdiff_ray.batch import Batch
-from mmdiff_ray.config import Config
+from mmdiff_ray.config import Config, RunError
 from mmdiff_ray.denoiser import Denoiser
 from mmdiff_ray.diffusion import rng
 from mmdiff_ray.diffusion.ema import Ema
@@ -30,7 +30,7 @@ PROBE_STEPS = (5, 25)
 """Steps between which the speed is measured, by which `train.max_minutes` sizes the run."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(RunError):
     """Training cannot go on, in words for the person who runs it."""
 
 
