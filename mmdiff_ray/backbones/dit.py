@@ -127,10 +127,8 @@ def positions(cells: Sequence[int], channels: int, device: torch.device) -> Tens
     frequencies = torch.exp(torch.arange(quarter, device=device) * (-math.log(10_000) / quarter))
     rows = torch.arange(height, device=device)[:, None] * frequencies  # (height, quarter)
     columns = torch.arange(width, device=device)[:, None] * frequencies
-    grid = torch.cat([rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)], dim=-1).flatten(
-        0, 1
-    )
-    return torch.cat([grid.sin(), grid.cos()], dim=-1)
+    grid = torch.cat([rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)], dim=-1)
+    return torch.cat([grid.sin(), grid.cos()], dim=-1).flatten(0, 1)  # (height * width, channels)
 
 
 def _normal(x: Tensor) -> Tensor:

@@ -44,8 +44,7 @@ class UNetOptions:
         return 2 ** (len(self.multipliers) - 1)
 
 
-# Of 0.3, 1.2, 7.4, 46 and 134 million parameters; the first two are for CPUs, where one block per level learned
-# more in the same time than two, or than four blocks at the lowest level.
+# Of 0.3, 1.2, 7.4, 46 and 134 million parameters; the first two are for CPUs.
 PRESETS = {
     "nano": UNetOptions(
         width=16, multipliers=[1, 2, 4], blocks=[1, 1, 2], attention=[2], embedding_channels=64

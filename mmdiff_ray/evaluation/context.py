@@ -3,7 +3,6 @@ them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -68,15 +67,10 @@ class Context:
     def anchor(self) -> str:
         return self.denoiser.anchor
 
-    @cached_property
+    @property
     def generated(self) -> set[str]:
         """Return the instances that some task generates, and so can be asked for."""
-        return {
-            name
-            for task in self.config.tasks.values()
-            for name, roles in task.roles.items()
-            if "generated" in (roles if isinstance(roles, list) else [roles]) and task.frequency > 0
-        }
+        return self.model.generated
 
     def instances(self, kind: type[Modality]) -> dict[str, Modality]:
         """Return the instances of a type, by name."""

@@ -19,13 +19,16 @@ from mmdiff_ray.diffusion import rng
 from mmdiff_ray.diffusion.process import ABSENT, GENERATED, GIVEN, Prediction, Roles
 from mmdiff_ray.diffusion.samplers import guided, walk
 from mmdiff_ray.modalities.base import Modality
+from mmdiff_ray.registry import look_up
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What was sampled. data: instance -> (B, ...), given instances unchanged; heads: the generated
-    instances' last predictions; agreement: instance -> share of rows (or cells) whose answer is also the
-    nearest to its code in z."""
+    """What was sampled.
+
+    data: instance -> (B, ...), given instances unchanged; heads: the generated instances' last predictions;
+    agreement: instance -> share of rows (or cells) whose answer is also the nearest to its code in z.
+    """
 
     data: dict[str, Tensor]
     heads: dict[str, Tensor]
@@ -115,12 +118,21 @@ class Generator:
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
+    @property
+    def generated(self) -> set[str]:
+        """Return the instances that some task generates: the model has learned to answer these."""
+        return {
+            name
+            for task in self.config.tasks.values()
+            for name, roles in task.roles.items()
+            if task.frequency > 0 and "generated" in (roles if isinstance(roles, list) else [roles])
+        }
+
     def roles_for(self, given: Sequence[str], num: int) -> dict[str, Tensor]:
-        """Return roles: what is named is given, all else generated, except what is only made from a
-        generated one."""
+        """Return roles: what is named is given, all else that some task generates is generated."""
         roles = {}
-        for name, modality in self.denoiser.modalities.items():
-            role = GIVEN if name in given else ABSENT if modality.only_given else GENERATED
+        for name in self.denoiser.modalities:
+            role = GIVEN if name in given else GENERATED if name in self.generated else ABSENT
             roles[name] = torch.full((num,), role, device=self.device)
         return roles
 
@@ -137,8 +149,12 @@ class Generator:
     ) -> Samples:
         """Return num samples. given: instance -> one row's data, or one for each of num rows.
 
-        Raises ConfigError for an instance the model does not have.
+        steps, sampler: as the configuration says where they are None. Raises ConfigError for an instance the
+        model does not have, data of another shape or kind, an unknown sampler, and numbers below 1.
         """
+        steps = self.config.evaluate.steps if steps is None else steps
+        sampler = self.config.evaluate.sampler if sampler is None else sampler
+        _check_settings(num, steps, sampler)
         rows = {name: self._rows(name, value, num) for name, value in given.items()}
         parts = []
         for start in range(0, num, batch):
@@ -150,16 +166,19 @@ class Generator:
                     {name: value[start:stop] for name, value in rows.items()},
                     ids=torch.arange(start, stop, device=self.device),
                     seed=seed,
-                    steps=steps or self.config.evaluate.steps,
-                    sampler=sampler or self.config.evaluate.sampler,
+                    steps=steps,
+                    sampler=sampler,
                     guidance=guidance,
                 )
             )
         return _joined(parts)
 
     def _rows(self, name: str, value: np.ndarray, num: int) -> Tensor:
-        shape = self.modality(name).data_shape
-        rows = torch.as_tensor(np.asarray(value))
+        shape, kind = self.modality(name).data_shape, np.dtype(self.modality(name).data_type)
+        array = np.asarray(value)
+        if (array.dtype.kind == "f") != (kind.kind == "f"):
+            raise ConfigError(f"given {name}: got values of type {array.dtype}, want {kind}")
+        rows = torch.from_numpy(np.asarray(array.astype(kind)))
         if tuple(rows.shape) == tuple(shape):
             rows = rows[None].expand(num, *shape)
         if tuple(rows.shape) != (num, *shape):
@@ -215,6 +234,16 @@ class Generator:
                 f"the model has no modality {name!r}; it has: {', '.join(self.denoiser.modalities)}"
             )
         return self.denoiser.modalities[name]
+
+
+def _check_settings(num: int, steps: int, sampler: str) -> None:
+    for name, value in (("num", num), ("steps", steps)):
+        if value < 1:
+            raise ConfigError(f"{name} ({value}) must be at least 1")
+    try:
+        look_up("sampler", sampler)
+    except KeyError as error:
+        raise ConfigError(f"sampler: {error.args[0]}") from None
 
 
 def _joined(parts: Sequence[Samples]) -> Samples:

@@ -49,7 +49,7 @@ def test_calibration_does_not_depend_on_the_order_of_rows():
 
 
 def test_components_point_where_their_largest_number_is_positive():
-    """A decomposition leaves signs open; their sum, which may be 0, is no rule that holds on every machine."""
+    """A decomposition leaves signs open; a sum that may be 0 would not settle them on every machine."""
     for seed in range(10):
         look = embedding(code_channels=4)
         look.calibrate(vectors(200, seed=seed))
