@@ -1,6 +1,7 @@
 """What all tests share."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,14 @@ def sprites(tmp_path_factory: pytest.TempPathFactory) -> str:
     from tests.sprites import build_sprites
 
     return build_sprites(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def finished(sprites: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny run, trained and evaluated by `mmdiff train` in this process (`tests.sprites.Finished`)."""
+    from tests.sprites import finish
+
+    return finish(tmp_path_factory.mktemp("finished"), sprites)
 
 
 @pytest.fixture(scope="session")

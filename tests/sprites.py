@@ -1,6 +1,9 @@
 """A tiny model of sprites, and what the tests of training, evaluation and commands do with it."""
 
+import contextlib
+import io
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import torch
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.batch import Batch
+from mmdiff_ray.cli import main
 from mmdiff_ray.config import Config
 from mmdiff_ray.data.batches import local_batches, split_batches
 from mmdiff_ray.distributed import job as jobs
@@ -58,6 +62,15 @@ PLAIN: dict[str, Any] = {
 }
 
 
+RECORDED = (
+    "evaluate.evaluators=[segmentation, labels, embeddings, joint, bound]",
+    "evaluate.every_samples=64",
+    "tracking.log_model=true",
+    "tracking.system_metrics=true",
+)
+"""Overrides with which a run records all that it can."""
+
+
 def build_sprites(folder: Path) -> str:
     """Build 200 drawn scenes in a folder of its own and return its path."""
     out = str(folder / "sprites")
@@ -68,6 +81,35 @@ def build_sprites(folder: Path) -> str:
 def config(data: str, *overrides: str, plain: Mapping[str, Any] = PLAIN) -> Config:
     """Return the tiny configuration of a data set, with overrides."""
     return configuration.load(base=plain, overrides=[f"data.sources=[{{uri: {data}}}]", *overrides])
+
+
+def write_config(folder: Path, data: str, *overrides: str) -> Path:
+    """Write the tiny configuration as a YAML file, with runs in the same folder, and return its path."""
+    file = folder / "tiny.yaml"
+    file.write_text(configuration.to_yaml(config(data, f"runs={folder / 'runs'}", *overrides)))
+    return file
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that was trained and evaluated by the command. output: what it printed."""
+
+    folder: Path
+    config_file: Path
+    output: str
+
+    @property
+    def runs(self) -> str:
+        return str(self.folder.parent)
+
+
+def finish(folder: Path, data: str) -> Finished:
+    """Train and evaluate by the command, in this process, with everything recorded."""
+    file = write_config(folder, data, *RECORDED)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert main(["train", str(file)]) == 0
+    return Finished(folder / "runs" / "tiny", file, output.getvalue())
 
 
 def job(data: str, *overrides: str, folder: Path = Path("unused")) -> Job:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 import textwrap
 
 import pytest
@@ -142,6 +143,17 @@ def test_plugins_are_imported_before_their_parts_are_looked_up(base, tmp_path, m
     monkeypatch.setitem(registry._parts, "schedule", known)
     assert "unknown 'mine'" in message("schedule.family=mine", base=base)
     assert load([base], ["schedule.family=mine", "plugins=[my_schedule]"]).schedule.family == "mine"
+
+
+def test_plugins_in_the_working_folder_are_found_though_it_is_not_on_the_path(base, tmp_path, monkeypatch):
+    (tmp_path / "plugin_beside_the_run.py").write_text("")
+    elsewhere = [entry for entry in sys.path if entry not in ("", str(tmp_path))]
+    monkeypatch.setattr(sys, "path", elsewhere)
+    assert "cannot import" in message("plugins=[plugin_beside_the_run]", base=base)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        load([base], ["plugins=[plugin_beside_the_run]"])
+    assert sys.path.count(str(tmp_path)) == 1
 
 
 @pytest.mark.parametrize(

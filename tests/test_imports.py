@@ -26,7 +26,7 @@ LAYERS = [
 ]
 RANKS = {name: rank for rank, names in enumerate([LEAVES, *LAYERS]) for name in names}
 DOORS = {
-    "omegaconf": ("config.py",),
+    "omegaconf": ("config/",),
     "pyarrow": ("data/",),
     "mlflow": ("tracking/",),
     "ray": ("distributed/",),

@@ -4,6 +4,7 @@ abar(0) = 1 (data), abar(1) close to 0 (noise). Everything is kept as log abar s
 steps and 1 - abar near t = 0 stay exact. Pass float64 times; results have the dtype of t.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmdiff_ray.config import ScheduleConfig
+from mmdiff_ray.config import ConfigError, ScheduleConfig
 from mmdiff_ray.registry import look_up, register
 
 ABAR_FLOOR = 1e-5
@@ -41,17 +42,21 @@ class Schedule:
 def make_schedule(config: ScheduleConfig, modalities: int) -> Schedule:
     """Return the configured schedule. modalities: N + 1, by which `paper_fraction` divides every alpha_t.
 
+    Raises ConfigError for a parameter that the family lacks.
     Source: MT-Diffusion (ICLR 2024), transition of the forward process, a_t = alpha_t / (N + 1).
     """
     family = look_up("schedule", config.family)
     given = {
         key: getattr(config, key) for key in ("start", "end", "power") if getattr(config, key) is not None
     }
-    try:
-        raw = family(**given)
-    except TypeError:
-        known = ", ".join(family.__code__.co_varnames[: family.__code__.co_argcount])
-        raise ValueError(f"schedule.family {config.family} takes {known}; got {', '.join(given)}") from None
+    known = inspect.signature(family).parameters
+    for key, value in given.items():
+        if key not in known:
+            takes = ", ".join(known) or "no parameters"
+            raise ConfigError(
+                f"schedule.{key}: got {value}, but schedule.family {config.family} takes {takes}"
+            )
+    raw = family(**given)
 
     def log_abar(t: Tensor) -> Tensor:
         value = torch.log(ABAR_FLOOR + (1 - ABAR_FLOOR) * raw(t))

@@ -17,6 +17,8 @@ CLIENT_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 SQLITE = "sqlite:///"
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Opens the experiment in MLflow's view of training runs rather than that of language-model applications."""
 
 
 def tracking_uri(explicit: str | None, runs: str | Path) -> str:
@@ -97,7 +99,7 @@ def _create(mlflow_client: Any, uri: str, name: str) -> Any:
     from mlflow.exceptions import MlflowException
 
     try:
-        mlflow_client.create_experiment(name, artifact_location=_artifacts(uri, name))
+        mlflow_client.create_experiment(name, artifact_location=_artifacts(uri, name), tags=KIND)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was faster
             raise

@@ -255,8 +255,9 @@ class Trainer:
         if not oldest:
             return
         terms = [key for key, bad in zip(self.terms, bad_terms, strict=True) if bad] or ["the gradient"]
+        done = self.progress.steps
         raise TrainingError(
-            f"not finite: {', '.join(terms)} at step {self.progress.steps + 1 - oldest} (of {self.progress.steps} "
+            f"not finite: {', '.join(terms)} at step {done + 1 - oldest} (of {done} "
             "done). The last checkpoint is from before; resume from it with a lower train.learning_rate or "
             "clip_norm, or train.precision=float32"
         )

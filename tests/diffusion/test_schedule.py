@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from mmdiff_ray import registry
-from mmdiff_ray.config import ScheduleConfig
+from mmdiff_ray.config import ConfigError, ScheduleConfig
 from mmdiff_ray.diffusion.schedule import ABAR_FLOOR, interpolate, make_schedule, schedule_from_alphas
 
 FAMILIES = registry.names("schedule")
@@ -102,5 +102,7 @@ def test_interpolation_hits_every_grid_point_on_grids_that_floats_cannot_hold():
 
 
 def test_option_that_a_family_does_not_have_is_an_error_that_names_those_it_has():
-    with pytest.raises(ValueError, match=r"schedule\.family cosine takes start; got end"):
+    with pytest.raises(
+        ConfigError, match=r"schedule\.end: got 3\.0, but schedule\.family cosine takes start$"
+    ):
         make_schedule(ScheduleConfig(end=3.0), 1)

@@ -1,0 +1,57 @@
+"""The configuration: frozen dataclasses, read from YAML and `key=value` overrides.
+
+Every error names the key, what it got and what it wants.
+"""
+
+from mmdiff_ray.config.checks import check, check_batch
+from mmdiff_ray.config.errors import ConfigError, RunError
+from mmdiff_ray.config.loading import flatten, from_plain, load, options, to_plain, to_yaml
+from mmdiff_ray.config.schema import (
+    CheckpointConfig,
+    CoefficientsConfig,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    GivenConfig,
+    LossConfig,
+    ModalityConfig,
+    ModelConfig,
+    ScheduleConfig,
+    SourceConfig,
+    SpaceConfig,
+    TaskConfig,
+    TrackingConfig,
+    TrainConfig,
+    WeightsConfig,
+    WorkersConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "CoefficientsConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluateConfig",
+    "GivenConfig",
+    "LossConfig",
+    "ModalityConfig",
+    "ModelConfig",
+    "RunError",
+    "ScheduleConfig",
+    "SourceConfig",
+    "SpaceConfig",
+    "TaskConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "WeightsConfig",
+    "WorkersConfig",
+    "check",
+    "check_batch",
+    "flatten",
+    "from_plain",
+    "load",
+    "options",
+    "to_plain",
+    "to_yaml",
+]

@@ -1,0 +1,144 @@
+"""What a configuration must fulfil, and the words of the errors where it does not."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmdiff_ray import registry
+from mmdiff_ray.config.errors import ConfigError
+from mmdiff_ray.config.schema import Config, TaskConfig
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for values that contradict each other and need no data set to be seen."""
+    _check_names(config)
+    _check_numbers(config)
+    one_of("train.precision", config.train.precision, ("float32", "bfloat16"))
+    one_of("train.decay", config.train.decay, ("constant", "linear", "cosine"))
+    one_of("given.input", config.given.input, ("u_plus_code", "z_plus_code", "z_only"))
+    one_of("loss.prediction", config.loss.prediction, ("v", "eps", "x0"))
+    one_of("loss.weighting", config.loss.weighting, ("v", "eps", "x0", "min_snr", "elbo"))
+    one_of("data.backgrounds", config.data.backgrounds, ("random", "white"))
+    one_of("schedule.family", config.schedule.family, registry.names("schedule"))
+    one_of("model.backbone", config.model.backbone, registry.names("backbone"))
+    one_of("evaluate.sampler", config.evaluate.sampler, registry.names("sampler"))
+    one_of("evaluate.split", config.evaluate.split, ("train", "val"))
+    check_batch(config)
+
+
+def check_batch(config: Config) -> None:
+    """Raise ConfigError where the global batch cannot be dealt to lanes, workers and micro-batches."""
+    workers, batch, lanes = max(1, config.workers.count), config.train.global_batch, config.data.lanes
+    if lanes % workers:
+        raise ConfigError(
+            f"data.lanes ({lanes}) must be a multiple of workers.count ({workers}); "
+            f"try {_near(lanes, workers)}"
+        )
+    if batch % lanes:
+        raise ConfigError(
+            f"train.global_batch ({batch}) must be a multiple of data.lanes ({lanes}); "
+            f"try {_near(batch, lanes)}"
+        )
+    micro = config.train.micro_batch
+    if micro is not None and batch % (micro * workers):
+        raise ConfigError(
+            f"train.global_batch ({batch}) must be a multiple of micro_batch x workers "
+            f"({micro} x {workers} = {micro * workers}); try {_near(batch, micro * workers)}"
+        )
+
+
+def _near(value: int, divisor: int) -> str:
+    low = value // divisor * divisor
+    return f"{low} or {low + divisor}" if low else f"{divisor}"
+
+
+def _check_numbers(config: Config) -> None:
+    train, workers, evaluate = config.train, config.workers, config.evaluate
+    for key, value, least in (
+        ("seed", config.seed, 0),
+        ("space.height", config.space.height, 1),
+        ("space.width", config.space.width, 1),
+        ("schedule.steps", config.schedule.steps, 1),
+        ("data.lanes", config.data.lanes, 1),
+        ("data.window", config.data.window, 1),
+        ("data.bad_row_limit", config.data.bad_row_limit, 0),
+        ("train.samples", train.samples, 1),
+        ("train.global_batch", train.global_batch, 1),
+        ("train.micro_batch", 1 if train.micro_batch is None else train.micro_batch, 1),
+        ("train.warmup_samples", train.warmup_samples, 0),
+        ("train.ema_samples", train.ema_samples, 1),
+        ("train.log_every_samples", train.log_every_samples, 1),
+        ("checkpoint.every_samples", config.checkpoint.every_samples, 1),
+        ("checkpoint.keep_last", config.checkpoint.keep_last, 1),
+        ("workers.count", workers.count, 0),
+        ("evaluate.rows", evaluate.rows, 1),
+        ("evaluate.steps", evaluate.steps, 1),
+        ("evaluate.every_samples", evaluate.every_samples, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{key} ({value}) must be at least {least}")
+    for key, rate in (
+        ("train.learning_rate", train.learning_rate),
+        ("train.clip_norm", train.clip_norm),
+        ("train.max_minutes", 1.0 if train.max_minutes is None else train.max_minutes),
+    ):
+        if not rate > 0:
+            raise ConfigError(f"{key} ({rate}) must be above 0")
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        raise ConfigError(f"train.betas ({train.betas}) must be two numbers in [0, 1)")
+
+
+def _check_names(config: Config) -> None:
+    if not config.modalities:
+        raise ConfigError("modalities is empty; name at least one, for example pixels: {type: image}")
+    for name in config.modalities:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(f"modalities: {name!r} is no name; use letters, digits and _, a letter first")
+    if config.space.anchor not in config.modalities:
+        raise ConfigError(unknown("space.anchor", config.space.anchor, config.modalities))
+    for name, modality in config.modalities.items():
+        if modality.channels != "own" and modality.channels not in config.modalities:
+            raise ConfigError(
+                unknown(f"modalities.{name}.channels", modality.channels, ["own", *config.modalities])
+            )
+    for key in ("modalities", "channels"):
+        for name in getattr(config.loss, key):
+            if name not in config.modalities:
+                raise ConfigError(unknown(f"loss.{key}", name, config.modalities))
+    if not config.tasks:
+        raise ConfigError("tasks is empty; for example joint: {roles: {pixels: generated}}")
+    for task, row in config.tasks.items():
+        _check_task(task, row, config.modalities)
+
+
+def _check_task(task: str, row: TaskConfig, modalities: Mapping[str, Any]) -> None:
+    for instance, roles in row.roles.items():
+        if instance not in modalities:
+            raise ConfigError(unknown(f"tasks.{task}.roles", instance, modalities))
+        for role in (roles or [None]) if isinstance(roles, list) else [roles]:
+            one_of(f"tasks.{task}.roles.{instance}", role, ("generated", "given", "absent"))
+    if not row.frequency >= 0 or not 0 <= row.drop < 1:
+        raise ConfigError(
+            f"tasks.{task}: frequency ({row.frequency}) must be >= 0 and drop ({row.drop}) in [0, 1)"
+        )
+    if not generates(row.roles):
+        raise ConfigError(f"tasks.{task} generates nothing; give at least one instance the role generated")
+
+
+def generates(roles: Mapping[str, Any]) -> bool:
+    """Return whether a row of roles generates any instance, at least sometimes."""
+    return any("generated" in (role if isinstance(role, list) else [role]) for role in roles.values())
+
+
+def one_of(key: str, value: Any, known: Sequence[str]) -> None:
+    """Raise ConfigError for a value that is none of those known."""
+    if value not in known:
+        raise ConfigError(unknown(key, value, known))
+
+
+def unknown(key: str, value: Any, known: Any, what: str = "") -> str:
+    """Return the words for a value that is none of those known. what: what the value is, such as key."""
+    near = difflib.get_close_matches(str(value), [str(name) for name in known], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    got = f"{what} {value!r}" if what else repr(value)
+    return f"{key}: unknown {got}; known: {', '.join(map(str, known))}{hint}"

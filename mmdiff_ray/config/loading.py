@@ -1,0 +1,232 @@
+"""Reading a configuration from YAML and `key=value` overrides, and writing it back.
+
+The only module that knows omegaconf.
+"""
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from mmdiff_ray import registry
+from mmdiff_ray.config.checks import check, generates, one_of, unknown
+from mmdiff_ray.config.errors import ConfigError
+from mmdiff_ray.config.schema import Config
+
+
+def load(
+    files: Sequence[str | Path] = (), overrides: Sequence[str] = (), base: Mapping | None = None
+) -> Config:
+    """Return the configuration of YAML files, later ones first in rank, with `key=value` overrides on top.
+
+    base: plain values below everything (a saved configuration). A modality set to null is removed, and with
+    it its roles, its coefficient, and tasks that would generate nothing else. Raises ConfigError for an
+    unreadable file, an unknown key, a wrong type or a bad value.
+    """
+    tree: Any = OmegaConf.create(dict(base or {}))
+    for file in files:
+        with _as_config_errors(str(file)):
+            tree = OmegaConf.merge(tree, _read(Path(file)))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"override {override!r} must read key=value")
+        with _as_config_errors(f"override {override!r}"):
+            tree.merge_with_dotlist([override])
+    with _as_config_errors("configuration"):
+        plain = OmegaConf.to_container(tree, resolve=True)
+    return from_plain(cast(dict[str, Any], plain))
+
+
+def from_plain(plain: Mapping[str, Any]) -> Config:
+    """Return the checked configuration of plain values (what `to_plain` returns)."""
+    values = dict(plain)
+    _import_plugins(values.get("plugins") or [])
+    modalities = _section(values.pop("modalities", None), "modalities")
+    removed = {name for name, value in modalities.items() if value is None}
+    config = _merge(Config, _without(values, removed), prefix="")
+    typed = {name: _modality(name, value) for name, value in modalities.items() if value is not None}
+    config = dataclasses.replace(config, modalities=typed)
+    check(config)
+    return config
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """Return a configuration as plain dictionaries, lists and numbers."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Any) -> str:
+    """Return a configuration as YAML text that `load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Return a configuration as dotted keys, one level."""
+
+    def walk(prefix: str, value: Any):
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else str(key), inner)
+        else:
+            yield prefix, value
+
+    return dict(walk("", to_plain(config)))
+
+
+def options(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
+    """Return a dataclass filled from open values, with errors under the prefix."""
+    return _merge(schema, values, prefix)
+
+
+def _read(file: Path) -> Any:
+    try:
+        tree = OmegaConf.load(file)
+    except FileNotFoundError:
+        raise ConfigError(f"no config file {file}") from None
+    except Exception as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from None
+    if not OmegaConf.is_dict(tree):
+        raise ConfigError(f"{file} must hold keys and values, got a list")
+    return tree
+
+
+@contextmanager
+def _as_config_errors(where: str) -> Iterator[None]:
+    """Turn what omegaconf and its YAML parser raise into ConfigError, with where it happened."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{_first_line(error)}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{where}: {_first_line(error)}") from None
+    except Exception as error:  # the YAML parser's own, whose package is omegaconf's business
+        raise ConfigError(f"{where}: not valid YAML: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]
+
+
+def _import_plugins(plugins: Any) -> None:
+    """Import the modules; those in the working folder are found as well, as by `python -m`."""
+    if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
+        raise ConfigError(f"plugins: got {plugins!r}, want a list of modules, for example [my_modality]")
+    if plugins and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for plugin in plugins:
+        try:
+            importlib.import_module(plugin)
+        except ImportError as error:
+            raise ConfigError(f"plugins: cannot import {plugin!r}: {error}") from None
+
+
+def _section(value: Any, key: str) -> Mapping[str, Any]:
+    """Return a section of keys, empty for null. Raises ConfigError for anything else."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}: got {value!r}, want a section of names and values")
+    return value
+
+
+def _without(values: Mapping[str, Any], removed: set[str]) -> dict[str, Any]:
+    """Return the values without what speaks of removed modalities, and without tasks set to null.
+
+    A task that generated only what is removed goes as well.
+    """
+    tasks = {}
+    for name, row in _section(values.get("tasks"), "tasks").items():
+        roles = row.get("roles") if isinstance(row, Mapping) else None
+        if not isinstance(roles, Mapping):
+            kept = row
+        else:
+            left = {instance: role for instance, role in roles.items() if instance not in removed}
+            kept = {**row, "roles": left} if generates(left) or not generates(roles) else None
+        if kept is not None:
+            tasks[name] = kept
+    result = {**values, "tasks": tasks}
+    loss = values.get("loss")
+    if isinstance(loss, Mapping):
+        for key in ("modalities", "channels"):
+            if isinstance(loss.get(key), Mapping):
+                left = {name: value for name, value in loss[key].items() if name not in removed}
+                loss = {**loss, key: left}
+        result["loss"] = loss
+    return result
+
+
+def _modality(name: str, values: Any) -> Any:
+    prefix = f"modalities.{name}"
+    known = registry.names("modality")
+    if not isinstance(values, Mapping) or not isinstance(values.get("type"), str):
+        raise ConfigError(f"{prefix} needs a type; registered: {', '.join(known)}")
+    one_of(f"{prefix}.type", values["type"], known)
+    return _merge(registry.look_up("modality", values["type"]).Options, values, prefix)
+
+
+def _merge(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
+    """Return a dataclass filled from plain values; every error names the whole key."""
+    _check_sections(schema, values, prefix)
+    try:
+        return OmegaConf.to_object(
+            OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)))
+        )
+    except ConfigKeyError as error:
+        *parents, last = (getattr(error, "full_key", None) or "").split(".")
+        known = [f.name for f in dataclasses.fields(_schema_at(schema, parents))]
+        raise ConfigError(unknown(_dotted(prefix, *parents, last), last, known, "key")) from None
+    except OmegaConfBaseException as error:
+        key = _dotted(prefix, getattr(error, "full_key", None) or "")
+        raise ConfigError(f"{key}: {_first_line(error)}") from None
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{prefix}: {error}" if prefix else str(error)) from None
+
+
+def _check_sections(schema: type, values: Mapping[str, Any], prefix: str) -> None:
+    """Raise ConfigError for a value in the place of a section or list, and for bad entries of a list of
+    sections.
+
+    omegaconf finds these as well, but its errors lack the key.
+    """
+    for name, wanted in get_type_hints(schema).items():
+        key, value = _dotted(prefix, name), values.get(name)
+        if name not in values:
+            continue
+        if dataclasses.is_dataclass(wanted):
+            known = ", ".join(f.name for f in dataclasses.fields(wanted))
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{key}: got {value!r}, want a section with some of the keys {known}")
+            _check_sections(wanted, value, key)  # type: ignore[arg-type]
+        elif get_origin(wanted) is list:
+            if not isinstance(value, list):
+                raise ConfigError(f"{key}: got {value!r}, want a list")
+            for index, entry in enumerate(value):
+                if dataclasses.is_dataclass(get_args(wanted)[0]) and isinstance(entry, Mapping):
+                    _merge(get_args(wanted)[0], entry, f"{key}[{index}]")  # type: ignore[arg-type]
+
+
+def _schema_at(schema: Any, parents: Sequence[str]) -> Any:
+    """Return the dataclass that holds the keys below a path of keys in a dataclass."""
+    for parent in parents:
+        if dataclasses.is_dataclass(schema):
+            schema = get_type_hints(schema)[parent]
+        else:
+            schema = get_args(schema)[-1]
+    return schema
+
+
+def _dotted(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

@@ -1,0 +1,269 @@
+"""The sections of a configuration: frozen dataclasses, their keys and defaults."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """The weight profile of one modality.
+
+    family, scale, shape, knots, w, grid: the profile b(t) of the modality when it is generated
+    (`mmdiff_ray.diffusion.weights` explains them). kappa: its constant weight when it is given.
+    """
+
+    family: str = "clock"
+    scale: float = 1.0
+    shape: float = 1.0
+    knots: list[list[float]] | None = None
+    w: Any = None
+    grid: int = 1000
+    kappa: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModalityConfig:
+    """What every modality instance has. Types add their own keys in their own file.
+
+    type: the registered modality type. channels: "own", or the name of an instance whose channels it
+    overlaps. weights: its profile and kappa.
+    """
+
+    type: str = "???"
+    channels: str = "own"
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+
+
+@dataclass(frozen=True)
+class SpaceConfig:
+    """The diffusion space. height, width: in cells; anchor: the instance whose code is z_0, an image."""
+
+    height: int = 16
+    width: int = 16
+    anchor: str = "pixels"
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The noise schedule: family, and the grid of `steps` that training draws its times from.
+
+    start, end, power: the family's parameters, where they shall differ from its own (`diffusion.schedule`).
+    paper_fraction: divide alpha_t by the number of modalities on that grid, as the paper's formula reads
+    literally. prior_limit: largest L0 of a generated modality, in nats per dimension, before it is refused.
+    """
+
+    family: str = "cosine"
+    steps: int = 1000
+    start: float | None = None
+    end: float | None = None
+    power: float | None = None
+    paper_fraction: bool = False
+    prior_limit: float = 0.05
+
+
+@dataclass(frozen=True)
+class GivenConfig:
+    """How a given code reaches the network.
+
+    input: u_plus_code: it is taken out of z_t and stands in channels beside it; z_plus_code: it stays in z_t
+    as well; z_only: it is heard through z_t alone, as loud as its kappa, as in the paper.
+    """
+
+    input: str = "u_plus_code"
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A row of roles and how often it is drawn.
+
+    frequency: relative to the other tasks'; 0 keeps a task from being drawn. roles: instance -> generated,
+    given or absent, or a list of 1, 2, 3 or 6 of those to draw from evenly. Unlisted: absent. drop:
+    probability that a given instance is made absent, for each independently (what guidance needs).
+    """
+
+    frequency: float = 1.0
+    roles: dict[str, Any] = field(default_factory=dict)
+    drop: float = 0.1
+
+
+@dataclass(frozen=True)
+class CoefficientsConfig:
+    """The coefficients of the four sub-losses l0, l1, l2 and l3 (`diffusion.objective`)."""
+
+    l0: float = 0.0
+    l1: float = 1.0
+    l2: float = 1.0
+    l3: float = 1.0
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The objective.
+
+    prediction: what the anchor's head predicts: v, eps or x0. weighting of L1 over t: the simplified v, eps,
+    x0 and min_snr (with its gamma), or elbo, the exact weight. modalities: each instance's coefficient in
+    L2, 1 where it is not listed (the anchor has none, L3 decodes it). channels: the same for the L1 of the
+    channels that an instance has of its own. coefficients: of the four sub-losses.
+    """
+
+    coefficients: CoefficientsConfig = field(default_factory=CoefficientsConfig)
+    modalities: dict[str, float] = field(default_factory=dict)
+    channels: dict[str, float] = field(default_factory=dict)
+    prediction: str = "v"
+    weighting: str = "v"
+    gamma: float = 5.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The backbone: its registered name, a size preset, and options: single sizes in the preset's place."""
+
+    backbone: str = "unet"
+    preset: str = "tiny"
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One data set. uri: its folder, any URI of pyarrow's file systems; weight: its share of the mix."""
+
+    uri: str = "???"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read and how.
+
+    sources: the data sets. lanes: independent streams that the rows are dealt to; a multiple of every number
+    of workers ever used. window: row groups shuffled together. backgrounds: what transparent images are drawn
+    over (random, white). flip: mirror rows at random. bad_row_limit: unreadable rows tolerated before the run
+    stops.
+    """
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    lanes: int = 8
+    window: int = 4
+    backgrounds: str = "random"
+    flip: bool = True
+    bad_row_limit: int = 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop; all lengths are in samples, the master clock.
+
+    samples: where training ends. max_minutes: where set, `samples` shrinks to what fits. global_batch: rows
+    of a step, over all workers. micro_batch: rows per forward pass and worker (null: all of its rows).
+    learning_rate, weight_decay, betas: of AdamW. warmup_samples: in which the learning rate rises from 0.
+    decay: constant, linear or cosine, to `final_lr_ratio` of it. clip_norm: largest norm of the gradient.
+    ema_samples: half-life of the moving average. precision: float32, or bfloat16 (autocast). compile: by
+    torch.compile. channels_last: the memory layout. device: auto (a GPU if there is one), cpu or cuda.
+    log_every_samples: how often losses are reported.
+    """
+
+    samples: int = 100_000
+    max_minutes: float | None = None
+    global_batch: int = 64
+    micro_batch: int | None = None
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    warmup_samples: int = 3_000
+    decay: str = "cosine"
+    final_lr_ratio: float = 0.02
+    clip_norm: float = 1.0
+    ema_samples: int = 10_000
+    precision: str = "float32"
+    compile: bool = False
+    channels_last: bool = True
+    device: str = "auto"
+    log_every_samples: int = 1_000
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run's state is written. keep_last: how many of the last ones stay; the best stays besides.
+
+    every_samples: how often.
+    """
+
+    every_samples: int = 20_000
+    keep_last: int = 2
+
+
+@dataclass(frozen=True)
+class WorkersConfig:
+    """The workers. count: their number, 0 = in this process.
+
+    cpus, gpus: what each asks the cluster for. data_workers: processes that read rows for each of them (in
+    this process: threads). threads: torch's in each (null: one per cpu where there are several workers).
+    max_failures: restarts from the last checkpoint before the run gives up.
+    """
+
+    count: int = 0
+    cpus: float = 1.0
+    gpus: float = 0.0
+    data_workers: int = 1
+    threads: int | None = None
+    max_failures: int = 3
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is evaluated.
+
+    evaluators: registered names. split, rows: of which split, and how many at most. every_samples: how often
+    (0 = only at the end). sampler, steps, guidance: how samples are drawn. grid_rows: rows in a picture.
+    """
+
+    evaluators: list[str] = field(default_factory=list)
+    split: str = "val"
+    rows: int = 128
+    every_samples: int = 0
+    sampler: str = "dpm2"
+    steps: int = 25
+    guidance: float = 1.0
+    grid_rows: int = 8
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where the run is recorded. uri: MLflow's; else MLFLOW_TRACKING_URI; else SQLite beside the runs.
+
+    experiment: MLflow's. log_model, system_metrics: whether the model, and the machines' load, are logged.
+    """
+
+    uri: str | None = None
+    experiment: str = "mmdiff"
+    log_model: bool = True
+    system_metrics: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration of a run.
+
+    name: the run's; a number is added where it is taken. seed: of everything random. runs: the folder that
+    runs are kept in. plugins: modules that register parts of your own, imported first. modalities: instance
+    -> what it is, by its type's own keys (`ModalityConfig`). tasks: name -> a row of roles. All else:
+    sections.
+    """
+
+    name: str = "run"
+    seed: int = 0
+    runs: str = "runs"
+    plugins: list[str] = field(default_factory=list)
+    space: SpaceConfig = field(default_factory=SpaceConfig)
+    modalities: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    given: GivenConfig = field(default_factory=GivenConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -1,0 +1,56 @@
+"""The cluster a command runs on."""
+
+import os
+
+import pytest
+
+from mmdiff_ray.config import ConfigError, WorkersConfig
+from mmdiff_ray.distributed.cluster import check_resources, cluster, cpus_needed, log_folder, resources
+
+
+def test_cpus_for_workers_their_readers_and_the_rest():
+    assert cpus_needed(WorkersConfig(count=2, cpus=1, data_workers=1)) == 5
+    assert cpus_needed(WorkersConfig(count=3, cpus=2, data_workers=4)) == 19
+
+
+def test_training_in_this_process_asks_for_no_cluster():
+    import ray
+
+    before = ray.is_initialized()
+    with resources(WorkersConfig(count=0)):
+        assert ray.is_initialized() == before
+
+
+@pytest.mark.ray
+def test_cluster_in_use_is_shared_and_outlives_the_block(ray_cluster):
+    import ray
+
+    with cluster(1000):
+        assert ray.is_initialized()
+    assert ray.is_initialized()
+    assert os.path.isdir(log_folder())
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "wanted, message",
+    [
+        (
+            WorkersConfig(count=40, cpus=2, data_workers=1),
+            r"workers.cpus and workers.data_workers: 40 workers need 120 CPUs, the cluster has \d+; "
+            r"try fewer workers \(workers.count=20\)",
+        ),
+        (WorkersConfig(count=1, gpus=64), "workers.gpus: 1 workers need 64 GPUs, the cluster has"),
+    ],
+)
+def test_too_small_a_cluster_is_told_before_it_is_asked(ray_cluster, wanted, message):
+    with pytest.raises(ConfigError, match=message):
+        check_resources(wanted)
+    with pytest.raises(ConfigError, match=message), resources(wanted):
+        raise AssertionError("the block must not run")
+
+
+@pytest.mark.ray
+def test_cluster_that_holds_all_is_provided(ray_cluster):
+    with resources(WorkersConfig(count=2, cpus=1, data_workers=1)):
+        pass

@@ -1,0 +1,131 @@
+"""What a finished run leaves behind: in its folder, and in MLflow."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdiff_ray import config as configuration
+from mmdiff_ray.data.manifest import read_manifest
+from mmdiff_ray.distributed import job as jobs
+from mmdiff_ray.tracking import queries, store
+from mmdiff_ray.training.checkpoint import complete
+
+
+@pytest.fixture(scope="module")
+def facts(finished):
+    return jobs.read_run(finished.folder)
+
+
+@pytest.fixture(scope="module")
+def client(facts):
+    return store.client(facts["tracking_uri"])
+
+
+@pytest.fixture(scope="module")
+def record(client, facts):
+    """Return the run as MLflow knows it."""
+    return client.get_run(facts["run_id"])
+
+
+def paths(client, run_id: str, folder: str = "") -> list[str]:
+    return sorted(item.path for item in client.list_artifacts(run_id, folder))
+
+
+def test_there_is_one_run_and_it_is_finished(client, record, finished):
+    experiment = client.get_experiment(record.info.experiment_id)
+    assert experiment.name == "mmdiff" and record.info.run_name == "tiny"
+    assert [run.info.run_id for run in client.search_runs([experiment.experiment_id])] == [record.info.run_id]
+    assert record.info.status == "FINISHED"
+    assert record.data.tags["mmdiff.run_folder"] == str(finished.folder)
+    assert "loss" in finished.output or "finished" not in finished.output
+
+
+def test_settings_are_parameters_and_a_file_that_loads_again(client, record, finished, tmp_path):
+    params = record.data.params
+    assert params["train.samples"] == "160" and params["modalities.shape.type"] == "label"
+    assert params["modalities.factors.dim"] == "9"  # what only the data know is filled in
+    file = client.download_artifacts(record.info.run_id, "config.yaml", str(tmp_path))
+    assert configuration.load([file]) == configuration.load([finished.folder / "config.yaml"])
+
+
+def test_data_set_is_named_by_its_digest(record, sprites):
+    (found,) = record.inputs.dataset_inputs
+    manifest = read_manifest(sprites)
+    assert manifest.digest.startswith(found.dataset.digest) and found.dataset.name == "sprites"
+    profile = json.loads(found.dataset.profile)
+    assert profile["manifest_sha256"] == manifest.digest
+    assert profile["rows"] == {split: facts.rows for split, facts in manifest.splits.items()}
+
+
+def test_losses_speed_and_held_out_losses_are_recorded_at_their_samples(record, facts):
+    def steps(key: str) -> list[int]:
+        return [step for step, _ in queries.history(facts["tracking_uri"], facts["run_id"], key)]
+
+    every = [32, 64, 96, 128, 160]
+    for key in ("loss/total", "loss/l1/pixels", "loss/l2/shape", "loss/l0/shapes", "loss/l3/pixels"):
+        assert steps(key) == every
+    for key in ("grad_norm", "learning_rate", "samples_per_s", "data_wait_share"):
+        assert steps(f"train/{key}") == every
+    assert steps("val/loss/total") == steps("val/loss/l2/factors") == [64, 128, 160]
+    assert any(key.startswith("system/") for key in record.data.metrics)
+
+
+def test_figures_stand_beside_their_floors(record, finished):
+    metrics = record.data.metrics
+    for key in ("shapes/miou", "shape/accuracy", "factors/cosine", "shapes/l2_nats", "pixels/l1_nats"):
+        assert np.isfinite(metrics[f"eval/{key}"])
+    assert metrics["eval/shape/accuracy/floor/majority_class"] > 0
+    assert metrics["eval/factors/cosine/floor/mean_embedding"] > 0
+    written = json.loads((finished.folder / "evaluation.json").read_text())
+    assert written["samples_seen"] == 160
+    by_key = {figure["key"]: figure for figure in written["figures"]}
+    assert by_key["shape/accuracy"]["value"] == metrics["eval/shape/accuracy"]
+
+
+def test_pictures_were_taken_along_the_way_and_at_the_end(client, record, finished):
+    names = sorted(path.name for path in (finished.folder / "pictures").iterdir())
+    assert names == [
+        "joint-000000064.png",
+        "joint-000000128.png",
+        "joint.png",
+        "masks_from_pixels-000000064.png",
+        "masks_from_pixels-000000128.png",
+        "masks_from_pixels.png",
+    ]
+    sent = "".join(paths(client, record.info.run_id, "images"))
+    for step in (64, 128):
+        assert f"samples%23joint%25step%25{step}" in sent or f"samples#joint%step%{step}" in sent
+    assert "evaluation/joint.png" in paths(client, record.info.run_id, "evaluation")
+
+
+def test_model_loads_in_mlflow_and_samples(record, facts):
+    import mlflow
+    import pandas
+
+    mlflow.set_tracking_uri(facts["tracking_uri"])
+    model = mlflow.pyfunc.load_model(f"runs:/{record.info.run_id}/model")
+    joint = model.predict(pandas.DataFrame(), params={"num": 3, "steps": 2})
+    assert sorted(joint.columns) == ["factors", "pixels", "shape", "shapes"] and len(joint) == 3
+    assert Image.open(io.BytesIO(joint["pixels"][0])).size == (8, 8)
+    stars = model.predict(pandas.DataFrame({"shape": ["star", "ring"]}), params={"num": 2, "steps": 2})
+    assert stars["shape"].tolist() == ["star", "star", "ring", "ring"]
+
+
+def test_folder_holds_checkpoints_and_an_export_and_nothing_half_done(finished):
+    assert [int(path.name) for path in complete(finished.folder / "checkpoints")][-1] == 160
+    assert json.loads((finished.folder / "export" / "facts.json").read_text())["state"] == "finished"
+    assert jobs.read_run(finished.folder)["state"] == "finished"
+    assert list(finished.folder.rglob("*.partial")) == []
+    assert list((finished.folder / "tracking").iterdir()) == []  # all that was recorded has been sent
+
+
+def test_last_lines_say_what_was_made_and_what_to_type_next(finished):
+    lines = finished.output.splitlines()
+    said = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[-4:]}
+    assert said["run"].endswith("runs/tiny") and said["pictures"].endswith("runs/tiny/pictures")
+    assert said["next"].startswith("mmdiff sample ") and said["next"].endswith("tiny --num 16")
+    assert said["MLflow"] == "mmdiff ui"
+    assert "shape/accuracy" in finished.output and "majority class" in finished.output

@@ -1,0 +1,61 @@
+"""The stream of rows through Ray Data: batch for batch what reading in this process gives."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmdiff_ray.batch import Batch
+from mmdiff_ray.data.batches import BadRowsError, local_batches
+from mmdiff_ray.distributed import stream
+from mmdiff_ray.distributed.stream import stream_batches
+from tests import sprites as tiny
+from tests.data.samples import flip_bit
+
+pytestmark = pytest.mark.ray
+STOP = 14
+"""Batches of 16 rows: beyond the 180 rows of a visit."""
+
+
+def same(first: Batch, second: Batch) -> bool:
+    """Return whether two batches are the same bit for bit."""
+    plain = [torch.equal(getattr(first, name), getattr(second, name)) for name in ("ids", "visits", "real")]
+    return all(plain) and tiny.same(first.data, second.data) and tiny.same(first.present, second.present)
+
+
+def both(job, rank: int, world: int, start: int) -> list[tuple[Batch, Batch]]:
+    """Return a rank's batches as Ray Data and as this process reads them."""
+    plan, reader = job.plan(), job.reader(job.denoiser())
+    streamed = stream_batches(plan, reader, rank, world, start, STOP, data_workers=1)
+    return list(zip(streamed, local_batches(plan, reader, rank, world, start, STOP), strict=True))
+
+
+@pytest.mark.parametrize("rank, world, start", [(0, 1, 0), (0, 2, 0), (1, 2, 0), (1, 2, 5)])
+def test_stream_is_what_this_process_reads_at_any_world_and_from_any_batch(
+    ray_cluster, sprites, rank, world, start
+):
+    job = tiny.job(sprites)
+    pairs = both(job, rank, world, start)
+    assert len(pairs) == STOP - start
+    assert all(same(first, second) for first, second in pairs)
+    assert len(pairs[0][0]) == 16 // world
+    assert int(pairs[-1][0].visits.max()) == 1
+
+
+def test_stream_goes_on_where_one_segment_of_windows_ends(ray_cluster, sprites, monkeypatch):
+    monkeypatch.setattr(stream, "SEGMENT_WINDOWS", 3)
+    pairs = both(tiny.job(sprites), 0, 1, 0)
+    assert len(pairs) == STOP and all(same(first, second) for first, second in pairs)
+
+
+def test_corrupt_shard_stops_the_reader_of_the_stream_and_is_named(ray_cluster, sprites, tmp_path):
+    data = Path(shutil.copytree(sprites, tmp_path / "sprites"))
+    shard = next((data / "train").iterdir())
+    for position in range(1000, shard.stat().st_size // 2, 500):
+        flip_bit(str(shard), position)
+    job = tiny.job(sprites)
+    bad = tiny.config(str(data))
+    reader = tiny.jobs.make_reader(bad, job.denoiser())
+    with pytest.raises(BadRowsError, match=rf"data.bad_row_limit \(0\).*{shard.name}, row group"):
+        list(stream_batches(job.plan(), reader, 0, 1, 0, STOP, data_workers=1))

@@ -1,0 +1,362 @@
+"""The command line: help, exit codes, what is written, and what is not."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdiff_ray import __version__
+from mmdiff_ray.cli import main, make_parser, pipeline_options
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.manifest import read_manifest
+from mmdiff_ray.tracking import store
+from tests import sprites as tiny
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def config_file(sprites, tmp_path_factory) -> Path:
+    """Return a configuration in another folder than this one, with its runs there."""
+    return tiny.write_config(tmp_path_factory.mktemp("config"), sprites)
+
+
+def commands(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the words of every command."""
+    nested = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not nested:
+        yield words
+    for action in nested:
+        for name, inner in action.choices.items():
+            yield from commands(inner, (*words, name))
+
+
+def run(capsys, *words: str) -> tuple[int, str, str]:
+    """Return the exit code of a command, what it said, and its errors."""
+    try:
+        code = main(words)
+    except SystemExit as stop:  # argparse's own way out
+        code = int(stop.code or 0)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+# --- help ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", list(commands(make_parser())), ids=" ".join)
+def test_help_of_every_command_shows_an_example_that_parses(capsys, words):
+    code, out, _ = run(capsys, *words, "--help")
+    assert code == 0
+    example = shlex.split(out.split("example:")[1].strip().splitlines()[0])
+    assert example[: 1 + len(words)] == ["mmdiff", *words]
+    known, extra = make_parser().parse_known_args(example[1:])
+    assert callable(known.run)
+    assert not extra or words == ("data", "build")
+
+
+def test_version_is_the_package's(capsys):
+    assert run(capsys, "--version") == (0, f"mmdiff {__version__}\n", "")
+
+
+@pytest.mark.parametrize("words", [(), ("fly",), ("data",), ("sample",), ("train", "--sideways"), ("sample", "x", "y")])
+def test_what_is_no_command_exits_with_2(capsys, words):
+    code, _, errors = run(capsys, *words)
+    assert code == 2 and errors
+
+
+# --- what is wrong is said before anything is started or written -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["train.sample=9"], "train.sample: unknown key 'sample'; known: samples, .*did you mean 'samples'"),
+        (["trian.samples=9"], "trian: unknown key .*did you mean 'train'"),
+        (["train.samples=many"], "train.samples: .*many"),
+        (["train.samples"], "override 'train.samples' must read key=value"),
+        (["model.backbone=unet2"], "model.backbone: unknown 'unet2'.*did you mean 'unet'"),
+        (["evaluate.evaluators=[joints]"], "evaluate.evaluators: .*joints.*joint"),
+        (["data.sources=[{uri: nowhere}]"], "no data set at nowhere.*mmdiff data build PIPELINE --out nowhere"),
+        (["modalities.color={type: label}"], "modalities.color needs the column 'color'.*it has: pixels"),
+        (["train.global_batch=20"], r"train.global_batch \(20\) must be a multiple of data.lanes \(8\); try 16 or 24"),
+        (["workers.count=3"], r"data.lanes \(8\) must be a multiple of workers.count \(3\); try 6 or 9"),
+        (["train.micro_batch=5"], r"must be a multiple of micro_batch x workers \(5 x 1 = 5\); try 15 or 20"),
+        (["train.device=cuda:99"], "train.device"),
+        (["tracking.uri=some/folder"], r"tracking.uri \(some/folder\) is a folder"),
+    ],
+)
+def test_mistake_is_told_with_its_key_and_exit_code_2(capsys, config_file, overrides, message):
+    code, _, errors = run(capsys, "train", str(config_file), *overrides)
+    assert code == 2
+    assert errors.startswith("mmdiff: ") and len(errors.splitlines()) == 1
+    assert_matches(message, errors)
+    assert not (config_file.parent / "runs").exists() and list(Path.cwd().iterdir()) == []
+
+
+def assert_matches(pattern: str, text: str) -> None:
+    with pytest.raises(AssertionError, match=pattern):
+        raise AssertionError(text)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["train"], "train needs a config file"),
+        (["train", "nowhere.yaml"], "no config file nowhere.yaml"),
+        (["train", "--resume", "nothing"], "no run 'nothing' in runs/; there are: none yet"),
+        (["train", "x.yaml", "--resume", "r", "--dry-run"], "--dry-run checks a config file"),
+        (["sample", "nothing"], "no run 'nothing'"),
+        (["evaluate", "nothing"], "no run 'nothing'"),
+        (["data", "inspect", "nowhere"], "no data set at nowhere"),
+        (["data", "build", "sprite", "--out", "x"], "sprite.*sprites"),
+        (["data", "build", "sprites", "--out", "x", "--colour", "9"], "colour"),
+        (["data", "build", "sprites", "--out", "x", "--size"], "option '--size' must read"),
+    ],
+)
+def test_what_is_not_there_is_told_with_exit_code_2(capsys, words, message):
+    code, _, errors = run(capsys, *words)
+    assert code == 2
+    assert_matches(message, errors)
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.skipif("ray" not in sys.modules, reason="needs ray imported by another test to look at")
+def test_nothing_of_this_has_started_ray():
+    pass
+
+
+def test_store_that_does_not_answer_is_told_and_no_run_is_left(capsys, config_file, dead_uri):
+    code, _, errors = run(capsys, "train", str(config_file), f"tracking.uri={dead_uri}")
+    assert code == 2 and f"tracking.uri ({dead_uri}): the run cannot be recorded there" in errors
+    assert list((config_file.parent / "runs").iterdir()) == []
+
+
+# --- dry run, training, going on -------------------------------------------------------------------------
+
+
+def test_dry_run_prints_sizes_and_cost_and_starts_nothing(capsys, config_file):
+    code, out, errors = run(capsys, "train", str(config_file), "--dry-run", "workers.count=2")
+    assert (code, errors) == (0, "")
+    for word in ("pixels (anchor)", "shapes", "parameters  ", "forward     ", "180 training rows", "a step      "):
+        assert word in out
+    assert out.splitlines()[-1].startswith("nothing was started")
+    assert not (config_file.parent / "runs").exists() and list(Path.cwd().iterdir()) == []
+
+
+def test_dry_run_names_settings_that_change_nothing(capsys, config_file):
+    _, out, _ = run(capsys, "train", str(config_file), "--dry-run", "modalities.pixels.weights.scale=2")
+    assert "note        modalities.pixels.weights: the anchor's profile is sqrt(abar)" in out
+
+
+def test_training_that_fails_exits_with_1_and_says_so_everywhere(capsys, config_file):
+    code, _, errors = run(capsys, "train", str(config_file), "train.learning_rate=1e30")
+    assert code == 1
+    assert_matches("mmdiff: not finite: .* at step [2-9] .*lower train.learning_rate", errors)
+    folder = config_file.parent / "runs" / "tiny"
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["state"] == "failed"
+    assert store.client(facts["tracking_uri"]).get_run(facts["run_id"]).info.status == "FAILED"
+    code, _, errors = run(capsys, "evaluate", str(folder))
+    assert code == 2 and "tiny has no trained model yet; go on with: mmdiff train --resume" in errors
+
+
+def test_finished_run_can_be_made_longer(capsys, config_file):
+    runs = config_file.parent / "runs"
+    assert run(capsys, "train", str(config_file), "train.samples=64")[0] == 0
+    code, out, _ = run(capsys, "train", "--resume", "tiny", "--runs", str(runs), "train.samples=128")
+    assert code == 0 and "from the checkpoint at 64 samples" in out
+    assert json.loads((runs / "tiny" / "evaluation.json").read_text())["samples_seen"] == 128
+    code, _, errors = run(capsys, "train", "--resume", str(runs / "tiny"), "seed=5")
+    assert code == 2 and "seed: a run that goes on keeps 0, got 5" in errors
+
+
+# --- evaluate --------------------------------------------------------------------------------------------
+
+
+def test_evaluation_prints_figures_beside_floors(capsys, finished):
+    words = ["evaluate.rows=6", "evaluate.evaluators=[labels]"]
+    code, out, _ = run(capsys, "evaluate", "tiny", *words, "--runs", finished.runs)
+    assert code == 0 and "shape/accuracy" in out and "majority class" in out
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("evaluate.evaluators=[truth]", "evaluate.evaluators: .*truth"),
+        ("train.samples=5", "train.samples: an evaluation keeps 160, got 5"),
+        ("data.sources=[{uri: nowhere}]", "no data set at nowhere"),
+    ],
+)
+def test_evaluation_of_something_else_is_refused(capsys, finished, override, message):
+    code, _, errors = run(capsys, "evaluate", str(finished.folder), override)
+    assert code == 2
+    assert_matches(message, errors)
+
+
+# --- sample ----------------------------------------------------------------------------------------------
+
+
+def sampled(capsys, finished, *words: str) -> tuple[Path, dict]:
+    """Return the folder that `mmdiff sample` wrote, and its `samples.json`."""
+    code, out, errors = run(capsys, "sample", str(finished.folder), "--num", "3", "--out", "out", *words)
+    assert (code, errors) == (0, "")
+    assert "picture  out/grid.png" in out
+    with Image.open("out/grid.png") as grid:
+        assert min(grid.size) > 50
+    return Path("out"), json.loads(Path("out/samples.json").read_text())
+
+
+def test_joint_samples_are_written_with_their_data(capsys, finished):
+    out, facts = sampled(capsys, finished)
+    assert facts["given"] == {} and set(facts["generated"]) == {"pixels", "shapes", "shape", "factors"}
+    assert facts["settings"]["num"] == 3
+    assert Image.open(out / facts["generated"]["pixels"][2]).size == (8, 8)
+    assert (out / facts["generated"]["shape"][0]).read_text().strip() in read_names(finished)
+    assert all((out / name).is_file() for names in facts["generated"].values() for name in names)
+
+
+def read_names(finished) -> list[str]:
+    return read_manifest(json_uri(finished)).columns["shape"]["names"]
+
+
+def json_uri(finished) -> str:
+    from mmdiff_ray import config
+
+    return config.load([finished.config_file]).data.sources[0].uri
+
+
+@pytest.mark.parametrize("named", ["shape", "label"])
+def test_given_label_comes_back_with_images(capsys, finished, named):
+    out, facts = sampled(capsys, finished, "--given", f"{named}=star", "--guidance", "2", "--steps", "2")
+    assert (out / facts["given"]["shape"]).read_text() == "star\n"
+    assert set(facts["generated"]) == {"pixels", "shapes", "factors"}
+
+
+def picture(path: str, alpha: bool = False) -> np.ndarray:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    pixels[..., 3] = 255
+    if alpha:
+        pixels[2:5, 3:6, 3] = 0
+    Image.fromarray(pixels if alpha else pixels[..., :3]).save(path)
+    return pixels
+
+
+def test_given_image_comes_back_unchanged_with_masks_labels_and_embeddings(capsys, finished):
+    pixels = picture("some.png")
+    out, facts = sampled(capsys, finished, "--given", "pixels=some.png")
+    assert np.array_equal(np.asarray(Image.open(out / facts["given"]["pixels"])), pixels[..., :3])
+    assert set(facts["generated"]) == {"shapes", "shape", "factors"}
+
+
+def test_given_masked_image_has_its_hole_where_alpha_is_0(capsys, finished):
+    pixels = picture("some.png", alpha=True)
+    out, facts = sampled(capsys, finished, "--given", "masked=some.png", "--sampler", "ddim")
+    masked = np.asarray(Image.open(out / facts["given"]["masked"]))
+    assert np.array_equal(masked[..., 3], pixels[..., 3])
+    assert np.array_equal(masked[..., :3], pixels[..., :3] * (pixels[..., 3:] > 0))
+    assert "pixels" in facts["generated"]
+
+
+def test_hole_can_be_a_picture_of_its_own(capsys, finished):
+    pixels = picture("some.png")
+    hole = np.zeros((8, 8), np.uint8)
+    hole[:4] = 255
+    Image.fromarray(hole).save("hole.png")
+    out, facts = sampled(capsys, finished, "--given", "masked=some.png", "--hole", "hole.png")
+    masked = np.asarray(Image.open(out / facts["given"]["masked"]))
+    assert (masked[:4] == 0).all()
+    assert np.array_equal(masked[4:, :, :3], pixels[4:, :, :3])
+
+
+def test_samples_of_one_seed_are_the_same_files(capsys, finished):
+    for out in ("a", "b"):
+        assert run(capsys, "sample", str(finished.folder), "--num", "2", "--seed", "4", "--out", out)[0] == 0
+    first, second = ({p.name: p.read_bytes() for p in Path(out).iterdir()} for out in ("a", "b"))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--given", "shape=sta"], "shape: no label 'sta'; did you mean 'star'"),
+        (["--given", "colour=red"], "no modality 'colour'; it has: pixels, shapes"),
+        (["--given", "shape"], "--given 'shape' must read instance=value"),
+        (["--given", "pixels=nowhere.png"], "pixels: .*nowhere.png"),
+        (["--hole", "x.png"], "--hole goes with a masked image"),
+        (["--num", "0"], r"--?num \(0\) must be at least 1"),
+        (["--steps", "0"], r"steps \(0\) must be at least 1"),
+        (["--sampler", "fast"], "sampler: .*fast.*ancestral, ddim, dpm2"),
+    ],
+)
+def test_what_cannot_be_sampled_is_told_with_exit_code_2_and_nothing_is_written(capsys, finished, words, message):
+    code, _, errors = run(capsys, "sample", str(finished.folder), *words)
+    assert code == 2
+    assert_matches(message, errors)
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_folder_with_other_files_is_not_written_into(capsys, finished):
+    Path("mine").mkdir()
+    Path("mine/letter.txt").write_text("dear")
+    code, _, errors = run(capsys, "sample", str(finished.folder), "--num", "1", "--out", "mine")
+    assert code == 2 and "mine is a folder with other files in it" in errors
+    assert [path.name for path in Path("mine").iterdir()] == ["letter.txt"]
+
+
+# --- data ------------------------------------------------------------------------------------------------
+
+
+def test_data_are_built_with_options_and_not_overwritten(capsys):
+    words = ["data", "build", "sprites", "--out", "set", "--workers", "0", "--count", "20", "--size=8", "most=2"]
+    code, out, _ = run(capsys, *words)
+    assert code == 0 and "set: " in out and "mmdiff data inspect set" in out
+    manifest = read_manifest("set")
+    assert sum(split.rows for split in manifest.splits.values()) == 20
+    code, _, errors = run(capsys, *words)
+    assert code == 2 and "--force" in errors and read_manifest("set").digest == manifest.digest
+    assert run(capsys, *words, "--force", "seed=1")[0] == 0
+    assert read_manifest("set").digest != manifest.digest
+
+
+def test_data_are_shown(capsys, sprites):
+    code, out, _ = run(capsys, "data", "inspect", sprites, "--picture", "rows.png")
+    assert code == 0 and "pixels" in out and "star" in out
+    assert Path("rows.png").is_file()
+
+
+def test_pipeline_options_are_read_in_every_form():
+    words = ["a=1", "--b", "2", "--c-d=3", "--e", "x=y"]
+    assert pipeline_options(words) == {"a": "1", "b": "2", "c_d": "3", "e": "x=y"}
+    for words in (["alone"], ["--last"]):
+        with pytest.raises(ConfigError, match="must read key=value"):
+            pipeline_options(words)
+
+
+# --- doctor ----------------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_this_machine_sound(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0 and "BROKEN" not in out
+    for name in ("python", "packages", "device", "disk", "MLflow store"):
+        assert name in out
+    assert list(Path.cwd().iterdir()) == []  # looking leaves nothing behind
+
+
+def test_doctor_names_what_is_broken_and_exits_with_1(capsys):
+    Path("runs").mkdir()
+    Path("runs/mlflow.db").write_bytes(b"no database" * 1000)
+    code, out, _ = run(capsys, "doctor")
+    assert code == 1
+    (line,) = [line for line in out.splitlines() if line.startswith("BROKEN")]
+    assert "MLflow store" in line
