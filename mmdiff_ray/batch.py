@@ -35,6 +35,10 @@ class Batch:
         """Return rows start to stop."""
         return self._map(lambda tensor: tensor[start:stop])
 
+    def where(self, wanted: Tensor) -> "Batch":
+        """Return the rows where `wanted` (B,) is true."""
+        return self._map(lambda tensor: tensor[wanted])
+
     def _map(self, function) -> "Batch":
         return Batch(
             ids=function(self.ids),

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.diffusion.process import GENERATED, GIVEN, Codes, Prediction, Process, Roles, over_cells
 from mmdiff_ray.diffusion.schedule import make_schedule
@@ -279,8 +278,3 @@ def build_denoiser(config: Config) -> Denoiser:
             **config.model.options,
         )
         return Denoiser(modalities, process, backbone, config.given.input, config.loss.prediction)
-
-
-def batch_codes(denoiser: Denoiser, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return codes and conditions of a whole batch."""
-    return denoiser.encode(batch.data), denoiser.conditions(batch.data)

@@ -58,7 +58,7 @@ def _check_numbers(config: Config) -> None:
         ("seed", config.seed, 0),
         ("space.height", config.space.height, 1),
         ("space.width", config.space.width, 1),
-        ("schedule.steps", config.schedule.steps, 1),
+        ("schedule.steps", config.schedule.steps, 2),
         ("data.lanes", config.data.lanes, 1),
         ("data.window", config.data.window, 1),
         ("data.bad_row_limit", config.data.bad_row_limit, 0),

@@ -217,7 +217,7 @@ class EvaluateConfig:
     (0 = only at the end). sampler, steps, guidance: how samples are drawn. grid_rows: rows in a picture.
     """
 
-    evaluators: list[str] = field(default_factory=list)
+    evaluators: list[str] | None = None
     split: str = "val"
     rows: int = 128
     every_samples: int = 0

@@ -44,6 +44,20 @@ def cluster(cpus: int = 4) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextmanager
+def resources(workers: WorkersConfig) -> Iterator[None]:
+    """Provide a cluster that can hold the workers and their readers; nothing where there are none.
+
+    Raises ConfigError where it cannot.
+    """
+    if workers.count == 0:
+        yield
+        return
+    with cluster(cpus_needed(workers)):
+        check_resources(workers)
+        yield
+
+
 def _keep_messages_off_the_terminal() -> None:
     """Send what the cluster prints on its drivers (worker deaths, retries) to the log instead."""
     try:

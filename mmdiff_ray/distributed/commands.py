@@ -14,6 +14,7 @@ from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.denoiser import Denoiser, inert_settings
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import launch
+from mmdiff_ray.distributed.cluster import resources
 from mmdiff_ray.distributed.display import Display, duration
 from mmdiff_ray.distributed.evaluate import evaluate_run, record_model
 from mmdiff_ray.distributed.job import Job
@@ -28,22 +29,23 @@ def train_and_evaluate(
 ) -> int:
     """Train a new run, or go on with one; evaluate it; record its model; say where everything is."""
     console = make_console()
-    display = Display(console)
-    begun = time.monotonic()
     if config is not None:
-        folder = launch.train(config, display)
+        job, go = jobs.prepare(config, jobs.new_folder(config)), launch.train
     else:
         assert resumed is not None
-        folder = launch.resume(resumed, runs, overrides, display)
-    run = jobs.read_run(folder)
-    if run["state"] != "finished":
-        console.print(f"stopped with a checkpoint. Go on with: mmdiff train --resume {folder.name}")
-        return 130
-    job = jobs.load_job(folder)
-    console.print(
-        f"trained in {duration(time.monotonic() - begun)}; evaluating on {job.config.evaluate.rows} rows"
-    )
-    findings = evaluate_run(folder, on_ray=job.config.workers.count > 0)
+        job, go = jobs.load_job(jobs.find_run(resumed, runs), overrides), launch.resume
+    for sentence in inert_settings(job.config):
+        console.print(f"note: {sentence}")
+    begun = time.monotonic()
+    with resources(job.config.workers):
+        folder = go(job, Display(console))
+        run = jobs.read_run(folder)
+        if run["state"] != "finished":
+            console.print(f"stopped with a checkpoint. Go on with: mmdiff train --resume {_called(folder)}")
+            return 130
+        rows = job.config.evaluate.rows
+        console.print(f"trained in {duration(time.monotonic() - begun)}; evaluating on {rows} rows")
+        findings = evaluate_run(folder, on_ray=job.config.workers.count > 0)
     if job.config.tracking.log_model:
         record_model(folder)
     for table in tables(findings.figures):
@@ -54,8 +56,8 @@ def train_and_evaluate(
 
 def make_console() -> Console:
     """Return the console of a command; where output is no terminal, lines are not cut at 80 columns."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=120)
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=120)
 
 
 def _say_where(console: Console, folder: Path, uri: str) -> None:
@@ -63,8 +65,12 @@ def _say_where(console: Console, folder: Path, uri: str) -> None:
     console.print(f"run       {shown}")
     console.print(f"pictures  {shown}/pictures")
     console.print(f"MLflow    {ui_command(uri) if uri.startswith('http') else 'mmdiff ui'}")
-    name = folder.name if folder.parent == Path("runs").absolute() else shown
-    console.print(f"next      mmdiff sample {name} --num 16")
+    console.print(f"next      mmdiff sample {_called(folder)} --num 16")
+
+
+def _called(folder: Path) -> Path | str:
+    """Return what a person types to name a run from here."""
+    return folder.name if folder.parent == Path("runs").absolute() else _near(folder)
 
 
 def _near(path: Path) -> Path:
@@ -155,6 +161,8 @@ def sample(given: argparse.Namespace) -> int:
     folder = jobs.find_run(given.model, given.runs)
     model = load_export(folder / "export")
     rows = parse_given(model, given.given, given.hole)
+    for sentence in model.untrained(list(rows), given.guidance):
+        console.print(f"note: {sentence}")
     what = "-".join(rows) or "joint"
     out = given.out or Path("samples") / f"{folder.name}-{what}"
     begun = time.monotonic()

@@ -16,7 +16,7 @@ class Display:
     """Show a run's progress: samples, speed, time left, losses, the share of time spent waiting for data."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, markup=False)
         self._live: Live | None = None
         self._printed = 0.0
         self._losses: dict[str, float] = {}

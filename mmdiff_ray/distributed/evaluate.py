@@ -3,6 +3,7 @@ MLflow."""
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import Config
+from mmdiff_ray.config import Config, ConfigError, RunError
 from mmdiff_ray.data.batches import split_batches
-from mmdiff_ray.data.check import read_sources
+from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.distributed import job as jobs
-from mmdiff_ray.distributed.cluster import cluster
+from mmdiff_ray.distributed.cluster import check_resources, cluster, cpus_needed
 from mmdiff_ray.evaluation.context import Figure, Findings
 from mmdiff_ray.evaluation.grids import to_png
 from mmdiff_ray.evaluation.run import check_evaluators, evaluate, metrics_of
@@ -24,18 +25,27 @@ from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.inference import load_export
 from mmdiff_ray.training.parallel import choose_device
 
+MAY_CHANGE = ("evaluate.", "data.", "train.device")
 LOADER = "mmdiff_ray.training.inference:load_export"
 
 
 def evaluate_run(folder: Path, overrides: Sequence[str] = (), on_ray: bool = False) -> Findings:
     """Evaluate the exported model of a run and record what was found: `evaluation.json`, pictures, MLflow.
 
-    overrides: of `evaluate.*` and `data.*`. on_ray: as a task that asks for what one training worker has.
+    overrides: of `evaluate.*`, `data.*` and `train.device`. on_ray: as a task that asks for what one training
+    worker has. Raises ConfigError where there is no model yet, or for any other override.
     """
-    config = configuration.load([folder / "export" / "config.yaml"], list(overrides))
-    check_evaluators(config.evaluate.evaluators)
+    file = folder / "export" / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(
+            f"{folder.name} has no trained model yet; go on with: mmdiff train --resume {folder}"
+        )
+    config = configuration.load([file], list(overrides))
+    jobs.check_changes(configuration.load([file]), config, MAY_CHANGE, "an evaluation")
+    check_evaluators(config)
     if on_ray:
-        with cluster():
+        with cluster(cpus_needed(config.workers)):
+            check_resources(config.workers)
             findings = _on_ray(folder, config)
     else:
         findings = measure(folder, config)
@@ -48,6 +58,7 @@ def measure(folder: Path, config: Config) -> Findings:
     model = load_export(folder / "export", str(choose_device(config.train)))
     model.config = config
     manifests = read_sources(config)
+    resolve_modalities(config, manifests)
     reader = jobs.make_reader(config, model.denoiser)
     splits = [manifest.splits[config.evaluate.split] for manifest in manifests]
     batches = split_batches(reader, splits, config.evaluate.rows, min(64, config.evaluate.rows))
@@ -59,12 +70,14 @@ def _on_ray(folder: Path, config: Config) -> Findings:
 
     workers = config.workers
     task = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(_with_all_threads)
-    return ray.get(task.remote(folder, config))
+    try:
+        return ray.get(task.remote(folder, config, os.getcwd()))
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, ConfigError | RunError) else error) from None
 
 
-def _with_all_threads(folder: Path, config: Config) -> Findings:
-    import os
-
+def _with_all_threads(folder: Path, config: Config, working_folder: str) -> Findings:
+    os.chdir(working_folder)
     torch.set_num_threads(os.cpu_count() or 1)
     return measure(folder, config)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,31 @@ from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.fit import calibrate
 
 CALIBRATION_ROWS = 512
+MAY_CHANGE = (
+    "train.samples",
+    "train.max_minutes",
+    "train.micro_batch",
+    "train.learning_rate",
+    "train.weight_decay",
+    "train.warmup_samples",
+    "train.decay",
+    "train.final_lr_ratio",
+    "train.clip_norm",
+    "train.ema_samples",
+    "train.precision",
+    "train.compile",
+    "train.channels_last",
+    "train.device",
+    "train.log_every_samples",
+    "loss.",
+    "checkpoint.",
+    "workers.",
+    "evaluate.",
+    "data.bad_row_limit",
+    "tracking.log_model",
+    "tracking.system_metrics",
+)
+"""Keys that may differ where a run goes on: neither the model nor which row is read when depends on them."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +106,7 @@ def make_reader(config: Config, denoiser: Denoiser) -> RowReader:
 def prepare(config: Config, folder: Path) -> Job:
     """Check a configuration against its data and return the job. Raises ConfigError; nothing is started or
     written."""
-    check_evaluators(config.evaluate.evaluators)
+    check_evaluators(config)
     manifests = read_sources(config)
     config = resolve_modalities(config, manifests)
     denoiser = build_denoiser(config)
@@ -132,7 +157,12 @@ def write_run(job: Job, **facts: Any) -> None:
     """Write what is known of a run beside it: its configuration, and `run.json`."""
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "config.yaml").write_text(configuration.to_yaml(job.config), encoding="utf8")
-    known = {"name": job.folder.name, "tracking_uri": job.tracking_uri, "run_id": job.run_id}
+    known = {
+        "name": job.folder.name,
+        "tracking_uri": job.tracking_uri,
+        "run_id": job.run_id,
+        "datasets": [manifest.digest for manifest in job.manifests],
+    }
     write_json(job.folder / "run.json", {**known, **facts})
 
 
@@ -141,10 +171,34 @@ def read_run(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run.json").read_text(encoding="utf8"))
 
 
-def load_job(folder: Path, overrides: list[str] | None = None) -> Job:
-    """Return the job of an existing run, with overrides. Raises ConfigError where an override cannot be
-    resumed."""
-    config = configuration.load([folder / "config.yaml"], overrides or [])
-    facts = read_run(folder)
-    job = prepare(config, folder)
+def load_job(folder: Path, overrides: Sequence[str] = ()) -> Job:
+    """Return the job of an existing run, with overrides.
+
+    Raises ConfigError for an override that a run cannot go on with, and where its data are other ones now.
+    """
+    before = configuration.load([folder / "config.yaml"])
+    if any(word.startswith("train.samples=") for word in overrides):
+        overrides = [
+            "train.max_minutes=null",
+            *overrides,
+        ]  # a length asked for now outranks an old time limit
+    config = configuration.load([folder / "config.yaml"], overrides)
+    check_changes(before, config, MAY_CHANGE, "a run that goes on")
+    facts, job = read_run(folder), prepare(config, folder)
+    if facts["datasets"] != [manifest.digest for manifest in job.manifests]:
+        raise ConfigError(
+            f"data.sources: the data are not those that {folder.name} was trained on (their manifests "
+            "differ); start a new run on them"
+        )
     return dataclasses.replace(job, tracking_uri=facts["tracking_uri"], run_id=facts["run_id"])
+
+
+def check_changes(before: Config, now: Config, allowed: Sequence[str], what: str) -> None:
+    """Raise ConfigError for a value that differs, unless its key begins with one of the allowed ones."""
+    old, new = configuration.flatten(before), configuration.flatten(now)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(tuple(allowed)):
+            raise ConfigError(
+                f"{key}: {what} keeps {old.get(key)!r}, got {new.get(key)!r}; what may change: "
+                f"{', '.join(name + '*' if name.endswith('.') else name for name in allowed)}"
+            )

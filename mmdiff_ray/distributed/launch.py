@@ -4,76 +4,82 @@ it all."""
 import dataclasses
 import os
 import queue
+import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import Config, RunError
-from mmdiff_ray.denoiser import inert_settings
+from mmdiff_ray.config import RunError
 from mmdiff_ray.distributed import job as jobs
-from mmdiff_ray.distributed.cluster import check_resources, cluster, cpus_needed, log_folder
-from mmdiff_ray.distributed.display import Display, duration
+from mmdiff_ray.distributed.cluster import log_folder, resources
+from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.worker import local_stream, ray_train_loop, train_worker
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.recorder import DatasetFacts
 from mmdiff_ray.tracking.store import tracking_uri
-from mmdiff_ray.tracking.tracker import Tracker
 
 POLL_S = 0.3
 
 
-def train(config: Config, display: Display) -> Path:
+STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+"""How a run ended -> what MLflow calls it."""
+
+
+def train(job: Job, display: Display) -> Path:
     """Train a new run to its end and return its folder. Raises ConfigError before anything is started."""
-    folder = jobs.new_folder(config)
-    job = jobs.prepare(config, folder)
-    for sentence in inert_settings(job.config):
-        display.say(f"note: {sentence}")
-    uri = tracking_uri(config.tracking.uri, Path(config.runs).absolute())
+    with resources(job.config.workers):
+        return run(_begun(job), display)
+
+
+def resume(job: Job, display: Display) -> Path:
+    """Go on with an existing run from its last checkpoint, in the same MLflow run."""
+    with resources(job.config.workers):
+        run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
+        jobs.write_run(job, state="running")
+        return run(job, display)
+
+
+def _begun(job: Job) -> Job:
+    """Return the job with its folder and its MLflow run; where that cannot be, nothing is left behind."""
+    uri = tracking_uri(job.config.tracking.uri, Path(job.config.runs).absolute())
     job.folder.mkdir(parents=True)
-    run_id = run_life.start_run(
-        uri,
-        config.tracking.experiment,
-        folder.name,
-        job.spool,
-        configuration.flatten(job.config),
-        configuration.to_yaml(job.config),
-        datasets=_dataset_facts(job),
-        tags={"mmdiff.run_folder": str(folder)},
-    )
+    try:
+        run_id = run_life.start_run(
+            uri,
+            job.config.tracking.experiment,
+            job.folder.name,
+            job.spool,
+            configuration.flatten(job.config),
+            configuration.to_yaml(job.config),
+            datasets=_dataset_facts(job),
+            tags={"mmdiff.run_folder": str(job.folder)},
+        )
+    except BaseException:
+        shutil.rmtree(job.folder, ignore_errors=True)
+        raise
     job = dataclasses.replace(job, tracking_uri=uri, run_id=run_id)
     jobs.write_run(job, state="running")
-    return run(job, display)
-
-
-def resume(run_name: str, runs: str, overrides: Sequence[str], display: Display) -> Path:
-    """Go on with an existing run from its last checkpoint, in the same MLflow run."""
-    job = jobs.load_job(jobs.find_run(run_name, runs), list(overrides))
-    run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
-    jobs.write_run(job, state="running")
-    return run(job, display)
+    return job
 
 
 def run(job: Job, display: Display) -> Path:
     """Run a prepared job, in this process or on Ray, and end its MLflow run whatever happens."""
-    status = "FAILED"
+    state = "failed"
     try:
         with display:
-            ended = _run_local(job, display) if job.config.workers.count == 0 else _run_on_ray(job, display)
-        status = "FINISHED" if ended == "finished" else "KILLED"
-        jobs.write_run(job, state=ended)
+            state = _run_local(job, display) if job.config.workers.count == 0 else _run_on_ray(job, display)
         return job.folder
     except KeyboardInterrupt:
-        status = "KILLED"
+        state = "stopped"
         raise
     finally:
-        if status == "FAILED":
-            jobs.write_run(job, state="failed")
-        left = run_life.end_run(job.tracking_uri, job.run_id, status, job.spool)
+        jobs.write_run(job, state=state)
+        left = run_life.end_run(job.tracking_uri, job.run_id, STATUS[state], job.spool)
         if left:
             display.say(
                 f"{left} records wait in {job.spool}; the next command on this run sends them to MLflow"
@@ -91,19 +97,18 @@ def _run_local(job: Job, display: Display) -> str:
 def _run_on_ray(job: Job, display: Display) -> str:
     import ray
 
-    with cluster(cpus_needed(job.config.workers)):
-        check_resources(job.config.workers)
-        display.say(f"Ray's own log files: {log_folder()}")
-        board = ray.remote(num_cpus=0)(Board).remote()
-        done: queue.Queue = queue.Queue()
-        with stop_requests() as stopped:
-            thread = threading.Thread(target=_fit, args=(job, board, done), daemon=True)
-            thread.start()
-            ended = _listen(job, board, thread, stopped, display)
-        failure = done.get()
-        if failure is not None:
-            raise failure
-        return ended
+    display.say(f"Ray's own log files: {log_folder()}")
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    done: queue.Queue = queue.Queue()
+    with stop_requests() as stopped:
+        thread = threading.Thread(target=_fit, args=(job, board, done), daemon=True)
+        thread.start()
+        ended = _listen(job, board, thread, stopped, display)
+    raised = done.get()
+    failure = ray.get(board.failure.remote()) or raised
+    if failure is not None:
+        raise failure
+    return ended
 
 
 def _fit(job: Job, board: Any, done: queue.Queue) -> None:
@@ -111,7 +116,7 @@ def _fit(job: Job, board: Any, done: queue.Queue) -> None:
     try:
         make_trainer(job, board).fit()
         done.put(None)
-    except Exception as error:
+    except BaseException as error:
         done.put(_told(error))
 
 
@@ -139,11 +144,13 @@ def make_trainer(job: Job, board: Any) -> Any:
 
 
 class Board:
-    """The actor between driver and workers: events one way, the wish to stop the other."""
+    """The actor between driver and workers: events one way, the wish to stop the other, and why no restart
+    would help."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
         self._stop = False
+        self._failure: Exception | None = None
 
     def post(self, event: dict[str, Any]) -> None:
         """Take an event from a worker."""
@@ -153,6 +160,14 @@ class Board:
         """Return the events since the last call."""
         events, self._events = self._events, []
         return events
+
+    def fail(self, failure: Exception) -> None:
+        """Note a failure that a restart would only repeat; the first one counts."""
+        self._failure = self._failure or failure
+
+    def failure(self) -> Exception | None:
+        """Return the failure that a restart would only repeat, if there was one."""
+        return self._failure
 
     def ask_to_stop(self) -> None:
         """Ask the workers to save and end."""
@@ -216,7 +231,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _told(error: Exception) -> Exception:
+def _told(error: BaseException) -> BaseException:
     """Return a failure in words: what the worker raised, without Ray's layers around it."""
     failures = getattr(error, "worker_failures", None)
     if not failures:
@@ -237,14 +252,3 @@ def _dataset_facts(job: Job) -> list[DatasetFacts]:
         )
         for manifest, source in zip(job.manifests, job.config.data.sources, strict=True)
     ]
-
-
-def log_pictures(job: Job, pictures: dict[str, bytes], step: int) -> None:
-    """Record pictures of a run in MLflow and wait a little until they are sent."""
-    tracker = Tracker(job.tracking_uri, job.run_id, job.spool)
-    for name, png in pictures.items():
-        tracker.image(name, png, step)
-    tracker.close(timeout_s=10)
-
-
-__all__ = ["duration", "resume", "run", "train"]

@@ -11,6 +11,7 @@ import torch
 from mmdiff_ray import __version__
 from mmdiff_ray import config as configuration
 from mmdiff_ray.batch import Batch
+from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.data.batches import local_batches, split_batches
 from mmdiff_ray.distributed.cluster import log_folder
 from mmdiff_ray.distributed.job import Job
@@ -22,7 +23,7 @@ from mmdiff_ray.training.checkpoint import CheckpointStore
 from mmdiff_ray.training.fit import fit
 from mmdiff_ray.training.inference import Generator, save_export
 from mmdiff_ray.training.parallel import choose_device, world
-from mmdiff_ray.training.trainer import Progress, Trainer
+from mmdiff_ray.training.trainer import Progress, Trainer, TrainingError
 
 _log = logging.getLogger(__name__)
 
@@ -60,11 +61,16 @@ class WorkerHooks:
     def evaluate(self, trainer: Trainer) -> None:
         if not self.first or not self.validation:
             return
-        model = Generator(trainer.config, trainer.ema.model)
+        try:
+            self._draw(Generator(trainer.config, trainer.ema.model))
+        except Exception:  # a picture is not worth a run
+            _log.exception("no pictures at %d samples", self.samples_seen)
+
+    def _draw(self, model: Generator) -> None:
         for name, picture in sample_pictures(model, self.validation).items():
             png = to_png(picture)
             path = self.job.folder / "pictures" / f"{name}-{self.samples_seen:09d}.png"
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png)
             if self.tracker is not None:
                 self.tracker.image(f"samples/{name}", png, self.samples_seen)
@@ -97,7 +103,7 @@ def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], boo
         torch.set_num_threads(config.workers.threads or max(1, int(config.workers.cpus)))
     device = choose_device(config.train)
     denoiser = job.denoiser()
-    reader = job.reader(denoiser)
+    reader = job.reader(job.denoiser())  # of its own: data workers have no GPU, where the model may go
     trainer = Trainer(config, denoiser, device)
     validation = _validation(job, reader)
     hooks = WorkerHooks(job, validation, emit, stopped)
@@ -149,6 +155,8 @@ def ray_train_loop(settings: dict[str, Any]) -> None:
     import ray
 
     job, board = settings["job"], settings["board"]
+    if ray.get(board.failure.remote()) is not None:
+        return  # a worker of an earlier attempt met what no restart mends
     logging.basicConfig(level=logging.WARNING)
     os.chdir(settings["working_folder"])
     asked: list[Any] = []
@@ -160,6 +168,12 @@ def ray_train_loop(settings: dict[str, Any]) -> None:
         return answer
 
     board.post.remote({"kind": "worker", "rank": world()[0], "pid": os.getpid(), "logs": log_folder()})
-    ended = train_worker(job, ray_stream, lambda event: board.post.remote(event), stopped)
+    try:
+        ended = train_worker(job, ray_stream, lambda event: board.post.remote(event), stopped)
+    except (ConfigError, RunError) as error:
+        ray.get(board.fail.remote(error))
+        if isinstance(error, TrainingError):
+            return  # raised on every worker alike; any other error has the others wait, and Ray must end them
+        raise
     if world()[0] == 0:
         ray.get(board.post.remote({"kind": "ended", "state": ended}))

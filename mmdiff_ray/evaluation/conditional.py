@@ -48,8 +48,9 @@ def evaluate_segmentation(context: Context) -> Findings:
         model = values.pop("model")
         findings.figures.append(Figure(f"{name}/{metric}", model, "higher", int(rows.sum()), values))
         panels.append((name, modality, rows, answer, truth, rules))
-    if panels:
-        findings.pictures[f"masks_from_{context.anchor}"] = _mask_picture(context, panels)
+    shared = np.logical_and.reduce([panel[2] for panel in panels])
+    if panels and shared.any():
+        findings.pictures[f"masks_from_{context.anchor}"] = _mask_picture(context, panels, shared)
     return findings
 
 
@@ -113,20 +114,21 @@ def _mask_rules(context: Context, modality: Any, rows: np.ndarray) -> dict[str, 
         return {}
     return {
         "nearest palette colour": nearest_palette_colour(image, colors),
-        "nearest palette colour in threshold + fill": nearest_palette_colour(
-            image, colors, threshold_fill(image)
+        "nearest palette colour, unlike the border": nearest_palette_colour(
+            image, colors, unlike_border(image)
         ),
     }
 
 
-def _mask_picture(context: Context, panels: list[tuple]) -> Any:
-    rows = panels[0][2]
+def _mask_picture(context: Context, panels: list[tuple], rows: np.ndarray) -> Any:
+    """Return a grid of the first of some rows, which all panels have: anchor, answers, truths and rules."""
     count = min(context.config.evaluate.grid_rows, int(rows.sum()))
     shown = [context.panel(context.anchor, context.truth(context.anchor, rows)[:count], "given")]
-    for name, modality, _, answer, truth, rules in panels:
+    for name, modality, own_rows, answer, truth, rules in panels:
         rule, mask = next(reversed(rules.items()), ("", None))
-        shown.append(Panel(name, modality.picture(torch.from_numpy(answer[:count])), "generated"))
-        shown.append(Panel(f"true {name}", modality.picture(torch.from_numpy(truth[:count])), "truth"))
-        if mask is not None:
-            shown.append(Panel(rule, modality.picture(torch.from_numpy(mask[:count])), "trivial rule"))
+        wanted = [(name, answer, "generated"), (f"true {name}", truth, "truth"), (rule, mask, "trivial rule")]
+        for title, masks, note in wanted:
+            if masks is not None:
+                tiles = torch.from_numpy(masks[rows[own_rows]][:count])
+                shown.append(Panel(title, modality.picture(tiles), note))
     return grid(shown, title=f"masks from {context.anchor}", subtitle="held-out rows over random backgrounds")

@@ -77,7 +77,7 @@ class Context:
         return {name: m for name, m in self.denoiser.modalities.items() if isinstance(m, kind)}
 
     def given_by_a_task(self, *names: str) -> bool:
-        """Return whether some task trains with exactly or at least these given."""
+        """Return whether some task trains with at least these given."""
         return any(
             task.frequency > 0
             and all("given" in np.atleast_1d(task.roles.get(name, "absent")).tolist() for name in names)
@@ -111,12 +111,7 @@ class Context:
 
     def _chunk(self, start: int, given: Sequence[str]) -> Samples:
         part = self.batch.rows(start, start + CHUNK)
-        roles = {}
-        for name in self.denoiser.modalities:
-            role = GIVEN if name in given else GENERATED if name in self.generated else ABSENT
-            if role == GENERATED and self._repeats(name, given):
-                role = ABSENT
-            roles[name] = torch.full((len(part),), role, device=part.ids.device)
+        roles = self.roles(given, len(part))
         settings = self.config.evaluate
         return sample(
             self.denoiser,
@@ -129,10 +124,17 @@ class Context:
             guidance=settings.guidance,
         )
 
-    def _repeats(self, name: str, given: Sequence[str]) -> bool:
-        """Return whether no task generates an instance together with what is given (then it was never
-        trained)."""
-        return not any(
+    def roles(self, given: Sequence[str], rows: int) -> dict[str, Tensor]:
+        """Return roles that generate everything else that a task generates from what is given."""
+        roles = {}
+        for name in self.denoiser.modalities:
+            role = GIVEN if name in given else GENERATED if self._trained(name, given) else ABSENT
+            roles[name] = torch.full((rows,), role, device=self.model.device)
+        return roles
+
+    def _trained(self, name: str, given: Sequence[str]) -> bool:
+        """Return whether some task generates an instance from at least what is given."""
+        return any(
             "generated" in np.atleast_1d(task.roles.get(name, "absent")).tolist()
             and all("given" in np.atleast_1d(task.roles.get(other, "absent")).tolist() for other in given)
             for task in self.config.tasks.values()

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmdiff_ray.diffusion.process import GENERATED, GIVEN
 from mmdiff_ray.evaluation.context import CHUNK, Context, Figure, Findings
 from mmdiff_ray.evaluation.grids import grid
 from mmdiff_ray.evaluation.segmentation import foreground_iou
@@ -54,12 +53,7 @@ def _judged(context: Context, images: torch.Tensor, masks: set[str]) -> dict[str
     for start in range(0, len(images), CHUNK):
         image = images[start : start + CHUNK].to(context.model.device)
         size, device = len(image), context.model.device
-        roles = {
-            name: torch.zeros(size, dtype=torch.int64, device=device) for name in context.denoiser.modalities
-        }
-        roles[context.anchor] += GIVEN
-        for name in masks:
-            roles[name] += GENERATED
+        roles = context.roles([context.anchor], size)
         made = sample(
             context.denoiser,
             roles,

@@ -5,10 +5,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmdiff_ray.config import Config
 from mmdiff_ray.evaluation.context import Context, Figure, Findings
 from mmdiff_ray.evaluation.floors import mean_visible_colour, nearest_visible_pixel
 from mmdiff_ray.evaluation.grids import Panel, grid
 from mmdiff_ray.evaluation.lpips import Lpips
+from mmdiff_ray.evaluation.weights import convolutions
 from mmdiff_ray.modalities.masked_image import MaskedImageModality
 from mmdiff_ray.registry import register
 
@@ -27,6 +29,15 @@ def evaluate_restoration(context: Context) -> Findings:
         if rows.any() and context.given_by_a_task(name):
             _measure(context, name, source, rows, findings)
     return findings
+
+
+def _check(config: Config) -> None:
+    """Raise ConfigError where the weights that LPIPS needs are not on this machine."""
+    if config.modalities.get(config.space.anchor) is not None:
+        convolutions("alex")
+
+
+evaluate_restoration.check = _check  # type: ignore[attr-defined]
 
 
 def _measure(context: Context, name: str, source: str, rows: np.ndarray, findings: Findings) -> None:

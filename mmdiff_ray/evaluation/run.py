@@ -1,6 +1,6 @@
 """Run the configured evaluators on a model and held-out rows."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from PIL import Image
@@ -8,35 +8,41 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from mmdiff_ray.batch import Batch
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.evaluation.context import Context, Figure, Findings
 from mmdiff_ray.registry import look_up, names
 from mmdiff_ray.training.inference import Generator
 
 
-def check_evaluators(wanted: Iterable[str]) -> None:
-    """Raise ConfigError for an evaluator that is not registered."""
-    for name in wanted:
+def check_evaluators(config: Config) -> None:
+    """Raise ConfigError for an evaluator that is not registered, or whose weights are not on this machine."""
+    for name in chosen(config):
         try:
-            look_up("evaluator", name)
+            evaluator = look_up("evaluator", name)
         except KeyError as error:
             raise ConfigError(f"evaluate.evaluators: {error.args[0]}") from None
+        getattr(evaluator, "check", lambda config: None)(config)
+
+
+def chosen(config: Config) -> list[str]:
+    """Return the evaluators of a configuration: those it lists, or all where it says nothing."""
+    listed = config.evaluate.evaluators
+    return names("evaluator") if listed is None else list(listed)
 
 
 def evaluate(
     model: Generator,
     batches: Iterable[Batch],
     columns: Mapping[str, Mapping] | None = None,
-    tell: Callable[[str], None] = lambda text: None,
 ) -> Findings:
     """Return what all configured evaluators found on the rows of the batches.
 
-    columns: what the data set's manifest says of them; tell: is told each evaluator's name before it starts.
+    columns: what the data set's manifest says of them.
     """
-    context = Context(model, joined(batches).to(model.device), columns)
+    batch = joined(batches)
+    context = Context(model, batch.where(batch.real).to(model.device), columns)
     findings = Findings()
-    for name in model.config.evaluate.evaluators or names("evaluator"):
-        tell(name)
+    for name in chosen(model.config):
         found = look_up("evaluator", name)(context)
         findings.figures.extend(found.figures)
         findings.pictures.update(found.pictures)
@@ -49,7 +55,7 @@ def sample_pictures(model: Generator, batches: Iterable[Batch]) -> dict[str, Ima
     context = Context(model, batch.rows(0, 2 * model.config.evaluate.grid_rows).to(model.device))
     pictures: dict[str, Image.Image] = {}
     for name in ("joint", "segmentation", "restoration"):
-        if name in (model.config.evaluate.evaluators or names("evaluator")):
+        if name in chosen(model.config):
             pictures.update(look_up("evaluator", name)(context).pictures)
     return pictures
 

@@ -6,6 +6,7 @@ name and renamed when every worker is done, so a folder with its final name is c
 """
 
 import json
+import math
 import shutil
 import warnings
 from concurrent.futures import Future
@@ -36,8 +37,9 @@ class CheckpointStore:
         self.keep_last = config.keep_last
         self.better = better
         self._pending: tuple[Future, int, dict[str, Any]] | None = None
-        # Its own group: the writer's messages must not mix with those of the training step.
-        self._group: Any = dist.new_group(backend="gloo") if world()[1] > 1 else None
+        # Two groups of its own: the thread that writes sends messages while training, and this store in the
+        # training thread, send theirs. In one group they would meet in another order on every worker.
+        self._writer_group, self._group = _new_group(), _new_group()
 
     def save(self, trainer: Any, facts: dict[str, Any], metric: float | None = None) -> Path:
         """Begin to write the trainer's state; wait first for the one before. Return where it will be.
@@ -62,8 +64,8 @@ class CheckpointStore:
             dcp.async_save,
             _tensors(trainer),
             checkpoint_id=str(partial),
-            process_group=self._group,
-            no_dist=self._group is None,
+            process_group=self._writer_group,
+            no_dist=self._writer_group is None,
         )
         self._pending = (future, samples, state)
         return partial.with_suffix("")
@@ -106,7 +108,7 @@ class CheckpointStore:
     def best(self) -> Path | None:
         """Return the complete checkpoint of the best metric, or None where none has one."""
         scored = [(read_state(path).get("metric"), path) for path in complete(self.folder)]
-        scored = [(metric, path) for metric, path in scored if metric is not None]
+        scored = [(metric, path) for metric, path in scored if metric is not None and math.isfinite(metric)]
         pick = min if self.better == "min" else max
         return pick(scored)[1] if scored else None
 
@@ -114,6 +116,10 @@ class CheckpointStore:
         """Return the newest complete checkpoint, or None."""
         found = complete(self.folder)
         return found[-1] if found else None
+
+
+def _new_group() -> Any:
+    return dist.new_group(backend="gloo") if world()[1] > 1 else None
 
 
 def restore(trainer: Any, path: Path) -> None:

@@ -216,6 +216,20 @@ class Generator:
         shown = self.denoiser.modalities[name].picture(data)
         return shown if isinstance(shown, list) else list(data.numpy())
 
+    def untrained(self, given: Sequence[str], guidance: float = 1.0) -> list[str]:
+        """Return what was never trained in a request, one sentence each: answers to it mean little."""
+        tasks = [task for task in self.config.tasks.values() if task.frequency > 0]
+        found = []
+        for name in given:
+            giving = [
+                task for task in tasks if "given" in np.atleast_1d(task.roles.get(name, "absent")).tolist()
+            ]
+            if not giving:
+                found.append(f"no task of this model was trained with {name} given; expect nonsense")
+            elif guidance != 1 and not any(task.drop > 0 for task in giving):
+                found.append(f"{name} was never dropped in training (tasks.*.drop): guidance means little")
+        return found
+
     def instance(self, name: str) -> str:
         """Return the instance of a name, or the only instance of a type of that name (`label`).
 

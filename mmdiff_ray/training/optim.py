@@ -9,10 +9,13 @@ from mmdiff_ray.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return AdamW; vectors (norms, biases, embeddings of roles) are not decayed."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    """Return AdamW; norms, biases, embeddings of roles and learned label codes are not decayed."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    kept = {
+        name for name, parameter in named if parameter.ndim < 2 or "role_embedding" in name or "table" in name
+    }
+    matrices = [parameter for name, parameter in named if name not in kept]
+    vectors = [parameter for name, parameter in named if name in kept]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -210,9 +210,9 @@ def test_total_is_every_mean_times_its_coefficients():
     )
     objective = make_objective(config)
     keys = ["l0/pixels", "l0/label", "l1/pixels", "l1/label", "l2/label", "l2/mask", "l3/pixels"]
-    sums = {key: torch.tensor(float(i + 1)) for i, key in enumerate(keys)}
-    counts = {key: torch.tensor(2.0, dtype=torch.float64) for key in keys}
-    want = (0.5 * 1 + 0.5 * 2 + 2 * 3 + 2 * 0.2 * 4 + 3 * 5 + 3 * 0.1 * 6 + 5 * 7) / 2
+    counts = {key: torch.tensor(i + 1.0, dtype=torch.float64) for i, key in enumerate(keys)}
+    sums = {key: (i + 2) * counts[key].float() for i, key in enumerate(keys)}  # means of 2, 3, .. 8
+    want = 0.5 * 2 + 0.5 * 3 + 2 * 4 + 2 * 0.2 * 5 + 3 * 6 + 3 * 0.1 * 7 + 5 * 8
     assert float(objective.total(sums, counts)) == pytest.approx(want)
 
 

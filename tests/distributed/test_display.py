@@ -23,7 +23,14 @@ METRICS = {
 
 @pytest.mark.parametrize(
     "seconds, said",
-    [(0.4, "0 s"), (59.4, "59 s"), (60, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (math.nan, "?")],
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (60, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (7500, "2 h 05 min"),
+        (math.nan, "?"),
+    ],
 )
 def test_duration_is_said_as_a_person_says_it(seconds, said):
     assert duration(seconds) == said

@@ -91,7 +91,9 @@ def test_run_is_loaded_as_it_was_with_what_may_change(made):
     ["seed=1", "train.global_batch=32", "data.lanes=4", "model.options.width=16", "tasks.joint.drop=0.5"],
 )
 def test_run_cannot_go_on_as_another(made, override):
-    with pytest.raises(ConfigError, match=f"{override.split('=')[0]}: a run that goes on keeps .*train.samples"):
+    with pytest.raises(
+        ConfigError, match=f"{override.split('=')[0]}: a run that goes on keeps .*train.samples"
+    ):
         jobs.load_job(made.folder, [override])
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: all of the state or nothing, of the moment they were asked for, and only those worth keeping."""
+"""Checkpoints: all of the state or nothing, of the moment of asking, and only those worth keeping."""
 
 import json
 import shutil

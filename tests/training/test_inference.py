@@ -94,14 +94,9 @@ def test_each_row_can_be_given_its_own(model):
 
 
 def test_what_no_task_generates_stays_away(sprites):
-    never = tiny.generator(
-        tiny.job(
-            sprites,
-            "tasks.joint.roles={pixels: generated, shape: given}",
-            "tasks.understand=null",
-            "tasks.prompt=null",
-        )
-    )
+    roles = {"shape": "given", "shapes": "absent", "factors": "absent"}
+    changed = [f"tasks.joint.roles.{name}={role}" for name, role in roles.items()]
+    never = tiny.generator(tiny.job(sprites, *changed, "tasks.understand=null", "tasks.prompt=null"))
     assert set(never.draw({}, 2, steps=2).data) == {"pixels"}
     assert set(never.draw({"shape": np.int64(1)}, 2, steps=2).data) == {"pixels", "shape"}
 

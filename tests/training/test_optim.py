@@ -1,5 +1,6 @@
 """The learning rate over samples, and what is decayed."""
 
+import itertools
 import math
 
 import pytest
@@ -29,7 +30,7 @@ def test_warm_up_rises_evenly_and_is_over_after_its_samples():
 def test_decay_falls_from_the_learning_rate_to_its_final_share(decay, floor):
     falling = rates(decay=decay, final_lr_ratio=floor, warmup_samples=0)
     assert falling[0] == 0.5
-    assert all(later < before for before, later in zip(falling, falling[1:], strict=False))
+    assert all(later < before for before, later in itertools.pairwise(falling))
     config = TrainConfig(learning_rate=0.5, decay=decay, final_lr_ratio=floor, warmup_samples=0)
     assert learning_rate(config, TOTAL, TOTAL) == pytest.approx(0.5 * floor)
     assert learning_rate(config, TOTAL // 2, TOTAL) == pytest.approx(0.5 * (1 + floor) / 2)

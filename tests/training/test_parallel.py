@@ -95,6 +95,11 @@ def test_checkpoint_of_two_processes_goes_on_in_one(seen: Seen, alone, jobs):
 
 
 @pytest.mark.slow
+def test_asking_for_a_checkpoint_while_it_is_written_gets_in_nobodys_way(seen: Seen):
+    assert seen[0]["polled"] == seen[1]["polled"] == [7, 8]
+
+
+@pytest.mark.slow
 def test_all_processes_say_alike_what_was_not_finite_in_one_of_them(seen: Seen):
     assert seen[0]["poisoned"] == seen[1]["poisoned"]
     assert "factors" in seen[0]["poisoned"] and "at step 2 (of 4 done)" in seen[0]["poisoned"]

@@ -33,6 +33,7 @@ def work(rank: int, jobs: dict[str, Job], folder: Path) -> None:
         "lacking": lacking(jobs["plain"], rank),
         "went_on": went_on(jobs["plain"], rank, folder / "one"),
         "saved": saved(jobs["plain"], rank, folder / "two"),
+        "polled": polled(jobs["plain"], rank, folder / "polled"),
         "poisoned": poisoned(jobs["plain"], rank),
         "stopped": stopped(jobs["plain"], rank, folder / "stopped"),
     }
@@ -91,6 +92,18 @@ def saved(job: Job, rank: int, folder: Path) -> dict[str, torch.Tensor]:
     store.poll()
     store.wait()
     return then
+
+
+def polled(job: Job, rank: int, folder: Path) -> list[int]:
+    """Write checkpoints, asking without pause whether they are done, and return which are kept."""
+    trainer, store = tiny.trainer(job), CheckpointStore(folder, CheckpointConfig())
+    for samples in range(1, 9):
+        trainer.progress.samples_seen = samples
+        store.save(trainer, {})
+        for _ in range(200):
+            store.poll()
+    store.wait()
+    return [int(path.name) for path in complete(folder)]
 
 
 def poisoned(job: Job, rank: int) -> str:
