@@ -43,7 +43,9 @@ PLAIN: dict[str, Any] = {
     },
     "tasks": {
         "joint": {"roles": dict.fromkeys(["pixels", "shapes", "shape", "factors"], "generated")},
-        "understand": {"roles": {"pixels": "given", "shapes": "generated", "shape": "generated"}},
+        "understand": {
+            "roles": {"pixels": "given", **dict.fromkeys(["shapes", "shape", "factors"], "generated")}
+        },
         "restore": {"roles": {"masked": "given", "pixels": "generated"}},
         "prompt": {"roles": {"shape": "given", "pixels": "generated", "shapes": "generated"}},
     },

@@ -12,7 +12,6 @@ from mmdiff_ray.config import ConfigError
 from mmdiff_ray.denoiser import (
     Denoiser,
     anchor_code,
-    batch_codes,
     build_denoiser,
     build_modalities,
     channel_layout,
@@ -84,7 +83,7 @@ def noisy(denoiser: Denoiser, batch: Batch, roles: dict[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def predict(denoiser: Denoiser, batch: Batch, roles: dict[str, Tensor], z_t: Tensor) -> Prediction:
-    return denoiser(z_t, times(), roles, *batch_codes(denoiser, batch))
+    return denoiser(z_t, times(), roles, *(denoiser.encode(batch.data), denoiser.conditions(batch.data)))
 
 
 def changed(denoiser: Denoiser, batch: Batch, name: str) -> Batch:
@@ -302,7 +301,7 @@ def test_gradient_reaches_every_parameter(mode, layout):
     denoiser, batch = build(f"given.input={mode}", "modalities.category.code=learned", *layout)
     roles = mixed_roles(denoiser)
     z_t = noisy(denoiser, batch, roles)
-    predicted = denoiser(z_t, times(), roles, *batch_codes(denoiser, batch))
+    predicted = denoiser(z_t, times(), roles, *(denoiser.encode(batch.data), denoiser.conditions(batch.data)))
     loss = sum((code - noise(denoiser)[:, :1]).square().mean() for code in predicted.codes.values())
     for name, modality in denoiser.modalities.items():
         if name in predicted.heads:
@@ -374,7 +373,7 @@ def test_modalities_that_others_are_made_from_come_first():
 
 def test_codes_and_conditions_of_a_batch_have_the_channels_of_their_modalities():
     denoiser, batch = build()
-    codes, conditions = batch_codes(denoiser, batch)
+    codes, conditions = (denoiser.encode(batch.data), denoiser.conditions(batch.data))
     modalities: dict[str, Any] = dict(denoiser.modalities.items())
     assert {name: code.shape[1] for name, code in codes.items()} == {
         name: modality.code_channels for name, modality in modalities.items()

@@ -88,9 +88,7 @@ def evaluate_embeddings(context: Context) -> Findings:
 
 def _asked(context: Context, kind: type) -> dict[str, Any]:
     """Return the instances of a type that some task generates from the given anchor."""
-    if not context.given_by_a_task(context.anchor):
-        return {}
-    return {name: m for name, m in context.instances(kind).items() if name in context.generated}
+    return {name: m for name, m in context.instances(kind).items() if context.trained(name, context.anchor)}
 
 
 def _train_counts(context: Context, modality: Any, truth: np.ndarray) -> list[int]:

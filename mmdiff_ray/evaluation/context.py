@@ -76,12 +76,13 @@ class Context:
         """Return the instances of a type, by name."""
         return {name: m for name, m in self.denoiser.modalities.items() if isinstance(m, kind)}
 
-    def given_by_a_task(self, *names: str) -> bool:
-        """Return whether some task trains with at least these given."""
+    def trained(self, name: str, *given: str) -> bool:
+        """Return whether some task generates an instance from at least what is given."""
         return any(
-            task.frequency > 0
-            and all("given" in np.atleast_1d(task.roles.get(name, "absent")).tolist() for name in names)
+            "generated" in np.atleast_1d(task.roles.get(name, "absent")).tolist()
+            and all("given" in np.atleast_1d(task.roles.get(other, "absent")).tolist() for other in given)
             for task in self.config.tasks.values()
+            if task.frequency > 0
         )
 
     def rows_with(self, *names: str) -> np.ndarray:
@@ -128,18 +129,9 @@ class Context:
         """Return roles that generate everything else that a task generates from what is given."""
         roles = {}
         for name in self.denoiser.modalities:
-            role = GIVEN if name in given else GENERATED if self._trained(name, given) else ABSENT
+            role = GIVEN if name in given else GENERATED if self.trained(name, *given) else ABSENT
             roles[name] = torch.full((rows,), role, device=self.model.device)
         return roles
-
-    def _trained(self, name: str, given: Sequence[str]) -> bool:
-        """Return whether some task generates an instance from at least what is given."""
-        return any(
-            "generated" in np.atleast_1d(task.roles.get(name, "absent")).tolist()
-            and all("given" in np.atleast_1d(task.roles.get(other, "absent")).tolist() for other in given)
-            for task in self.config.tasks.values()
-            if task.frequency > 0
-        )
 
     def panel(self, name: str, data: Tensor, note: str, title: str | None = None) -> Panel:
         """Return data of an instance as a panel of a grid."""

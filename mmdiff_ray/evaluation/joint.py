@@ -23,9 +23,9 @@ def evaluate_joint(context: Context) -> Findings:
     masks = {
         name
         for name, modality in context.instances(MaskModality).items()
-        if name in drawn.data and modality.prediction_channels == 2
+        if name in drawn.data and modality.prediction_channels == 2 and context.trained(name, context.anchor)
     }
-    if masks and context.anchor in drawn.data and context.given_by_a_task(context.anchor):
+    if masks and context.anchor in drawn.data:
         judged = _judged(context, drawn.data[context.anchor], masks)
         for name in sorted(masks):
             made, told = drawn.data[name].numpy(), judged[name].numpy()

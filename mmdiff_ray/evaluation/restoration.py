@@ -26,7 +26,7 @@ def evaluate_restoration(context: Context) -> Findings:
         source = modality.made_from
         assert source is not None, f"{name} is made from nothing"
         rows = context.rows_with(name, source)
-        if rows.any() and context.given_by_a_task(name):
+        if rows.any() and context.trained(source, name):
             _measure(context, name, source, rows, findings)
     return findings
 

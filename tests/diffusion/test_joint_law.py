@@ -33,7 +33,7 @@ from tests.diffusion.ideal import (
 ROWS = 20_000
 DATA = four_points()
 LAYOUTS = {"own": OWN, "overlapping": OVERLAPPING}
-STEP_ERROR = {("dpm2", 20): 0.006, ("ddim", 50): 0.02, ("ancestral", 100): 0.01, ("ancestral", 300): 0.004}
+STEP_ERROR = {("dpm2", 20): 0.006, ("ddim", 50): 0.02, ("ancestral", 100): 0.01}
 
 
 def ramp_as_step_weights() -> WeightsConfig:
@@ -78,7 +78,7 @@ def test_second_order_reaches_the_joint_law_in_20_steps_for_every_profile(layout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 50), ("ancestral", 100), ("ancestral", 300)])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 50), ("ancestral", 100)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("profile", PROFILES)
 def test_first_order_and_ancestral_reach_the_joint_law_for_every_profile(layout, profile, sampler, steps):

@@ -74,7 +74,7 @@ def test_run_is_found_by_name_or_folder_and_others_are_named(made, tmp_path, mon
     with pytest.raises(ConfigError, match=r"no run 'tin' in .*; there are: tiny"):
         jobs.find_run("tin", str(tmp_path))
     with pytest.raises(ConfigError, match=r"there are: none yet"):
-        jobs.find_run("tiny", str(tmp_path / "elsewhere"))
+        jobs.find_run("small", str(tmp_path / "elsewhere"))
 
 
 def test_run_is_loaded_as_it_was_with_what_may_change(made):
