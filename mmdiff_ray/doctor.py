@@ -35,7 +35,7 @@ def examine(runs: str) -> int:
         try:
             state, text = check()
         except Exception as error:  # a check that fails is a finding, not a crash
-            state, text = False, f"{type(error).__name__}: {error}"
+            state, text = False, f"{type(error).__name__}: {error}".split("\n")[0]
         broken += state is False
         mark = {True: "ok", False: "BROKEN", None: "missing"}[state]
         print(f"{mark:8} {name:18} {text}")

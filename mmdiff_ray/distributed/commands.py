@@ -20,7 +20,7 @@ from mmdiff_ray.distributed.evaluate import evaluate_run, record_model
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.evaluation.gallery import parse_given, write_gallery
 from mmdiff_ray.evaluation.run import tables
-from mmdiff_ray.tracking.store import ui_command
+from mmdiff_ray.tracking.store import tracking_uri, ui_command
 from mmdiff_ray.training.inference import load_export
 
 
@@ -64,8 +64,15 @@ def _say_where(console: Console, folder: Path, uri: str) -> None:
     shown = _near(folder)
     console.print(f"run       {shown}")
     console.print(f"pictures  {shown}/pictures")
-    console.print(f"MLflow    {ui_command(uri) if uri.startswith('http') else 'mmdiff ui'}")
+    console.print(f"MLflow    {_ui(folder.parent, uri)}")
     console.print(f"next      mmdiff sample {_called(folder)} --num 16")
+
+
+def _ui(runs: Path, uri: str) -> str:
+    """Return how to look at a store: by our own command where that finds it."""
+    if uri != tracking_uri(None, runs):
+        return ui_command(uri)
+    return "mmdiff ui" if runs == Path("runs").absolute() else f"mmdiff ui --runs {_near(runs)}"
 
 
 def _called(folder: Path) -> Path | str:

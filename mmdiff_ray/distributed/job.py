@@ -21,6 +21,7 @@ from mmdiff_ray.denoiser import Denoiser, build_denoiser
 from mmdiff_ray.evaluation.run import check_evaluators
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.fit import calibrate
+from mmdiff_ray.training.parallel import choose_device
 
 CALIBRATION_ROWS = 512
 MAY_CHANGE = (
@@ -107,6 +108,8 @@ def prepare(config: Config, folder: Path) -> Job:
     """Check a configuration against its data and return the job. Raises ConfigError; nothing is started or
     written."""
     check_evaluators(config)
+    if config.workers.count == 0:
+        choose_device(config.train)
     manifests = read_sources(config)
     config = resolve_modalities(config, manifests)
     denoiser = build_denoiser(config)

@@ -109,11 +109,11 @@ def test_pictures_were_taken_along_the_way_and_at_the_end(client, record, finish
     assert "evaluation/joint.png" in paths(client, record.info.run_id, "evaluation")
 
 
-def test_model_loads_in_mlflow_and_samples(record, facts):
+def test_model_loads_in_mlflow_and_samples(record, facts, monkeypatch):
     import mlflow
     import pandas
 
-    mlflow.set_tracking_uri(facts["tracking_uri"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", facts["tracking_uri"])
     model = mlflow.pyfunc.load_model(f"runs:/{record.info.run_id}/model")
     joint = model.predict(pandas.DataFrame(), params={"num": 3, "steps": 2})
     assert sorted(joint.columns) == ["factors", "pixels", "shape", "shapes"] and len(joint) == 3
@@ -135,5 +135,5 @@ def test_last_lines_say_what_was_made_and_what_to_type_next(finished):
     said = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines[-4:]}
     assert said["run"].endswith("runs/tiny") and said["pictures"].endswith("runs/tiny/pictures")
     assert said["next"].startswith("mmdiff sample ") and said["next"].endswith("tiny --num 16")
-    assert said["MLflow"] == "mmdiff ui"
+    assert said["MLflow"] == f"mmdiff ui --runs {finished.runs}"
     assert "shape/accuracy" in finished.output and "majority class" in finished.output
