@@ -174,7 +174,12 @@ def channel_layout(config: Config, modalities: Mapping[str, Modality]) -> dict[s
     Own channels follow each other, the anchor's first; an overlapping code lies in the first channels of its
     host. Raises ConfigError where it does not fit in there.
     """
-    order = sorted(modalities, key=lambda name: name != config.space.anchor)
+    anchor = config.space.anchor
+    if config.modalities[anchor].channels != "own":
+        raise ConfigError(
+            f"modalities.{anchor}.channels: the anchor needs channels of its own; leave the key out"
+        )
+    order = sorted(modalities, key=lambda name: name != anchor)
     own = [name for name in order if config.modalities[name].channels == "own"]
     stops = torch.tensor([modalities[name].code_channels for name in own]).cumsum(0).tolist()
     layout = {

@@ -1,0 +1,57 @@
+"""The README and the configurations tell the truth: figures come from committed results, nothing is left to fill in."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mmdiff_ray.cli import make_parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf8")
+RESULTS = json.loads((ROOT / "results/openmoji/evaluation.json").read_text(encoding="utf8"))
+FIGURES = {figure["key"]: figure for figure in RESULTS["figures"]}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "alpha/iou",
+        "palette/miou",
+        "category/accuracy",
+        "pixels_from_masked/lpips",
+        "pixels_from_masked/l1_hole",
+        "look/cosine",
+        "alpha/joint_iou",
+    ],
+)
+def test_readme_quotes_the_figure_and_its_best_rule_from_the_results(key):
+    figure = FIGURES[key]
+    pick = max if figure["better"] == "higher" else min
+    best = pick(figure["floors"].values())
+    assert any(
+        f"| {figure['value']:.3f} |" in line and f"{best:.3f}" in line for line in README.splitlines()
+    ), key
+
+
+def test_every_picture_that_the_readme_shows_is_there():
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_every_command_that_the_readme_names_exists():
+    commands = set(re.findall(r"`?mmdiff (data build|data inspect|[a-z]+)", README))
+    known = make_parser().format_help()
+    for command in commands:
+        assert command.split()[0] in known, command
+
+
+def test_nothing_is_left_to_fill_in():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.split():
+        if name.endswith((".md", ".yaml", ".toml")):
+            assert "@@" not in (ROOT / name).read_text(encoding="utf8"), name
