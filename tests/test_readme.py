@@ -1,4 +1,4 @@
-"""The README and the configurations tell the truth: figures come from committed results, nothing is left to fill in."""
+"""The README tells the truth: its figures are those of committed results, and nothing is left to fill in."""
 
 import json
 import re
