@@ -26,8 +26,9 @@ from mmdiff_ray.training.parallel import (
     world,
 )
 
-PROBE_STEPS = (5, 25)
-"""Steps between which the speed is measured, by which `train.max_minutes` sizes the run."""
+PROBE_STEPS = (5, 25, 125, 500, 2000)
+"""Steps between which the speed is measured, by which `train.max_minutes` sizes the run: several, because
+a run starts slowly (readers start, caches fill)."""
 
 
 class TrainingError(RunError):
@@ -39,15 +40,15 @@ class Progress:
     """Where a run is. samples_seen: the master clock; total_samples: where it ends; seconds: spent in
     training.
 
-    slow_s, probed_s: seconds at both ends of PROBE_STEPS; speed: samples per second between them, 0 before.
+    probed_s, probed_steps: where the speed was measured last; speed: samples per second before, 0 if never.
     """
 
     samples_seen: int = 0
     steps: int = 0
     total_samples: int = 0
     seconds: float = 0.0
-    slow_s: float = 0.0
     probed_s: float = 0.0
+    probed_steps: int = 0
     speed: float = 0.0
 
     @property
@@ -263,20 +264,22 @@ class Trainer:
         )
 
     def _size_by_time(self) -> None:
-        """Measure the speed once; where `train.max_minutes` is set, end the run at the samples that fit
-        into it."""
-        progress, (begin, end) = self.progress, PROBE_STEPS
-        if progress.steps == begin:
-            progress.slow_s = progress.seconds
-        if progress.steps == end:
-            samples = (end - begin) * self.config.train.global_batch
-            progress.probed_s = same_everywhere(progress.seconds)
-            progress.speed = same_everywhere(samples / max(1e-9, progress.seconds - progress.slow_s))
-            progress.total_samples = self._total_samples()
+        """Measure the speed; where `train.max_minutes` is set, end the run at what fits into it."""
+        progress = self.progress
+        if progress.steps not in PROBE_STEPS:
+            return
+        now = same_everywhere(progress.seconds)
+        if progress.probed_steps:
+            samples = (progress.steps - progress.probed_steps) * self.config.train.global_batch
+            progress.speed = samples / max(1e-9, now - progress.probed_s)
+        progress.probed_s, progress.probed_steps = now, progress.steps
+        progress.total_samples = self._total_samples()
 
     def _total_samples(self) -> int:
         train, progress = self.config.train, self.progress
         if train.max_minutes is None or not progress.speed:
             return train.samples
         left = progress.speed * max(0.0, train.max_minutes * 60 - progress.probed_s)
-        return min(train.samples, (PROBE_STEPS[1] + int(left) // train.global_batch) * train.global_batch)
+        return min(
+            train.samples, (progress.probed_steps + int(left) // train.global_batch) * train.global_batch
+        )

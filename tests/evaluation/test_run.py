@@ -1,0 +1,176 @@
+"""The evaluators run together on a tiny model: what they find, what they leave out, how it is told."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from mmdiff_ray.batch import Batch
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.evaluation.context import Context, Figure
+from mmdiff_ray.evaluation.run import (
+    check_evaluators,
+    chosen,
+    evaluate,
+    joined,
+    metrics_of,
+    sample_pictures,
+    tables,
+)
+from mmdiff_ray.training.inference import Generator
+from tests import sprites as tiny
+
+ALL = ("segmentation", "labels", "embeddings", "joint", "bound")
+ROWS = 10
+
+
+def model_of(sprites: str, *overrides: str) -> tuple[Generator, list[Batch]]:
+    """Return an untrained model that evaluates with everything but LPIPS, and held-out rows with padding."""
+    job = tiny.job(sprites, f"evaluate.evaluators=[{', '.join(ALL)}]", *overrides)
+    return tiny.generator(job), tiny.held_out(job, ROWS, size=4)
+
+
+@pytest.fixture(scope="module")
+def model(sprites):
+    return model_of(sprites)
+
+
+@pytest.fixture(scope="module")
+def findings(model):
+    return evaluate(*model)
+
+
+def without(batches: list[Batch], name: str, rows: slice) -> list[Batch]:
+    """Return the rows as one batch in which some lack an instance."""
+    whole = joined(batches)
+    present = whole.present[name].clone()
+    present[rows] = False
+    return [dataclasses.replace(whole, present={**whole.present, name: present})]
+
+
+def by_key(findings) -> dict[str, Figure]:
+    return {figure.key: figure for figure in findings.figures}
+
+
+def test_every_evaluator_finds_finite_figures_beside_their_floors(findings):
+    figures = by_key(findings)
+    assert {"shapes/miou", "shape/accuracy", "factors/cosine", "shape/code_agreement"} <= set(figures)
+    for name, terms in {"pixels": "l0 l1 l3", "shapes": "l0 l1 l2", "factors": "l0 l1 l2"}.items():
+        assert all(figures[f"{name}/{term}_nats"].bound for term in terms.split())
+    for figure in figures.values():
+        assert np.isfinite([figure.value, *figure.floors.values()]).all(), figure.key
+    assert set(figures["shape/accuracy"].floors) == {"majority class"}
+    assert set(findings.pictures) == {"joint", "masks_from_pixels"}
+
+
+def test_padding_is_no_row(model, findings):
+    assert len(joined(model[1])) == 12
+    assert by_key(findings)["shape/accuracy"].rows == ROWS
+    assert by_key(findings)["pixels/l1_nats"].rows == ROWS
+
+
+def test_figures_are_the_same_again_and_however_the_rows_were_cut(model, findings):
+    again = evaluate(model[0], [joined(model[1])])
+    for key, figure in by_key(findings).items():
+        assert by_key(again)[key].value == pytest.approx(figure.value, rel=1e-6), key
+
+
+def test_rows_that_lack_an_instance_do_not_count_for_it(model):
+    found = by_key(evaluate(model[0], without(model[1], "shape", slice(0, 4))))
+    assert found["shape/accuracy"].rows == ROWS - 4
+    assert found["shapes/miou"].rows == ROWS
+
+
+def test_instance_that_no_row_has_is_left_out(model):
+    found = evaluate(model[0], without(model[1], "shapes", slice(None)))
+    assert "shapes/miou" not in by_key(found) and "masks_from_pixels" not in found.pictures
+    assert by_key(found)["shape/accuracy"].rows == ROWS
+
+
+def test_instance_that_no_task_generates_from_the_anchor_is_not_asked_for(sprites):
+    model, batches = model_of(sprites, "tasks.understand.roles.factors=absent")
+    found = by_key(evaluate(model, batches))
+    assert "factors/cosine" not in found and "shape/accuracy" in found
+    assert "factors/l2_nats" in found  # it is generated from noise all the same
+
+
+def test_model_that_was_never_given_the_anchor_is_judged_on_joint_samples_alone(sprites):
+    model, batches = model_of(sprites, "tasks.understand=null", "tasks.restore=null", "tasks.prompt=null")
+    found = by_key(evaluate(model, batches))
+    assert not {"shapes/miou", "shape/accuracy", "factors/cosine"} & set(found)
+    assert {"shape/code_agreement", "pixels/l1_nats"} <= set(found)
+
+
+def test_masks_of_a_picture_belong_to_the_same_rows(sprites):
+    """Two mask instances, of which one lacks the first rows: the grid shows rows that have both."""
+    model, batches = model_of(
+        sprites,
+        "modalities.outline={type: mask, column: shapes}",
+        "tasks.understand.roles.outline=generated",
+        "evaluate.evaluators=[segmentation]",
+    )
+    some = without(batches, "shapes", slice(0, 3))
+    kept = joined(some)
+    both = [dataclasses.replace(kept, real=kept.real & kept.present["shapes"])]
+    mixed, same = (evaluate(model, rows).pictures["masks_from_pixels"] for rows in (some, both))
+    assert mixed.size == same.size
+    truth_of = np.asarray(mixed) == np.asarray(same)
+    assert truth_of.mean() > 0.8  # anchors and truths agree; only answers, whose noise differs, may not
+
+
+def test_samples_are_drawn_once_however_many_ask(model):
+    context = Context(model[0], joined(model[1]))
+    assert context.sampled("pixels") is context.sampled("pixels")
+    assert context.sampled() is not context.sampled("pixels")
+    assert torch.equal(context.sampled("pixels").data["pixels"], context.truth("pixels"))
+
+
+def test_pictures_alone_need_few_rows(model):
+    pictures = sample_pictures(*model)
+    assert set(pictures) == {"joint", "masks_from_pixels"}
+
+
+def test_unknown_evaluator_is_named_and_silence_means_all(sprites):
+    with pytest.raises(ConfigError, match=r"evaluate.evaluators: .*beauty.*bound, embeddings"):
+        check_evaluators(tiny.config(sprites, "evaluate.evaluators=[joint, beauty]"))
+    assert chosen(tiny.config(sprites, "evaluate.evaluators=null"))[:2] == ["bound", "embeddings"]
+    assert chosen(tiny.config(sprites, "evaluate.evaluators=[]")) == []
+
+
+FIGURES = [
+    Figure("alpha/iou", 0.9, "higher", 10, {"threshold + fill": 0.8, "nothing": 0.1}),
+    Figure("pixels/l1", 0.5, "lower", 10, {"mean colour": 0.4, "grey": 0.6}),
+    Figure("shape/code_agreement", 0.7, "higher", 10),
+    Figure("alpha/l1_nats", 1.5, "lower", 10, bound=True),
+    Figure("alpha/l1_eps_nats", 1.0, "lower", 10, bound=True),
+]
+
+
+def test_metrics_are_flat_with_floors_under_their_figures():
+    metrics = metrics_of(FIGURES)
+    assert metrics["eval/alpha/iou"] == 0.9
+    assert metrics["eval/alpha/iou/floor/threshold_fill"] == 0.8
+    assert metrics["eval/alpha/l1_nats"] == 1.5
+    assert len(metrics) == 5 + 4
+
+
+def told(figures: list[Figure]) -> str:
+    written = io.StringIO()
+    for table in tables(figures):
+        Console(file=written, width=120).print(table)
+    return written.getvalue()
+
+
+def test_each_figure_stands_beside_the_best_rule_and_whether_it_is_beaten():
+    lines = {line.split()[0]: line for line in told(FIGURES).splitlines() if "/" in line}
+    assert lines["alpha/iou"].split()[1:] == ["↑", "0.900", "0.800", "threshold", "+", "fill", "better"]
+    assert lines["pixels/l1"].split()[1:] == ["↓", "0.500", "0.400", "mean", "colour", "not", "better"]
+    assert lines["shape/code_agreement"].split()[1:] == ["↑", "0.700"]
+    assert "l1_nats" not in told(FIGURES) and "1.5" in told(FIGURES).split("the bound")[1]
+
+
+def test_no_bound_no_table():
+    assert len(tables(FIGURES)) == 2 and len(tables(FIGURES[:3])) == 1
