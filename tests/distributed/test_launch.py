@@ -1,10 +1,12 @@
 """A run from its launch to its end: in this process and on Ray, undisturbed, stopped, killed, hopeless."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,6 +203,13 @@ def test_two_workers_train_to_the_losses_of_one_process(alone, together):
     assert together.display.said[0].startswith("Ray's own log files: /")
 
 
+def wait_until(done: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Wait until something is done, or the process has ended."""
+    while not done() and process.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)
+
+
 def workers() -> list[psutil.Process]:
     """Return the training workers of this process's own cluster."""
     mine = psutil.Process().children(recursive=True)
@@ -244,15 +253,14 @@ def test_terminated_driver_saves_and_resume_ends_as_the_undisturbed_run(
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     driver = subprocess.Popen([*command, str(file)], **pipes)
     folder = tmp_path / "runs" / "tiny"
-    while not complete(folder / "checkpoints") and driver.poll() is None:
-        pass
+    wait_until(lambda: bool(complete(folder / "checkpoints")), driver)
     driver.send_signal(signal.SIGTERM)
-    out, errors = driver.communicate(timeout=200)
+    out, errors = driver.communicate()
     assert driver.returncode == 130, errors
     assert out.splitlines()[-1] == f"stopped with a checkpoint. Go on with: mmdiff train --resume {folder}"
     stopped = Ended(folder, Watching())
     assert stopped.facts["state"] == "stopped" and stopped.status == "KILLED"
-    done = subprocess.run([*command, "--resume", str(folder)], **pipes, timeout=300)
+    done = subprocess.run([*command, "--resume", str(folder)], **pipes)
     assert done.returncode == 0, done.stderr
     assert "from the checkpoint at" in done.stdout and "next      mmdiff sample" in done.stdout
     assert Ended(folder, Watching()).status == "FINISHED"
