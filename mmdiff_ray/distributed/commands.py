@@ -41,7 +41,10 @@ def train_and_evaluate(
         folder = go(job, Display(console))
         run = jobs.read_run(folder)
         if run["state"] != "finished":
-            console.print(f"stopped with a checkpoint. Go on with: mmdiff train --resume {_called(folder)}")
+            console.print(
+                f"stopped with a checkpoint. Go on with: mmdiff train --resume {_called(folder)}",
+                soft_wrap=True,
+            )
             return 130
         rows = job.config.evaluate.rows
         console.print(f"trained in {duration(time.monotonic() - begun)}; evaluating on {rows} rows")
@@ -62,10 +65,10 @@ def make_console() -> Console:
 
 def _say_where(console: Console, folder: Path, uri: str) -> None:
     shown = _near(folder)
-    console.print(f"run       {shown}")
-    console.print(f"pictures  {shown}/pictures")
-    console.print(f"MLflow    {_ui(folder.parent, uri)}")
-    console.print(f"next      mmdiff sample {_called(folder)} --num 16")
+    console.print(f"run       {shown}", soft_wrap=True)
+    console.print(f"pictures  {shown}/pictures", soft_wrap=True)
+    console.print(f"MLflow    {_ui(folder.parent, uri)}", soft_wrap=True)
+    console.print(f"next      mmdiff sample {_called(folder)} --num 16", soft_wrap=True)
 
 
 def _ui(runs: Path, uri: str) -> str:

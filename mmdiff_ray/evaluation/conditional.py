@@ -26,7 +26,7 @@ from mmdiff_ray.registry import register
 @register("evaluator", "segmentation")
 def evaluate_segmentation(context: Context) -> Findings:
     """Measure masks from the given anchor: foreground IoU (two classes) or mean IoU, and picture them."""
-    findings, panels = Findings(), []
+    findings, answers = Findings(), []
     for name, modality in _asked(context, MaskModality).items():
         rows = context.rows_with(name, context.anchor)
         if not rows.any():
@@ -47,10 +47,13 @@ def evaluate_segmentation(context: Context) -> Findings:
             }
         model = values.pop("model")
         findings.figures.append(Figure(f"{name}/{metric}", model, "higher", int(rows.sum()), values))
-        panels.append((name, modality, rows, answer, truth, rules))
-    shared = np.logical_and.reduce([panel[2] for panel in panels])
-    if panels and shared.any():
-        findings.pictures[f"masks_from_{context.anchor}"] = _mask_picture(context, panels, shared)
+        answers.append((name, modality, rows, answer, truth, rules))
+    shared = np.logical_and.reduce([rows for _, _, rows, *_ in answers])
+    if answers and shared.any():
+        title = f"masks from {context.anchor}"
+        panels = mask_panels(context, answers, shared)
+        picture = grid(panels, title=title, subtitle="held-out rows over random backgrounds")
+        findings.pictures[title.replace(" ", "_")] = picture
     return findings
 
 
@@ -118,15 +121,18 @@ def _mask_rules(context: Context, modality: Any, rows: np.ndarray) -> dict[str, 
     }
 
 
-def _mask_picture(context: Context, panels: list[tuple], rows: np.ndarray) -> Any:
-    """Return a grid of the first of some rows, which all panels have: anchor, answers, truths and rules."""
+def mask_panels(context: Context, answers: list[tuple], rows: np.ndarray) -> list[Panel]:
+    """Return the first of some rows, which all answers have: the anchor, then each answer, truth and rule.
+
+    answers: (instance, its modality, its rows bool (B,), answer, truth, rule -> mask), the masks of its rows.
+    """
     count = min(context.config.evaluate.grid_rows, int(rows.sum()))
     shown = [context.panel(context.anchor, context.truth(context.anchor, rows)[:count], "given")]
-    for name, modality, own_rows, answer, truth, rules in panels:
+    for name, modality, own_rows, answer, truth, rules in answers:
         rule, mask = next(reversed(rules.items()), ("", None))
         wanted = [(name, answer, "generated"), (f"true {name}", truth, "truth"), (rule, mask, "trivial rule")]
         for title, masks, note in wanted:
             if masks is not None:
                 tiles = torch.from_numpy(masks[rows[own_rows]][:count])
                 shown.append(Panel(title, modality.picture(tiles), note))
-    return grid(shown, title=f"masks from {context.anchor}", subtitle="held-out rows over random backgrounds")
+    return shown
