@@ -266,7 +266,7 @@ def test_own_channels_follow_each_other_and_overlapping_codes_lie_in_their_hosts
         ),
         (
             ["modalities.pixels.channels=pixels"],
-            r"modalities\.pixels\.channels: 'pixels' has no own channels",
+            r"modalities\.pixels\.channels: the anchor needs channels of its own",
         ),
         (["modalities.alpha.channels=masked"], r"modalities\.alpha\.channels: 'masked' has no own channels"),
         (["modalities.masked.source=alfa"], r"modalities\.masked\.source: unknown 'alfa'; known: pixels"),

@@ -40,6 +40,11 @@ class RowReader:
         self._size = next(iter(modalities.values())).size
         self._seed, self._backgrounds, self._flip = seed, data.backgrounds, data.flip
 
+    @property
+    def row_bytes(self) -> int:
+        """Return the size of a row as it is returned, in bytes."""
+        return sum(values.nbytes for values in self._blank(1, 0).values())
+
     def read(self, window: Window) -> Arrays:
         """Return the rows of a window in its order.
 

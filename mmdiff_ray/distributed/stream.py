@@ -3,6 +3,7 @@ plan's order."""
 
 import itertools
 import logging
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ class WindowReader:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         arrays = np.empty(1, dtype=object)
-        arrays[0] = self.reader.read(batch["window"][0])
+        arrays[0] = pickle.dumps(self.reader.read(batch["window"][0]), protocol=5)
         return {"number": batch["number"], "arrays": arrays}
 
 
@@ -40,14 +41,19 @@ def stream_batches(
     Every rank runs its own stream over its own list of windows, so what it gets depends on the plan alone.
     """
     windows = plan.rank_windows(rank, world, start_batch, stop_batch)
-    decoded = _decoded(windows, reader, data_workers)
+    lanes = len(plan.lanes_of(rank, world))
+    decoded = _decoded(windows, reader, data_workers, lanes, 2 * lanes * plan.rows_per_lane)
     return rank_batches(plan, decoded, rank, world, start_batch, stop_batch, reader.bad_row_limit)
 
 
 def _decoded(
-    windows: Iterator[tuple[int, Window]], reader: RowReader, data_workers: int
+    windows: Iterator[tuple[int, Window]], reader: RowReader, data_workers: int, lanes: int, rows: int
 ) -> Iterator[tuple[int, Window, Arrays]]:
-    """Yield (lane, window, its rows) for every (lane, window), in order."""
+    """Yield (lane, window, its rows) for every (lane, window), in order.
+
+    About `rows` rows are kept ready, and a window per lane. Left alone, Ray Data would read ahead until its
+    object store is full, with cores that training needs.
+    """
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -55,6 +61,12 @@ def _decoded(
     context.execution_options.preserve_order = True
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     while segment := list(itertools.islice(windows, SEGMENT_WINDOWS)):
+        largest = max(len(window) for _, window in segment)
+        ahead = max(rows, lanes * largest) + 2 * data_workers * largest
+        # An operator may use half of the limit for what it has put out and nobody has taken.
+        context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+            object_store_memory=2 * ahead * reader.row_bytes
+        )
         items = [{"number": number, "window": window} for number, (_, window) in enumerate(segment)]
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             WindowReader,
@@ -65,4 +77,4 @@ def _decoded(
             num_cpus=1,
         )
         for row in dataset.iter_rows():
-            yield *segment[row["number"]], row["arrays"]
+            yield *segment[row["number"]], pickle.loads(row["arrays"])

@@ -185,14 +185,13 @@ def _blocks(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray
 
 def _strokes(generator: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
     """Return a brush stroke that wanders, bool (H, W)."""
-    y, x = np.mgrid[: size[0], : size[1]]
-    position = generator.random(2) * size
-    angle, radius = generator.uniform(0, 2 * np.pi), generator.uniform(0.04, 0.1) * max(size)
-    piece = np.zeros(size, dtype=bool)
-    for _ in range(int(generator.integers(4, 12))):
-        piece |= (y - position[0]) ** 2 + (x - position[1]) ** 2 <= max(radius, 0.7) ** 2
-        angle += generator.uniform(-0.7, 0.7)
-        position = np.clip(
-            position + 1.2 * max(radius, 0.7) * np.array([np.sin(angle), np.cos(angle)]), 0, size
-        )
-    return piece
+    radius = max(generator.uniform(0.04, 0.1) * max(size), 0.7)
+    turns = generator.uniform(-0.7, 0.7, int(generator.integers(4, 12)))
+    angles = generator.uniform(0, 2 * np.pi) + turns.cumsum()
+    steps = 1.2 * radius * np.stack([np.sin(angles), np.cos(angles)])
+    y, x = np.clip(
+        generator.random((2, 1)) * np.reshape(size, (2, 1)) + steps.cumsum(1), 0, np.reshape(size, (2, 1))
+    )
+    rows, columns = np.arange(size[0])[:, None], np.arange(size[1])[:, None]
+    squared = ((rows - y) ** 2)[:, None] + (columns - x) ** 2
+    return (squared <= radius**2).any(-1)

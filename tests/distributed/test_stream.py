@@ -1,6 +1,8 @@
 """The stream of rows through Ray Data: batch for batch what reading in this process gives."""
 
 import shutil
+import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -59,3 +61,33 @@ def test_corrupt_shard_stops_the_reader_of_the_stream_and_is_named(ray_cluster, 
     reader = tiny.jobs.make_reader(bad, job.denoiser())
     with pytest.raises(BadRowsError, match=rf"data.bad_row_limit \(0\).*{shard.name}, row group"):
         list(stream_batches(job.plan(), reader, 0, 1, 0, STOP, data_workers=1))
+
+
+def test_reading_ahead_of_a_slow_trainer_is_bounded(ray_cluster, sprites, tmp_path):
+    """Readers that are not held back take the cores that training needs."""
+    job = tiny.job(sprites)
+    plan, reader = job.plan(), CountedReader(job.reader(job.denoiser()), tmp_path)
+    batches = stream_batches(plan, reader, 0, 1, 0, 1000, data_workers=1)
+    windows = sum(1 for _ in plan.rank_windows(0, 1, 0, 1000))
+    read = []
+    for _ in range(20):
+        next(batches)
+        time.sleep(0.2)
+        read.append(len(list(tmp_path.iterdir())))
+    batches.close()
+    per_batch = windows / 1000
+    assert read[-1] < 20 * per_batch + 40 < windows / 2
+    assert read[-1] - read[9] < 10 * per_batch + 10
+
+
+class CountedReader:
+    """Leave a file for every window that was read."""
+
+    def __init__(self, reader, folder: Path) -> None:
+        self.reader, self.folder = reader, folder
+        self.row_bytes, self.bad_row_limit = reader.row_bytes, reader.bad_row_limit
+
+    def read(self, window):
+        """Read a window, and tell."""
+        (self.folder / str(uuid.uuid4())).touch()
+        return self.reader.read(window)
