@@ -4,10 +4,13 @@ plan's order."""
 import itertools
 import logging
 import pickle
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import ray
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.data.batches import rank_batches
@@ -16,6 +19,22 @@ from mmdiff_ray.data.reader import Arrays, RowReader
 
 SEGMENT_WINDOWS = 1024
 """Windows handed to Ray Data at once: what the driver of a stream holds does not grow with the run."""
+
+
+PAUSE = 0.02
+"""Seconds between two looks of Ray Data at its tasks."""
+
+
+class Pause(ExecutionCallback):
+    """Rest between the steps of Ray Data's scheduling loop.
+
+    The loop runs in a thread of the training process. Once it has read far enough ahead it has no task to
+    wait for, and would spin on the interpreter lock that the training step needs too.
+    """
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Sleep."""
+        time.sleep(PAUSE)
 
 
 class WindowReader:
@@ -54,11 +73,10 @@ def _decoded(
     About `rows` rows are kept ready, and a window per lane. Left alone, Ray Data would read ahead until its
     object store is full, with cores that training needs.
     """
-    import ray
-
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    context.custom_execution_callback_classes = [Pause]
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     while segment := list(itertools.islice(windows, SEGMENT_WINDOWS)):
         largest = max(len(window) for _, window in segment)
