@@ -221,7 +221,7 @@ class EvaluateConfig:
     split: str = "val"
     rows: int = 128
     every_samples: int = 0
-    sampler: str = "dpm2"
+    sampler: str = "ancestral"
     steps: int = 25
     guidance: float = 1.0
     grid_rows: int = 8

@@ -24,7 +24,7 @@ import numpy as np
 from mmdiff_ray.tracking import provenance
 from mmdiff_ray.tracking.recorder import Recorder
 
-PARAMS: dict[str, Any] = {"num": 1, "steps": 25, "sampler": "dpm2", "guidance": 1.0, "seed": 0}
+PARAMS: dict[str, Any] = {"num": 1, "steps": 25, "sampler": "ancestral", "guidance": 1.0, "seed": 0}
 REQUIREMENTS = ("mmdiff-ray", "torch", "numpy")
 PNG_MAGIC, PNG_BASE64 = b"\x89PNG", "iVBORw0KGgo"
 

@@ -44,7 +44,7 @@ def sample(
     ids: Tensor,
     seed: int,
     steps: int = 25,
-    sampler: str = "dpm2",
+    sampler: str = "ancestral",
     guidance: float | Mapping[str, float] = 1.0,
 ) -> Samples:
     """Sample the generated instances of every row.
@@ -192,7 +192,7 @@ class Generator:
         given: Mapping[str, Sequence[Any]],
         num: int,
         steps: int = 25,
-        sampler: str = "dpm2",
+        sampler: str = "ancestral",
         guidance: float = 1.0,
         seed: int = 0,
     ) -> dict[str, list[Any]]:
