@@ -203,8 +203,6 @@ def _train(given: argparse.Namespace) -> int:
     overrides = list(given.overrides)
     if given.resume and given.dry_run:
         raise ConfigError("--dry-run checks a config file; it does not go with --resume")
-    if given.resume and given.dry_run:
-        raise ConfigError("--dry-run checks a new run; --resume goes on with one: give one of the two")
     if given.resume:
         if given.config is not None:
             overrides.insert(0, str(given.config))

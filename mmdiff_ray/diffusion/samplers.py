@@ -54,7 +54,7 @@ def walk(
     given: Codes,
     roles: Roles,
     steps: int,
-    sampler: str = "dpm2",
+    sampler: str = "ancestral",
 ) -> tuple[Prediction, Tensor]:
     """Walk from the prior to the data; return the last prediction and the z it was made from.
 

@@ -197,7 +197,10 @@ def sample(given: argparse.Namespace) -> int:
 def evaluate(run: str, runs: str, overrides: Sequence[str]) -> int:
     """Evaluate a run again and print its figures."""
     console = make_console()
-    findings = evaluate_run(jobs.find_run(run, runs), overrides)
+    folder = jobs.find_run(run, runs)
+    findings = evaluate_run(folder, overrides)
     for table in tables(findings.figures):
         console.print(table)
+    console.print(f"figures   {_near(folder)}/evaluation.json", soft_wrap=True)
+    console.print(f"pictures  {_near(folder)}/pictures", soft_wrap=True)
     return 0
