@@ -109,9 +109,9 @@ def record_model(folder: Path) -> None:
 
 
 def plain(figure: Figure) -> dict[str, Any]:
-    """Return a figure as plain values."""
-    values: Mapping[str, Any] = dataclasses.asdict(figure)
-    return dict(values)
+    """Return a figure as plain values, without its tallies."""
+    values: Mapping[str, Any] = dataclasses.asdict(dataclasses.replace(figure, tallies={}))
+    return {key: value for key, value in values.items() if key != "tallies"}
 
 
 def _samples_seen(folder: Path) -> int:

@@ -15,7 +15,8 @@ from mmdiff_ray.evaluation.floors import (
 )
 from mmdiff_ray.evaluation.grids import Panel, grid
 from mmdiff_ray.evaluation.retrieval import cosine
-from mmdiff_ray.evaluation.segmentation import confusion, foreground_iou, mean_iou
+from mmdiff_ray.evaluation.segmentation import foreground_iou, mean_iou_tally
+from mmdiff_ray.evaluation.statistics import mean_of
 from mmdiff_ray.modalities.embedding import EmbeddingModality
 from mmdiff_ray.modalities.image import ImageModality
 from mmdiff_ray.modalities.label import LabelModality
@@ -34,19 +35,14 @@ def evaluate_segmentation(context: Context) -> Findings:
         truth = context.truth(name, rows).numpy()
         answer = context.sampled(context.anchor).data[name][torch.from_numpy(rows)].numpy()
         rules = _mask_rules(context, modality, rows)
+        masks = {"model": answer, **rules}
         if modality.prediction_channels == 2:
             metric = "iou"
-            values = {
-                rule: float(foreground_iou(m, truth).mean()) for rule, m in {"model": answer, **rules}.items()
-            }
+            tallies = {rule: mean_of(foreground_iou(mask, truth)) for rule, mask in masks.items()}
         else:
             metric, classes = "miou", modality.prediction_channels
-            values = {
-                rule: mean_iou(confusion(mask, truth, classes))
-                for rule, mask in {"model": answer, **rules}.items()
-            }
-        model = values.pop("model")
-        findings.figures.append(Figure(f"{name}/{metric}", model, "higher", int(rows.sum()), values))
+            tallies = {rule: mean_iou_tally(mask, truth, classes) for rule, mask in masks.items()}
+        findings.figures.append(Figure.of(f"{name}/{metric}", "higher", tallies))
         answers.append((name, modality, rows, answer, truth, rules))
     shared = np.logical_and.reduce([rows for _, _, rows, *_ in answers])
     if answers and shared.any():
@@ -67,9 +63,8 @@ def evaluate_labels(context: Context) -> Findings:
             truth = context.truth(name, rows).numpy()
             answer = context.sampled(context.anchor).data[name][torch.from_numpy(rows)].numpy()
             common = majority_class(_train_counts(context, modality, truth))
-            floors = {"majority class": float((truth == common).mean())}
-            value = float((answer == truth).mean())
-            findings.figures.append(Figure(f"{name}/accuracy", value, "higher", int(rows.sum()), floors))
+            tallies = {"model": mean_of(answer == truth), "majority class": mean_of(truth == common)}
+            findings.figures.append(Figure.of(f"{name}/accuracy", "higher", tallies))
     return findings
 
 
@@ -83,9 +78,11 @@ def evaluate_embeddings(context: Context) -> Findings:
             truth = context.truth(name, rows).numpy()
             answer = context.sampled(context.anchor).data[name][torch.from_numpy(rows)].numpy()
             mean = np.broadcast_to(mean_embedding(truth), truth.shape)
-            floors = {"mean embedding": float(cosine(mean, truth).mean())}
-            value = float(cosine(answer, truth).mean())
-            findings.figures.append(Figure(f"{name}/cosine", value, "higher", int(rows.sum()), floors))
+            tallies = {
+                "model": mean_of(cosine(answer, truth)),
+                "mean embedding": mean_of(cosine(mean, truth)),
+            }
+            findings.figures.append(Figure.of(f"{name}/cosine", "higher", tallies))
     return findings
 
 

@@ -14,6 +14,7 @@ from mmdiff_ray.config import Config
 from mmdiff_ray.denoiser import Denoiser
 from mmdiff_ray.diffusion.process import ABSENT, GENERATED, GIVEN
 from mmdiff_ray.evaluation.grids import Panel
+from mmdiff_ray.evaluation.statistics import Tally
 from mmdiff_ray.evaluation.tiles import text_tile
 from mmdiff_ray.modalities.base import Modality
 from mmdiff_ray.training.inference import Generator, Samples, sample
@@ -28,6 +29,8 @@ class Figure:
 
     key: `instance/metric`; better: "higher" or "lower"; rows: how many it was measured on; floors: trivial
     rule -> what it reaches on the same rows; bound: whether it is a term of the bound, in nats per element.
+    tallies: "model" and rules -> the same in parts that add up over rows, for what can be tallied: how sure
+    it is, is computed from these.
     """
 
     key: str
@@ -36,6 +39,14 @@ class Figure:
     rows: int
     floors: Mapping[str, float] = field(default_factory=dict)
     bound: bool = False
+    tallies: Mapping[str, Tally] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, key: str, better: str, tallies: Mapping[str, Tally]) -> "Figure":
+        """Return the figure of tallies: "model", and those of rules on the same rows."""
+        floors = {rule: tally.value for rule, tally in tallies.items() if rule != "model"}
+        model = tallies["model"]
+        return cls(key, model.value, better, len(model), floors, tallies=tallies)
 
 
 @dataclass(frozen=True)

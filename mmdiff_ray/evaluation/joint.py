@@ -7,6 +7,7 @@ from PIL import Image
 from mmdiff_ray.evaluation.context import CHUNK, Context, Figure, Findings
 from mmdiff_ray.evaluation.grids import grid
 from mmdiff_ray.evaluation.segmentation import foreground_iou
+from mmdiff_ray.evaluation.statistics import mean_of
 from mmdiff_ray.modalities.mask import MaskModality
 from mmdiff_ray.registry import register
 from mmdiff_ray.training.inference import sample
@@ -29,10 +30,11 @@ def evaluate_joint(context: Context) -> Findings:
         judged = _judged(context, drawn.data[context.anchor], masks)
         for name in sorted(masks):
             made, told = drawn.data[name].numpy(), judged[name].numpy()
-            value = float(foreground_iou(made, told).mean())
-            chance = float(foreground_iou(np.roll(made, 1, axis=0), told).mean())
-            floors = {"masks of other samples": chance}
-            findings.figures.append(Figure(f"{name}/joint_iou", value, "higher", len(made), floors))
+            tallies = {
+                "model": mean_of(foreground_iou(made, told)),
+                "masks of other samples": mean_of(foreground_iou(np.roll(made, 1, axis=0), told)),
+            }
+            findings.figures.append(Figure.of(f"{name}/joint_iou", "higher", tallies))
     for name, share in drawn.agreement.items():
         findings.figures.append(Figure(f"{name}/code_agreement", share, "higher", len(context.batch)))
     return findings

@@ -10,6 +10,7 @@ from mmdiff_ray.evaluation.context import Context, Figure, Findings
 from mmdiff_ray.evaluation.floors import mean_visible_colour, nearest_visible_pixel
 from mmdiff_ray.evaluation.grids import Panel, grid
 from mmdiff_ray.evaluation.lpips import Lpips
+from mmdiff_ray.evaluation.statistics import Tally, mean_of
 from mmdiff_ray.evaluation.weights import convolutions
 from mmdiff_ray.modalities.masked_image import MaskedImageModality
 from mmdiff_ray.registry import register
@@ -49,30 +50,26 @@ def _measure(context: Context, name: str, source: str, rows: np.ndarray, finding
         "model": pasted,
         **{rule: fill(masked[:, :3].numpy(), visible) for rule, fill in RULES.items()},
     }
-    l1 = {rule: _hole_l1(answer, truth.numpy(), visible) for rule, answer in answers.items()}
     distance = Lpips("alex", context.model.device)
+    l1 = {rule: hole_l1(answer, truth.numpy(), visible) for rule, answer in answers.items()}
     lpips = {
-        rule: float(distance(torch.from_numpy(answer), truth).mean()) for rule, answer in answers.items()
+        rule: mean_of(distance(torch.from_numpy(answer), truth).cpu().numpy())
+        for rule, answer in answers.items()
     }
-    for metric, values in (("l1_hole", l1), ("lpips", lpips)):
-        model = values.pop("model")
-        findings.figures.append(
-            Figure(f"{source}_from_{name}/{metric}", model, "lower", int(rows.sum()), values)
-        )
-    seen = Figure(
-        f"{source}_from_{name}/l1_visible",
-        _hole_l1(restored, truth.numpy(), ~visible),
-        "lower",
-        int(rows.sum()),
-    )
-    findings.figures.append(seen)
+    seen = {"model": hole_l1(restored, truth.numpy(), ~visible)}
+    for metric, tallies in (("l1_hole", l1), ("lpips", lpips), ("l1_visible", seen)):
+        findings.figures.append(Figure.of(f"{source}_from_{name}/{metric}", "lower", tallies))
     findings.pictures[f"{source}_from_{name}"] = _picture(context, name, source, masked, truth, answers)
 
 
-def _hole_l1(answer: np.ndarray, truth: np.ndarray, visible: np.ndarray) -> float:
-    """Return the mean absolute difference over the hole, in pixels of [-1, 1]."""
+def hole_l1(answer: np.ndarray, truth: np.ndarray, visible: np.ndarray) -> Tally:
+    """Return the mean absolute difference over holes, in pixels of [-1, 1].
+
+    answer, truth: uint8 (n, 3, H, W); visible: bool (n, H, W).
+    """
     hole = np.broadcast_to(~visible[:, None], truth.shape)
-    return float(np.abs(answer.astype(np.float64) - truth)[hole].mean() / 127.5)
+    away = np.abs(answer.astype(np.float64) - truth) / 127.5 * hole
+    return Tally(away.sum((1, 2, 3)), hole.sum((1, 2, 3)).astype(np.float64))
 
 
 def _picture(

@@ -6,6 +6,8 @@ Everything here is numpy on the CPU; masks are (B, H, W) of class indices or boo
 import numpy as np
 from scipy import ndimage
 
+from mmdiff_ray.evaluation.statistics import Tally
+
 
 def foreground_iou(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return each image's intersection over union of all but class 0, float64 (B,); 1 where both lack it."""
@@ -30,21 +32,11 @@ def confusion(predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.ndar
     return np.bincount(q * classes + p, minlength=classes**2).reshape(classes, classes)
 
 
-def class_iou(matrix: np.ndarray) -> np.ndarray:
-    """Return each class's intersection over union from a confusion matrix, float64 (classes,).
-
-    NaN for a class that neither prediction nor truth holds.
-    """
-    hits = np.diag(matrix).astype(np.float64)
-    union = matrix.sum(axis=0) + matrix.sum(axis=1) - hits
-    return np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
-
-
-def mean_iou(matrix: np.ndarray) -> float:
-    """Return the mean of `class_iou` over the classes that prediction or truth holds; NaN if none."""
-    known = class_iou(matrix)
-    known = known[~np.isnan(known)]
-    return float(known.mean()) if known.size else float("nan")
+def mean_iou_tally(predicted: np.ndarray, truth: np.ndarray, classes: int) -> Tally:
+    """Return mean IoU, over the classes that prediction or truth holds: intersections and unions by row."""
+    matrices = np.stack([confusion(p[None], q[None], classes) for p, q in zip(predicted, truth, strict=True)])
+    hits = np.diagonal(matrices, axis1=1, axis2=2).astype(np.float64)
+    return Tally(hits, matrices.sum(1) + matrices.sum(2) - hits)
 
 
 def boundary_f(predicted: np.ndarray, truth: np.ndarray, tolerance: float | None = None) -> np.ndarray:
