@@ -23,6 +23,7 @@ def check(config: Config) -> None:
     one_of("model.backbone", config.model.backbone, registry.names("backbone"))
     one_of("evaluate.sampler", config.evaluate.sampler, registry.names("sampler"))
     one_of("evaluate.split", config.evaluate.split, ("train", "val"))
+    one_of("evaluate.inpaint", config.evaluate.inpaint, ("given", "repaint"))
     check_batch(config)
 
 
@@ -74,6 +75,7 @@ def _check_numbers(config: Config) -> None:
         ("evaluate.rows", evaluate.rows, 1),
         ("evaluate.steps", evaluate.steps, 1),
         ("evaluate.every_samples", evaluate.every_samples, 0),
+        ("evaluate.repeats", evaluate.repeats, 1),
     ):
         if value < least:
             raise ConfigError(f"{key} ({value}) must be at least {least}")
@@ -86,6 +88,9 @@ def _check_numbers(config: Config) -> None:
             raise ConfigError(f"{key} ({rate}) must be above 0")
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise ConfigError(f"train.betas ({train.betas}) must be two numbers in [0, 1)")
+    times = train.times
+    if len(times) != 2 or not 0 <= times[0] <= times[1] <= 1:
+        raise ConfigError(f"train.times ({times}) must be two numbers in [0, 1], the smaller one first")
 
 
 def _check_names(config: Config) -> None:
@@ -105,6 +110,9 @@ def _check_names(config: Config) -> None:
         for name in getattr(config.loss, key):
             if name not in config.modalities:
                 raise ConfigError(unknown(f"loss.{key}", name, config.modalities))
+    cutout = config.train.cutout
+    if cutout is not None and getattr(config.modalities.get(cutout), "type", None) != "masked_image":
+        raise ConfigError(f"train.cutout ({cutout!r}) must name an instance of type masked_image")
     if not config.tasks:
         raise ConfigError("tasks is empty; for example joint: {roles: {pixels: generated}}")
     for task, row in config.tasks.items():

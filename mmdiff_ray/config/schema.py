@@ -159,7 +159,9 @@ class TrainConfig:
     decay: constant, linear or cosine, to `final_lr_ratio` of it. clip_norm: largest norm of the gradient.
     ema_samples: half-life of the moving average. precision: float32, or bfloat16 (autocast). compile: by
     torch.compile. channels_last: the memory layout. device: auto (a GPU if there is one), cpu or cuda.
-    log_every_samples: how often losses are reported.
+    log_every_samples: how often losses are reported. times: the part of the schedule, 0 the data and 1 the
+    noise, that training draws from. cutout: a masked-image instance whose hole is cut out of z_t in half of
+    the rows, as mere augmentation.
     """
 
     samples: int = 100_000
@@ -179,6 +181,8 @@ class TrainConfig:
     channels_last: bool = True
     device: str = "auto"
     log_every_samples: int = 1_000
+    times: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    cutout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,10 @@ class EvaluateConfig:
     """What is evaluated.
 
     evaluators: registered names. split, rows: of which split, and how many at most. every_samples: how often
-    (0 = only at the end). sampler, steps, guidance: how samples are drawn. grid_rows: rows in a picture.
+    (0 = only at the end). sampler, steps, guidance: how samples are drawn. inpaint: how holes are filled:
+    given, the masked image is given to the model; repaint, the visible pixels of a sample are replaced at
+    every step, which is taken `repeats` times (for models that were never given one). grid_rows: rows in a
+    picture.
     """
 
     evaluators: list[str] | None = None
@@ -224,6 +231,8 @@ class EvaluateConfig:
     sampler: str = "ancestral"
     steps: int = 25
     guidance: float = 1.0
+    inpaint: str = "given"
+    repeats: int = 4
     grid_rows: int = 8
 
 

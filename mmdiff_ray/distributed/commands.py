@@ -21,7 +21,7 @@ from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.evaluation.gallery import parse_given, write_gallery
 from mmdiff_ray.evaluation.run import tables
 from mmdiff_ray.tracking.store import tracking_uri, ui_command
-from mmdiff_ray.training.inference import load_export
+from mmdiff_ray.training.export import load_export
 
 
 def train_and_evaluate(

@@ -22,11 +22,11 @@ from mmdiff_ray.evaluation.run import check_evaluators, evaluate, metrics_of
 from mmdiff_ray.tracking.models import log_model
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import write_json
-from mmdiff_ray.training.inference import load_export
+from mmdiff_ray.training.export import load_export
 from mmdiff_ray.training.parallel import choose_device
 
 MAY_CHANGE = ("evaluate.", "data.", "train.device")
-LOADER = "mmdiff_ray.training.inference:load_export"
+LOADER = "mmdiff_ray.training.export:load_export"
 
 
 def evaluate_run(folder: Path, overrides: Sequence[str] = (), on_ray: bool = False) -> Findings:

@@ -20,8 +20,9 @@ from mmdiff_ray.evaluation.run import sample_pictures
 from mmdiff_ray.tracking.system import SystemMonitor
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import CheckpointStore
+from mmdiff_ray.training.export import save_export
 from mmdiff_ray.training.fit import fit
-from mmdiff_ray.training.inference import Generator, save_export
+from mmdiff_ray.training.inference import Generator
 from mmdiff_ray.training.parallel import choose_device, world
 from mmdiff_ray.training.trainer import Progress, Trainer, TrainingError
 

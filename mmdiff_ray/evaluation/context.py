@@ -17,7 +17,7 @@ from mmdiff_ray.evaluation.grids import Panel
 from mmdiff_ray.evaluation.statistics import Tally
 from mmdiff_ray.evaluation.tiles import text_tile
 from mmdiff_ray.modalities.base import Modality
-from mmdiff_ray.training.inference import Generator, Samples, sample
+from mmdiff_ray.training.inference import Generator, Known, Samples, sample
 
 CHUNK = 64
 """Rows sampled at once."""
@@ -121,7 +121,22 @@ class Context:
             )
         return self._samples[given]
 
-    def _chunk(self, start: int, given: Sequence[str]) -> Samples:
+    def restored(self, name: str) -> Tensor | None:
+        """Return the anchor for every row, of which the masked image `name` tells the visible part.
+
+        By the model that is given it, or by replacement, as `evaluate.inpaint` says; None where no task
+        trained that. Pixels are the model's, visible ones too where they were given.
+        """
+        source = self.denoiser.modalities[name].made_from
+        assert source is not None, f"{name} is made from nothing"
+        if self.config.evaluate.inpaint == "given":
+            return self.sampled(name).data[source] if self.trained(source, name) else None
+        if source != self.anchor or not self.trained(source):
+            return None
+        parts = [self._chunk(start, (), name) for start in range(0, len(self.batch), CHUNK)]
+        return torch.cat([part.data[source].cpu() for part in parts])
+
+    def _chunk(self, start: int, given: Sequence[str], known: str | None = None) -> Samples:
         part = self.batch.rows(start, start + CHUNK)
         roles = self.roles(given, len(part))
         settings = self.config.evaluate
@@ -134,7 +149,11 @@ class Context:
             steps=settings.steps,
             sampler=settings.sampler,
             guidance=settings.guidance,
+            known=None if known is None else self._known(part.data[known]),
         )
+
+    def _known(self, masked: Tensor) -> Known:
+        return Known(masked[:, :3], masked[:, 3] > 0, self.config.evaluate.repeats)
 
     def roles(self, given: Sequence[str], rows: int) -> dict[str, Tensor]:
         """Return roles that generate everything else that a task generates from what is given."""

@@ -27,8 +27,9 @@ def evaluate_restoration(context: Context) -> Findings:
         source = modality.made_from
         assert source is not None, f"{name} is made from nothing"
         rows = context.rows_with(name, source)
-        if rows.any() and context.trained(source, name):
-            _measure(context, name, source, rows, findings)
+        restored = context.restored(name) if rows.any() else None
+        if restored is not None:
+            _measure(context, name, source, rows, restored[torch.from_numpy(rows)].numpy(), findings)
     return findings
 
 
@@ -41,10 +42,11 @@ def _check(config: Config) -> None:
 evaluate_restoration.check = _check  # type: ignore[attr-defined]
 
 
-def _measure(context: Context, name: str, source: str, rows: np.ndarray, findings: Findings) -> None:
+def _measure(
+    context: Context, name: str, source: str, rows: np.ndarray, restored: np.ndarray, findings: Findings
+) -> None:
     masked, truth = context.truth(name, rows), context.truth(source, rows)
     visible = (masked[:, 3] > 0).numpy()
-    restored = context.sampled(name).data[source][torch.from_numpy(rows)].numpy()
     pasted = np.where(visible[:, None], masked[:, :3].numpy(), restored)
     answers = {
         "model": pasted,

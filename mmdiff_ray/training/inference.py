@@ -1,22 +1,18 @@
-"""Use of a trained model: load an export, and sample any modalities from any others."""
+"""Use of a trained model: sample any modalities from any others."""
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mmdiff_ray import config as configuration
 from mmdiff_ray.config import Config, ConfigError
-from mmdiff_ray.denoiser import Denoiser, build_denoiser
+from mmdiff_ray.denoiser import Denoiser
 from mmdiff_ray.diffusion import rng
 from mmdiff_ray.diffusion.process import ABSENT, GENERATED, GIVEN, Prediction, Roles
+from mmdiff_ray.diffusion.repaint import repaint
 from mmdiff_ray.diffusion.samplers import guided, walk
 from mmdiff_ray.modalities.base import Modality
 from mmdiff_ray.registry import look_up
@@ -35,6 +31,19 @@ class Samples:
     agreement: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Known:
+    """Cells of the anchor that are known without having been given: inpainting by `diffusion.repaint`.
+
+    data: the anchor's, (B, ...), anything where it is not known; visible: bool (B, H, W); repeats: how often
+    each step is taken.
+    """
+
+    data: Tensor
+    visible: Tensor
+    repeats: int = 4
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -46,11 +55,13 @@ def sample(
     steps: int = 25,
     sampler: str = "ancestral",
     guidance: float | Mapping[str, float] = 1.0,
+    known: Known | None = None,
 ) -> Samples:
     """Sample the generated instances of every row.
 
     roles: instance -> (B,); given: instance -> data (B, ...), for instances given in any row; ids: (B,)
-    int64, which with the seed key the noise; guidance: one scale for all given instances, or one for each.
+    int64, which with the seed key the noise; guidance: one scale for all given instances, or one for each;
+    known: cells of the anchor to keep where nothing is given (the sampler is then RePaint's ancestral one).
     """
     process, device = denoiser.process, ids.device
     shape = (process.channels, *denoiser.size)
@@ -66,13 +77,20 @@ def sample(
 
     was_training = denoiser.training
     denoiser.eval()
-    last, z = walk(process, guided(predict, process, codes, scales), noise, codes, roles, steps, sampler)
+    if known is None:
+        last, z = walk(process, guided(predict, process, codes, scales), noise, codes, roles, steps, sampler)
+    else:
+        code = denoiser.modalities[process.anchor].encode(known.data)
+        last, z = repaint(process, predict, noise, roles, code, known.visible, steps, known.repeats)
     denoiser.train(was_training)
     data = dict(given)
     for name, role in roles.items():
         if bool((role == GENERATED).any()):
             answer = denoiser.modalities[name].answer(last.heads[name])
             data[name] = _where_given(role, given.get(name), answer)
+    if known is not None:
+        image = data[process.anchor]
+        data[process.anchor] = torch.where(known.visible[:, None], known.data, image)
     return Samples(data, last.heads, _agreement(denoiser, z, roles, data, steps))
 
 
@@ -271,28 +289,3 @@ def _joined(parts: Sequence[Samples]) -> Samples:
             for name in parts[0].agreement
         },
     )
-
-
-def save_export(folder: Path, config: Config, denoiser: Denoiser, facts: Mapping[str, Any]) -> None:
-    """Write a model for use: `model.safetensors`, `config.yaml` and `facts.json`. The folder appears
-    complete."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in denoiser.state_dict().items()}
-    save_file(tensors, str(partial / "model.safetensors"))
-    (partial / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf8")
-    (partial / "facts.json").write_text(json.dumps(dict(facts), indent=1), encoding="utf8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def load_export(folder: str | Path, device: str = "cpu") -> Generator:
-    """Return the model in an export folder. Raises ConfigError if it is none."""
-    folder = Path(folder)
-    if not (folder / "model.safetensors").is_file() or not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder} holds no exported model (model.safetensors and config.yaml)")
-    config = configuration.load([folder / "config.yaml"])
-    denoiser = build_denoiser(config)
-    denoiser.load_state_dict(load_file(str(folder / "model.safetensors")))
-    return Generator(config, denoiser.to(device))

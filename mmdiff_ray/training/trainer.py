@@ -160,18 +160,30 @@ class Trainer:
     def _sums(self, model: nn.Module, batch: Batch, roles: Roles) -> Terms:
         """Return the loss terms of a micro-batch: draw t and noise, go forward, predict."""
         seed, steps = self.config.seed, self.denoiser.process.schedule.steps
+        low, high = (round(time * steps) for time in self.config.train.times)
         drawn = rng.uniform(seed, "time", batch.visits, batch.ids, 1)[:, 0]
-        t = ((drawn * steps).floor() + 1) / steps
+        t = (low + (drawn * max(1, high - low)).floor() + 1).clamp(max=high) / steps
         noise = rng.normal(
             seed, "noise", batch.visits, batch.ids, (self.denoiser.process.channels, *self.denoiser.size)
         )
         codes, conditions = self.denoiser.encode(batch.data), self.denoiser.conditions(batch.data)
         z_t = self.denoiser.process.marginal(codes, roles, t).sample(noise)
+        seen = self._cut_out(z_t, batch)
         if self.config.train.channels_last:
-            z_t = z_t.contiguous(memory_format=torch.channels_last)
+            seen = seen.contiguous(memory_format=torch.channels_last)
         with self.autocast():
-            prediction = model(z_t, t, roles, codes, conditions)
+            prediction = model(seen, t, roles, codes, conditions)
         return self.objective.sums(z_t, t, roles, codes, batch.data, prediction.codes, prediction.heads)
+
+    def _cut_out(self, z_t: Tensor, batch: Batch) -> Tensor:
+        """Return what the model sees of z_t: in half of the rows, with `train.cutout`, not what is in the
+        hole."""
+        name = self.config.train.cutout
+        if name is None:
+            return z_t
+        drawn = rng.uniform(self.config.seed, "cutout", batch.visits, batch.ids, 1)[:, 0]
+        cut = (drawn < 0.5) & batch.present[name]
+        return torch.where((cut[:, None, None] & (batch.data[name][:, 3] == 0))[:, None], 0, z_t)
 
     def autocast(self) -> torch.autocast:
         """Return the context of the configured precision."""
