@@ -49,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_sample(commands)
     _add_evaluate(commands)
+    _add_experiment(commands)
     _add_ui(commands)
     _add_doctor(commands)
     return parser
@@ -148,6 +149,25 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:  # type: ignore
     evaluate.add_argument("--runs", default="runs", help="where runs lie")
 
 
+def _add_experiment(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    experiment = _command(
+        commands,
+        "experiment",
+        _experiment,
+        "train, measure and compare all methods of a table; goes on where it stopped",
+        "mmdiff experiment masked_image --preset smoke",
+    )
+    experiment.add_argument("name", help="a name in pipelines/configs/experiments, or a YAML file")
+    experiment.add_argument("--preset", default="small", help="how large: smoke, small or gpu")
+    experiment.add_argument(
+        "--runs", type=Path, default=Path("runs/experiments"), help="where cells are kept"
+    )
+    experiment.add_argument(
+        "--out", type=Path, help="the result (default: results/NAME, for smoke in --runs)"
+    )
+    experiment.add_argument("--table", action="store_true", help="only write the result of what is there")
+
+
 def _add_ui(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
     ui = _command(commands, "ui", _ui, "open MLflow on the runs of this folder", "mmdiff ui --port 5000")
     ui.add_argument("--runs", default="runs", help="where runs lie")
@@ -225,6 +245,12 @@ def _evaluate(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed.commands import evaluate
 
     return evaluate(given.model, given.runs, given.overrides)
+
+
+def _experiment(given: argparse.Namespace) -> int:
+    from mmdiff_ray.experiments.command import run
+
+    return run(given.name, given.preset, given.runs, given.out, given.table)
 
 
 def _ui(given: argparse.Namespace) -> int:

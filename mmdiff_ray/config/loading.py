@@ -86,6 +86,13 @@ def options(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
     return _merge(schema, values, prefix)
 
 
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """Return the plain values of a YAML file that is no configuration. Raises ConfigError if it has none."""
+    with _as_config_errors(str(file)):
+        plain = OmegaConf.to_container(_read(Path(file)), resolve=True)
+    return dict(_section(plain, str(file)))
+
+
 def _read(file: Path) -> Any:
     try:
         tree = OmegaConf.load(file)

@@ -55,8 +55,7 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = (), on_ray: bool = Fal
 
 def measure(folder: Path, config: Config) -> Findings:
     """Return what the configured evaluators find for the exported model."""
-    model = load_export(folder / "export", str(choose_device(config.train)))
-    model.config = config
+    model = load_export(folder / "export", str(choose_device(config.train)), config)
     manifests = read_sources(config)
     resolve_modalities(config, manifests)
     reader = jobs.make_reader(config, model.denoiser)

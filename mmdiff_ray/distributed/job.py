@@ -18,7 +18,6 @@ from mmdiff_ray.data.manifest import Manifest
 from mmdiff_ray.data.plan import Plan
 from mmdiff_ray.data.reader import RowReader
 from mmdiff_ray.denoiser import Denoiser, build_denoiser
-from mmdiff_ray.evaluation.run import check_evaluators
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.fit import calibrate
 from mmdiff_ray.training.parallel import choose_device
@@ -107,7 +106,10 @@ def make_reader(config: Config, denoiser: Denoiser) -> RowReader:
 def prepare(config: Config, folder: Path) -> Job:
     """Check a configuration against its data and return the job. Raises ConfigError; nothing is started or
     written."""
-    check_evaluators(config)
+    if config.evaluate.evaluators != []:
+        from mmdiff_ray.evaluation.run import check_evaluators  # what it draws and measures with is large
+
+        check_evaluators(config)
     if config.workers.count == 0:
         choose_device(config.train)
     manifests = read_sources(config)

@@ -28,12 +28,15 @@ def save_export(folder: Path, config: Config, denoiser: Denoiser, facts: Mapping
     partial.rename(folder)
 
 
-def load_export(folder: str | Path, device: str = "cpu") -> Generator:
-    """Return the model in an export folder. Raises ConfigError if it is none."""
+def load_export(folder: str | Path, device: str = "cpu", config: Config | None = None) -> Generator:
+    """Return the model in an export folder. Raises ConfigError if it is none.
+
+    config: in place of its own, one that differs in nothing that the weights depend on.
+    """
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file() or not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder} holds no exported model (model.safetensors and config.yaml)")
-    config = configuration.load([folder / "config.yaml"])
+    config = config or configuration.load([folder / "config.yaml"])
     denoiser = build_denoiser(config)
     denoiser.load_state_dict(load_file(str(folder / "model.safetensors")))
     return Generator(config, denoiser.to(device))

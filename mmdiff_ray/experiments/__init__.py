@@ -1,0 +1,1 @@
+"""Experiments: tables of methods and seeds, trained, measured and compared on the same rows."""

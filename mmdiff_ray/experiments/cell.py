@@ -1,0 +1,212 @@
+"""One cell of a table: train a method with a seed, then measure it. Both go on where they stopped.
+
+`python -m mmdiff_ray.experiments.cell FILE METHOD SEED` trains a cell in one process without Ray and MLflow:
+with torch, pyarrow and omegaconf, what they need, Pillow and safetensors, any machine can contribute cells.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmdiff_ray import __version__
+from mmdiff_ray import config as configuration
+from mmdiff_ray.batch import Batch
+from mmdiff_ray.config import Config, ConfigError, RunError
+from mmdiff_ray.data.batches import local_batches
+from mmdiff_ray.distributed import job as jobs
+from mmdiff_ray.experiments.spec import FOLDER, Cell, Experiment, Measure, Method, digest, load_experiment
+from mmdiff_ray.training.checkpoint import CheckpointStore, write_json
+from mmdiff_ray.training.export import save_export
+from mmdiff_ray.training.fit import fit
+from mmdiff_ray.training.parallel import choose_device
+from mmdiff_ray.training.trainer import Progress, Trainer
+
+Say = Callable[[str], None]
+SAY_EVERY_S = 30.0
+
+
+def training_digest(config: Config) -> str:
+    """Return a short name of all settings that the trained model depends on."""
+    plain = configuration.to_plain(config)
+    return digest(
+        [plain[key] for key in sorted(plain) if key not in ("runs", "tracking", "evaluate", "workers")]
+    )
+
+
+def is_trained(folder: Path, config: Config) -> bool:
+    """Return whether a cell's model is there. Raises ConfigError if it was trained with other settings."""
+    file = folder / "export" / "facts.json"
+    if not file.is_file():
+        return False
+    facts = json.loads(file.read_text(encoding="utf8"))
+    if facts.get("digest") != training_digest(config):
+        raise ConfigError(
+            f"{folder} was trained with other settings than the experiment asks for now; "
+            "move it away to train it anew"
+        )
+    return True
+
+
+def train_cell(config: Config, folder: Path, hooks: Any) -> None:
+    """Train a cell in this process, from its last checkpoint if there is one, and write its export."""
+    config = dataclasses.replace(
+        config,
+        evaluate=dataclasses.replace(config.evaluate, evaluators=[], every_samples=0),
+        workers=dataclasses.replace(config.workers, count=0),
+    )
+    job = jobs.prepare(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings, config = training_digest(config), job.config
+    if config.workers.threads:
+        torch.set_num_threads(config.workers.threads)
+    denoiser = job.denoiser()
+    reader = job.reader(job.denoiser())
+    trainer = Trainer(config, denoiser, choose_device(config.train))
+
+    def stream(start: int) -> Iterator[Batch]:
+        return local_batches(
+            job.plan(), reader, start_batch=start, threads=max(1, config.workers.data_workers)
+        )
+
+    facts = {"config": configuration.to_plain(config), "version": __version__, "torch": torch.__version__}
+    store = CheckpointStore(job.checkpoints, config.checkpoint)
+    if fit(trainer, store, stream, list, hooks, facts) != "finished":
+        raise RunError(f"{job.folder.name} was stopped with a checkpoint; the same command goes on with it")
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    known = {
+        "progress": vars(trainer.progress),
+        "digest": settings,
+        "parameters": parameters,
+        "machine": machine(trainer.device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "mmdiff_ray": __version__,
+        },
+    }
+    save_export(job.export, config, trainer.ema.model, known)
+
+
+class CellHooks:
+    """Say how far training is, now and then, and record its metrics."""
+
+    def __init__(self, say: Say, record: Callable[[dict[str, float], int], None] | None = None) -> None:
+        self.say, self.record = say, record
+        self.said = time.monotonic()
+
+    def resumed(self, progress: Progress) -> None:
+        """Say where training goes on."""
+        if progress.samples_seen:
+            self.say(f"goes on from {progress.samples_seen:,} samples")
+
+    def report(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Take the metrics of the last steps."""
+        if self.record is not None:
+            self.record(metrics, progress.samples_seen)
+        if time.monotonic() - self.said > SAY_EVERY_S:
+            self.said = time.monotonic()
+            rate = metrics.get("train/samples_per_s", 0.0)
+            self.say(f"{progress.samples_seen:,} of {progress.total_samples:,} samples, {rate:.0f}/s")
+
+    def evaluate(self, trainer: Trainer) -> None:
+        """Do nothing: a cell is measured at its end."""
+
+    def should_stop(self) -> bool:
+        """Return False: a cell that is killed goes on from its checkpoint."""
+        return False
+
+
+def machine(device: torch.device) -> str:
+    """Return what a model was trained on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def measure_cell(experiment: Experiment, cell: Cell, folder: Path, say: Say) -> None:
+    """Measure a trained cell, and the methods that ask its model, whatever was not measured yet."""
+    from mmdiff_ray.distributed.evaluate import measure, plain
+
+    config = configuration.load([folder / "export" / "config.yaml"])
+    for method in experiment.askers(cell.method):
+        for wanted in experiment.measures_of(method):
+            asked = experiment.asked(config, method, wanted)
+            file = measured_file(folder, method, wanted)
+            mark = training_digest(asked) + digest([configuration.to_plain(asked)["evaluate"]])
+            if file.is_file() and json.loads(file.read_text(encoding="utf8"))["digest"] == mark:
+                continue
+            begun = time.monotonic()
+            findings = measure(folder, asked)
+            tallies = {
+                f"{figure.key}|{rule}|{part}": getattr(tally, part).astype(np.float32)
+                for figure in findings.figures
+                for rule, tally in figure.tallies.items()
+                for part in ("numerator", "denominator")
+            }
+            file.parent.mkdir(exist_ok=True)
+            np.savez_compressed(file.with_suffix(".npz"), **tallies)
+            for name, picture in findings.pictures.items():
+                picture.save(file.with_name(f"{file.stem}-{name}.png"))
+            seconds = time.monotonic() - begun
+            figures = [plain(figure) for figure in findings.figures]
+            write_json(file, {"digest": mark, "seconds": seconds, "figures": figures})
+            say(f"{method.name}: {wanted.name} measured in {seconds:.0f} s")
+
+
+def measured_file(folder: Path, method: Method, wanted: Measure) -> Path:
+    """Return where a measure of a method is kept, in the folder of the cell whose model it asks."""
+    return folder / "measured" / f"{method.name}.{wanted.name}.json"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train one cell in this process, and measure it where asked to."""
+    parser = argparse.ArgumentParser(prog="python -m mmdiff_ray.experiments.cell", description=main.__doc__)
+    parser.add_argument("experiment", help=f"a name in {FOLDER}, or a YAML file")
+    parser.add_argument("method")
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--runs", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--measure", action="store_true", help="measure it too (needs all of the packages)")
+    given = parser.parse_args(arguments)
+    try:
+        experiment = load_experiment(given.experiment, given.preset)
+        wanted = [cell for cell in experiment.cells() if cell.key == f"{given.method}-{given.seed}"]
+        if not wanted:
+            known = ", ".join(cell.key for cell in experiment.cells())
+            raise ConfigError(f"no cell {given.method}-{given.seed}; there are: {known}")
+        run_cell(experiment, wanted[0], given.runs, given.measure, print)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_cell(
+    experiment: Experiment, cell: Cell, runs: Path, measured: bool, say: Say, hooks: Any = None
+) -> None:
+    """Train a cell if it is not trained yet, and measure it if asked to."""
+    folder = cell_folder(experiment, cell, runs)
+    config = experiment.config(cell, folder.parent)
+    if not is_trained(folder, config):
+        train_cell(config, folder, hooks or CellHooks(say))
+    if measured:
+        measure_cell(experiment, cell, folder, say)
+
+
+def cell_folder(experiment: Experiment, cell: Cell, runs: Path) -> Path:
+    """Return the folder of a cell."""
+    return runs.absolute() / f"{experiment.name}-{experiment.preset.name}" / cell.key
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""The command that runs an experiment, with what it prints."""
+
+from pathlib import Path
+
+from mmdiff_ray.distributed.commands import make_console
+from mmdiff_ray.experiments.runner import run_experiment, write_result
+from mmdiff_ray.experiments.spec import load_experiment
+
+
+def run(name: str, preset: str, runs: Path, out: Path | None, table: bool) -> int:
+    """Run an experiment, or only write its table again, and say where it is."""
+    console = make_console()
+    experiment = load_experiment(name, preset)
+    default = Path("results") if preset != "smoke" else runs
+    target = out or default / experiment.name
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True)
+
+    if table:
+        write_result(experiment, runs, target, say)
+    else:
+        cells = experiment.cells()
+        say(f"{experiment.title}: {len(experiment.methods)} methods, {len(cells)} models to train")
+        run_experiment(experiment, runs, target, say)
+    console.print(target.with_suffix(".md").read_text(encoding="utf8"), soft_wrap=True)
+    return 0

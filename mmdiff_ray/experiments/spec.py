@@ -1,0 +1,218 @@
+"""What an experiment is: a YAML file of methods, measures and presets, and the cells that they make."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmdiff_ray import config as configuration
+from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.config.checks import unknown
+
+FOLDER = Path("pipelines/configs/experiments")
+KEYS = {"name", "title", "question", "data", "base", "presets", "methods", "measures", "main", "curves"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    title: its name for a reader. overrides: `key=value`, on top of the preset's. model: another method whose
+    trained models it asks in its own way, in place of training. share: of the preset's training samples
+    (equal compute: a half for one of two tasks). seeds: how many of the preset's, all where None.
+    """
+
+    name: str
+    title: str
+    overrides: list[str] = field(default_factory=list)
+    model: str | None = None
+    share: float = 1.0
+    seeds: int | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured of every method: evaluators, under overrides of `evaluate.*`, `data.*` and
+    `modalities.*`."""
+
+    name: str
+    evaluators: list[str]
+    overrides: list[str] = field(default_factory=list)
+    methods: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How large: overrides, seeds, and what a cell asks for (cpus, gpus)."""
+
+    name: str
+    overrides: list[str]
+    seeds: list[int]
+    cpus: float = 1.0
+    gpus: float = 0.0
+    measures: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: a method with a seed. Its key names its folder."""
+
+    method: Method
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.method.name}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table. base: the configuration below all. main: the method that the others are compared with.
+
+    data: a data set that is built where it is missing: pipeline, uri, options. curves: figures to draw, each
+    with `figure`, and `points`: measure -> the value on the x axis.
+    """
+
+    name: str
+    title: str
+    question: str
+    base: dict[str, Any]
+    preset: Preset
+    methods: dict[str, Method]
+    measures: dict[str, Measure]
+    main: str
+    data: dict[str, Any] = field(default_factory=dict)
+    curves: list[dict[str, Any]] = field(default_factory=list)
+
+    def cells(self) -> list[Cell]:
+        """Return what has to be trained, the first seed of every method first."""
+        found = []
+        for index, seed in enumerate(self.preset.seeds):
+            for method in self.methods.values():
+                if method.model is None and (method.seeds is None or index < method.seeds):
+                    found.append(Cell(method, seed))
+        return found
+
+    def askers(self, trained: Method) -> list[Method]:
+        """Return the methods that a trained method's models answer for: itself, and those that ask it."""
+        return [
+            m for m in self.methods.values() if trained.name in (m.name if m.model is None else "", m.model)
+        ]
+
+    def config(self, cell: Cell, runs: Path) -> Config:
+        """Return the training configuration of a cell. Raises ConfigError naming the method."""
+        method = cell.method
+        overrides = [*self.preset.overrides, *method.overrides]
+        with named(f"{self.name}, method {method.name}"):
+            config = configuration.load((), overrides, self.base)
+        train = dataclasses.replace(config.train, samples=max(1, round(config.train.samples * method.share)))
+        tracking = dataclasses.replace(config.tracking, experiment=f"experiment-{self.name}")
+        return dataclasses.replace(
+            config, name=cell.key, seed=cell.seed, runs=str(runs), train=train, tracking=tracking
+        )
+
+    def asked(self, config: Config, method: Method, measure: Measure) -> Config:
+        """Return the configuration that a method's model is measured under."""
+        overrides = [*(method.overrides if method.model else ()), *measure.overrides]
+        plain = configuration.to_plain(config)
+        plain["evaluate"]["evaluators"] = list(measure.evaluators)
+        with named(f"{self.name}, method {method.name}, measure {measure.name}"):
+            return configuration.load((), overrides, plain)
+
+    def measures_of(self, method: Method) -> list[Measure]:
+        """Return what is measured of a method under this preset."""
+        wanted = self.preset.measures
+        return [
+            measure
+            for measure in self.measures.values()
+            if (wanted is None or measure.name in wanted)
+            and (measure.methods is None or method.name in measure.methods)
+        ]
+
+
+class named:
+    """Put a name before the words of a ConfigError."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"{self.name}: {error}") from None
+
+
+def load_experiment(name: str, preset: str, folder: Path = FOLDER) -> Experiment:
+    """Return an experiment by its name or file. Raises ConfigError for what is wrong in it, naming it."""
+    file = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
+    if not file.is_file():
+        known = sorted(path.stem for path in folder.glob("*.yaml"))
+        raise ConfigError(unknown("experiment", name, known))
+    plain = configuration.read_yaml(file)
+    with named(str(file)):
+        for key in plain:
+            if key not in KEYS:
+                raise ConfigError(unknown("experiment", key, sorted(KEYS), "key"))
+        for key in ("name", "base", "presets", "methods", "measures"):
+            if not plain.get(key):
+                raise ConfigError(f"{key} is missing")
+        return _experiment(plain, preset)
+
+
+def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
+    if preset not in plain["presets"]:
+        raise ConfigError(unknown("preset", preset, list(plain["presets"])))
+    methods = {name: _made(Method, name, values) for name, values in plain["methods"].items()}
+    for method in methods.values():
+        if method.model is not None and getattr(methods.get(method.model), "model", "") is not None:
+            raise ConfigError(
+                unknown(
+                    f"methods.{method.name}.model",
+                    method.model,
+                    [n for n, m in methods.items() if not m.model],
+                )
+            )
+    measures = {name: _made(Measure, name, values) for name, values in plain["measures"].items()}
+    chosen = _made(Preset, preset, plain["presets"][preset])
+    for key, names, known in [
+        ("presets." + preset + ".measures", chosen.measures or [], measures),
+        ("main", [plain.get("main", next(iter(methods)))], methods),
+        *[(f"measures.{m.name}.methods", m.methods or [], methods) for m in measures.values()],
+    ]:
+        for name in names:
+            if name not in known:
+                raise ConfigError(unknown(key, name, list(known)))
+    return Experiment(
+        name=plain["name"],
+        title=plain.get("title", plain["name"]),
+        question=plain.get("question", ""),
+        base=plain["base"],
+        preset=chosen,
+        methods=methods,
+        measures=measures,
+        main=plain.get("main", next(iter(methods))),
+        data=plain.get("data", {}),
+        curves=plain.get("curves", []),
+    )
+
+
+def _made(kind: type, name: str, values: Mapping[str, Any] | None) -> Any:
+    known = [field.name for field in dataclasses.fields(kind) if field.name != "name"]
+    for key in values or {}:
+        if key not in known:
+            raise ConfigError(unknown(f"{kind.__name__.lower()}s.{name}", key, known, "key"))
+    try:
+        return kind(name=name, **(values or {}))
+    except TypeError as error:
+        raise ConfigError(f"{kind.__name__.lower()}s.{name}: {error}") from None
+
+
+def digest(values: Sequence[Any]) -> str:
+    """Return a short name for plain values that changes with any of them."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
