@@ -1,0 +1,207 @@
+"""The runner with real training: a table from cells, the same after a kill, cells made elsewhere, MLflow."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from mmdiff_ray.cli import main
+from mmdiff_ray.experiments import cell as cells
+from mmdiff_ray.experiments import table
+from mmdiff_ray.experiments.spec import load_experiment
+from mmdiff_ray.tracking import store
+from tests.sprites import MODEL
+
+SAMPLES = 96
+PLAIN = {
+    "name": "small",
+    "title": "Small",
+    "question": "Does it run?",
+    "base": {
+        "space": {"height": 8, "width": 8},
+        "modalities": {"pixels": {"type": "image"}, "masked": {"type": "masked_image"}},
+        "tasks": {
+            "generate": {"roles": {"pixels": "generated"}},
+            "restore": {"drop": 0, "roles": {"masked": "given", "pixels": "generated"}},
+        },
+        "model": MODEL,
+        "train": {"samples": SAMPLES, "global_batch": 16, "warmup_samples": 16, "log_every_samples": 32},
+        "checkpoint": {"every_samples": 32},
+        "evaluate": {"rows": 10, "steps": 2, "repeats": 2},
+        "workers": {"count": 0, "threads": 1},
+    },
+    "presets": {"smoke": {"seeds": [0, 1], "overrides": []}},
+    "methods": {
+        "both": {"title": "both tasks"},
+        "alone": {"title": "restoration alone", "overrides": ["tasks.generate.frequency=0"]},
+        "asked": {"title": "both, asked", "model": "both", "overrides": ["evaluate.inpaint=repaint"]},
+    },
+    "measures": {
+        name: {
+            "evaluators": ["restoration"],
+            "overrides": [
+                "modalities.masked.holes=[blocks]",
+                f"modalities.masked.ratio=[{ratio}, {ratio}]",
+            ],
+        }
+        for name, ratio in (("a third", 0.3), ("most", 0.8))
+    },
+    "curves": [
+        {
+            "name": "lpips",
+            "title": "Holes",
+            "figure": "pixels_from_masked/lpips",
+            "x": "share",
+            "points": {"a third": 0.3, "most": 0.8},
+        }
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def written(sprites, tmp_path_factory) -> Path:
+    """Return a folder with the experiment's file."""
+    folder = tmp_path_factory.mktemp("experiment")
+    plain = {**PLAIN, "base": {**PLAIN["base"], "data": {"sources": [{"uri": sprites}]}}}
+    (folder / "small.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(written, ray_cluster) -> Path:
+    """Return the folder with the experiment's result."""
+    assert main(words(written)) == 0
+    return written
+
+
+def words(folder: Path, *more: str) -> list[str]:
+    arguments = [
+        "experiment",
+        str(folder / "small.yaml"),
+        "--preset",
+        "smoke",
+        "--runs",
+        str(folder / "runs"),
+    ]
+    return [*arguments, "--out", str(folder / "result"), *more]
+
+
+def result(folder: Path, name: str = "result") -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_table_holds_every_method_rule_and_cost(done):
+    found = result(done)
+    assert found["missing"] == []
+    assert {(cell["method"], cell["seed"], cell["samples_seen"]) for cell in found["cells"]} == {
+        (method, seed, SAMPLES) for method in ("both", "alone") for seed in (0, 1)
+    }
+    lines = {
+        (line["measure"], line["method"]): line
+        for line in found["figures"]
+        if line["figure"] == "pixels_from_masked/lpips"
+    }
+    assert {method for _, method in lines} == {
+        "both", "alone", "asked", "rule: mean visible colour", "rule: nearest visible pixel"
+    }  # fmt: skip
+    for line in lines.values():
+        assert line["seeds"] == [0, 1] and line["rows"] == 10
+        assert line["interval"][0] <= line["mean"] <= line["interval"][1]
+        if line["method"] != "both":
+            assert line["difference"] == pytest.approx(lines[line["measure"], "both"]["mean"] - line["mean"])
+    harder, easier = (lines[measure, "rule: mean visible colour"]["mean"] for measure in ("most", "a third"))
+    assert harder > easier
+    page = (done / "result.md").read_text()
+    assert "| both tasks |" in page and "| both, asked |" in page and "## Cost" in page
+    assert (done / "result-lpips.png").stat().st_size > 5000
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_cells_are_child_runs_of_one_run_with_losses_and_figures(done):
+    uri = f"sqlite:///{done / 'runs' / 'mlflow.db'}"
+    client = store.client(uri)
+    experiment = client.get_experiment_by_name("experiment-small")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"small-smoke", "both-0", "alone-0", "both-1", "alone-1"}
+    parent = runs.pop("small-smoke")
+    assert parent.info.status == "FINISHED"
+    for run in runs.values():
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id and run.info.status == "FINISHED"
+        assert "loss/total" in run.data.metrics
+    assert "asked.most/pixels_from_masked/lpips" in runs["both-0"].data.metrics
+    assert [file.path for file in client.list_artifacts(parent.info.run_id, "result")] == [
+        "result/result-lpips.png", "result/result.json", "result/result.md"
+    ]  # fmt: skip
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_second_run_does_nothing_again_and_says_the_same(done):
+    before = result(done)
+    weights = done / "runs" / "small-smoke" / "both-0" / "export" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert main(words(done)) == 0
+    assert result(done) == before and weights.stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_a_cell_made_elsewhere_in_one_process_counts_in_the_table(done, tmp_path):
+    file, runs = str(done / "small.yaml"), tmp_path / "runs"
+    assert cells.main([file, "both", "0", "--preset", "smoke", "--runs", str(runs)]) == 0
+    folder = "runs/small-smoke/both-0/export"
+    ours, theirs = (
+        np.frombuffer((place / folder / "model.safetensors").read_bytes(), np.uint8)
+        for place in (done, tmp_path)
+    )
+    assert np.array_equal(ours, theirs)
+    shutil.copytree(done / "runs", tmp_path / "all")
+    shutil.rmtree(tmp_path / "all" / "small-smoke" / "both-0")
+    experiment = load_experiment(file, "smoke")
+    assert table.result(experiment, tmp_path / "all")["missing"] == ["both-0"]
+    shutil.copytree(runs / "small-smoke" / "both-0", tmp_path / "all" / "small-smoke" / "both-0")
+    cell = experiment.cells()[0]
+    cells.measure_cell(experiment, cell, cells.cell_folder(experiment, cell, tmp_path / "all"), print)
+    merged = table.result(experiment, tmp_path / "all")
+    assert merged["missing"] == []
+    assert merged["figures"] == result(done)["figures"]
+
+
+@pytest.mark.slow
+def test_a_cell_that_is_killed_goes_on_and_ends_with_the_same_model(done, tmp_path):
+    runs = tmp_path / "runs"
+    command = [sys.executable, "-m", "mmdiff_ray.experiments.cell", str(done / "small.yaml"), "alone", "1"]
+    command += ["--preset", "smoke", "--runs", str(runs)]
+    folder = runs / "small-smoke" / "alone-1"
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/*/state.json")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed_before_its_end = not (folder / "export").exists()
+    assert cells.main([*command[3:]]) == 0
+    export = "runs/small-smoke/alone-1/export/model.safetensors"
+    assert (tmp_path / export).read_bytes() == (done / export).read_bytes()
+    assert killed_before_its_end or process.returncode == 0
+
+
+@pytest.mark.slow
+def test_other_settings_than_those_a_cell_was_trained_with_are_refused(done, tmp_path, capsys):
+    plain = yaml.safe_load((done / "small.yaml").read_text())
+    plain["base"]["train"]["samples"] = 2 * SAMPLES
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    runs = str(done / "runs")
+    assert cells.main([str(tmp_path / "small.yaml"), "both", "0", "--preset", "smoke", "--runs", runs]) == 2
+    assert "was trained with other settings than the experiment asks for now" in capsys.readouterr().err

@@ -1,0 +1,117 @@
+"""Experiments as they are written: cells, what asks whose model, and mistakes by their name."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.experiments.spec import FOLDER, load_experiment
+
+PLAIN = {
+    "name": "small",
+    "base": {
+        "modalities": {"pixels": {"type": "image"}, "masked": {"type": "masked_image"}},
+        "tasks": {
+            "generate": {"roles": {"pixels": "generated"}},
+            "restore": {"roles": {"masked": "given", "pixels": "generated"}},
+        },
+        "train": {"samples": 1000, "global_batch": 8},
+    },
+    "presets": {"smoke": {"seeds": [3, 4], "overrides": ["train.samples=64"]}},
+    "methods": {
+        "both": {"title": "both"},
+        "half": {"title": "half", "share": 0.5, "seeds": 1, "overrides": ["tasks.generate.frequency=0"]},
+        "asked": {"title": "asked", "model": "both", "overrides": ["evaluate.inpaint=repaint"]},
+    },
+    "measures": {
+        "thirty": {"evaluators": ["restoration"], "overrides": ["modalities.masked.ratio=[0.3, 0.3]"]},
+        "joint": {"evaluators": ["joint"], "methods": ["both"]},
+    },
+}
+
+
+def written(folder: Path, **changes) -> str:
+    plain = copy.deepcopy(PLAIN)
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        place = plain
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    file = folder / "small.yaml"
+    file.write_text(yaml.safe_dump(plain, sort_keys=False))
+    return str(file)
+
+
+def test_cells_are_methods_by_seeds_the_first_seed_of_all_first(tmp_path):
+    experiment = load_experiment(written(tmp_path), "smoke")
+    assert [cell.key for cell in experiment.cells()] == ["both-3", "half-3", "both-4"]
+    assert [m.name for m in experiment.askers(experiment.methods["both"])] == ["both", "asked"]
+    assert [m.name for m in experiment.askers(experiment.methods["half"])] == ["half"]
+    assert [m.name for m in experiment.measures_of(experiment.methods["half"])] == ["thirty"]
+
+
+def test_a_cell_trains_with_its_own_overrides_seed_and_share(tmp_path):
+    experiment = load_experiment(written(tmp_path), "smoke")
+    both, half = (experiment.config(cell, tmp_path) for cell in experiment.cells()[:2])
+    assert (both.seed, both.train.samples, both.tasks["generate"].frequency) == (3, 64, 1)
+    assert (half.seed, half.train.samples, half.tasks["generate"].frequency) == (3, 32, 0)
+
+
+def test_a_model_is_asked_as_method_and_measure_say(tmp_path):
+    experiment = load_experiment(written(tmp_path), "smoke")
+    config = experiment.config(experiment.cells()[0], tmp_path)
+    measure = experiment.measures["thirty"]
+    asked = experiment.asked(config, experiment.methods["asked"], measure)
+    assert asked.evaluate.inpaint == "repaint" and asked.evaluate.evaluators == ["restoration"]
+    assert asked.modalities["masked"].ratio == [0.3, 0.3]
+    assert experiment.asked(config, experiment.methods["both"], measure).evaluate.inpaint == "given"
+
+
+@pytest.mark.parametrize(
+    ("changes", "preset", "words"),
+    [
+        ({}, "large", r"preset: unknown 'large'; known: smoke"),
+        ({"metods": {}}, "smoke", r"experiment: unknown key 'metods'.*did you mean 'methods'"),
+        ({"measures": {}}, "smoke", r"measures is missing"),
+        ({"methods__half__shre": 1}, "smoke", r"methods.half: unknown key 'shre'.*did you mean 'share'"),
+        ({"methods__asked__model": "bth"}, "smoke", r"methods.asked.model: unknown 'bth'; known: both, half"),
+        ({"methods__asked__model": "asked"}, "smoke", r"methods.asked.model: unknown 'asked'"),
+        ({"main": "ours"}, "smoke", r"main: unknown 'ours'; known: both, half, asked"),
+        ({"measures__joint__methods": ["bot"]}, "smoke", r"measures.joint.methods: unknown 'bot'"),
+        ({"presets__smoke__measures": ["x"]}, "smoke", r"presets.smoke.measures: unknown 'x'"),
+        ({"measures__joint": {}}, "smoke", r"measures.joint: .*evaluators"),
+    ],
+)
+def test_mistakes_are_named_with_the_file(tmp_path, changes, preset, words):
+    with pytest.raises(ConfigError, match=rf"small\.yaml: {words}"):
+        load_experiment(written(tmp_path, **changes), preset)
+
+
+def test_a_wrong_override_is_told_with_its_method(tmp_path):
+    experiment = load_experiment(written(tmp_path, methods__half__overrides=["train.smples=3"]), "smoke")
+    with pytest.raises(ConfigError, match=r"small, method half: train.smples: unknown key"):
+        experiment.config(experiment.cells()[1], tmp_path)
+
+
+def test_an_unknown_experiment_is_answered_with_those_there_are():
+    with pytest.raises(ConfigError, match=r"unknown 'masked_imge'; known: .*did you mean 'masked_image'"):
+        load_experiment("masked_imge", "smoke")
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("preset", ["smoke", "small", "gpu"])
+def test_shipped_experiments_make_a_checked_configuration_for_every_cell_and_measure(file, preset):
+    experiment = load_experiment(str(file), preset)
+    assert experiment.name == file.stem and experiment.question and experiment.title
+    for cell in experiment.cells():
+        if cell.seed != experiment.preset.seeds[0]:
+            continue
+        config = experiment.config(cell, Path("runs"))
+        for method in experiment.askers(cell.method):
+            for measure in experiment.measures_of(method):
+                experiment.asked(config, method, measure)
+    for curve in experiment.curves:
+        assert set(curve["points"]) <= set(experiment.measures)
