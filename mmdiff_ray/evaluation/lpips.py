@@ -33,7 +33,7 @@ class Lpips:
         self.backbone = backbone
         self.device = torch.device(device)
         self.batch = batch
-        self._network: Any = _network(backbone).to(self.device)
+        self._network = _network(backbone).to(self.device)
         self._mapping = copy.copy(self._network)  # the same weights
         self._mapping.spatial = True
 
@@ -120,7 +120,7 @@ def _signed(images: Tensor) -> Tensor:
     return images.float()
 
 
-def _network(backbone: str) -> nn.Module:
+def _network(backbone: str) -> Any:
     """Return the package's network with real weights, frozen.
 
     It is built without memory and then filled, so nothing in it is ever random: what stays empty raises.

@@ -94,9 +94,8 @@ def lpips_within(distance: Lpips, answer: np.ndarray, truth: Tensor, mask: np.nd
     answer, truth: uint8 (n, 3, H, W); mask: bool (n, H, W).
     """
     found = distance.within(torch.from_numpy(answer), truth, torch.from_numpy(mask)).double().cpu().numpy()
-    counts = mask.any(axis=(1, 2))
-    found[~counts] = 0
-    return Tally(found, counts.astype(np.float64))
+    counts = mask.reshape(len(mask), -1).any(axis=1)
+    return Tally(np.where(counts, found, 0.0), np.where(counts, 1.0, 0.0))
 
 
 def _picture(
