@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from mmdiff_ray.evaluation.conditional import class_counts
 from mmdiff_ray.evaluation.context import CHUNK, Context, Figure, Findings
 from mmdiff_ray.evaluation.floors import majority_class
 from mmdiff_ray.evaluation.statistics import mean_of
@@ -21,27 +22,28 @@ def evaluate_calibration(context: Context) -> Findings:
 
     The head is asked at t = 1 alone, where z_t is the prior's noise and what is given: at smaller t the code
     of the label that was sampled shows in z_t, and the head repeats it with a confidence of its own. Without
-    guidance, which sharpens what a head says. `head_nll` is in nats; its floor is the frequencies of the
-    rows' classes, the best that one answer for all can do. The calibration error is no sum over rows and has
-    no tally; it has no floor either, for the class frequencies are calibrated by definition.
+    guidance, which sharpens what a head says. `head_nll` is in nats; its floor are the frequencies of the
+    data set's classes, each counted once more than it is there. The calibration error is no sum over rows and
+    has no tally; it has no floor either, for one answer for all that is the frequencies is always calibrated.
     """
     findings = Findings()
     instances = context.asked(LabelModality)
     probabilities = first_step(context, list(instances))
-    for name in instances:
+    for name, modality in instances.items():
         rows = context.rows_with(name, context.anchor)
         if not rows.any():
             continue
         said, truth = probabilities[name][rows], context.truth(name, rows).numpy()
-        counts = np.bincount(truth, minlength=said.shape[1])
-        frequencies = np.broadcast_to(counts / counts.sum(), said.shape)
+        counts = class_counts(context, modality, truth)
+        smooth = np.array(counts) + 1
+        frequencies = np.broadcast_to(smooth / smooth.sum(), said.shape)
         nll = {
             "model": mean_of(negative_log_likelihood(said, truth)),
             "class frequencies": mean_of(negative_log_likelihood(frequencies, truth)),
         }
         accuracy = {
             "model": mean_of(said.argmax(1) == truth),
-            "majority class": mean_of(truth == majority_class(counts.tolist())),
+            "majority class": mean_of(truth == majority_class(counts)),
         }
         error = calibration_error(said, truth)
         findings.figures.extend(

@@ -65,7 +65,7 @@ def evaluate_labels(context: Context) -> Findings:
         if rows.any():
             truth = context.truth(name, rows).numpy()
             answer = context.answer(name, rows)
-            common = majority_class(_train_counts(context, modality, truth))
+            common = majority_class(class_counts(context, modality, truth))
             tallies = {"model": mean_of(answer == truth), "majority class": mean_of(truth == common)}
             findings.figures.append(Figure.of(f"{name}/accuracy", "higher", tallies))
     return findings
@@ -89,7 +89,8 @@ def evaluate_embeddings(context: Context) -> Findings:
     return findings
 
 
-def _train_counts(context: Context, modality: Any, truth: np.ndarray) -> list[int]:
+def class_counts(context: Context, modality: Any, truth: np.ndarray) -> list[int]:
+    """Return how often the data set has each class, or where that is not known, the rows. truth: int (n,)."""
     counts = context.columns.get(modality.column, {}).get("counts")
     return list(counts) if counts else np.bincount(truth, minlength=modality.prediction_channels).tolist()
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import entropy
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss
 
@@ -90,15 +89,29 @@ def test_the_head_is_asked_on_prior_noise_that_holds_no_label(context: Context) 
 def test_figures_are_tallies_beside_what_the_class_frequencies_reach(context: Context) -> None:
     found = {figure.key: figure for figure in evaluate_calibration(context).figures}
     assert set(found) == {f"shape/head_{metric}" for metric in ("accuracy", "nll", "calibration_error")}
-    truth = context.truth("shape").numpy()
-    nll = found["shape/head_nll"]
-    assert nll.floors == pytest.approx({"class frequencies": entropy(np.bincount(truth))})
+    truth, nll = context.truth("shape").numpy(), found["shape/head_nll"]
     assert nll.rows == ROWS and len(nll.tallies["model"]) == ROWS
-    assert found["shape/head_accuracy"].floors["majority class"] == np.bincount(truth).max() / ROWS
+    counts = np.bincount(truth, minlength=6)
+    chances = np.tile((counts + 1) / (ROWS + 6), (ROWS, 1))
+    assert nll.floors == pytest.approx({"class frequencies": log_loss(truth, chances, labels=range(6))})
+    assert found["shape/head_accuracy"].floors["majority class"] == counts.max() / ROWS
     said = first_step(context, ["shape"])["shape"]
     assert nll.value == pytest.approx(-np.log(said[np.arange(ROWS), truth]).mean())
     assert found["shape/head_accuracy"].value == (said.argmax(1) == truth).mean()
     assert found["shape/head_calibration_error"].value == pytest.approx(calibration_error(said, truth))
+
+
+def test_rules_count_the_classes_of_the_data_set_where_they_are_known(context: Context) -> None:
+    """All but two rows of this data set are of the last class: the rules bet on it, whatever comes."""
+    counts = [0, 1, 0, 1, 0, 98]
+    known = Context(context.model, context.batch, {"shape": {"counts": counts}})
+    found = {figure.key: figure for figure in evaluate_calibration(known).figures}
+    truth = context.truth("shape").numpy()
+    assert found["shape/head_accuracy"].floors == {"majority class": (truth == 5).mean()}
+    chances = (np.array(counts) + 1) / 106
+    assert found["shape/head_nll"].floors["class frequencies"] == pytest.approx(
+        -np.log(chances[truth]).mean()
+    )
 
 
 def test_without_a_label_from_the_anchor_there_is_nothing_to_ask(sprites: str) -> None:
