@@ -34,7 +34,8 @@ def evaluate_fidelity(context: Context) -> Findings:
     """Measure joint samples' anchor images against real held-out images, as many as there are.
 
     `ANCHOR/METRIC_lpips_alex`: all samples against all real images; the floor is the real images with their
-    pixels shuffled, each its own: the right colours and nothing else. `.../real_METRIC_lpips_alex` is a
+    pixels shuffled, each its own: the right colours and nothing else (a low floor, about 0 for all but the
+    Frechet distance, unless images or their number are tiny). `.../real_METRIC_lpips_alex` is a
     ceiling: one half of the real images against the other. A Frechet distance is larger the fewer images it
     is taken from, so `.../half_frechet_lpips_alex` is what as many samples score against that other half:
     only this compares with the ceiling. All distances are to held-out images: pictures learned by heart from

@@ -81,7 +81,8 @@ class Lpips:
         """Return what the backbone sees in images, (B, D) float32 on the metric's device.
 
         The activations of the five layers that LPIPS compares (after ReLU, not normalised), each averaged
-        over space, one behind the other: D is 1152 for AlexNet and 1472 for VGG16. images: (B, 3, H, W), in
+        over space, one behind the other: D is 1152 for AlexNet and 1472 for VGG16. They are as large as the
+        network makes them, so that layers whose activations are larger weigh more. images: (B, 3, H, W), in
         values and size as for the distance. Raises ValueError for anything else.
         """
         if images.dim() != 4 or images.shape[1] != 3:

@@ -132,7 +132,7 @@ def test_samples_stand_beside_shuffled_pixels_and_between_halves_of_real_images(
     )
 
 
-def test_real_images_in_place_of_samples_beat_every_floor(sprites: str) -> None:
+def test_real_images_in_place_of_samples_are_at_no_distance_and_shuffled_ones_are_far(sprites: str) -> None:
     context = context_of(sprites, 18)
     context.sampled().data["pixels"] = context.truth("pixels").flip(0)
     found = {figure.key: figure for figure in evaluate_fidelity(context).figures}
