@@ -77,7 +77,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:  # type: ignore[typ
         "build a data set of shards from a raw source",
         "mmdiff data build folder --source photos --out data/photos --size 64",
     )
-    build.add_argument("pipeline", help="openmoji, sprites, folder, or one of your own")
+    build.add_argument("pipeline", help="openmoji, sprites, fashion_mnist, digits, folder, or your own")
     build.add_argument(
         "--out", required=True, help="where to: a folder, or any URI of pyarrow (s3://bucket/name)"
     )

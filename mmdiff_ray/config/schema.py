@@ -220,8 +220,8 @@ class EvaluateConfig:
     evaluators: registered names. split, rows: of which split, and how many at most. every_samples: how often
     (0 = only at the end). sampler, steps, guidance: how samples are drawn. inpaint: how holes are filled:
     given, the masked image is given to the model; repaint, the visible pixels of a sample are replaced at
-    every step, which is taken `repeats` times (for models that were never given one). grid_rows: rows in a
-    picture.
+    every step, which is taken `repeats` times (for models that were never given one). lpips: backbones that
+    it is measured with, alex or vgg. grid_rows: rows in a picture.
     """
 
     evaluators: list[str] | None = None
@@ -233,6 +233,7 @@ class EvaluateConfig:
     guidance: float = 1.0
     inpaint: str = "given"
     repeats: int = 4
+    lpips: list[str] = field(default_factory=lambda: ["alex"])
     grid_rows: int = 8
 
 

@@ -15,7 +15,7 @@ from mmdiff_ray.evaluation.floors import (
 )
 from mmdiff_ray.evaluation.grids import Panel, grid
 from mmdiff_ray.evaluation.retrieval import cosine
-from mmdiff_ray.evaluation.segmentation import foreground_iou, mean_iou_tally
+from mmdiff_ray.evaluation.segmentation import boundary_f, foreground_iou, mean_iou_tally
 from mmdiff_ray.evaluation.statistics import mean_of
 from mmdiff_ray.modalities.embedding import EmbeddingModality
 from mmdiff_ray.modalities.image import ImageModality
@@ -26,14 +26,15 @@ from mmdiff_ray.registry import register
 
 @register("evaluator", "segmentation")
 def evaluate_segmentation(context: Context) -> Findings:
-    """Measure masks from the given anchor: foreground IoU (two classes) or mean IoU, and picture them."""
+    """Measure masks from the given anchor: foreground IoU (two classes) or mean IoU, and boundary F; picture
+    them."""
     findings, answers = Findings(), []
-    for name, modality in _asked(context, MaskModality).items():
+    for name, modality in context.asked(MaskModality).items():
         rows = context.rows_with(name, context.anchor)
         if not rows.any():
             continue
         truth = context.truth(name, rows).numpy()
-        answer = context.sampled(context.anchor).data[name][torch.from_numpy(rows)].numpy()
+        answer = context.answer(name, rows)
         rules = _mask_rules(context, modality, rows)
         masks = {"model": answer, **rules}
         if modality.prediction_channels == 2:
@@ -42,7 +43,9 @@ def evaluate_segmentation(context: Context) -> Findings:
         else:
             metric, classes = "miou", modality.prediction_channels
             tallies = {rule: mean_iou_tally(mask, truth, classes) for rule, mask in masks.items()}
+        edges = {rule: mean_of(boundary_f(mask, truth)) for rule, mask in masks.items()}
         findings.figures.append(Figure.of(f"{name}/{metric}", "higher", tallies))
+        findings.figures.append(Figure.of(f"{name}/boundary_f", "higher", edges))
         answers.append((name, modality, rows, answer, truth, rules))
     shared = np.logical_and.reduce([rows for _, _, rows, *_ in answers])
     if answers and shared.any():
@@ -57,12 +60,12 @@ def evaluate_segmentation(context: Context) -> Findings:
 def evaluate_labels(context: Context) -> Findings:
     """Measure labels from the given anchor: accuracy, beside the majority class of the rows."""
     findings = Findings()
-    for name, modality in _asked(context, LabelModality).items():
+    for name, modality in context.asked(LabelModality).items():
         rows = context.rows_with(name, context.anchor)
         if rows.any():
             truth = context.truth(name, rows).numpy()
-            answer = context.sampled(context.anchor).data[name][torch.from_numpy(rows)].numpy()
-            common = majority_class(_train_counts(context, modality, truth))
+            answer = context.answer(name, rows)
+            common = majority_class(class_counts(context, modality, truth))
             tallies = {"model": mean_of(answer == truth), "majority class": mean_of(truth == common)}
             findings.figures.append(Figure.of(f"{name}/accuracy", "higher", tallies))
     return findings
@@ -72,11 +75,11 @@ def evaluate_labels(context: Context) -> Findings:
 def evaluate_embeddings(context: Context) -> Findings:
     """Measure embeddings from the given anchor: cosine to the truth, beside the mean embedding."""
     findings = Findings()
-    for name in _asked(context, EmbeddingModality):
+    for name in context.asked(EmbeddingModality):
         rows = context.rows_with(name, context.anchor)
         if rows.any():
             truth = context.truth(name, rows).numpy()
-            answer = context.sampled(context.anchor).data[name][torch.from_numpy(rows)].numpy()
+            answer = context.answer(name, rows)
             mean = np.broadcast_to(mean_embedding(truth), truth.shape)
             tallies = {
                 "model": mean_of(cosine(answer, truth)),
@@ -86,12 +89,8 @@ def evaluate_embeddings(context: Context) -> Findings:
     return findings
 
 
-def _asked(context: Context, kind: type) -> dict[str, Any]:
-    """Return the instances of a type that some task generates from the given anchor."""
-    return {name: m for name, m in context.instances(kind).items() if context.trained(name, context.anchor)}
-
-
-def _train_counts(context: Context, modality: Any, truth: np.ndarray) -> list[int]:
+def class_counts(context: Context, modality: Any, truth: np.ndarray) -> list[int]:
+    """Return how often the data set has each class, or where that is not known, the rows. truth: int (n,)."""
     counts = context.columns.get(modality.column, {}).get("counts")
     return list(counts) if counts else np.bincount(truth, minlength=modality.prediction_channels).tolist()
 

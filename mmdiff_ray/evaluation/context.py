@@ -3,6 +3,7 @@ them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,6 +97,10 @@ class Context:
             if task.frequency > 0
         )
 
+    def asked(self, kind: type[Modality]) -> dict[str, Any]:
+        """Return the instances of a type that some task generates from the given anchor, by name."""
+        return {name: m for name, m in self.instances(kind).items() if self.trained(name, self.anchor)}
+
     def rows_with(self, *names: str) -> np.ndarray:
         """Return which real rows have all of these instances, bool (B,)."""
         has = self.batch.real.clone()
@@ -106,6 +111,10 @@ class Context:
     def truth(self, name: str, rows: np.ndarray | slice = slice(None)) -> Tensor:
         """Return the data of an instance in some rows, on the CPU."""
         return self.batch.data[name].cpu()[rows]
+
+    def answer(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Return what was sampled of an instance from the given anchor, in some rows. rows: bool (B,)."""
+        return self.sampled(self.anchor).data[name][torch.from_numpy(rows)].numpy()
 
     def sampled(self, *given: str) -> Samples:
         """Return one sample of everything else for every row, with these instances given from the row."""

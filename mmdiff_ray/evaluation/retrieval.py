@@ -2,7 +2,37 @@
 
 import numpy as np
 
+from mmdiff_ray.evaluation.context import Context, Figure, Findings
+from mmdiff_ray.evaluation.statistics import mean_of
+from mmdiff_ray.modalities.embedding import EmbeddingModality
+from mmdiff_ray.registry import register
+
 BLOCK = 1024
+RECALLED = (1, 10)
+"""How many of the nearest rows are looked at."""
+
+
+@register("evaluator", "retrieval")
+def evaluate_retrieval(context: Context) -> Findings:
+    """Measure how often an embedding made from the given anchor finds its own row among all evaluated rows.
+
+    The gallery holds the true embeddings of the n rows that have instance and anchor; recall at k is left out
+    where k >= n, since it is then 1 of any answer. The floor is chance, k / n. Intervals over rows draw
+    queries anew and leave the gallery as it is.
+    """
+    findings = Findings()
+    for name in context.asked(EmbeddingModality):
+        rows = context.rows_with(name, context.anchor)
+        count = int(rows.sum())
+        truth = context.truth(name, rows).numpy()
+        for k in RECALLED:
+            if k < count:
+                tallies = {
+                    "model": mean_of(found_at_k(context.answer(name, rows), truth, k)),
+                    "chance": mean_of(np.full(count, k / count)),
+                }
+                findings.figures.append(Figure.of(f"{name}/recall_at_{k}", "higher", tallies))
+    return findings
 
 
 def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -14,7 +44,15 @@ def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def recall_at_k(queries: np.ndarray, gallery: np.ndarray, k: int) -> float:
-    """Return the share of queries whose own gallery row is among their k nearest by cosine, in [0, 1].
+    """Return the share of queries that find their own row, the mean of `found_at_k`, in [0, 1].
+
+    Raises ValueError as it does.
+    """
+    return float(found_at_k(queries, gallery, k).mean())
+
+
+def found_at_k(queries: np.ndarray, gallery: np.ndarray, k: int) -> np.ndarray:
+    """Return whether each query's own gallery row is among its k nearest by cosine, float64 (n,) in [0, 1].
 
     queries, gallery: (n, D), row i belongs to row i. Equal cosines share their places: a query whose own row
     ties with others counts as the chance that a random order of them puts it among the k. So a constant
@@ -27,7 +65,7 @@ def recall_at_k(queries: np.ndarray, gallery: np.ndarray, k: int) -> float:
         )
     q, g = _unit(queries), _unit(gallery)
     starts = range(0, len(q), BLOCK)
-    return sum(_found(q[start : start + BLOCK] @ g.T, start, k) for start in starts) / len(q)
+    return np.concatenate([_found(q[start : start + BLOCK] @ g.T, start, k) for start in starts])
 
 
 def recall_both_ways(first: np.ndarray, second: np.ndarray, k: int) -> tuple[float, float]:
@@ -35,12 +73,12 @@ def recall_both_ways(first: np.ndarray, second: np.ndarray, k: int) -> tuple[flo
     return recall_at_k(first, second, k), recall_at_k(second, first, k)
 
 
-def _found(similarity: np.ndarray, start: int, k: int) -> float:
-    """Return how many of a block of queries (b, n) find their own row, columns start to start + b."""
+def _found(similarity: np.ndarray, start: int, k: int) -> np.ndarray:
+    """Return whether each of a block of queries (b, n) finds its own, column start + its place; (b,)."""
     own = similarity[np.arange(len(similarity)), start + np.arange(len(similarity))][:, None]
     same = np.isclose(similarity, own, rtol=0, atol=1e-9)
     nearer = ((similarity > own) & ~same).sum(axis=1)
-    return float(np.clip((k - nearer) / same.sum(axis=1), 0, 1).sum())
+    return np.clip((k - nearer) / same.sum(axis=1), 0, 1)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

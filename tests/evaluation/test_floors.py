@@ -8,6 +8,9 @@ def an_image(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
+FILLS = [floors.mean_visible_colour, floors.nearest_visible_pixel, floors.biharmonic]
+
+
 def test_the_hole_gets_the_mean_of_what_is_visible() -> None:
     image = np.array([[[10, 20, 200]], [[0, 5, 200]], [[255, 255, 200]]], dtype=np.uint8)  # (3, 1, 3)
     filled = floors.mean_visible_colour(image, np.array([[1, 1, 0]]))
@@ -34,20 +37,45 @@ def test_the_nearest_visible_pixel_is_the_one_that_a_search_finds() -> None:
             assert any(np.array_equal(answer[:, y, x], image[:, v, u]) for v, u in nearest)
 
 
-@pytest.mark.parametrize("fill", [floors.mean_visible_colour, floors.nearest_visible_pixel])
+@pytest.mark.parametrize("fill", FILLS)
 def test_where_nothing_is_visible_all_is_mid_grey(fill) -> None:
     hidden = np.zeros((4, 4), dtype=np.uint8)
     assert (fill(an_image(3, 4, 4), hidden) == 128).all()
     assert (fill(an_image(3, 4, 4) / 255.0, hidden) == 0).all()
 
 
-@pytest.mark.parametrize("fill", [floors.mean_visible_colour, floors.nearest_visible_pixel])
+@pytest.mark.parametrize("fill", FILLS)
 def test_what_is_visible_stays_and_the_image_given_is_not_touched(fill) -> None:
     image, visible = an_image(2, 3, 6, 6), an_image(2, 6, 6, seed=1) > 128
     before = image.copy()
     filled = fill(image, visible)
     assert np.array_equal(np.moveaxis(filled, 1, -1)[visible], np.moveaxis(before, 1, -1)[visible])
     assert np.array_equal(image, before)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float64])
+def test_a_gradient_of_colour_goes_on_smoothly_through_a_hole(kind: type) -> None:
+    """A plane of colour is biharmonic: the fill gives it back, where the nearest pixel does not."""
+    y, x = np.mgrid[0:16, 0:16]
+    plane = np.stack([10 * x + 40, 8 * y + 60, 5 * x + 5 * y + 30])
+    image = plane.astype(np.uint8) if kind == np.uint8 else plane / 127.5 - 1
+    visible = np.ones((16, 16), dtype=bool)
+    visible[5:11, 5:11] = False
+    holed = np.where(visible, image, 0).astype(image.dtype)
+    filled = floors.biharmonic(holed, visible)
+    assert filled.dtype == image.dtype
+    assert filled == pytest.approx(image, abs=1e-6)
+    assert abs(floors.nearest_visible_pixel(holed, visible).astype(float) - image).max() > 0.1
+
+
+def test_a_smooth_fill_stays_in_the_range_of_colours() -> None:
+    """Beyond an edge the smooth surface rises above white: it is cut there, and does not wrap around."""
+    image = np.zeros((3, 12, 12), dtype=np.uint8)
+    image[:, :, 2:4] = 255
+    visible = np.ones((12, 12), dtype=bool)
+    visible[:, 4:] = False
+    filled = floors.biharmonic(image, visible)
+    assert (filled[:, :, 4] == 255).all() and (np.diff(filled[0, 6, 4:].astype(int)) <= 0).all()
 
 
 def a_ring() -> np.ndarray:

@@ -146,6 +146,85 @@ def test_loading_lpips_opens_no_connection_and_leaves_the_random_state_alone(
     assert list(tmp_path.iterdir()) == []
 
 
+# --- within a mask, and features ----------------------------------------------------------------------------
+
+
+def map_by_the_formula(a: Tensor, b: Tensor, backbone: str) -> Tensor:
+    """Return the map of LPIPS (B, H, W): every layer's weighted squared differences, spread bilinearly."""
+    import lpips
+
+    file = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{backbone}.pth"
+    linear = torch.load(file, map_location="cpu", weights_only=True)
+    total = torch.zeros(len(a), *a.shape[2:])
+    for number, (f, g) in enumerate(zip(features(a, backbone), features(b, backbone), strict=True)):
+        difference = (f / f.norm(dim=1, keepdim=True) - g / g.norm(dim=1, keepdim=True)) ** 2
+        weighted = (difference * linear[f"lin{number}.model.1.weight"]).sum(dim=1, keepdim=True)
+        total += interpolate(weighted, size=a.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    return total
+
+
+def the_left_part(size: int, width: int, count: int = 1) -> Tensor:
+    mask = torch.zeros(count, size, size, dtype=torch.bool)
+    mask[:, :, :width] = True
+    return mask
+
+
+@pytest.mark.parametrize("backbone", ["alex", "vgg"])
+def test_lpips_within_a_mask_is_the_mean_of_its_map_there(backbone: str) -> None:
+    first, second = (image.float() / 127.5 - 1 for image in a_pair(96))
+    mask = the_left_part(96, 30)
+    expected = map_by_the_formula(first, second, backbone)[mask].mean().item()
+    assert Lpips(backbone).within(first, second, mask).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_small_images_and_their_masks_are_enlarged_alike(alex: Lpips) -> None:
+    first, second = (image.float() / 127.5 - 1 for image in a_pair(32))
+    a, b = (interpolate(i, size=(64, 64), mode="bilinear", align_corners=False) for i in (first, second))
+    expected = alex.within(a, b, the_left_part(64, 20))
+    assert torch.allclose(alex.within(first, second, the_left_part(32, 10)), expected, atol=1e-6)
+
+
+def test_a_difference_weighs_where_it_is_and_asking_changes_no_distance(alex: Lpips) -> None:
+    first, second = a_pair()
+    before = alex(first, second)
+    mixed = torch.where(the_left_part(64, 24)[:, None], second, first)
+    inside = alex.within(first, mixed, the_left_part(64, 24))
+    assert inside > 2 * alex.within(first, mixed, ~the_left_part(64, 24))
+    assert alex.within(first, first, the_left_part(64, 24)).item() == 0
+    assert torch.equal(alex(first, second), before)
+
+
+def test_an_empty_mask_gives_nan_and_leaves_the_others_alone(alex: Lpips) -> None:
+    a, b = (torch.cat([image, image]) for image in a_pair())
+    masks = torch.cat([the_left_part(64, 20), the_left_part(64, 0)])
+    found = alex.within(a, b, masks)
+    assert found[0] == pytest.approx(alex.within(a[:1], b[:1], masks[:1]).item()) and found[1].isnan()
+    assert torch.allclose(Lpips("alex", batch=1).within(a, b, masks), found, atol=1e-6, equal_nan=True)
+
+
+def test_masks_of_another_size_or_kind_are_refused(alex: Lpips) -> None:
+    first, second = a_pair()
+    for mask in (the_left_part(32, 4), the_left_part(64, 4).float(), the_left_part(64, 4, count=2)):
+        with pytest.raises(ValueError, match=r"want a bool mask \(1, 64, 64\)"):
+            alex.within(first, second, mask)
+
+
+@pytest.mark.parametrize(("backbone", "numbers"), [("alex", 1152), ("vgg", 1472)])
+def test_features_are_the_means_of_the_layers_compared(backbone: str, numbers: int) -> None:
+    images = torch.cat(a_pair())
+    expected = torch.cat(
+        [layer.mean((2, 3)) for layer in features(images.float() / 127.5 - 1, backbone)], dim=1
+    )
+    found = Lpips(backbone, batch=1).features(images)
+    assert found.shape == (2, numbers)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_features_of_what_is_no_image_are_refused(alex: Lpips) -> None:
+    with pytest.raises(ValueError, match=r"features are of \(B, 3, H, W\); got \(2, 1, 64, 64\)"):
+        alex.features(torch.zeros(2, 1, 64, 64))
+
+
 # --- where the weights come from ----------------------------------------------------------------------------
 
 

@@ -4,7 +4,16 @@ from scipy.spatial.distance import cosine as cosine_distance
 from sklearn.metrics import top_k_accuracy_score
 
 from mmdiff_ray.evaluation import retrieval
-from mmdiff_ray.evaluation.retrieval import cosine, recall_at_k, recall_both_ways
+from mmdiff_ray.evaluation.context import Context
+from mmdiff_ray.evaluation.retrieval import (
+    cosine,
+    evaluate_retrieval,
+    found_at_k,
+    recall_at_k,
+    recall_both_ways,
+)
+from mmdiff_ray.evaluation.run import joined
+from tests import sprites as tiny
 
 
 def a_pair(rows: int = 60, noise: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -60,3 +69,38 @@ def test_what_does_not_belong_together_is_refused() -> None:
     for queries, gallery, k in ((first, second[:5], 1), (first, second, 0), (first[:0], second[:0], 1)):
         with pytest.raises(ValueError, match="want two"):
             recall_at_k(queries, gallery, k)
+
+
+def test_what_each_query_finds_adds_up_to_the_recall() -> None:
+    first, second = a_pair()
+    found = found_at_k(first, second, 5)
+    order = np.argsort([[cosine_distance(a, b) for b in second] for a in first], axis=1)[:, :5]
+    assert found.tolist() == [float(row in nearest) for row, nearest in enumerate(order)]
+    assert found.mean() == recall_at_k(first, second, 5)
+
+
+def context_of(sprites: str, rows: int, *overrides: str) -> Context:
+    job = tiny.job(sprites, *overrides)
+    batch = joined(tiny.held_out(job, rows, size=4))
+    return Context(tiny.generator(job), batch.where(batch.real))
+
+
+def test_embeddings_from_the_anchor_are_sought_among_the_rows(sprites: str) -> None:
+    context = context_of(sprites, 12)
+    found = {figure.key: figure for figure in evaluate_retrieval(context).figures}
+    assert set(found) == {"factors/recall_at_1", "factors/recall_at_10"}
+    answer = context.sampled("pixels").data["factors"].numpy()
+    for k in (1, 10):
+        figure = found[f"factors/recall_at_{k}"]
+        assert figure.value == pytest.approx(recall_at_k(answer, context.truth("factors").numpy(), k))
+        assert figure.floors == pytest.approx({"chance": k / 12})
+        assert figure.rows == len(figure.tallies["model"]) == 12
+
+
+def test_recall_among_no_more_rows_than_it_looks_at_is_left_out(sprites: str) -> None:
+    keys = [figure.key for figure in evaluate_retrieval(context_of(sprites, 10)).figures]
+    assert keys == ["factors/recall_at_1"]
+
+
+def test_embeddings_that_no_task_makes_from_the_anchor_are_not_sought(sprites: str) -> None:
+    assert not evaluate_retrieval(context_of(sprites, 12, "tasks.understand.roles.factors=absent")).figures

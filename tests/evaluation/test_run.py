@@ -10,8 +10,9 @@ from rich.console import Console
 
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.evaluation.conditional import mask_panels
+from mmdiff_ray.evaluation.conditional import evaluate_segmentation, mask_panels
 from mmdiff_ray.evaluation.context import Context, Figure
+from mmdiff_ray.evaluation.floors import nearest_palette_colour
 from mmdiff_ray.evaluation.run import (
     check_evaluators,
     chosen,
@@ -21,10 +22,11 @@ from mmdiff_ray.evaluation.run import (
     sample_pictures,
     tables,
 )
+from mmdiff_ray.evaluation.segmentation import boundary_f
 from mmdiff_ray.training.inference import Generator
 from tests import sprites as tiny
 
-ALL = ("segmentation", "labels", "embeddings", "joint", "bound")
+ALL = ("segmentation", "labels", "embeddings", "retrieval", "calibration", "joint", "bound")
 ROWS = 10
 
 
@@ -59,12 +61,28 @@ def by_key(findings) -> dict[str, Figure]:
 def test_every_evaluator_finds_finite_figures_beside_their_floors(findings):
     figures = by_key(findings)
     assert {"shapes/miou", "shape/accuracy", "factors/cosine", "shape/code_agreement"} <= set(figures)
+    assert {"shapes/boundary_f", "factors/recall_at_1", "shape/head_nll"} <= set(figures)
     for name, terms in {"pixels": "l0 l1 l3", "shapes": "l0 l1 l2", "factors": "l0 l1 l2"}.items():
         assert all(figures[f"{name}/{term}_nats"].bound for term in terms.split())
     for figure in figures.values():
         assert np.isfinite([figure.value, *figure.floors.values()]).all(), figure.key
     assert set(figures["shape/accuracy"].floors) == {"majority class"}
     assert set(findings.pictures) == {"joint", "masks_from_pixels"}
+
+
+def test_boundaries_are_measured_for_the_model_and_every_rule(sprites):
+    colors = "[null, [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255], [255, 0, 255]]"
+    model, batches = model_of(sprites, f"modalities.shapes.colors={colors}")
+    context = Context(model, joined(batches).rows(0, ROWS))
+    edges = {figure.key: figure for figure in evaluate_segmentation(context).figures}["shapes/boundary_f"]
+    truth, image = context.truth("shapes").numpy(), context.truth("pixels").numpy()
+    palette = [None, *[tuple(color) for color in context.config.modalities["shapes"].colors[1:]]]
+    nearest = nearest_palette_colour(image, palette)
+    assert edges.tallies["model"].numerator == pytest.approx(
+        boundary_f(context.sampled("pixels").data["shapes"].numpy(), truth)
+    )
+    assert len(edges.floors) == 2
+    assert edges.floors["nearest palette colour"] == pytest.approx(boundary_f(nearest, truth).mean())
 
 
 def test_padding_is_no_row(model, findings):
@@ -135,9 +153,9 @@ def test_pictures_alone_need_few_rows(model):
 
 
 def test_unknown_evaluator_is_named_and_silence_means_all(sprites):
-    with pytest.raises(ConfigError, match=r"evaluate.evaluators: .*beauty.*bound, embeddings"):
+    with pytest.raises(ConfigError, match=r"evaluate.evaluators: .*beauty.*bound, calibration"):
         check_evaluators(tiny.config(sprites, "evaluate.evaluators=[joint, beauty]"))
-    assert chosen(tiny.config(sprites, "evaluate.evaluators=null"))[:2] == ["bound", "embeddings"]
+    assert chosen(tiny.config(sprites, "evaluate.evaluators=null"))[:2] == ["bound", "calibration"]
     assert chosen(tiny.config(sprites, "evaluate.evaluators=[]")) == []
 
 
