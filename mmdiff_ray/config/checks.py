@@ -23,6 +23,8 @@ def check(config: Config) -> None:
     one_of("model.backbone", config.model.backbone, registry.names("backbone"))
     one_of("evaluate.sampler", config.evaluate.sampler, registry.names("sampler"))
     one_of("evaluate.split", config.evaluate.split, ("train", "val"))
+    for name in config.evaluate.condition:
+        one_of("evaluate.condition", name, list(config.modalities))
     for backbone in config.evaluate.lpips:
         one_of("evaluate.lpips", backbone, ("alex", "vgg"))
     one_of("evaluate.inpaint", config.evaluate.inpaint, ("given", "repaint"))

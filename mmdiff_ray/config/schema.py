@@ -221,7 +221,8 @@ class EvaluateConfig:
     (0 = only at the end). sampler, steps, guidance: how samples are drawn. inpaint: how holes are filled:
     given, the masked image is given to the model; repaint, the visible pixels of a sample are replaced at
     every step, which is taken `repeats` times (for models that were never given one). lpips: backbones that
-    it is measured with, alex or vgg. grid_rows: rows in a picture.
+    it is measured with, alex or vgg. condition: instances that fidelity and judge give the samples they look
+    at. judge: the export of a model that tells labels from images. grid_rows: rows in a picture.
     """
 
     evaluators: list[str] | None = None
@@ -234,6 +235,8 @@ class EvaluateConfig:
     inpaint: str = "given"
     repeats: int = 4
     lpips: list[str] = field(default_factory=lambda: ["alex"])
+    condition: list[str] = field(default_factory=list)
+    judge: str | None = None
     grid_rows: int = 8
 
 

@@ -31,7 +31,8 @@ BETTER = {
 
 @register("evaluator", "fidelity")
 def evaluate_fidelity(context: Context) -> Findings:
-    """Measure joint samples' anchor images against real held-out images, as many as there are.
+    """Measure joint samples' anchor images against real held-out images, as many as there are; or samples
+    that follow the instances in `evaluate.condition`.
 
     `ANCHOR/METRIC_lpips_alex`: all samples against all real images; the floor is the real images with their
     pixels shuffled, each its own: the right colours and nothing else (a low floor, about 0 for all but the
@@ -41,16 +42,17 @@ def evaluate_fidelity(context: Context) -> Findings:
     only this compares with the ceiling. All distances are to held-out images: pictures learned by heart from
     the training rows are not told apart from new ones.
     """
-    findings, anchor = Findings(), context.anchor
-    rows = context.rows_with(anchor)
-    if anchor not in context.instances(ImageModality) or not context.trained(anchor):
+    findings, anchor, condition = Findings(), context.anchor, context.config.evaluate.condition
+    rows = context.rows_with(anchor, *condition)
+    if anchor not in context.instances(ImageModality) or not context.trained(anchor, *condition):
         return findings
     if int(rows.sum()) < LEAST:
         return findings
     distance = Lpips("alex", context.model.device)
     images = context.truth(anchor, rows)
     real = _features(distance, images)
-    made = _features(distance, context.sampled().data[anchor])
+    drawn = context.sampled(*condition).data[anchor]
+    made = _features(distance, drawn[torch.from_numpy(rows)] if condition else drawn)
     shuffled = _features(distance, shuffled_pixels(images, context.config.seed))
     scores = {"model": compare(real, made), "shuffled pixels": compare(real, shuffled)}
     for metric, better in BETTER.items():

@@ -26,8 +26,8 @@ SHOWN = ("mean visible colour", "nearest visible pixel")
 
 @register("evaluator", "restoration")
 def evaluate_restoration(context: Context) -> Findings:
-    """Measure restored images: L1 ([-1, 1] scale) and LPIPS (AlexNet or VGG16), of the whole and inside the hole with
-    the visible pixels pasted, and of the visible part as the model made it."""
+    """Measure restored images: L1 ([-1, 1] scale) and LPIPS (`evaluate.lpips`), of the whole and inside the
+    hole with the visible pixels pasted, and of the visible part as the model made it."""
     findings = Findings()
     for name, modality in context.instances(MaskedImageModality).items():
         source = modality.made_from

@@ -138,9 +138,13 @@ def measure_cell(experiment: Experiment, cell: Cell, folder: Path, say: Say) -> 
     from mmdiff_ray.distributed.evaluate import measure, plain
 
     config = configuration.load([folder / "export" / "config.yaml"])
+    judges = [other for other in experiment.cells() if experiment.is_judge(other)]
+    judge = next(
+        (str(cell_folder(experiment, other, folder.parent.parent) / "export") for other in judges), None
+    )
     for method in experiment.askers(cell.method):
         for wanted in experiment.measures_of(method):
-            asked = experiment.asked(config, method, wanted)
+            asked = experiment.asked(config, method, wanted, judge)
             file = measured_file(folder, method, wanted)
             mark = training_digest(asked) + digest([configuration.to_plain(asked)["evaluate"]])
             if file.is_file() and json.loads(file.read_text(encoding="utf8"))["digest"] == mark:

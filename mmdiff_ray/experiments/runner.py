@@ -126,10 +126,12 @@ def _run_cells(experiment: Experiment, runs: Path, uri: str, parent: str, say: S
     with cluster(os.cpu_count() or 1):
         _check_fits(experiment)
         task = ray.remote(num_cpus=preset.cpus, num_gpus=preset.gpus, max_retries=1)(_cell_task)
-        waiting = {
-            task.remote(experiment, cell, runs.absolute(), uri, parent, os.getcwd()): cell
-            for cell in experiment.cells()
-        }
+        settings = (runs.absolute(), uri, parent, os.getcwd())
+        first = [cell for cell in experiment.cells() if experiment.is_judge(cell)]
+        waiting = {task.remote(experiment, cell, *settings): cell for cell in first}
+        after = list(waiting)  # what a task is given, it waits for
+        others = [cell for cell in experiment.cells() if not experiment.is_judge(cell)]
+        waiting |= {task.remote(experiment, cell, *settings, *after): cell for cell in others}
         logs = {cell.key: cell_log(experiment, runs, cell.key) for cell in experiment.cells()}
         told = {key: log.stat().st_size for key, log in logs.items() if log.is_file()}
         while waiting:
@@ -177,9 +179,15 @@ def _tell(log: Path, key: str, told: dict[str, int], say: Say) -> None:
 
 
 def _cell_task(
-    experiment: Experiment, cell: Cell, runs: Path, uri: str, parent: str, working_folder: str
+    experiment: Experiment,
+    cell: Cell,
+    runs: Path,
+    uri: str,
+    parent: str,
+    working_folder: str,
+    *after: None,
 ) -> None:
-    """Run one cell in a Ray worker, recorded as a child run."""
+    """Run one cell in a Ray worker, recorded as a child run. after: tasks that had to end before."""
     os.chdir(working_folder)
     torch.set_num_threads(max(1, int(experiment.preset.cpus)))
     folder = cell_folder(experiment, cell, runs)

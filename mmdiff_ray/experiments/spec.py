@@ -13,7 +13,19 @@ from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.config.checks import unknown
 
 FOLDER = Path("pipelines/configs/experiments")
-KEYS = {"name", "title", "question", "data", "base", "presets", "methods", "measures", "main", "curves"}
+KEYS = {
+    "name",
+    "title",
+    "question",
+    "data",
+    "base",
+    "presets",
+    "methods",
+    "measures",
+    "main",
+    "judge",
+    "curves",
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,8 @@ class Experiment:
     """A table. base: the configuration below all. main: the method that the others are compared with.
 
     data: a data set that is built where it is missing: pipeline, uri, options. curves: figures to draw, each
-    with `figure`, and `points`: measure -> the value on the x axis.
+    with `figure`, and `points`: measure -> the value on the x axis. judge: the method whose model of the
+    first seed judges the others' pairs (`evaluate.judge`); it is trained before them.
     """
 
     name: str
@@ -86,6 +99,11 @@ class Experiment:
     main: str
     data: dict[str, Any] = field(default_factory=dict)
     curves: list[dict[str, Any]] = field(default_factory=list)
+    judge: str | None = None
+
+    def is_judge(self, cell: Cell) -> bool:
+        """Return whether a cell trains the judge."""
+        return cell.method.name == self.judge and cell.seed == self.preset.seeds[0]
 
     def cells(self) -> list[Cell]:
         """Return what has to be trained, the first seed of every method first."""
@@ -114,11 +132,11 @@ class Experiment:
             config, name=cell.key, seed=cell.seed, runs=str(runs), train=train, tracking=tracking
         )
 
-    def asked(self, config: Config, method: Method, measure: Measure) -> Config:
-        """Return the configuration that a method's model is measured under."""
+    def asked(self, config: Config, method: Method, measure: Measure, judge: str | None = None) -> Config:
+        """Return the configuration that a method's model is measured under. judge: the judge's export."""
         overrides = [*(method.overrides if method.model else ()), *measure.overrides]
         plain = configuration.to_plain(config)
-        plain["evaluate"]["evaluators"] = list(measure.evaluators)
+        plain["evaluate"] |= {"evaluators": list(measure.evaluators), "judge": judge}
         with named(f"{self.name}, method {method.name}, measure {measure.name}"):
             return configuration.load((), overrides, plain)
 
@@ -182,6 +200,7 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
     for key, names, known in [
         ("presets." + preset + ".measures", chosen.measures or [], measures),
         ("main", [plain.get("main", next(iter(methods)))], methods),
+        ("judge", [plain["judge"]] if plain.get("judge") else [], methods),
         *[(f"measures.{m.name}.methods", m.methods or [], methods) for m in measures.values()],
     ]:
         for name in names:
@@ -198,6 +217,7 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
         main=plain.get("main", next(iter(methods))),
         data=plain.get("data", {}),
         curves=plain.get("curves", []),
+        judge=plain.get("judge"),
     )
 
 
