@@ -231,7 +231,7 @@ def _train(given: argparse.Namespace) -> int:
         raise ConfigError(
             "train needs a config file, for example pipelines/configs/demo.yaml, or --resume RUN"
         )
-    config = configuration.load([given.config], overrides)
+    config = configuration.load([given.config], overrides, {"name": given.config.stem})
     return dry_run(config) if given.dry_run else train_and_evaluate(config, None, config.runs, [])
 
 
@@ -249,8 +249,16 @@ def _evaluate(given: argparse.Namespace) -> int:
 
 def _experiment(given: argparse.Namespace) -> int:
     from mmdiff_ray.experiments.command import run
+    from mmdiff_ray.experiments.spec import load_experiment
 
-    return run(given.name, given.preset, given.runs, given.out, given.table)
+    experiment = load_experiment(given.name, given.preset)
+    data = experiment.data
+    if data and not given.table and not (Path(data["uri"]) / "manifest.json").is_file():
+        from pipelines.base import build
+
+        options = {key: str(value) for key, value in data.get("options", {}).items()}
+        build(data["pipeline"], data["uri"], options, workers=0)
+    return run(experiment, given.runs, given.out, given.table)
 
 
 def _ui(given: argparse.Namespace) -> int:

@@ -327,7 +327,7 @@ def test_folder_with_other_files_is_not_written_into(capsys, finished):
     Path("mine").mkdir()
     Path("mine/letter.txt").write_text("dear")
     code, _, errors = run(capsys, "sample", str(finished.folder), "--num", "1", "--out", "mine")
-    assert code == 2 and "mine is a folder with other files in it" in errors
+    assert code == 2 and "mine is a folder with files in it" in errors
     assert [path.name for path in Path("mine").iterdir()] == ["letter.txt"]
 
 

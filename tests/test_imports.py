@@ -22,6 +22,7 @@ LAYERS = [
     ("data",),
     ("training", "evaluation"),
     ("distributed",),
+    ("experiments",),
     ("cli", "doctor"),
 ]
 RANKS = {name: rank for rank, names in enumerate([LEAVES, *LAYERS]) for name in names}

@@ -114,9 +114,8 @@ def _check_names(config: Config) -> None:
         for name in getattr(config.loss, key):
             if name not in config.modalities:
                 raise ConfigError(unknown(f"loss.{key}", name, config.modalities))
-    cutout = config.train.cutout
-    if cutout is not None and getattr(config.modalities.get(cutout), "type", None) != "masked_image":
-        raise ConfigError(f"train.cutout ({cutout!r}) must name an instance of type masked_image")
+    if config.train.cutout is not None and config.train.cutout not in config.modalities:
+        raise ConfigError(unknown("train.cutout", config.train.cutout, config.modalities))
     if not config.tasks:
         raise ConfigError("tasks is empty; for example joint: {roles: {pixels: generated}}")
     for task, row in config.tasks.items():

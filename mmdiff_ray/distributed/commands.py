@@ -1,6 +1,8 @@
 """The commands that train and use models, with what they print."""
 
 import argparse
+import json
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +20,15 @@ from mmdiff_ray.distributed.cluster import resources
 from mmdiff_ray.distributed.display import Display, duration
 from mmdiff_ray.distributed.evaluate import evaluate_run, record_model
 from mmdiff_ray.distributed.job import Job
-from mmdiff_ray.evaluation.gallery import parse_given, write_gallery
+from mmdiff_ray.evaluation.gallery import free_folder, parse_given, write_gallery
 from mmdiff_ray.evaluation.run import tables
 from mmdiff_ray.tracking.store import tracking_uri, ui_command
 from mmdiff_ray.training.export import load_export
+
+TIMED_STEPS = 6
+"""Steps that a dry run measures; the first does not count."""
+LOW_AGREEMENT = 0.9
+"""Below this share of agreement between heads and code channels a note is due."""
 
 
 def train_and_evaluate(
@@ -36,6 +43,12 @@ def train_and_evaluate(
         job, go = jobs.load_job(jobs.find_run(resumed, runs), overrides), launch.resume
     for sentence in inert_settings(job.config):
         console.print(f"note: {sentence}")
+    if resumed is not None and is_finished(job):
+        console.print(
+            f"{job.folder.name} is finished at {job.config.train.samples:,} samples; to go on from there: "
+            f"mmdiff train --resume {_called(job.folder)} train.samples=N"
+        )
+        return 0
     begun = time.monotonic()
     with resources(job.config.workers):
         folder = go(job, Display(console))
@@ -46,15 +59,33 @@ def train_and_evaluate(
                 soft_wrap=True,
             )
             return 130
-        rows = job.config.evaluate.rows
+        if job.config.evaluate.evaluators == []:
+            _say_where(console, folder, run["tracking_uri"])
+            return 0
+        rows = min(job.config.evaluate.rows, held_out(job))
         console.print(f"trained in {duration(time.monotonic() - begun)}; evaluating on {rows} rows")
-        findings = evaluate_run(folder, on_ray=job.config.workers.count > 0)
+        findings, _ = evaluate_run(folder, on_ray=job.config.workers.count > 0)
     if job.config.tracking.log_model:
         record_model(folder)
     for table in tables(findings.figures):
         console.print(table)
     _say_where(console, folder, run["tracking_uri"])
     return 0
+
+
+def is_finished(job: Job) -> bool:
+    """Return whether a run is trained and evaluated to its end as it is configured now."""
+    facts, figures = job.export / "facts.json", job.folder / "evaluation.json"
+    if jobs.read_run(job.folder)["state"] != "finished" or not facts.is_file() or not figures.is_file():
+        return False
+    progress = json.loads(facts.read_text(encoding="utf8"))["progress"]
+    by_time = job.config.train.max_minutes is not None
+    return progress["samples_seen"] >= (progress["total_samples"] if by_time else job.config.train.samples)
+
+
+def held_out(job: Job) -> int:
+    """Return how many rows there are to evaluate on."""
+    return sum(manifest.splits[job.config.evaluate.split].rows for manifest in job.manifests)
 
 
 def make_console() -> Console:
@@ -149,17 +180,28 @@ def _cost(job: Job, denoiser: Denoiser) -> str:
 
     config = job.config
     splits = [manifest.splits["train"] for manifest in job.manifests]
-    size = config.train.micro_batch or config.train.global_batch // max(1, config.workers.count)
+    workers = max(1, config.workers.count)
+    size = config.train.micro_batch or config.train.global_batch // workers
     batch = next(split_batches(job.reader(denoiser), splits, size, size))
     trainer = Trainer(config, denoiser, choose_device(config.train))
-    trainer.step(batch)
-    begun = time.perf_counter()
-    trainer.step(batch)
-    trainer.report()
-    seconds = time.perf_counter() - begun
+    if config.workers.threads or workers > 1:
+        torch.set_num_threads(config.workers.threads or max(1, int(config.workers.cpus)))
+    times = []
+    for _ in range(TIMED_STEPS):
+        begun = time.perf_counter()
+        trainer.step(batch)
+        trainer.report()
+        times.append(time.perf_counter() - begun)
+    rate = size / statistics.median(times[1:])
+    minutes = config.train.samples / (rate * workers) / 60
+    limit = config.train.max_minutes
+    length = f"about {minutes:.3g} minutes" + (
+        f", shortened to {limit:g} (train.max_minutes)" if limit and limit < minutes else ""
+    )
     return (
-        f"a step      {size} rows in {seconds:.2f} s on {trainer.device} here ({size / seconds:.0f} rows/s, "
-        f"{torch.get_num_threads()} threads)"
+        f"a step      {size} rows in {size / rate:.2g} s on {trainer.device} here ({rate:.0f} rows/s)\n"
+        f"the run     {length} at that speed with {workers} worker{'s' if workers > 1 else ''}, if each has "
+        "its own cores, and reading keeps up"
     )
 
 
@@ -168,13 +210,17 @@ def sample(given: argparse.Namespace) -> int:
     console = make_console()
     if given.num < 1:
         raise ConfigError(f"--num ({given.num}) must be at least 1")
+    if not given.guidance >= 0:
+        raise ConfigError(f"--guidance ({given.guidance:g}) must be at least 0; 1 is none, above 1 more")
+    if given.guidance != 1 and not given.given:
+        console.print("note: --guidance changes nothing where nothing is given")
     folder = jobs.find_run(given.model, given.runs)
     model = load_export(folder / "export")
     rows = parse_given(model, given.given, given.hole)
     for sentence in model.untrained(list(rows), given.guidance):
         console.print(f"note: {sentence}")
     what = "-".join(rows) or "joint"
-    out = given.out or Path("samples") / f"{folder.name}-{what}"
+    out = given.out or free_folder(Path("samples") / f"{folder.name}-{what}")
     begun = time.monotonic()
     gallery = write_gallery(
         model,
@@ -188,7 +234,11 @@ def sample(given: argparse.Namespace) -> int:
     )
     console.print(f"{given.num} samples in {duration(time.monotonic() - begun)}")
     for name, share in gallery.samples.agreement.items():
-        console.print(f"{name}: the head's answer is also the nearest to its code in {share:.0%}")
+        if share < LOW_AGREEMENT:
+            console.print(
+                f"note: {name}: in {share:.0%} only, what was answered is also what its channels hold; "
+                "more --steps or more training help"
+            )
     console.print(f"picture  {gallery.grid}")
     console.print(f"data     {gallery.folder} ({gallery.files} files, samples.json)")
     return 0
@@ -198,9 +248,9 @@ def evaluate(run: str, runs: str, overrides: Sequence[str]) -> int:
     """Evaluate a run again and print its figures."""
     console = make_console()
     folder = jobs.find_run(run, runs)
-    findings = evaluate_run(folder, overrides)
+    findings, place = evaluate_run(folder, overrides)
     for table in tables(findings.figures):
         console.print(table)
-    console.print(f"figures   {_near(folder)}/evaluation.json", soft_wrap=True)
-    console.print(f"pictures  {_near(folder)}/pictures", soft_wrap=True)
+    console.print(f"figures   {_near(place)}/evaluation.json", soft_wrap=True)
+    console.print(f"pictures  {_near(place)}/pictures", soft_wrap=True)
     return 0

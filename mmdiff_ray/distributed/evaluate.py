@@ -17,6 +17,7 @@ from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed.cluster import check_resources, cluster, cpus_needed
 from mmdiff_ray.evaluation.context import Figure, Findings
+from mmdiff_ray.evaluation.gallery import free_folder
 from mmdiff_ray.evaluation.grids import to_png
 from mmdiff_ray.evaluation.run import check_evaluators, evaluate, metrics_of
 from mmdiff_ray.tracking.models import log_model
@@ -29,11 +30,13 @@ MAY_CHANGE = ("evaluate.", "data.", "train.device")
 LOADER = "mmdiff_ray.training.export:load_export"
 
 
-def evaluate_run(folder: Path, overrides: Sequence[str] = (), on_ray: bool = False) -> Findings:
+def evaluate_run(folder: Path, overrides: Sequence[str] = (), on_ray: bool = False) -> tuple[Findings, Path]:
     """Evaluate the exported model of a run and record what was found: `evaluation.json`, pictures, MLflow.
 
-    overrides: of `evaluate.*`, `data.*` and `train.device`. on_ray: as a task that asks for what one training
-    worker has. Raises ConfigError where there is no model yet, or for any other override.
+    With overrides it is another evaluation than the run's own: it is kept in a folder of its own under
+    `evaluations/`, and in MLflow as artifacts alone. overrides: of `evaluate.*`, `data.*` and `train.device`.
+    on_ray: as a task that asks for what one training worker has. Returns what was found, and the folder it is
+    in. Raises ConfigError where there is no model yet, or for any other override.
     """
     file = folder / "export" / "config.yaml"
     if not file.is_file():
@@ -49,8 +52,13 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = (), on_ray: bool = Fal
             findings = _on_ray(folder, config)
     else:
         findings = measure(folder, config)
-    _record(folder, config, findings)
-    return findings
+    place = folder
+    if overrides:
+        place = free_folder(folder / "evaluations" / "evaluation")
+        place.mkdir(parents=True)
+        (place / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf8")
+    _record(folder, place, findings)
+    return findings, place
 
 
 def measure(folder: Path, config: Config) -> Findings:
@@ -81,21 +89,26 @@ def _with_all_threads(folder: Path, config: Config, working_folder: str) -> Find
     return measure(folder, config)
 
 
-def _record(folder: Path, config: Config, findings: Findings) -> None:
-    run, seen = jobs.read_run(folder), _samples_seen(folder)
-    pictures = folder / "pictures"
+def _record(folder: Path, place: Path, findings: Findings) -> None:
+    """Write what was found into a folder, the run's own or another, and record it in MLflow."""
+    run, seen, own = jobs.read_run(folder), _samples_seen(folder), place == folder
+    pictures, where = place / "pictures", "evaluation" if own else f"evaluations/{place.name}"
     pictures.mkdir(exist_ok=True)
     write_json(
-        folder / "evaluation.json", {"samples_seen": seen, "figures": [plain(f) for f in findings.figures]}
+        place / "evaluation.json", {"samples_seen": seen, "figures": [plain(f) for f in findings.figures]}
     )
     tracker = Tracker(run["tracking_uri"], run["run_id"], folder / "tracking")
-    tracker.metrics(metrics_of(findings.figures), seen)
-    tracker.artifact(folder / "evaluation.json", "evaluation")
+    tracker.artifact(place / "evaluation.json", where)
+    if own:
+        tracker.metrics(metrics_of(findings.figures), seen)
+    else:
+        tracker.artifact(place / "config.yaml", where)
     for name, image in findings.pictures.items():
         png = to_png(image)
         (pictures / f"{name}.png").write_bytes(png)
-        tracker.image(f"evaluation/{name}", png, seen)
-        tracker.artifact(pictures / f"{name}.png", "evaluation")
+        if own:
+            tracker.image(f"evaluation/{name}", png, seen)
+        tracker.artifact(pictures / f"{name}.png", where)
     tracker.close(timeout_s=30)
 
 

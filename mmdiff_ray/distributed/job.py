@@ -113,8 +113,16 @@ def prepare(config: Config, folder: Path) -> Job:
     if config.workers.count == 0:
         choose_device(config.train)
     manifests = read_sources(config)
+    if config.evaluate.evaluators != [] and not sum(m.splits[config.evaluate.split].rows for m in manifests):
+        raise ConfigError(
+            f"evaluate.split: the data have no rows in {config.evaluate.split}; build them with a larger "
+            "val_share, or train without evaluation: evaluate.evaluators=[]"
+        )
     config = resolve_modalities(config, manifests)
     denoiser = build_denoiser(config)
+    cutout = config.train.cutout
+    if cutout is not None and denoiser.modalities[cutout].made_from is None:
+        raise ConfigError(f"train.cutout ({cutout}) hides nothing; name an instance with holes")
     config = _with_sizes(config, denoiser)
     reader = make_reader(config, denoiser)
     splits = [manifest.splits["train"] for manifest in manifests]

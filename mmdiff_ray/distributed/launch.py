@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import RunError
+from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed.cluster import log_folder, resources
 from mmdiff_ray.distributed.display import Display
@@ -47,7 +47,10 @@ def resume(job: Job, display: Display) -> Path:
 def _begun(job: Job) -> Job:
     """Return the job with its folder and its MLflow run; where that cannot be, nothing is left behind."""
     uri = tracking_uri(job.config.tracking.uri, Path(job.config.runs).absolute())
-    job.folder.mkdir(parents=True)
+    try:
+        job.folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"runs: {job.folder} cannot be made: {error.strerror}") from None
     try:
         run_id = run_life.start_run(
             uri,

@@ -158,11 +158,13 @@ class Context:
             steps=settings.steps,
             sampler=settings.sampler,
             guidance=settings.guidance,
-            known=None if known is None else self._known(part.data[known]),
+            known=None if known is None else self._known(known, part.data[known]),
         )
 
-    def _known(self, masked: Tensor) -> Known:
-        return Known(masked[:, :3], masked[:, 3] > 0, self.config.evaluate.repeats)
+    def _known(self, name: str, data: Tensor) -> Known | None:
+        visible = self.denoiser.modalities[name].visible(data)
+        channels = self.denoiser.modalities[self.anchor].data_shape[0]
+        return None if visible is None else Known(data[:, :channels], visible, self.config.evaluate.repeats)
 
     def roles(self, given: Sequence[str], rows: int) -> dict[str, Tensor]:
         """Return roles that generate everything else that a task generates from what is given."""

@@ -56,13 +56,16 @@ def write_gallery(
 ) -> Gallery:
     """Draw samples and write `grid.png`, one file per sample and instance, and `samples.json` into a folder.
 
-    Given instances are written once, as they were read. Raises ConfigError if the folder has other files in
-    it.
+    Given instances are written once, as they were read. Raises ConfigError if the folder holds anything, or
+    cannot be made.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / "samples.json").exists():
-        raise ConfigError(f"--out {out} is a folder with other files in it; name a new one")
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"--out {out} is a folder with files in it; name a new one")
     samples = model.draw(given, num, steps=steps, sampler=sampler, guidance=guidance, seed=seed)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made: {error.strerror}") from None
     names = [*given, *[name for name in samples.data if name not in given]]
     files = {}
     for name in names:
@@ -83,6 +86,12 @@ def write_gallery(
     (out / "grid.png").write_bytes(to_png(picture(model, samples, list(given), num)))
     (out / "samples.json").write_text(json.dumps(facts, indent=1), encoding="utf8")
     return Gallery(out, out / "grid.png", sum(len(paths) for paths in files.values()), samples)
+
+
+def free_folder(out: Path) -> Path:
+    """Return a folder's path, or the next one with a number that is not there."""
+    numbered = (out.with_name(f"{out.name}-{number}") for number in range(2, 100_000))
+    return out if not out.exists() else next(path for path in numbered if not path.exists())
 
 
 def picture(model: Generator, samples: Samples, given: list[str], num: int) -> Image.Image:

@@ -10,6 +10,7 @@ from rich.table import Table
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.evaluation.context import Context, Figure, Findings
+from mmdiff_ray.evaluation.statistics import difference
 from mmdiff_ray.registry import look_up, names
 from mmdiff_ray.training.inference import Generator
 
@@ -86,9 +87,9 @@ def tables(figures: Iterable[Figure]) -> list[Table]:
     """Return figures as tables for a person: each beside the trivial rules it has to beat; then the
     bound's terms."""
     figures = list(figures)
-    shown = Table(
-        title="held-out rows, beside the best rule that needs no model", title_justify="left", box=SIMPLE
-    )
+    rows = max((figure.rows for figure in figures), default=0)
+    title = f"{rows:,} held-out rows, beside the best rule that needs no model"
+    shown = Table(title=title, title_justify="left", box=SIMPLE)
     for heading in ("figure", "model", "rule", "", ""):
         shown.add_column(heading, justify="right" if heading in ("model", "rule") else "left", no_wrap=True)
     for figure in sorted((f for f in figures if not f.bound), key=lambda figure: not figure.floors):
@@ -112,13 +113,19 @@ def _bound_table(figures: list[Figure]) -> Table:
 
 
 def _floor(figure: Figure) -> tuple[str, str, str]:
-    """Return the best trivial rule's value and name, and whether the model beats it."""
+    """Return the best trivial rule's value and name, and whether the model beats it.
+
+    Where the figure has tallies, a difference that is not shown (95 % interval over rows) is called so.
+    """
     if not figure.floors:
         return "", "", ""
     pick = max if figure.better == "higher" else min
     rule = pick(figure.floors, key=lambda name: figure.floors[name])
     value = figure.floors[rule]
     wins = figure.value > value if figure.better == "higher" else figure.value < value
+    ours, floor = figure.tallies.get("model"), figure.tallies.get(rule)
+    if ours is not None and floor is not None and not difference([ours], [floor]).excludes_zero:
+        return f"{value:.3f}", rule, "no difference shown"
     return f"{value:.3f}", rule, "better" if wins else "not better"
 
 

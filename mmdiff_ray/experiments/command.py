@@ -4,13 +4,13 @@ from pathlib import Path
 
 from mmdiff_ray.distributed.commands import make_console
 from mmdiff_ray.experiments.runner import run_experiment, write_result
-from mmdiff_ray.experiments.spec import load_experiment
+from mmdiff_ray.experiments.spec import Experiment
 
 
-def run(name: str, preset: str, runs: Path, out: Path | None, table: bool) -> int:
+def run(experiment: Experiment, runs: Path, out: Path | None, table: bool) -> int:
     """Run an experiment, or only write its table again, and say where it is."""
     console = make_console()
-    experiment = load_experiment(name, preset)
+    preset = experiment.preset.name
     default = Path("results") if preset != "smoke" else runs
     target = out or default / experiment.name
 

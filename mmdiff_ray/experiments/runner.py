@@ -1,7 +1,6 @@
 """`mmdiff experiment`: all cells of a table on Ray, as child runs of one MLflow run, and their result."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +8,10 @@ from pathlib import Path
 import torch
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import ConfigError, RunError
+from mmdiff_ray.config import RunError
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.denoiser import build_denoiser
-from mmdiff_ray.distributed.cluster import cluster
+from mmdiff_ray.distributed.tasks import run_tasks
 from mmdiff_ray.evaluation.run import check_evaluators
 from mmdiff_ray.experiments.cell import CellHooks, cell_folder, is_trained, run_cell
 from mmdiff_ray.experiments.curves import draw_curves
@@ -23,7 +22,6 @@ from mmdiff_ray.tracking.store import tracking_uri
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import write_json
 
-POLL_S = 2.0
 Say = Callable[[str], None]
 
 
@@ -34,7 +32,6 @@ def run_experiment(experiment: Experiment, runs: Path, out: Path, say: Say) -> P
     once their folders lie there. Raises ConfigError before anything is started for a cell whose configuration
     is wrong, and RunError at the end if cells failed; the result is written from those that did not.
     """
-    build_data(experiment, say)
     check_cells(experiment, runs)
     uri = tracking_uri(None, runs.absolute())
     parent = _parent(experiment, runs, uri)
@@ -49,18 +46,6 @@ def run_experiment(experiment: Experiment, runs: Path, out: Path, say: Say) -> P
         words = "; ".join(f"{key}: {error}" for key, error in failed.items())
         raise RunError(f"{len(failed)} cells failed, the same command tries them again: {words}")
     return written[0]
-
-
-def build_data(experiment: Experiment, say: Say) -> None:
-    """Build the experiment's data set if it names one that is not there."""
-    data = experiment.data
-    if not data or (Path(data["uri"]) / "manifest.json").is_file():
-        return
-    from pipelines.base import build
-
-    say(f"building {data['pipeline']} in {data['uri']}")
-    options = {key: str(value) for key, value in data.get("options", {}).items()}
-    build(data["pipeline"], data["uri"], options, workers=0)
 
 
 def check_cells(experiment: Experiment, runs: Path) -> None:
@@ -119,46 +104,24 @@ def _tracking(experiment: Experiment, runs: Path) -> Path:
 
 
 def _run_cells(experiment: Experiment, runs: Path, uri: str, parent: str, say: Say) -> dict[str, str]:
-    """Run all cells as Ray tasks, as many at once as the cluster holds; return those that failed."""
-    import ray
-
-    preset, failed = experiment.preset, {}
-    with cluster(os.cpu_count() or 1):
-        _check_fits(experiment)
-        task = ray.remote(num_cpus=preset.cpus, num_gpus=preset.gpus, max_retries=1)(_cell_task)
-        settings = (runs.absolute(), uri, parent, os.getcwd())
-        first = [cell for cell in experiment.cells() if experiment.is_judge(cell)]
-        waiting = {task.remote(experiment, cell, *settings): cell for cell in first}
-        after = list(waiting)  # what a task is given, it waits for
-        others = [cell for cell in experiment.cells() if not experiment.is_judge(cell)]
-        waiting |= {task.remote(experiment, cell, *settings, *after): cell for cell in others}
-        logs = {cell.key: cell_log(experiment, runs, cell.key) for cell in experiment.cells()}
-        told = {key: log.stat().st_size for key, log in logs.items() if log.is_file()}
-        while waiting:
-            ready, _ = ray.wait(list(waiting), timeout=POLL_S)
-            for key in (cell.key for cell in waiting.values()):
-                _tell(logs[key], key, told, say)
-            for reference in ready:
-                cell = waiting.pop(reference)
-                try:
-                    ray.get(reference)
-                    say(f"{cell.key}: done ({len(waiting)} left)")
-                except ray.exceptions.RayTaskError as error:
-                    failed[cell.key] = str(error.cause).split("\n")[0]
-                    say(f"{cell.key}: failed: {failed[cell.key]}")
+    """Run all cells as Ray tasks; return those that failed, with why."""
+    cells = {cell.key: cell for cell in experiment.cells()}
+    logs = {key: cell_log(experiment, runs, key) for key in cells}
+    told = {key: log.stat().st_size for key, log in logs.items() if log.is_file()}
+    calls = {key: (experiment, cell, runs.absolute(), uri, parent) for key, cell in cells.items()}
+    judges = [key for key, cell in cells.items() if experiment.is_judge(cell)]
+    left, failed = len(cells), {}
+    for ended in run_tasks(_cell_task, calls, experiment.preset.cpus, experiment.preset.gpus, judges):
+        for key, log in logs.items():
+            _tell(log, key, told, say)
+        if ended is None:
+            continue
+        key, outcome = ended
+        left -= 1
+        if isinstance(outcome, Exception):
+            failed[key] = str(outcome).strip().split("\n")[0]
+        say(f"{key}: {'failed: ' + failed[key] if key in failed else 'done'} ({left} left)")
     return failed
-
-
-def _check_fits(experiment: Experiment) -> None:
-    import ray
-
-    total = ray.cluster_resources()
-    for resource, wanted in (("CPU", experiment.preset.cpus), ("GPU", experiment.preset.gpus)):
-        if wanted > total.get(resource, 0):
-            raise ConfigError(
-                f"preset {experiment.preset.name}: a cell needs {wanted:g} {resource}s, the cluster has "
-                f"{total.get(resource, 0):g}"
-            )
 
 
 def cell_log(experiment: Experiment, runs: Path, key: str) -> Path:
@@ -178,17 +141,8 @@ def _tell(log: Path, key: str, told: dict[str, int], say: Say) -> None:
         say(f"{key}: {line.rstrip()}")
 
 
-def _cell_task(
-    experiment: Experiment,
-    cell: Cell,
-    runs: Path,
-    uri: str,
-    parent: str,
-    working_folder: str,
-    *after: None,
-) -> None:
-    """Run one cell in a Ray worker, recorded as a child run. after: tasks that had to end before."""
-    os.chdir(working_folder)
+def _cell_task(experiment: Experiment, cell: Cell, runs: Path, uri: str, parent: str) -> None:
+    """Run one cell in a Ray worker, recorded as a child run."""
     torch.set_num_threads(max(1, int(experiment.preset.cpus)))
     folder = cell_folder(experiment, cell, runs)
     log = cell_log(experiment, runs, cell.key)

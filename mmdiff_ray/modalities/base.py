@@ -102,6 +102,11 @@ class Modality(nn.Module):
         """Return the instance that `read` makes this one from, or None."""
         return None
 
+    def visible(self, data: Tensor) -> Tensor | None:
+        """Return which cells of the instance it is made from the data show unchanged, bool (B, H, W), or
+        None for a type that shows none. What they show are the first channels of the data."""
+        return None
+
     @property
     def data_shape(self) -> tuple[int, ...]:
         """Return the shape of one row's data."""

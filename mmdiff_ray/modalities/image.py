@@ -119,7 +119,7 @@ class ImageModality(Modality):
 
     def parse(self, text: str) -> np.ndarray:
         context = RowContext(self.size, seed=0, visit=0, row_id=0, backgrounds="white", flip=False)
-        return draw(open_image(text, self.name), context, self.name)
+        return draw(fitted(open_image(text, self.name), self.size), context, self.name)
 
     def write(self, data: Tensor, stem: Path) -> Path:
         path = Path(f"{stem}.png")
@@ -147,6 +147,15 @@ def draw(image: Image.Image, context: RowContext, name: str) -> np.ndarray:
         background = draw_background(generator, context.size) if context.backgrounds == "random" else 1.0
         array = array[..., :3] + (1 - array[..., 3:]) * background  # premultiplied colours
     return np.ascontiguousarray((array * 255).round().clip(0, 255).astype(np.uint8).transpose(2, 0, 1))
+
+
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return the largest middle part of an image with the proportions of a size (height, width)."""
+    height, width = size
+    share = min(image.width / width, image.height / height)
+    cut = max(1, round(width * share)), max(1, round(height * share))
+    left, top = (image.width - cut[0]) // 2, (image.height - cut[1]) // 2
+    return image.crop((left, top, left + cut[0], top + cut[1]))
 
 
 def open_image(path: str, name: str) -> Image.Image:

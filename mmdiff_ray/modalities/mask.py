@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmdiff_ray.config import ConfigError, ModalityConfig
 from mmdiff_ray.modalities.base import DenseHead, Mean, Modality, RowContext, class_codes, need_column
-from mmdiff_ray.modalities.image import open_image
+from mmdiff_ray.modalities.image import fitted, open_image
 from mmdiff_ray.registry import register
 
 
@@ -146,7 +146,7 @@ class MaskModality(Modality):
 
     def parse(self, text: str) -> np.ndarray:
         """Return the mask in a picture of class indices; of two classes, in any picture: white is class 1."""
-        picture = open_image(text, self.name)
+        picture = fitted(open_image(text, self.name), self.size)
         if self.prediction_channels == 2 and picture.mode not in ("1", "L", "P"):
             picture = picture.convert("L")
         array = np.asarray(picture)

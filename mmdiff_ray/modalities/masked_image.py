@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmdiff_ray.config import ConfigError, ModalityConfig
 from mmdiff_ray.modalities.base import Modality, RowContext
-from mmdiff_ray.modalities.image import draw, open_image, to_float
+from mmdiff_ray.modalities.image import draw, fitted, open_image, to_float
 from mmdiff_ray.registry import register
 
 HOLES = ("blocks", "half", "freeform", "scatter")
@@ -118,9 +118,10 @@ class MaskedImageModality(Modality):
         """Return the masked image in a picture with transparency, whose alpha below 1/2 is the hole, or in
         two pictures, `image,hole`, where white in the second is the hole."""
         path, _, hole_path = text.partition(",")
-        picture, size = open_image(path, self.name), self.size[::-1]
+        picture, size = fitted(open_image(path, self.name), self.size), self.size[::-1]
         if hole_path:
-            hole = open_image(hole_path, self.name).convert("L").resize(size, Image.Resampling.BOX)
+            hole = fitted(open_image(hole_path, self.name), self.size)
+            hole = hole.convert("L").resize(size, Image.Resampling.BOX)
             missing = np.asarray(hole) >= 128
             context = RowContext(self.size, seed=0, visit=0, row_id=0, backgrounds="white", flip=False)
             pixels = draw(picture, context, self.name)
@@ -132,6 +133,9 @@ class MaskedImageModality(Modality):
                 f"{self.name}: {path} has no hole: no pixel of alpha 0, and no picture of a hole"
             )
         return with_hole(pixels, missing)
+
+    def visible(self, data: Tensor) -> Tensor:
+        return data[:, 3] > 0
 
     def write(self, data: Tensor, stem: Path) -> Path:
         path = Path(f"{stem}.png")

@@ -167,6 +167,7 @@ class Generator:
     ) -> Samples:
         """Return num samples. given: instance -> one row's data, or one for each of num rows.
 
+        What a given masked image shows stands unchanged in the image it was made from, if that is sampled.
         steps, sampler: as the configuration says where they are None. Raises ConfigError for an instance the
         model does not have, data of another shape or kind, an unknown sampler, and numbers below 1.
         """
@@ -189,7 +190,13 @@ class Generator:
                     guidance=guidance,
                 )
             )
-        return _joined(parts)
+        drawn = _joined(parts)
+        for name, value in rows.items():
+            visible, source = self.modality(name).visible(value), self.modality(name).made_from
+            if visible is not None and source in drawn.data and source not in rows:
+                image = drawn.data[source]
+                drawn.data[source] = torch.where(visible[:, None], value[:, : image.shape[1]], image)
+        return drawn
 
     def _rows(self, name: str, value: np.ndarray, num: int) -> Tensor:
         shape, kind = self.modality(name).data_shape, np.dtype(self.modality(name).data_type)

@@ -183,7 +183,8 @@ class Trainer:
             return z_t
         drawn = rng.uniform(self.config.seed, "cutout", batch.visits, batch.ids, 1)[:, 0]
         cut = (drawn < 0.5) & batch.present[name]
-        return torch.where((cut[:, None, None] & (batch.data[name][:, 3] == 0))[:, None], 0, z_t)
+        visible = self.denoiser.modalities[name].visible(batch.data[name])
+        return torch.where((cut[:, None, None] & ~visible)[:, None], 0, z_t)
 
     def autocast(self) -> torch.autocast:
         """Return the context of the configured precision."""

@@ -305,8 +305,9 @@ def test_worker_that_dies_once_too_often_fails_the_run(ray_cluster, sprites, run
 @pytest.mark.slow
 @pytest.mark.ray
 def test_evaluation_runs_as_a_task_and_hands_back_mistakes_as_they_are(ray_cluster, together):
-    findings = evaluate_run(together.folder, ["evaluate.rows=4"], on_ray=True)
+    findings, place = evaluate_run(together.folder, ["evaluate.rows=4"], on_ray=True)
     assert any(figure.key == "shapes/code_agreement" for figure in findings.figures)
+    assert place.parent == together.folder / "evaluations"
     with pytest.raises(ConfigError) as caught:
         evaluate_run(together.folder, ["data.sources=[{uri: nowhere}]"], on_ray=True)
     assert type(caught.value) is ConfigError and str(caught.value).startswith("data.sources: no data set at")
