@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shlex
 import socket
 import subprocess
@@ -158,6 +159,39 @@ print(sorted({{"ray", "mlflow"}} & set(sys.modules)))
     assert len(done.stderr.splitlines()) == 4
 
 
+def test_run_is_called_after_its_file_where_it_has_no_name(capsys, config_file):
+    file = config_file.with_name("mine.yaml")
+    file.write_text(
+        "\n".join(line for line in config_file.read_text().splitlines() if "name: tiny" not in line)
+    )
+    assert run(capsys, "train", str(file), "train.samples=16", "evaluate.evaluators=[]")[0] == 0
+    assert (config_file.parent / "runs" / "mine" / "export").is_dir()
+    assert not (config_file.parent / "runs" / "mine" / "evaluation.json").exists()
+
+
+def test_runs_that_cannot_be_written_are_told(capsys, config_file):
+    code, _, errors = run(capsys, "train", str(config_file), "runs=/proc/runs")
+    assert code == 2 and "/proc/runs" in errors
+
+
+def test_data_without_held_out_rows_are_refused_where_they_are_needed(capsys, config_file):
+    run(
+        capsys,
+        "data",
+        "build",
+        "sprites",
+        "--out",
+        "set",
+        "--workers",
+        "0",
+        "--count=3",
+        "--val_share=0.0001",
+    )
+    for words in (["--dry-run"], []):
+        code, _, errors = run(capsys, "train", str(config_file), "data.sources=[{uri: set}]", *words)
+        assert code == 2 and "evaluate.split: the data have no rows in val" in errors
+
+
 def test_store_that_does_not_answer_is_told_and_no_run_is_left(capsys, config_file):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -203,6 +237,10 @@ def test_finished_run_can_be_made_longer(capsys, config_file):
     code, out, _ = run(capsys, "train", "--resume", "tiny", "--runs", str(runs), "train.samples=128")
     assert code == 0 and "from the checkpoint at 64 samples" in out
     assert json.loads((runs / "tiny" / "evaluation.json").read_text())["samples_seen"] == 128
+    written = (runs / "tiny" / "evaluation.json").stat().st_mtime_ns
+    code, out, _ = run(capsys, "train", "--resume", "tiny", "--runs", str(runs))
+    assert code == 0 and "is finished at 128 samples; to go on from there" in out
+    assert (runs / "tiny" / "evaluation.json").stat().st_mtime_ns == written
     code, _, errors = run(capsys, "train", "--resume", str(runs / "tiny"), "seed=5")
     assert code == 2 and "seed: a run that goes on keeps 0, got 5" in errors
 
@@ -214,6 +252,19 @@ def test_evaluation_prints_figures_beside_floors(capsys, finished):
     words = ["evaluate.rows=6", "evaluate.evaluators=[labels]"]
     code, out, _ = run(capsys, "evaluate", "tiny", *words, "--runs", finished.runs)
     assert code == 0 and "shape/accuracy" in out and "majority class" in out
+    assert "6 held-out rows" in out
+
+
+def test_evaluation_with_overrides_leaves_the_runs_own_alone(capsys, finished):
+    own = (finished.folder / "evaluation.json").read_bytes()
+    code, out, _ = run(
+        capsys, "evaluate", str(finished.folder), "evaluate.rows=5", "evaluate.evaluators=[labels]"
+    )
+    place = Path(re.search(r"figures\s+(\S+)", out)[1])
+    assert code == 0 and place.parent.parent == finished.folder / "evaluations"
+    assert {figure["rows"] for figure in json.loads(place.read_text())["figures"]} == {5}
+    assert (finished.folder / "evaluation.json").read_bytes() == own
+    assert (place.parent / "config.yaml").is_file()
 
 
 @pytest.mark.parametrize(
@@ -282,7 +333,26 @@ def test_given_masked_image_has_its_hole_where_alpha_is_0(capsys, finished):
     masked = np.asarray(Image.open(out / facts["given"]["masked"]))
     assert np.array_equal(masked[..., 3], pixels[..., 3])
     assert np.array_equal(masked[..., :3], pixels[..., :3] * (pixels[..., 3:] > 0))
-    assert "pixels" in facts["generated"]
+    for file in facts["generated"]["pixels"]:  # what was visible stays
+        restored = np.asarray(Image.open(out / file))
+        assert np.array_equal(restored[pixels[..., 3] > 0], pixels[..., :3][pixels[..., 3] > 0])
+
+
+def test_pictures_of_other_proportions_are_cut_not_squeezed(capsys, finished):
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 200
+    Image.fromarray(wide).save("wide.png")
+    out, facts = sampled(capsys, finished, "--given", "pixels=wide.png")
+    assert (np.asarray(Image.open(out / facts["given"]["pixels"])) == 200).all()
+
+
+def test_samples_that_are_there_are_never_written_over(capsys, finished):
+    words = ("sample", str(finished.folder), "--num", "1")
+    for _ in range(2):
+        assert run(capsys, *words)[0] == 0
+    assert sorted(path.name for path in Path("samples").iterdir()) == ["tiny-joint", "tiny-joint-2"]
+    code, _, errors = run(capsys, *words, "--out", "samples/tiny-joint")
+    assert code == 2 and "is a folder with files in it; name a new one" in errors
 
 
 def test_hole_can_be_a_picture_of_its_own(capsys, finished):
@@ -312,6 +382,8 @@ def test_samples_of_one_seed_are_the_same_files(capsys, finished):
         (["--given", "pixels=nowhere.png"], "pixels: .*nowhere.png"),
         (["--hole", "x.png"], "--hole goes with a masked image"),
         (["--num", "0"], r"--?num \(0\) must be at least 1"),
+        (["--guidance", "-3"], r"--guidance \(-3\) must be at least 0"),
+        (["--num", "1", "--out", "/proc/x"], "--out /proc/x cannot be made"),
         (["--steps", "0"], r"steps \(0\) must be at least 1"),
         (["--sampler", "fast"], "sampler: .*fast.*ancestral, ddim, dpm2"),
     ],

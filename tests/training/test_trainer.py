@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmdiff_ray.batch import Batch
+from mmdiff_ray.config import ConfigError
 from mmdiff_ray.diffusion.process import ABSENT
 from mmdiff_ray.training import trainer as module
 from mmdiff_ray.training.optim import learning_rate
@@ -299,3 +300,42 @@ def test_length_of_a_run_can_be_changed_where_it_goes_on(sprites, monkeypatch):
         again.go_on(trainer.progress)
         assert again.progress.total_samples == samples
         assert again.progress.samples_seen == 26 * 16
+
+
+def seen_by_the_model(
+    sprites, monkeypatch, *overrides: str
+) -> tuple[Trainer, Batch, torch.Tensor, torch.Tensor]:
+    """Return a trainer, a batch, and z_t and t as its model sees them."""
+    job = tiny.job(sprites, *overrides)
+    trainer, batch = tiny.trainer(job), next(tiny.batches(job))
+    seen = []
+    forward = trainer.model.forward
+    monkeypatch.setattr(
+        trainer.model, "forward", lambda z, t, *rest: seen.append((z, t)) or forward(z, t, *rest)
+    )
+    trainer.step(batch)
+    return trainer, batch, *seen[0]
+
+
+def test_times_are_drawn_from_the_part_that_is_asked_for(sprites, monkeypatch):
+    for low, high in ((0.0, 1.0), (0.5, 0.6), (1.0, 1.0)):
+        _, _, _, t = seen_by_the_model(sprites, monkeypatch, f"train.times=[{low}, {high}]")
+        assert bool((t > low - 1e-9 if low < 1 else t == 1).all()) and bool((t <= high).all())
+        assert float(t.max() - t.min()) > 0.5 * (high - low) or low == high
+
+
+def test_cutout_hides_the_hole_from_the_model_in_about_half_of_the_rows(sprites, monkeypatch):
+    _, batch, plain, _ = seen_by_the_model(sprites, monkeypatch)
+    _, _, cut, _ = seen_by_the_model(sprites, monkeypatch, "train.cutout=masked")
+    hole = (batch.data["masked"][:, 3] == 0)[:, None].expand_as(cut)
+    hidden = torch.stack(
+        [bool((z[h] == 0).all()) * torch.ones(()) for z, h in zip(cut, hole, strict=True)]
+    ).bool()
+    assert 0 < int(hidden.sum()) < len(cut)
+    assert torch.equal(cut[~hidden], plain[~hidden])
+    assert torch.equal(cut[hidden][~hole[hidden]], plain[hidden][~hole[hidden]])
+
+
+def test_what_hides_nothing_is_refused_as_cutout(sprites):
+    with pytest.raises(ConfigError, match=r"train.cutout \(shapes\) hides nothing"):
+        tiny.job(sprites, "train.cutout=shapes")

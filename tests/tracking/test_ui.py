@@ -1,0 +1,56 @@
+"""MLflow's page as the command serves it: it answers, and its processes end with it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import psutil
+import pytest
+
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.tracking import ui
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_all_processes_of_the_page_end_with_the_command(finished, number):
+    port = free_port()
+    command = [sys.executable, "-m", "mmdiff_ray.cli", "ui", "--runs", finished.runs, "--port", str(port)]
+    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read()
+                break
+            except OSError:
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.3)
+        assert b"MLflow" in page
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert family
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert alive == []
+    finally:
+        process.kill()
+
+
+def test_a_port_that_is_taken_is_told(finished):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"--port {port} cannot be used .*try another --port"):
+            ui.serve(finished.runs, "127.0.0.1", port)
