@@ -58,7 +58,8 @@ class Measure:
 
 @dataclass(frozen=True)
 class Preset:
-    """How large: overrides, seeds, and what a cell asks for (cpus, gpus)."""
+    """How large: overrides, seeds, what a cell asks for (cpus, gpus), which of the measures are taken (all
+    where None), and another data set than the experiment's."""
 
     name: str
     overrides: list[str]
@@ -66,6 +67,7 @@ class Preset:
     cpus: float = 1.0
     gpus: float = 0.0
     measures: list[str] | None = None
+    data: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
         methods=methods,
         measures=measures,
         main=plain.get("main", next(iter(methods))),
-        data=plain.get("data", {}),
+        data=plain.get("data", {}) if chosen.data is None else chosen.data,
         curves=plain.get("curves", []),
         judge=plain.get("judge"),
     )

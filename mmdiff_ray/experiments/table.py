@@ -159,7 +159,7 @@ def markdown(values: Mapping[str, Any]) -> str:
     for line in values["figures"]:
         by_measure.setdefault(line["measure"], []).append(line)
     for measure, found in by_measure.items():
-        keys = list(dict.fromkeys(line["figure"] for line in found if "_nats" not in line["figure"]))
+        keys = list(dict.fromkeys(line["figure"] for line in found if not _aside(line["figure"])))
         cells = {(line["method"], line["figure"]): line for line in found}
         better = {line["figure"]: "↑" if line["better"] == "higher" else "↓" for line in found}
         lines += [f"## {measure}", "", "| | " + " | ".join(f"{key} {better[key]}" for key in keys) + " |"]
@@ -168,7 +168,11 @@ def markdown(values: Mapping[str, Any]) -> str:
             title = values["methods"].get(method, method)
             row = [_cell(cells.get((method, key))) for key in keys]
             lines.append(f"| {title} | " + " | ".join(row) + " |")
-        lines.append("")
+        real = [
+            line for line in found if "/real_" in line["figure"] or line["figure"].endswith("judged_real")
+        ]
+        said = {line["figure"]: f"{line['figure']} {line['mean']:.3f}" for line in real}
+        lines += ["", f"Of real images: {', '.join(said.values())}.", ""] if said else [""]
     lines += [
         "## Cost",
         "",
@@ -185,6 +189,12 @@ def markdown(values: Mapping[str, Any]) -> str:
             f"{mean['images_per_s']:.0f} | {same[0]['parameters']:,} | {same[0]['machine']} |"
         )
     return "\n".join([*lines, ""])
+
+
+def _aside(figure: str) -> bool:
+    """Return whether a figure stands beside the table: terms of the bound in JSON, those of real images
+    below."""
+    return figure.endswith(("_nats", "judged_real")) or "/real_" in figure
 
 
 def _cell(line: Mapping[str, Any] | None) -> str:
