@@ -189,6 +189,8 @@ def _data_build(given: argparse.Namespace) -> int:
     built = build(given.pipeline, given.out, options, force=given.force, workers=given.workers)
     for key, reason in list(built.bad.items())[:10]:
         print(f"left out {key}: {reason}")
+    for note in built.notes:
+        print(note)
     splits = ", ".join(f"{split.rows:,} {name}" for name, split in built.manifest.splits.items())
     print(f"{given.out}: {splits} rows. Look at it: mmdiff data inspect {given.out}")
     return 0

@@ -347,6 +347,16 @@ def test_data_are_built_with_options_and_not_overwritten(capsys):
     assert read_manifest("set").digest != manifest.digest
 
 
+def test_pictures_that_were_left_out_are_told(capsys):
+    Path("photos").mkdir()
+    for name in "ab":
+        Image.new("RGB", (9, 9)).save(f"photos/{name}.png")
+    Path("list.csv").write_text("file,label\na.png,x\n")
+    words = ["data", "build", "folder", "--source", "photos", "--csv", "list.csv", "--size", "8"]
+    code, out, _ = run(capsys, *words, "--out", "set", "--workers", "0")
+    assert code == 0 and "1 picture is not in list.csv and left out\n" in out
+
+
 def test_data_are_shown(capsys, sprites):
     code, out, _ = run(capsys, "data", "inspect", sprites, "--picture", "rows.png")
     assert code == 0 and "pixels" in out and "star" in out
