@@ -92,7 +92,9 @@ def _add_data(commands: argparse._SubParsersAction) -> None:  # type: ignore[typ
         actions, "inspect", _data_inspect, "show what is in a data set", "mmdiff data inspect data/openmoji"
     )
     inspect.add_argument("uri", help="the folder or URI of the data set")
-    inspect.add_argument("--picture", type=Path, help="where to draw some rows (default: NAME.png here)")
+    inspect.add_argument(
+        "--picture", type=Path, help="where to draw some rows (default: the URI's last part, .png, here)"
+    )
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
