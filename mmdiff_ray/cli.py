@@ -95,6 +95,16 @@ def _add_data(commands: argparse._SubParsersAction) -> None:  # type: ignore[typ
     inspect.add_argument(
         "--picture", type=Path, help="where to draw some rows (default: the URI's last part, .png, here)"
     )
+    embed = _command(
+        actions,
+        "embed",
+        _data_embed,
+        "make the embedding of a text or picture, as `mmdiff sample --given` takes it",
+        "mmdiff data embed minilm 'a red cat' --out caption.npy",
+    )
+    embed.add_argument("embedder", help="minilm, efficientnet-lite0 or open_clip:MODEL[:weights]")
+    embed.add_argument("value", help="a text, or the file of a picture")
+    embed.add_argument("--out", type=Path, required=True, help="the .npy file to write")
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
@@ -217,6 +227,14 @@ def _data_inspect(given: argparse.Namespace) -> int:
     from pipelines.inspect import inspect
 
     inspect(given.uri, given.picture)
+    return 0
+
+
+def _data_embed(given: argparse.Namespace) -> int:
+    from pipelines.embedders import write_embedding
+
+    dim = write_embedding(given.embedder, given.value, given.out)
+    print(f"{given.out}: {dim} numbers")
     return 0
 
 

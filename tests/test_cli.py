@@ -19,6 +19,7 @@ from mmdiff_ray.cli import main, make_parser, pipeline_options
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.tracking import store
+from pipelines.embedders import make_embedder
 from tests import sprites as tiny
 
 
@@ -127,10 +128,13 @@ def assert_matches(pattern: str, text: str) -> None:
     [
         (["train"], "train needs a config file"),
         (["train", "nowhere.yaml"], "no config file nowhere.yaml"),
+        (["train", "."], "mmdiff: . is a folder, not a config file"),
         (["train", "--resume", "nothing"], "no run 'nothing' in runs/; there are: none yet"),
         (["train", "x.yaml", "--resume", "r", "--dry-run"], "--dry-run checks a config file"),
         (["sample", "nothing"], "no run 'nothing'"),
         (["evaluate", "nothing"], "no run 'nothing'"),
+        (["data", "embed", "minilm", "a cat", "--out", "x.txt"], "--out: got 'x.txt', want .*npy"),
+        (["data", "embed", "efficientnet-lite0", "a cat", "--out", "x.npy"], "takes image, not text"),
         (["data", "inspect", "nowhere"], "no data set at nowhere"),
         (["data", "build", "sprite", "--out", "x"], "sprite.*sprites"),
         (["data", "build", "sprites", "--out", "x", "--colour", "9"], "colour"),
@@ -309,7 +313,13 @@ def test_samples_of_one_seed_are_the_same_files(capsys, finished):
         (["--given", "shape=sta"], "shape: no label 'sta'; did you mean 'star'"),
         (["--given", "colour=red"], "no modality 'colour'; it has: pixels, shapes"),
         (["--given", "shape"], "--given 'shape' must read instance=value"),
-        (["--given", "pixels=nowhere.png"], "pixels: .*nowhere.png"),
+        (["--given", "pixels=nowhere.png"], "pixels: no file 'nowhere.png'; a picture is given as a file$"),
+        (["--given", "pixels=."], "pixels: '.' is a folder"),
+        (
+            ["--given", "factors=a cat"],
+            "factors: no file 'a cat'; an embedding is given as a .npy file of 9 numbers.*"
+            "mmdiff data embed EMBEDDER 'a cat' --out factors.npy",
+        ),
         (["--hole", "x.png"], "--hole goes with a masked image"),
         (["--num", "0"], r"--?num \(0\) must be at least 1"),
         (["--steps", "0"], r"steps \(0\) must be at least 1"),
@@ -361,6 +371,16 @@ def test_data_are_shown(capsys, sprites):
     code, out, _ = run(capsys, "data", "inspect", sprites, "--picture", "rows.png")
     assert code == 0 and "pixels" in out and "star" in out
     assert Path("rows.png").is_file()
+
+
+def test_embeddings_of_texts_and_pictures_are_written(capsys):
+    code, out, errors = run(capsys, "data", "embed", "minilm", "a red cat", "--out", "new/cat.npy")
+    assert (code, out, errors) == (0, "new/cat.npy: 384 numbers\n", "")
+    wanted = make_embedder("minilm", "text")(["a red cat"])[0]
+    assert np.array_equal(np.load("new/cat.npy"), wanted)
+    picture("some.png")
+    assert run(capsys, "data", "embed", "efficientnet-lite0", "some.png", "--out", "look.npy")[0] == 0
+    assert np.load("look.npy").shape == (1280,)
 
 
 def test_pipeline_options_are_read_in_every_form():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +152,13 @@ class EmbeddingModality(Modality):
     def parse(self, text: str) -> np.ndarray:
         try:
             vector = np.load(text, allow_pickle=False).astype(np.float32).reshape(-1)
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{self.name}: no file {text!r}; an embedding is given as a .npy file of "
+                f"{self.prediction_channels} numbers. This makes one of a text or a picture, with the "
+                f"embedder that `mmdiff data inspect` names for {self.column}, such as minilm: "
+                f"mmdiff data embed EMBEDDER {shlex.quote(text)} --out {self.name}.npy"
+            ) from None
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{self.name}: cannot read an embedding (.npy) from {text!r}: {error}"
