@@ -64,7 +64,10 @@ class EmbeddingModality(Modality):
         cls, name: str, options: EmbeddingOptions, columns: Mapping[str, Mapping[str, Any]]
     ) -> EmbeddingOptions:
         column = options.column or name
-        entry = need_column(name, column, columns, ("embedding",))
+        try:
+            entry = need_column(name, column, columns, ("embedding",))
+        except ConfigError as error:
+            raise ConfigError(f"{error}{_note_of_text(column, columns)}") from None
         if options.dim not in (None, entry["dim"]):
             raise ConfigError(
                 f"modalities.{name}.dim ({options.dim}) differs from the data set's {entry['dim']} in column "
@@ -173,3 +176,15 @@ class EmbeddingModality(Modality):
         path = Path(f"{stem}.npy")
         np.save(path, data.cpu().numpy())
         return path
+
+
+def _note_of_text(column: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return how a text becomes an embedding, where a text was named or no column is an embedding yet."""
+    texts = [other for other, entry in columns.items() if entry["kind"] == "text"]
+    if not texts or (column not in texts and any(e["kind"] == "embedding" for e in columns.values())):
+        return ""
+    text = column if column in texts else texts[0]
+    return (
+        f". A text such as {text!r} is modelled by its embedding, a column that is made when the data set is "
+        "built: `mmdiff data build folder` makes the column 'caption' with embed_captions=on"
+    )
