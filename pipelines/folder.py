@@ -29,16 +29,16 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 class FolderOptions(Options):
     """What is read, and how.
 
-    source: the folder. size: pixels a side; the middle square of each picture is used. masks: a folder of
-    masks that repeats the pictures' relative names; or alpha, auto (alpha if any picture has it) or none.
-    csv: a file with the columns file (relative to source), label and caption, which then lists the rows;
-    without it the top-level folders' names are the labels. look: embedder of the picture over white
-    (efficientnet-lite0, open_clip:MODEL[:weights]) or off. embed_captions: embedder of the captions (minilm,
-    open_clip:MODEL[:weights]), on (minilm) or off.
-    layout: plain, as above; coco: the pictures in source that annotations, a COCO file of instances, lists,
-    with a class of masks per category, and captions from the COCO file `captions`; or cityscapes: the folder
-    with leftImg8bit and gtFine, 19 classes and unlabelled, labels from the cities. These two take neither
-    masks nor csv.
+    source: the folder of pictures, needed. size: pixels a side; the middle square of each picture is used.
+    masks: a folder of masks that repeats the pictures' relative names, or alpha, none, or auto: alpha if any
+    picture has it. csv: a file with the columns file (relative to source), label and caption, which then
+    lists the rows; without it the top-level folders' names are the labels. layout: plain, any folder; coco,
+    the pictures that annotations lists, with a class of masks per category; or cityscapes, the folder with
+    leftImg8bit and gtFine, 19 classes and unlabelled, labels from the cities; the last two take neither masks
+    nor csv. annotations: the COCO file of instances, for layout=coco. captions: the COCO file of captions,
+    for layout=coco. look: embedder of the picture over white, which makes the column look:
+    efficientnet-lite0, open_clip:MODEL[:weights] or off. embed_captions: embedder of the captions, which
+    makes the column caption: minilm, open_clip:MODEL[:weights], on (minilm) or off.
     """
 
     source: str = ""

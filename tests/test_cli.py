@@ -15,8 +15,7 @@ from PIL import Image
 
 from mmdiff_ray import __version__
 from mmdiff_ray import config as configuration
-from mmdiff_ray.cli import main, make_parser, pipeline_options
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.cli import main, make_parser
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.tracking import store
 from pipelines.embedders import make_embedder
@@ -72,6 +71,15 @@ def test_help_of_every_command_shows_an_example_that_parses(capsys, words):
     known, extra = make_parser().parse_known_args(example[1:])
     assert callable(known.run)
     assert not extra or words == ("data", "build")
+
+
+def test_help_tells_the_options_of_the_pipeline_that_was_named_or_of_all(capsys):
+    code, out, _ = run(capsys, "data", "build", "folder", "--help")
+    assert code == 0 and "options of folder" in out and "embed_captions" in out
+    assert "options of sprites" not in out
+    for words in (("--help",), ("foldr", "--help")):
+        code, out, _ = run(capsys, "data", "build", *words)
+        assert code == 0 and "options of folder" in out and "options of sprites" in out
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -381,14 +389,6 @@ def test_embeddings_of_texts_and_pictures_are_written(capsys):
     picture("some.png")
     assert run(capsys, "data", "embed", "efficientnet-lite0", "some.png", "--out", "look.npy")[0] == 0
     assert np.load("look.npy").shape == (1280,)
-
-
-def test_pipeline_options_are_read_in_every_form():
-    words = ["a=1", "--b", "2", "--c-d=3", "--e", "x=y"]
-    assert pipeline_options(words) == {"a": "1", "b": "2", "c_d": "3", "e": "x=y"}
-    for words in (["alone"], ["--last"]):
-        with pytest.raises(ConfigError, match="must read key=value"):
-            pipeline_options(words)
 
 
 # --- doctor ----------------------------------------------------------------------------------------------
