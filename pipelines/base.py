@@ -21,6 +21,7 @@ from mmdiff_ray import config, registry
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import Manifest
 from mmdiff_ray.data.shards import ShardWriter
+from mmdiff_ray.data.storage import check_writable
 from pipelines import flow
 from pipelines.embedders import Embedder
 
@@ -162,6 +163,7 @@ def build(
     where it stopped; a finished one is replaced only with `force`.
     Raises ConfigError for what the user can mend.
     """
+    check_writable(out)
     pipeline = make_pipeline(name, options)
     stages = pipeline.stages()
     items = choose(pipeline.items(), pipeline.options.limit)

@@ -145,6 +145,10 @@ def assert_matches(pattern: str, text: str) -> None:
         (["data", "embed", "efficientnet-lite0", "a cat", "--out", "x.npy"], "takes image, not text"),
         (["data", "inspect", "nowhere"], "no data set at nowhere"),
         (["data", "build", "sprite", "--out", "x"], "sprite.*sprites"),
+        (
+            ["data", "build", "sprites", "--out", "/proc/x"],
+            "^mmdiff: out: cannot write to /proc/x: [^\n]*\n$",
+        ),
         (["data", "build", "sprites", "--out", "x", "--colour", "9"], "colour"),
         (["data", "build", "sprites", "--out", "x", "--size"], "option '--size' must read"),
     ],
