@@ -141,7 +141,11 @@ class ShardWriter:
             Shard(path, len(rows), len(data), digest, footer_crc32(data), groups)
         )
         for name, total in self._journal.totals.items():
-            self._journal.totals[name] = add_tallies([total, *(row[name] for row in tallies)])
+            shard = add_tallies(row[name] for row in tallies)
+            if split == "train":
+                parts = self._columns[name].train_parts.items()
+                shard |= {own: shard[part] for part, own in parts if part in shard}
+            self._journal.totals[name] = add_tallies([total, shard])
         self._rows[split], self._tallies[split] = [], []
         self._journal.save(self.uri)
 
