@@ -55,16 +55,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, run: Run, text: str, example: str):  # type: ignore[no-untyped-def,type-arg]
+def _command(commands: argparse._SubParsersAction, name: str, run: Run, text: str, example: str, **more):  # type: ignore[no-untyped-def,type-arg]
     command = commands.add_parser(
         name,
         help=text,
         description=text[0].upper() + text[1:] + ".",
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        **more,
     )
     command.set_defaults(run=run)
     return command
+
+
+class _PipelineHelp(argparse._HelpAction):
+    """Help that tells the options of the pipeline that was named before it, or else of all."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        from pipelines.options import describe
+
+        parser.epilog = f"{describe(getattr(namespace, 'pipeline', None))}\n\n{parser.epilog}"
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
@@ -76,6 +87,10 @@ def _add_data(commands: argparse._SubParsersAction) -> None:  # type: ignore[typ
         _data_build,
         "build a data set of shards from a raw source",
         "mmdiff data build folder --source photos --out data/photos --size 64",
+        add_help=False,
+    )
+    build.add_argument(
+        "-h", "--help", action=_PipelineHelp, help="show this, with the pipeline's options, and exit"
     )
     build.add_argument("pipeline", help="openmoji, sprites, fashion_mnist, digits, folder, or your own")
     build.add_argument(
@@ -92,7 +107,19 @@ def _add_data(commands: argparse._SubParsersAction) -> None:  # type: ignore[typ
         actions, "inspect", _data_inspect, "show what is in a data set", "mmdiff data inspect data/openmoji"
     )
     inspect.add_argument("uri", help="the folder or URI of the data set")
-    inspect.add_argument("--picture", type=Path, help="where to draw some rows (default: NAME.png here)")
+    inspect.add_argument(
+        "--picture", type=Path, help="where to draw some rows (default: the URI's last part, .png, here)"
+    )
+    embed = _command(
+        actions,
+        "embed",
+        _data_embed,
+        "make the embedding of a text or picture, as `mmdiff sample --given` takes it",
+        "mmdiff data embed minilm 'a red cat' --out caption.npy",
+    )
+    embed.add_argument("embedder", help="minilm, efficientnet-lite0 or open_clip:MODEL[:weights]")
+    embed.add_argument("value", help="a text, or the file of a picture")
+    embed.add_argument("--out", type=Path, required=True, help="the .npy file to write")
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
@@ -184,35 +211,31 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:  # type: ignore[t
 
 def _data_build(given: argparse.Namespace) -> int:
     from pipelines.base import build
+    from pipelines.options import pipeline_options
 
     options = pipeline_options([*given.options, *given.extra])
     built = build(given.pipeline, given.out, options, force=given.force, workers=given.workers)
     for key, reason in list(built.bad.items())[:10]:
         print(f"left out {key}: {reason}")
+    for note in built.notes:
+        print(note)
     splits = ", ".join(f"{split.rows:,} {name}" for name, split in built.manifest.splits.items())
     print(f"{given.out}: {splits} rows. Look at it: mmdiff data inspect {given.out}")
     return 0
-
-
-def pipeline_options(words: Sequence[str]) -> dict[str, str]:
-    """Return options from `key=value`, `--key value` and `--key=value` words. Raises ConfigError for
-    others."""
-    options, left = {}, list(words)
-    while left:
-        word = left.pop(0)
-        key, separator, value = word.removeprefix("--").partition("=")
-        if not separator:
-            if not word.startswith("--") or not left:
-                raise ConfigError(f"option {word!r} must read key=value or --key value")
-            value = left.pop(0)
-        options[key.replace("-", "_")] = value
-    return options
 
 
 def _data_inspect(given: argparse.Namespace) -> int:
     from pipelines.inspect import inspect
 
     inspect(given.uri, given.picture)
+    return 0
+
+
+def _data_embed(given: argparse.Namespace) -> int:
+    from pipelines.embedders import write_embedding
+
+    dim = write_embedding(given.embedder, given.value, given.out)
+    print(f"{given.out}: {dim} numbers")
     return 0
 
 

@@ -21,6 +21,7 @@ from mmdiff_ray import config, registry
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import Manifest
 from mmdiff_ray.data.shards import ShardWriter
+from mmdiff_ray.data.storage import check_writable
 from pipelines import flow
 from pipelines.embedders import Embedder
 
@@ -98,6 +99,10 @@ class Pipeline:
         """Return what the data set is, one sentence for its manifest."""
         return (type(self).__doc__ or "").split("\n")[0]
 
+    def notes(self) -> list[str]:
+        """Return what a person should know once the data set is built, one line each."""
+        return []
+
     def columns(self) -> dict[str, dict[str, Any]]:
         """Return column -> what the manifest says of it, but the embedding stages' columns."""
         raise NotImplementedError
@@ -121,12 +126,16 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Build:
-    """What a build did. kept: rows of an interrupted run before it; bad: key -> why an item is unreadable."""
+    """What a build did.
+
+    kept: rows of an interrupted run before it; bad: key -> why an item is unreadable; notes: the pipeline's.
+    """
 
     manifest: Manifest
     written: int
     kept: int
     bad: Mapping[str, str]
+    notes: Sequence[str] = ()
 
 
 def make_pipeline(name: str, options: Mapping[str, Any] | None = None) -> Pipeline:
@@ -154,6 +163,7 @@ def build(
     where it stopped; a finished one is replaced only with `force`.
     Raises ConfigError for what the user can mend.
     """
+    check_writable(out)
     pipeline = make_pipeline(name, options)
     stages = pipeline.stages()
     items = choose(pipeline.items(), pipeline.options.limit)
@@ -194,7 +204,7 @@ def _write(
                 writer.add(row)
             written += len(fresh)
             advance(len(fresh) + len(made.bad))
-    return Build(writer.close(), written, kept, bad)
+    return Build(writer.close(), written, kept, bad, pipeline.notes())
 
 
 def render(pipeline: Pipeline, chunk: Sequence[Item]) -> Made:

@@ -77,6 +77,25 @@ def make_embedder(spec: str, inputs: str) -> Embedder:
     return kind(detail, inputs)
 
 
+def write_embedding(spec: str, value: str, out: Path) -> int:
+    """Write the vector of a picture's file, or else of a text, as a .npy file; return its dimension.
+
+    Raises ConfigError for what `make_embedder` refuses, an unreadable picture or a file that cannot be
+    written.
+    """
+    if out.suffix != ".npy":
+        raise ConfigError(f"--out: got {str(out)!r}, want a file whose name ends in .npy")
+    picture = Path(value).is_file()
+    embedder = make_embedder(spec, "image" if picture else "text")
+    try:
+        vector = embedder([Image.open(value) if picture else value])[0]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.save(out, vector)
+    except OSError as error:
+        raise ConfigError(f"cannot embed {value!r} into {out}: {error}") from None
+    return len(vector)
+
+
 def need(module: str, extra: str) -> Any:
     """Return an optional module. Raises ConfigError with the command that installs it."""
     try:

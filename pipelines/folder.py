@@ -1,6 +1,6 @@
 """Folder: a user's own pictures in nested folders, with masks, labels and captions where there are any."""
 
-import csv
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from mmdiff_ray.config import ConfigError
 from pipelines.base import BadRow, Item, Options, Pipeline, Stage, is_off, is_on, png
 from pipelines.embedders import has_alpha, make_embedder
 from pipelines.layouts import Entry, Masks, read_cityscapes, read_coco
+from pipelines.listing import read_csv
 from pipelines.masks import find_masks
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -28,16 +29,16 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 class FolderOptions(Options):
     """What is read, and how.
 
-    source: the folder. size: pixels a side; the middle square of each picture is used. masks: a folder of
-    masks that repeats the pictures' relative names; or alpha, auto (alpha if any picture has it) or none.
-    csv: a file with the columns file (relative to source), label and caption, which then lists the rows;
-    without it the top-level folders' names are the labels. look: embedder of the picture over white
-    (efficientnet-lite0, open_clip:MODEL[:weights]) or off. embed_captions: embedder of the captions (minilm,
-    open_clip:MODEL[:weights]), on (minilm) or off.
-    layout: plain, as above; coco: the pictures in source that annotations, a COCO file of instances, lists,
-    with a class of masks per category, and captions from the COCO file `captions`; or cityscapes: the folder
-    with leftImg8bit and gtFine, 19 classes and unlabelled, labels from the cities. These two take neither
-    masks nor csv.
+    source: the folder of pictures, needed. size: pixels a side; the middle square of each picture is used.
+    masks: a folder of masks that repeats the pictures' relative names, or alpha, none, or auto: alpha if any
+    picture has it. csv: a file with the columns file (relative to source), label and caption, which then
+    lists the rows; without it the top-level folders' names are the labels. layout: plain, any folder; coco,
+    the pictures that annotations lists, with a class of masks per category; or cityscapes, the folder with
+    leftImg8bit and gtFine, 19 classes and unlabelled, labels from the cities; the last two take neither masks
+    nor csv. annotations: the COCO file of instances, for layout=coco. captions: the COCO file of captions,
+    for layout=coco. look: embedder of the picture over white, which makes the column look:
+    efficientnet-lite0, open_clip:MODEL[:weights] or off. embed_captions: embedder of the captions, which
+    makes the column caption: minilm, open_clip:MODEL[:weights], on (minilm) or off.
     """
 
     source: str = ""
@@ -67,6 +68,7 @@ class Folder(Pipeline):
         self.source = Path(options.source).expanduser().resolve()
         if not self.source.is_dir():
             raise ConfigError(f"source: no folder {self.source}")
+        self.unlisted = 0
         self.entries, drawn = self._listed()
         self.has_alpha = any(_opens_with_alpha(self.source / entry.file) for entry in self.entries)
         self.masks = drawn or self._masks()
@@ -78,6 +80,11 @@ class Folder(Pipeline):
     @property
     def description(self) -> str:
         return f"The pictures of the folder {self.source.name}."
+
+    def notes(self) -> list[str]:
+        count = self.unlisted
+        named = "picture is" if count == 1 else "pictures are"
+        return [f"{count:,} {named} not in {self.options.csv} and left out"] if count else []
 
     @property
     def _mask_folder(self) -> Path | None:
@@ -102,12 +109,15 @@ class Folder(Pipeline):
         return read_coco(Path(options.annotations).expanduser(), words)
 
     def _entries(self) -> list[Entry]:
-        if self.options.csv is not None:
-            return read_csv(Path(self.options.csv).expanduser())
         entries = list(walk(self.source, self._mask_folder))
         if not entries:
             raise ConfigError(f"source: no picture in {self.source}; known suffixes: {', '.join(SUFFIXES)}")
-        return entries
+        if self.options.csv is None:
+            return entries
+        listed = read_csv(Path(self.options.csv).expanduser(), self.source, entries[0].file)
+        named = {os.path.normpath(entry.file) for entry in listed}
+        self.unlisted = sum(os.path.normpath(entry.file) not in named for entry in entries)
+        return listed
 
     def _masks(self) -> Masks | None:
         if self.options.masks == "alpha" and not self.has_alpha:
@@ -189,29 +199,6 @@ def walk(source: Path, without: Path | None) -> Iterator[Entry]:
         hidden = any(part.startswith(".") for part in parts)
         if path.suffix.lower() in SUFFIXES and not hidden and without not in path.parents:
             yield Entry("/".join(parts), parts[0] if len(parts) > 1 else None)
-
-
-def read_csv(file: Path) -> list[Entry]:
-    """Return the pictures that a CSV file lists: its columns file, and label and caption where there are any.
-
-    Raises ConfigError for an unreadable file, a missing column or a picture listed twice.
-    """
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            rows, columns = list(reader), list(reader.fieldnames or [])
-    except (OSError, ValueError, csv.Error) as error:
-        raise ConfigError(f"csv: cannot read {file}: {error}") from None
-    if "file" not in columns or not rows:
-        raise ConfigError(
-            f"csv: {file} needs a column 'file' and a row; it has {len(rows)} rows of {columns}"
-        )
-    names = [Path(row["file"] or "").as_posix() for row in rows]
-    if "." in names:
-        raise ConfigError(f"csv: {file}, row {names.index('.') + 1}: no file")
-    if repeated := len(names) - len(set(names)):
-        raise ConfigError(f"csv: {file} lists {repeated} of its files twice; want one row per file")
-    return [Entry(name, row.get("label"), row.get("caption")) for name, row in zip(names, rows, strict=True)]
 
 
 def open_picture(file: Path) -> Image.Image:

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from mmdiff_ray.data.manifest import Manifest, RowGroup, read_manifest
 from mmdiff_ray.data.parquet import read_row_group
+from mmdiff_ray.data.storage import filesystem
 from mmdiff_ray.evaluation import tiles
 from mmdiff_ray.evaluation.grids import Panel, grid, to_png
 
@@ -29,11 +30,12 @@ BAR_COLUMNS = 28
 def inspect(uri: str, picture: str | Path | None = None, rows: int = 12) -> Path:
     """Print what a data set holds and draw some of its rows; return the picture's file.
 
-    picture: where to draw; by default a file in the working folder that has the data set's name. Raises
-    ConfigError if there is no data set.
+    picture: where to draw; by default a file in the working folder that is called like the last part of the
+    URI. Raises ConfigError if there is no data set.
     """
     manifest = read_manifest(uri)
-    path = Path(picture) if picture is not None else Path(f"{manifest.name}.png")
+    last = Path(filesystem(uri)[1]).name or manifest.name
+    path = Path(picture) if picture is not None else Path(f"{last}.png")
     console = Console(highlight=False)
     console.print(tables(uri, manifest))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -58,10 +58,8 @@ CATEGORIES = (
 
 @dataclass(frozen=True)
 class OpenMojiOptions(Options):
-    """size: pixels a side; look: embedder of the picture over white, or off; captions: auto, on or off.
-
-    captions embeds the names by MiniLM; auto leaves the column out where its packages are missing.
-    """
+    """size: pixels a side; look: embedder of the picture over white, or off; captions: whether the names are
+    embedded, by MiniLM: on, off or auto, which leaves the column out where its packages are missing."""
 
     size: int = 64
     look: str = "efficientnet-lite0"

@@ -133,7 +133,7 @@ def factors_of(shape: Shape) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SpritesOptions(Options):
-    """count: scenes; size: pixels a side; most: most shapes in a scene; seed: another seed, other scenes."""
+    """count: how many scenes; size: pixels a side; most: most shapes in a scene; seed: of the scenes."""
 
     count: int = 2048
     size: int = 32

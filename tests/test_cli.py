@@ -16,10 +16,10 @@ from PIL import Image
 
 from mmdiff_ray import __version__
 from mmdiff_ray import config as configuration
-from mmdiff_ray.cli import main, make_parser, pipeline_options
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.cli import main, make_parser
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.tracking import store
+from pipelines.embedders import make_embedder
 from tests import sprites as tiny
 
 
@@ -72,6 +72,15 @@ def test_help_of_every_command_shows_an_example_that_parses(capsys, words):
     known, extra = make_parser().parse_known_args(example[1:])
     assert callable(known.run)
     assert not extra or words == ("data", "build")
+
+
+def test_help_tells_the_options_of_the_pipeline_that_was_named_or_of_all(capsys):
+    code, out, _ = run(capsys, "data", "build", "folder", "--help")
+    assert code == 0 and "options of folder" in out and "embed_captions" in out
+    assert "options of sprites" not in out
+    for words in (("--help",), ("foldr", "--help")):
+        code, out, _ = run(capsys, "data", "build", *words)
+        assert code == 0 and "options of folder" in out and "options of sprites" in out
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -128,12 +137,19 @@ def assert_matches(pattern: str, text: str) -> None:
     [
         (["train"], "train needs a config file"),
         (["train", "nowhere.yaml"], "no config file nowhere.yaml"),
+        (["train", "."], "mmdiff: . is a folder, not a config file"),
         (["train", "--resume", "nothing"], "no run 'nothing' in runs/; there are: none yet"),
         (["train", "x.yaml", "--resume", "r", "--dry-run"], "--dry-run checks a config file"),
         (["sample", "nothing"], "no run 'nothing'"),
         (["evaluate", "nothing"], "no run 'nothing'"),
+        (["data", "embed", "minilm", "a cat", "--out", "x.txt"], "--out: got 'x.txt', want .*npy"),
+        (["data", "embed", "efficientnet-lite0", "a cat", "--out", "x.npy"], "takes image, not text"),
         (["data", "inspect", "nowhere"], "no data set at nowhere"),
         (["data", "build", "sprite", "--out", "x"], "sprite.*sprites"),
+        (
+            ["data", "build", "sprites", "--out", "/proc/x"],
+            "^mmdiff: out: cannot write to /proc/x: [^\n]*\n$",
+        ),
         (["data", "build", "sprites", "--out", "x", "--colour", "9"], "colour"),
         (["data", "build", "sprites", "--out", "x", "--size"], "option '--size' must read"),
     ],
@@ -379,7 +395,13 @@ def test_samples_of_one_seed_are_the_same_files(capsys, finished):
         (["--given", "shape=sta"], "shape: no label 'sta'; did you mean 'star'"),
         (["--given", "colour=red"], "no modality 'colour'; it has: pixels, shapes"),
         (["--given", "shape"], "--given 'shape' must read instance=value"),
-        (["--given", "pixels=nowhere.png"], "pixels: .*nowhere.png"),
+        (["--given", "pixels=nowhere.png"], "pixels: no file 'nowhere.png'; a picture is given as a file$"),
+        (["--given", "pixels=."], "pixels: '.' is a folder"),
+        (
+            ["--given", "factors=a cat"],
+            "factors: no file 'a cat'; an embedding is given as a .npy file of 9 numbers.*"
+            "mmdiff data embed EMBEDDER 'a cat' --out factors.npy",
+        ),
         (["--hole", "x.png"], "--hole goes with a masked image"),
         (["--num", "0"], r"--?num \(0\) must be at least 1"),
         (["--guidance", "-3"], r"--guidance \(-3\) must be at least 0"),
@@ -419,18 +441,30 @@ def test_data_are_built_with_options_and_not_overwritten(capsys):
     assert read_manifest("set").digest != manifest.digest
 
 
+def test_pictures_that_were_left_out_are_told(capsys):
+    Path("photos").mkdir()
+    for name in "ab":
+        Image.new("RGB", (9, 9)).save(f"photos/{name}.png")
+    Path("list.csv").write_text("file,label\na.png,x\n")
+    words = ["data", "build", "folder", "--source", "photos", "--csv", "list.csv", "--size", "8"]
+    code, out, _ = run(capsys, *words, "--out", "set", "--workers", "0")
+    assert code == 0 and "1 picture is not in list.csv and left out\n" in out
+
+
 def test_data_are_shown(capsys, sprites):
     code, out, _ = run(capsys, "data", "inspect", sprites, "--picture", "rows.png")
     assert code == 0 and "pixels" in out and "star" in out
     assert Path("rows.png").is_file()
 
 
-def test_pipeline_options_are_read_in_every_form():
-    words = ["a=1", "--b", "2", "--c-d=3", "--e", "x=y"]
-    assert pipeline_options(words) == {"a": "1", "b": "2", "c_d": "3", "e": "x=y"}
-    for words in (["alone"], ["--last"]):
-        with pytest.raises(ConfigError, match="must read key=value"):
-            pipeline_options(words)
+def test_embeddings_of_texts_and_pictures_are_written(capsys):
+    code, out, errors = run(capsys, "data", "embed", "minilm", "a red cat", "--out", "new/cat.npy")
+    assert (code, out, errors) == (0, "new/cat.npy: 384 numbers\n", "")
+    wanted = make_embedder("minilm", "text")(["a red cat"])[0]
+    assert np.array_equal(np.load("new/cat.npy"), wanted)
+    picture("some.png")
+    assert run(capsys, "data", "embed", "efficientnet-lite0", "some.png", "--out", "look.npy")[0] == 0
+    assert np.load("look.npy").shape == (1280,)
 
 
 # --- doctor ----------------------------------------------------------------------------------------------

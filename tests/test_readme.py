@@ -1,5 +1,6 @@
 """The README tells the truth: its figures are those of committed results, and nothing is left to fill in."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmdiff_ray.cli import make_parser
+from pipelines.folder import FolderOptions
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")
@@ -46,6 +48,13 @@ def test_every_command_that_the_readme_names_exists():
     known = make_parser().format_help()
     for command in commands:
         assert command.split()[0] in known, command
+
+
+def test_readme_names_the_options_of_a_folder_that_there_are():
+    part = README.split("## Your own data")[1].split("\n## ")[0]
+    named = set(re.findall(r"--([a-z_]+)", part)) - {"out", "help", "dry"}
+    known = {field.name for field in dataclasses.fields(FolderOptions)}
+    assert {"source", "size", "masks", "csv", "look", "embed_captions", "layout"} <= named <= known
 
 
 def test_nothing_is_left_to_fill_in():

@@ -98,6 +98,10 @@ def _read(file: Path) -> Any:
         tree = OmegaConf.load(file)
     except FileNotFoundError:
         raise ConfigError(f"no config file {file}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{file} is a folder, not a config file") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {file}: {error.strerror}") from None
     except Exception as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from None
     if not OmegaConf.is_dict(tree):

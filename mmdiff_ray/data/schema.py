@@ -33,6 +33,8 @@ class Column:
     """
 
     kind: ClassVar[str]
+    train_parts: ClassVar[Mapping[str, str]] = {}
+    """Part of the tally -> its name when it is counted of the training split alone."""
 
     def __init__(self, name: str, facts: Mapping[str, Any]) -> None:
         self.name = name
@@ -115,6 +117,7 @@ class LabelColumn(Column):
     """Categories, given by name or by index."""
 
     kind = "label"
+    train_parts: ClassVar[Mapping[str, str]] = {"counts": "train_counts"}
 
     def __init__(self, name: str, facts: Mapping[str, Any]) -> None:
         super().__init__(name, facts)
@@ -130,8 +133,9 @@ class LabelColumn(Column):
         return pa.array(values, pa.int32())
 
     def summary(self, tally: Tally) -> dict[str, Any]:
-        counts = np.asarray(tally.get("counts", np.zeros(len(self._index))), dtype=int)
-        return {**super().summary(tally), "counts": counts.tolist()}
+        none = np.zeros(len(self._index))
+        parts = {part: np.asarray(tally.get(part, none), int).tolist() for part in ("counts", "train_counts")}
+        return {**super().summary(tally), **parts}
 
 
 class EmbeddingColumn(Column):

@@ -20,7 +20,7 @@ from mmdiff_ray.data.manifest import (
 )
 from mmdiff_ray.data.parquet import encode, footer_crc32, read_row_group
 from mmdiff_ray.data.schema import Column, Tally, add_tallies, make_column
-from mmdiff_ray.data.storage import checksum, filesystem, remove, write_bytes_atomic
+from mmdiff_ray.data.storage import cannot_write, checksum, filesystem, remove, write_bytes_atomic
 
 
 class ShardWriter:
@@ -67,8 +67,11 @@ class ShardWriter:
             totals={column: {} for column in columns},
             shards={split: [] for split in SPLITS},
         )
-        make_room(uri, force)
-        self.done = self._resume()
+        try:
+            make_room(uri, force)
+            self.done = self._resume()
+        except OSError as error:
+            raise cannot_write(uri, error) from None
         self._seen = {row_id(key) for key in self.done}
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -138,7 +141,11 @@ class ShardWriter:
             Shard(path, len(rows), len(data), digest, footer_crc32(data), groups)
         )
         for name, total in self._journal.totals.items():
-            self._journal.totals[name] = add_tallies([total, *(row[name] for row in tallies)])
+            shard = add_tallies(row[name] for row in tallies)
+            if split == "train":
+                parts = self._columns[name].train_parts.items()
+                shard |= {own: shard[part] for part, own in parts if part in shard}
+            self._journal.totals[name] = add_tallies([total, shard])
         self._rows[split], self._tallies[split] = [], []
         self._journal.save(self.uri)
 

@@ -1,8 +1,11 @@
 """Open files by URI: a local path, or what pyarrow's file systems take (file://, s3://, gs://, hdfs://)."""
 
+import contextlib
 import functools
 import hashlib
 import os
+import tempfile
+from pathlib import Path
 
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
@@ -47,6 +50,35 @@ def write_bytes_atomic(fs: FileSystem, path: str, data: bytes) -> None:
     fs.create_dir(os.path.dirname(path), recursive=True)
     _write(fs, path + PART, data)
     fs.move(path + PART, path)
+
+
+def check_writable(uri: str) -> None:
+    """Raise ConfigError unless files can be written into the local folder of a URI; leave nothing behind.
+
+    Other file systems are not asked: there, only writing tells.
+    """
+    fs, root = filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        return
+    folder = Path(root)
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise cannot_write(uri, error) from None
+    finally:
+        for path in missing:  # the deepest first
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def cannot_write(uri: str, error: OSError) -> ConfigError:
+    """Return the error for a URI that cannot be written to."""
+    return ConfigError(
+        f"out: cannot write to {uri}: {error.strerror or error}; want a folder that can be written to"
+    )
 
 
 def remove(fs: FileSystem, path: str) -> None:

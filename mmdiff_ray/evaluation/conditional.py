@@ -58,7 +58,7 @@ def evaluate_segmentation(context: Context) -> Findings:
 
 @register("evaluator", "labels")
 def evaluate_labels(context: Context) -> Findings:
-    """Measure labels from the given anchor: accuracy, beside the majority class of the rows."""
+    """Measure labels from the given anchor: accuracy, beside the majority class of the training rows."""
     findings = Findings()
     for name, modality in context.asked(LabelModality).items():
         rows = context.rows_with(name, context.anchor)
@@ -90,9 +90,11 @@ def evaluate_embeddings(context: Context) -> Findings:
 
 
 def class_counts(context: Context, modality: Any, truth: np.ndarray) -> list[int]:
-    """Return how often the data set has each class, or where that is not known, the rows. truth: int (n,)."""
-    counts = context.columns.get(modality.column, {}).get("counts")
-    return list(counts) if counts else np.bincount(truth, minlength=modality.prediction_channels).tolist()
+    """Return how often the training rows have each class; where that is not known, all rows, or those of
+    `truth`, int (n,)."""
+    facts = context.columns.get(modality.column, {})
+    known = [facts[key] for key in ("train_counts", "counts") if any(facts.get(key, ()))]
+    return list(known[0]) if known else np.bincount(truth, minlength=modality.prediction_channels).tolist()
 
 
 def _mask_rules(context: Context, modality: Any, rows: np.ndarray) -> dict[str, np.ndarray]:

@@ -27,6 +27,8 @@ NOTES: dict[str, tiles.Colour] = {
     "trivial rule": (196, 122, 28),
 }
 """The colours of the notes that say what a panel is; any other note is grey."""
+TITLE_LINES, NAME_LINES = 5, 3
+"""How many lines a panel's title and a sample's name may take; the rest of them is cut off."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ class _Table:
         return page
 
     def _head(self, text: str, note: str, strong: bool, *, width: float) -> _Head:
-        return _Head(tiles.wrap(text, self.points, width, 3, bold=strong), note, strong)
+        most = TITLE_LINES if strong else NAME_LINES
+        return _Head(tiles.wrap(text, self.points, width, most, bold=strong), note, strong)
 
     def _lefts(self) -> list[int]:
         """Return where each column begins: after the rows' names, with wider gaps between notes."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,10 @@ class EmbeddingModality(Modality):
         cls, name: str, options: EmbeddingOptions, columns: Mapping[str, Mapping[str, Any]]
     ) -> EmbeddingOptions:
         column = options.column or name
-        entry = need_column(name, column, columns, ("embedding",))
+        try:
+            entry = need_column(name, column, columns, ("embedding",))
+        except ConfigError as error:
+            raise ConfigError(f"{error}{_note_of_text(column, columns)}") from None
         if options.dim not in (None, entry["dim"]):
             raise ConfigError(
                 f"modalities.{name}.dim ({options.dim}) differs from the data set's {entry['dim']} in column "
@@ -151,6 +155,13 @@ class EmbeddingModality(Modality):
     def parse(self, text: str) -> np.ndarray:
         try:
             vector = np.load(text, allow_pickle=False).astype(np.float32).reshape(-1)
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{self.name}: no file {text!r}; an embedding is given as a .npy file of "
+                f"{self.prediction_channels} numbers. This makes one of a text or a picture, with the "
+                f"embedder that `mmdiff data inspect` names for {self.column}, such as minilm: "
+                f"mmdiff data embed EMBEDDER {shlex.quote(text)} --out {self.name}.npy"
+            ) from None
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{self.name}: cannot read an embedding (.npy) from {text!r}: {error}"
@@ -165,3 +176,15 @@ class EmbeddingModality(Modality):
         path = Path(f"{stem}.npy")
         np.save(path, data.cpu().numpy())
         return path
+
+
+def _note_of_text(column: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return how a text becomes an embedding, where a text was named or no column is an embedding yet."""
+    texts = [other for other, entry in columns.items() if entry["kind"] == "text"]
+    if not texts or (column not in texts and any(e["kind"] == "embedding" for e in columns.values())):
+        return ""
+    text = column if column in texts else texts[0]
+    return (
+        f". A text such as {text!r} is modelled by its embedding, a column that is made when the data set is "
+        "built: `mmdiff data build folder` makes the column 'caption' with embed_captions=on"
+    )

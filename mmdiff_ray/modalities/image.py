@@ -163,6 +163,10 @@ def open_image(path: str, name: str) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
+    except FileNotFoundError:
+        raise ConfigError(f"{name}: no file {path!r}; a picture is given as a file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{name}: {path!r} is a folder; a picture is given as a file") from None
     except (OSError, UnidentifiedImageError) as error:
         raise ConfigError(f"{name}: cannot read a picture from {path!r}: {error}") from None
     return image

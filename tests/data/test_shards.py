@@ -52,6 +52,10 @@ def test_the_manifest_counts_what_was_written(tmp_path: Path) -> None:
     assert all(shard.rows <= 16 and max(shard.row_groups) <= 4 for shard in manifest.splits["train"].shards)
     labels = [r["category"] for r in rows]
     assert manifest.columns["category"]["counts"] == [labels.count(name) for name in ("ant", "bee", "cat")]
+    train = [r["category"] for r in rows if split_of(row_id(r["key"]), 0.2) == "train"]
+    wanted = [train.count(name) for name in ("ant", "bee", "cat")]
+    assert manifest.columns["category"]["train_counts"] == wanted
+    assert wanted != manifest.columns["category"]["counts"]
     assert manifest.columns["category"]["present"] == 50 - labels.count(None)
     norms = [np.linalg.norm(np.float32(r["look"])) for r in rows if r["look"] is not None]
     assert manifest.columns["look"] == {

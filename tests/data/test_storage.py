@@ -6,7 +6,7 @@ import pytest
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import read_manifest
-from mmdiff_ray.data.storage import absolute, filesystem, read_bytes, write_bytes_atomic
+from mmdiff_ray.data.storage import absolute, check_writable, filesystem, read_bytes, write_bytes_atomic
 from tests.data.samples import write
 
 
@@ -32,3 +32,21 @@ def test_a_rewritten_file_is_whole_and_leaves_nothing_beside_it(tmp_path: Path) 
 def test_a_uri_that_cannot_be_opened_is_named(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"cannot open (nope|s3)://bucket/x.*want a path or"):
         filesystem(uri)
+
+
+def test_asking_whether_a_folder_can_be_written_to_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new/deep", "empty/new"):
+        check_writable(str(tmp_path / name))
+    check_writable(f"file://{tmp_path}/other")
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("dear")
+    for uri in ("/proc/x/y", str(tmp_path / "file"), str(tmp_path / "file" / "x")):
+        with pytest.raises(ConfigError, match=f"^out: cannot write to {uri}: "):
+            check_writable(uri)
+        with pytest.raises(ConfigError, match=f"^out: cannot write to {uri}: "):
+            write(uri, range(1))
+    assert (tmp_path / "file").read_text() == "dear"

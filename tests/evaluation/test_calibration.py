@@ -101,10 +101,14 @@ def test_figures_are_tallies_beside_what_the_class_frequencies_reach(context: Co
     assert found["shape/head_calibration_error"].value == pytest.approx(calibration_error(said, truth))
 
 
-def test_rules_count_the_classes_of_the_data_set_where_they_are_known(context: Context) -> None:
-    """All but two rows of this data set are of the last class: the rules bet on it, whatever comes."""
+@pytest.mark.parametrize(
+    "others",
+    [{}, {"train_counts": [0] * 6}, {"counts": [99, 1, 0, 1, 0, 98], "train_counts": [0, 1, 0, 1, 0, 98]}],
+)
+def test_rules_count_the_classes_of_the_data_set_where_they_are_known(context: Context, others) -> None:
+    """All but two training rows are of the last class: the rules bet on it, whatever comes."""
     counts = [0, 1, 0, 1, 0, 98]
-    known = Context(context.model, context.batch, {"shape": {"counts": counts}})
+    known = Context(context.model, context.batch, {"shape": {"counts": counts, **others}})
     found = {figure.key: figure for figure in evaluate_calibration(known).figures}
     truth = context.truth("shape").numpy()
     assert found["shape/head_accuracy"].floors == {"majority class": (truth == 5).mean()}

@@ -97,6 +97,15 @@ def test_titles_and_names_change_the_page_and_stay_on_it() -> None:
         assert (border == 255).all()
 
 
+@pytest.mark.parametrize("cell_px", [64, 96, 128])
+@pytest.mark.parametrize("across", ["columns", "rows"])
+def test_title_as_long_as_those_of_rules_is_not_cut_off(cell_px: int, across: str) -> None:
+    """A cut title would draw the same page whatever its last word is."""
+    titles = [f"nearest palette colour, unlike the {word}" for word in ("border", "margin")]
+    pages = [grid([Panel(title, pictures())], across=across, cell_px=cell_px) for title in titles]
+    assert pages[0].size != pages[1].size or np.any(np.asarray(pages[0]) != np.asarray(pages[1]))
+
+
 @pytest.mark.parametrize(
     ("panels", "options", "message"),
     [

@@ -112,3 +112,21 @@ def test_options_that_cannot_be_are_refused_with_their_key(options, message):
 def test_a_dimension_that_differs_from_the_data_set_is_refused():
     with pytest.raises(ConfigError, match=r"look\.dim \(5\) differs from the data set's 6"):
         EmbeddingModality.resolve("look", EmbeddingOptions(type="embedding", dim=5), tiny.COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("options", "without", "told"),
+    [
+        ({}, ["look"], True),
+        ({"column": "name"}, [], True),
+        ({"column": "name"}, ["look"], True),
+        ({}, [], False),
+        ({}, ["look", "name"], False),
+    ],
+)
+def test_how_a_text_becomes_an_embedding_is_told_where_that_is_what_lacks(options, without, told):
+    columns = {name: entry for name, entry in tiny.COLUMNS.items() if name not in without}
+    with pytest.raises(ConfigError, match=r"modalities\.caption (needs|wants)") as raised:
+        EmbeddingModality.resolve("caption", EmbeddingOptions(type="embedding", **options), columns)
+    assert ("A text such as 'name'" in str(raised.value)) == told
+    assert ("makes the column 'caption' with embed_captions=on" in str(raised.value)) == told

@@ -100,6 +100,11 @@ def test_finished_data_set_is_not_overwritten_without_force(tmp_path):
     assert len(read_rows(str(tmp_path / "set"))) == 30
 
 
+def test_place_that_cannot_be_written_to_is_told_before_the_source_is_looked_at():
+    with pytest.raises(ConfigError, match="out: cannot write to /proc/x"):
+        build("folder", "/proc/x", {"source": "nowhere"}, workers=0, progress=False)
+
+
 def test_bad_rows_are_left_out_and_reported(tmp_path):
     built = make(tmp_path / "set", count=40, bad=10, bad_limit=4)
     assert len(built.bad) == 4

@@ -195,12 +195,49 @@ def test_file_that_the_csv_lists_and_is_not_there_is_a_bad_row(photos, tmp_path)
         ("file,label\n", "it has 0 rows"),
         ("file\na.png\na.png\n", "lists 1 of its files twice"),
         ("file,label\na.png,x\n,y\n", "row 2: no file"),
+        (
+            "file,lable\ncats/a.png,x\n",
+            "list.csv: unknown column 'lable'; known: file, label, caption; did you mean 'label'[?]$",
+        ),
+        ("file,label,Captions\ncats/a.png,x,y\n", "unknown column 'Captions'.*did you mean 'caption'"),
+        ("File,label\ncats/a.png,x\n", "unknown column 'File'.*did you mean 'file'"),
+        ("file,width\ncats/a.png,9\n", "unknown column 'width'; known: file, label, caption$"),
+        (
+            "file,label\na.png,x\nphotos/b.jpg,y\n",
+            "names none of the pictures in .*photos; got 'a.png', want .* as 'cats/a.png'",
+        ),
     ],
 )
 def test_csv_mistakes_are_named(photos, tmp_path, text, message):
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(ConfigError, match=message):
         make(photos, tmp_path / "set", csv=str(tmp_path / "list.csv"))
+
+
+@pytest.mark.parametrize(
+    "head", ["file,label,width,labels", "file,caption,width,filename", "file,label,caption,capture"]
+)
+def test_other_columns_are_passed_over_beside_a_label_or_a_caption(photos, tmp_path, head):
+    (tmp_path / "list.csv").write_text(f"{head}\ncats/a.png,x,y,z\n")
+    built, rows = make(photos, tmp_path / "set", csv=str(tmp_path / "list.csv"))
+    row = dict(zip(head.split(","), ["cats/a.png", "x", "y", "z"], strict=True))
+    assert built.manifest.columns.get("label", {}).get("names") == (
+        [row["label"]] if "label" in row else None
+    )
+    assert rows["cats/a.png"].get("text") == row.get("caption")
+
+
+def test_pictures_that_the_csv_does_not_name_are_counted(photos, tmp_path):
+    (tmp_path / "list.csv").write_text("file,label\n./cats/a.png,x\n")
+    built, _ = make(photos, tmp_path / "set", csv=str(tmp_path / "list.csv"))
+    assert built.notes == [f"2 pictures are not in {tmp_path / 'list.csv'} and left out"]
+    (tmp_path / "list.csv").write_text("file,label\ncats/a.png,x\ncats/deep/b.jpg,x\ndogs/c.webp,x\n")
+    assert make(photos, tmp_path / "whole", csv=str(tmp_path / "list.csv"))[0].notes == []
+
+
+def test_list_of_files_alone_chooses_pictures(photos, tmp_path):
+    (tmp_path / "list.csv").write_text("file\ndogs/c.webp\n")
+    assert list(make(photos, tmp_path / "set", csv=str(tmp_path / "list.csv"))[1]) == ["dogs/c.webp"]
 
 
 def test_broken_files_are_counted_and_left_out(photos, tmp_path):

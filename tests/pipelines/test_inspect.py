@@ -1,5 +1,7 @@
 """Inspecting: the figures are the data set's, and the picture shows its pixels."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,10 +28,12 @@ def test_tables_say_what_the_manifest_says(built, tmp_path, capsys, monkeypatch)
     assert Image.open(path).size[0] > 600
 
 
-def test_picture_goes_by_default_to_the_data_sets_name(built, tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", ["", "/"])
+def test_picture_is_by_default_called_like_the_last_part_of_the_uri(built, tmp_path, monkeypatch, end):
     monkeypatch.chdir(tmp_path)
-    assert inspect(built).name == "sprites.png"
-    assert (tmp_path / "sprites.png").is_file()
+    shutil.copytree(built, tmp_path / "data" / "photos")
+    assert str(inspect(f"data/photos{end}")) == "photos.png"
+    assert (tmp_path / "photos.png").is_file()
 
 
 @pytest.mark.parametrize("rows", [1, 3, 12, 400])
