@@ -68,9 +68,9 @@ class Stage:
     source: str
     embedder: Embedder
 
-    def entry(self) -> dict[str, Any]:
+    def columns(self) -> dict[str, dict[str, Any]]:
         """Return the manifest's entry of the column."""
-        return {"kind": "embedding", "dim": self.embedder.dim, "codec": self.embedder.codec_id}
+        return {self.column: {"kind": "embedding", "dim": self.embedder.dim, "codec": self.embedder.codec_id}}
 
     def __call__(self, made: Made) -> Made:
         """Return a chunk with the column added to its rows; None where a row lacks the source."""
@@ -104,11 +104,11 @@ class Pipeline:
         return []
 
     def columns(self) -> dict[str, dict[str, Any]]:
-        """Return column -> what the manifest says of it, but the embedding stages' columns."""
+        """Return column -> what the manifest says of it, but the stages' columns."""
         raise NotImplementedError
 
-    def stages(self) -> list[Stage]:
-        """Return the embedding stages."""
+    def stages(self) -> Sequence[Any]:
+        """Return the stages that hold a model: functions from Made to Made with `columns()`, as `Stage`."""
         return []
 
     def items(self) -> list[Item]:
@@ -170,7 +170,7 @@ def build(
     writer = ShardWriter(
         out,
         name,
-        pipeline.columns() | {stage.column: stage.entry() for stage in stages},
+        pipeline.columns() | {name: entry for stage in stages for name, entry in stage.columns().items()},
         description=pipeline.description,
         credit=pipeline.credit,
         val_share=pipeline.options.val_share,
@@ -182,7 +182,7 @@ def build(
 
 def _write(
     pipeline: Pipeline,
-    stages: Sequence[Stage],
+    stages: Sequence[Any],
     items: Sequence[Item],
     writer: ShardWriter,
     workers: int,

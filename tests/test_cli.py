@@ -16,7 +16,8 @@ from PIL import Image
 
 from mmdiff_ray import __version__
 from mmdiff_ray import config as configuration
-from mmdiff_ray.cli import main, make_parser
+from mmdiff_ray.arguments import make_parser
+from mmdiff_ray.cli import main
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.tracking import store
 from pipelines.embedders import make_embedder

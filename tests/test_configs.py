@@ -13,7 +13,7 @@ from PIL import Image
 
 import pipelines
 from mmdiff_ray import config as configuration
-from mmdiff_ray.cli import make_parser
+from mmdiff_ray.arguments import make_parser
 from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.denoiser import inert_settings

@@ -23,7 +23,7 @@ LAYERS = [
     ("training", "evaluation"),
     ("distributed",),
     ("experiments",),
-    ("cli", "doctor"),
+    ("cli", "arguments", "doctor"),
 ]
 RANKS = {name: rank for rank, names in enumerate([LEAVES, *LAYERS]) for name in names}
 DOORS = {
@@ -34,7 +34,7 @@ DOORS = {
     "optuna": ("distributed/",),
 }
 OUTSIDE = ("pipelines", "tests", "benchmarks")
-FRONT_DOOR = ("cli.py",)
+FRONT_DOOR = ("cli.py", "arguments.py")
 
 
 @cache

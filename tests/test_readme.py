@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmdiff_ray.cli import make_parser
+from mmdiff_ray.arguments import make_parser
 from pipelines.folder import FolderOptions
 
 ROOT = Path(__file__).parent.parent

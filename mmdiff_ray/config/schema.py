@@ -221,8 +221,9 @@ class EvaluateConfig:
     (0 = only at the end). sampler, steps, guidance: how samples are drawn. inpaint: how holes are filled:
     given, the masked image is given to the model; repaint, the visible pixels of a sample are replaced at
     every step, which is taken `repeats` times (for models that were never given one). lpips: backbones that
-    it is measured with, alex or vgg. condition: instances that fidelity and judge give the samples they look
-    at. judge: the export of a model that tells labels from images. grid_rows: rows in a picture.
+    it is measured with, alex or vgg. condition: instances that are given, in place of the anchor (or of
+    nothing, for fidelity and judge). judge: the export of a model that tells labels from images. grid_rows:
+    rows in a picture.
     """
 
     evaluators: list[str] | None = None

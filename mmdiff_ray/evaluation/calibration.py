@@ -30,7 +30,7 @@ def evaluate_calibration(context: Context) -> Findings:
     instances = context.asked(LabelModality)
     probabilities = first_step(context, list(instances))
     for name, modality in instances.items():
-        rows = context.rows_with(name, context.anchor)
+        rows = context.rows_with(name, *context.told)
         if not rows.any():
             continue
         said, truth = probabilities[name][rows], context.truth(name, rows).numpy()
@@ -66,8 +66,8 @@ def first_step(context: Context, names: list[str]) -> dict[str, np.ndarray]:
         part = context.batch.rows(start, start + CHUNK)
         drawn = sample(
             context.denoiser,
-            context.roles([context.anchor], len(part)),
-            {context.anchor: part.data[context.anchor]},
+            context.roles(context.told, len(part)),
+            {name: part.data[name] for name in context.told},
             ids=torch.arange(start, start + len(part), device=part.ids.device),
             seed=context.config.seed,
             steps=1,

@@ -1,4 +1,4 @@
-"""What the model says of a given anchor: masks, labels and embeddings, each beside its trivial rule."""
+"""What the model says of a given anchor, or of what else is told: masks, labels, embeddings, beside rules."""
 
 from typing import Any
 
@@ -26,11 +26,11 @@ from mmdiff_ray.registry import register
 
 @register("evaluator", "segmentation")
 def evaluate_segmentation(context: Context) -> Findings:
-    """Measure masks from the given anchor: foreground IoU (two classes) or mean IoU, and boundary F; picture
-    them."""
+    """Measure masks from what is told (`Context.told`): foreground IoU (two classes) or mean IoU, and
+    boundary F; picture them."""
     findings, answers = Findings(), []
     for name, modality in context.asked(MaskModality).items():
-        rows = context.rows_with(name, context.anchor)
+        rows = context.rows_with(name, *context.told)
         if not rows.any():
             continue
         truth = context.truth(name, rows).numpy()
@@ -49,7 +49,7 @@ def evaluate_segmentation(context: Context) -> Findings:
         answers.append((name, modality, rows, answer, truth, rules))
     shared = np.logical_and.reduce([rows for _, _, rows, *_ in answers])
     if answers and shared.any():
-        title = f"masks from {context.anchor}"
+        title = f"masks from {', '.join(context.told)}"
         panels = mask_panels(context, answers, shared)
         picture = grid(panels, title=title, subtitle="held-out rows over random backgrounds")
         findings.pictures[title.replace(" ", "_")] = picture
@@ -58,10 +58,10 @@ def evaluate_segmentation(context: Context) -> Findings:
 
 @register("evaluator", "labels")
 def evaluate_labels(context: Context) -> Findings:
-    """Measure labels from the given anchor: accuracy, beside the majority class of the training rows."""
+    """Measure labels from what is told: accuracy, beside the majority class of the training rows."""
     findings = Findings()
     for name, modality in context.asked(LabelModality).items():
-        rows = context.rows_with(name, context.anchor)
+        rows = context.rows_with(name, *context.told)
         if rows.any():
             truth = context.truth(name, rows).numpy()
             answer = context.answer(name, rows)
@@ -76,7 +76,7 @@ def evaluate_embeddings(context: Context) -> Findings:
     """Measure embeddings from the given anchor: cosine to the truth, beside the mean embedding."""
     findings = Findings()
     for name in context.asked(EmbeddingModality):
-        rows = context.rows_with(name, context.anchor)
+        rows = context.rows_with(name, *context.told)
         if rows.any():
             truth = context.truth(name, rows).numpy()
             answer = context.answer(name, rows)
@@ -100,7 +100,7 @@ def class_counts(context: Context, modality: Any, truth: np.ndarray) -> list[int
 def _mask_rules(context: Context, modality: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Return the masks that rules without a model give: threshold + fill, or the nearest of the classes'
     colours."""
-    if context.anchor not in context.instances(ImageModality):
+    if context.anchor not in context.told or context.anchor not in context.instances(ImageModality):
         return {}
     image = context.truth(context.anchor, rows).numpy()
     if modality.prediction_channels == 2:
@@ -125,7 +125,7 @@ def mask_panels(context: Context, answers: list[tuple], rows: np.ndarray) -> lis
     answers: (instance, its modality, its rows bool (B,), answer, truth, rule -> mask), the masks of its rows.
     """
     count = min(context.config.evaluate.grid_rows, int(rows.sum()))
-    shown = [context.panel(context.anchor, context.truth(context.anchor, rows)[:count], "given")]
+    shown = [context.panel(name, context.truth(name, rows)[:count], "given") for name in context.told]
     for name, modality, own_rows, answer, truth, rules in answers:
         rule, mask = next(reversed(rules.items()), ("", None))
         wanted = [(name, answer, "generated"), (f"true {name}", truth, "truth"), (rule, mask, "trivial rule")]

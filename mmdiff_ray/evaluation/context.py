@@ -98,8 +98,17 @@ class Context:
         )
 
     def asked(self, kind: type[Modality]) -> dict[str, Any]:
-        """Return the instances of a type that some task generates from the given anchor, by name."""
-        return {name: m for name, m in self.instances(kind).items() if self.trained(name, self.anchor)}
+        """Return the instances of a type that some task generates from what is told, by name."""
+        return {
+            name: modality
+            for name, modality in self.instances(kind).items()
+            if name not in self.told and self.trained(name, *self.told)
+        }
+
+    @property
+    def told(self) -> list[str]:
+        """Return the instances that answers are asked from: `evaluate.condition`, or else the anchor."""
+        return list(self.config.evaluate.condition) or [self.anchor]
 
     def rows_with(self, *names: str) -> np.ndarray:
         """Return which real rows have all of these instances, bool (B,)."""
@@ -113,8 +122,8 @@ class Context:
         return self.batch.data[name].cpu()[rows]
 
     def answer(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Return what was sampled of an instance from the given anchor, in some rows. rows: bool (B,)."""
-        return self.sampled(self.anchor).data[name][torch.from_numpy(rows)].numpy()
+        """Return what was sampled of an instance from what is told, in some rows. rows: bool (B,)."""
+        return self.sampled(*self.told).data[name][torch.from_numpy(rows)].numpy()
 
     def sampled(self, *given: str) -> Samples:
         """Return one sample of everything else for every row, with these instances given from the row."""

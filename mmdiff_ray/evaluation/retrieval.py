@@ -22,7 +22,7 @@ def evaluate_retrieval(context: Context) -> Findings:
     """
     findings = Findings()
     for name in context.asked(EmbeddingModality):
-        rows = context.rows_with(name, context.anchor)
+        rows = context.rows_with(name, *context.told)
         count = int(rows.sum())
         truth = context.truth(name, rows).numpy()
         for k in RECALLED:

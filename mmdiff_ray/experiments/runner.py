@@ -16,7 +16,7 @@ from mmdiff_ray.evaluation.run import check_evaluators
 from mmdiff_ray.experiments.cell import CellHooks, cell_folder, is_trained, run_cell
 from mmdiff_ray.experiments.curves import draw_curves
 from mmdiff_ray.experiments.spec import Cell, Experiment, named
-from mmdiff_ray.experiments.table import markdown, result
+from mmdiff_ray.experiments.table import markdown, refusals, result
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.store import tracking_uri
 from mmdiff_ray.tracking.tracker import Tracker
@@ -50,6 +50,7 @@ def run_experiment(experiment: Experiment, runs: Path, out: Path, say: Say) -> P
 
 def check_cells(experiment: Experiment, runs: Path) -> None:
     """Raise ConfigError for any cell or measure whose configuration is wrong, before any is started."""
+    refusals(experiment)
     for cell in experiment.cells():
         folder = cell_folder(experiment, cell, runs)
         config = experiment.config(cell, folder.parent)

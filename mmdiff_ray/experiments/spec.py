@@ -34,7 +34,8 @@ class Method:
 
     title: its name for a reader. overrides: `key=value`, on top of the preset's. model: another method whose
     trained models it asks in its own way, in place of training. share: of the preset's training samples
-    (equal compute: a half for one of two tasks). seeds: how many of the preset's, all where None.
+    (equal compute: a half for one of two tasks). seeds: how many of the preset's, all where None. refused:
+    it is there to be refused, as a profile that breaks the prior is; the words of the refusal are its result.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Method:
     model: str | None = None
     share: float = 1.0
     seeds: int | None = None
+    refused: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,11 @@ class Experiment:
         found = []
         for index, seed in enumerate(self.preset.seeds):
             for method in self.methods.values():
-                if method.model is None and (method.seeds is None or index < method.seeds):
+                if (
+                    method.model is None
+                    and not method.refused
+                    and (method.seeds is None or index < method.seeds)
+                ):
                     found.append(Cell(method, seed))
         return found
 

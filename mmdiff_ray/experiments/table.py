@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.check import read_sources, resolve_modalities
+from mmdiff_ray.denoiser import build_denoiser, inert_settings
 from mmdiff_ray.evaluation.statistics import Tally, difference, interval
 from mmdiff_ray.experiments.cell import cell_folder, measured_file
-from mmdiff_ray.experiments.spec import Experiment, Method
+from mmdiff_ray.experiments.spec import Cell, Experiment, Method
 
 
 @dataclass
@@ -137,9 +140,36 @@ def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
         "main": experiment.main,
         "methods": {name: method.title for name, method in experiment.methods.items()},
         "missing": missing,
+        "refused": refusals(experiment),
+        "notes": notes(experiment),
         "figures": summary(experiment, table),
         "cells": done,
     }
+
+
+def refusals(experiment: Experiment) -> dict[str, str]:
+    """Return the words with which the methods that are there to be refused are.
+
+    Raises ConfigError for one that is not.
+    """
+    found = {}
+    for method in experiment.methods.values():
+        if method.refused:
+            config = experiment.config(Cell(method, experiment.preset.seeds[0]), Path())
+            try:
+                build_denoiser(resolve_modalities(config, read_sources(config)))
+            except ConfigError as error:
+                found[method.name] = str(error)
+            else:
+                raise ConfigError(f"{experiment.name}, method {method.name}: it is not refused, as it says")
+    return found
+
+
+def notes(experiment: Experiment) -> dict[str, list[str]]:
+    """Return what changes nothing in the configuration of each method, where anything does not."""
+    first = [cell for cell in experiment.cells() if cell.seed == experiment.preset.seeds[0]]
+    found = {cell.method.name: inert_settings(experiment.config(cell, Path())) for cell in first}
+    return {name: sentences for name, sentences in found.items() if sentences}
 
 
 def markdown(values: Mapping[str, Any]) -> str:
@@ -155,11 +185,16 @@ def markdown(values: Mapping[str, Any]) -> str:
     ]
     if values["missing"]:
         lines += [f"Not trained yet: {', '.join(values['missing'])}.", ""]
+    for name, why in values["refused"].items():
+        lines += [f"Refused: {values['methods'][name]}. {why}", ""]
+    for name, sentences in values["notes"].items():
+        lines += [f"Inert: {values['methods'][name]}. {' '.join(sentences)}", ""]
     by_measure: dict[str, list[Mapping[str, Any]]] = {}
     for line in values["figures"]:
         by_measure.setdefault(line["measure"], []).append(line)
     for measure, found in by_measure.items():
-        keys = list(dict.fromkeys(line["figure"] for line in found if not _aside(line["figure"])))
+        keys = list(dict.fromkeys(line["figure"] for line in found))
+        keys = [key for key in keys if not _aside(key)] or [key for key in keys if _is_bound(key)]
         cells = {(line["method"], line["figure"]): line for line in found}
         better = {line["figure"]: "↑" if line["better"] == "higher" else "↓" for line in found}
         lines += [f"## {measure}", "", "| | " + " | ".join(f"{key} {better[key]}" for key in keys) + " |"]
@@ -189,6 +224,10 @@ def markdown(values: Mapping[str, Any]) -> str:
             f"{mean['images_per_s']:.0f} | {same[0]['parameters']:,} | {same[0]['machine']} |"
         )
     return "\n".join([*lines, ""])
+
+
+def _is_bound(figure: str) -> bool:
+    return figure.split("/")[-1] in ("l0_nats", "l1_nats", "l2_nats", "l3_nats")
 
 
 def _aside(figure: str) -> bool:

@@ -102,6 +102,14 @@ class Modality(nn.Module):
         """Return the instance that `read` makes this one from, or None."""
         return None
 
+    def entry(self) -> dict[str, Any]:
+        """Return what a manifest says of a column that holds this modality's data, as `stored` gives it."""
+        raise TypeError(f"{self.name} has no column of its own")
+
+    def stored(self, data: Tensor) -> Any:
+        """Return one row's data, (*data_shape), as a column of a data set holds it."""
+        raise TypeError(f"{self.name} has no column of its own")
+
     def visible(self, data: Tensor) -> Tensor | None:
         """Return which cells of the instance it is made from the data show unchanged, bool (B, H, W), or
         None for a type that shows none. What they show are the first channels of the data."""

@@ -152,6 +152,12 @@ class EmbeddingModality(Modality):
         target = np.where(strength > 0, np.array([222, 110, 40]), np.array([40, 90, 190]))
         return (245 + (target - 245) * np.abs(strength)).astype(np.uint8)
 
+    def entry(self) -> dict[str, Any]:
+        return {"kind": "embedding", "dim": self.prediction_channels}
+
+    def stored(self, data: Tensor) -> np.ndarray:
+        return data.float().cpu().numpy()
+
     def parse(self, text: str) -> np.ndarray:
         try:
             vector = np.load(text, allow_pickle=False).astype(np.float32).reshape(-1)

@@ -121,6 +121,12 @@ class ImageModality(Modality):
         context = RowContext(self.size, seed=0, visit=0, row_id=0, backgrounds="white", flip=False)
         return draw(fitted(open_image(text, self.name), self.size), context, self.name)
 
+    def entry(self) -> dict[str, Any]:
+        return {"kind": "image"}
+
+    def stored(self, data: Tensor) -> bytes:
+        return to_png(data.permute(1, 2, 0).cpu().numpy())
+
     def write(self, data: Tensor, stem: Path) -> Path:
         path = Path(f"{stem}.png")
         Image.fromarray(data.permute(1, 2, 0).cpu().numpy()).save(path)
@@ -147,6 +153,13 @@ def draw(image: Image.Image, context: RowContext, name: str) -> np.ndarray:
         background = draw_background(generator, context.size) if context.backgrounds == "random" else 1.0
         array = array[..., :3] + (1 - array[..., 3:]) * background  # premultiplied colours
     return np.ascontiguousarray((array * 255).round().clip(0, 255).astype(np.uint8).transpose(2, 0, 1))
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+    """Return pixels, uint8 (H, W) or (H, W, 3), as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:

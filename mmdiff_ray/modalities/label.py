@@ -137,6 +137,13 @@ class LabelModality(Modality):
     def picture(self, data: Tensor) -> list[str]:
         return self.names_of(data)
 
+    def entry(self) -> dict[str, Any]:
+        numbered = [str(index) for index in range(self.prediction_channels)]
+        return {"kind": "label", "names": self.options.names or numbered}
+
+    def stored(self, data: Tensor) -> int:
+        return int(data)
+
     def parse(self, text: str) -> np.ndarray:
         names = self.options.names or []
         if text in names:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmdiff_ray.config import ConfigError, ModalityConfig
 from mmdiff_ray.modalities.base import DenseHead, Mean, Modality, RowContext, class_codes, need_column
-from mmdiff_ray.modalities.image import fitted, open_image
+from mmdiff_ray.modalities.image import fitted, open_image, to_png
 from mmdiff_ray.registry import register
 
 
@@ -143,6 +143,14 @@ class MaskModality(Modality):
         return np.array(
             [c or (plain[i] if plain else _colour(i)) for i, c in enumerate(colors)], dtype=np.uint8
         )
+
+    def entry(self) -> dict[str, Any]:
+        known = {"names": self.options.names, "colors": self.options.colors}
+        given = {key: value for key, value in known.items() if value is not None}
+        return {"kind": "mask", "classes": self.prediction_channels, **given}
+
+    def stored(self, data: Tensor) -> bytes:
+        return to_png(data.cpu().numpy())
 
     def parse(self, text: str) -> np.ndarray:
         """Return the mask in a picture of class indices; of two classes, in any picture: white is class 1."""

@@ -112,7 +112,7 @@ def test_a_table_holds_every_method_rule_and_cost(done):
         if line["figure"] == "pixels_from_masked/lpips"
     }
     assert {method for _, method in lines} == {
-        "both", "alone", "asked", "rule: mean visible colour", "rule: nearest visible pixel"
+        "both", "alone", "asked", "rule: mean visible colour", "rule: nearest visible pixel", "rule: biharmonic"
     }  # fmt: skip
     for line in lines.values():
         assert line["seeds"] == [0, 1] and line["rows"] == 10

@@ -1,0 +1,199 @@
+"""The words of the command line: every command, its arguments, its help."""
+
+import argparse
+from pathlib import Path
+
+from mmdiff_ray import __version__
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="mmdiff", description="Train multi-modal, multi-task diffusion models on Ray."
+    )
+    parser.add_argument("--version", action="version", version=f"mmdiff {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_data(commands)
+    _add_train(commands)
+    _add_sample(commands)
+    _add_generate(commands)
+    _add_evaluate(commands)
+    _add_experiment(commands)
+    _add_ui(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run: str, text: str, example: str, **more):  # type: ignore[no-untyped-def,type-arg]
+    command = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **more,
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+class _PipelineHelp(argparse._HelpAction):
+    """Help that tells the options of the pipeline that was named before it, or else of all."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        from pipelines.options import describe
+
+        parser.epilog = f"{describe(getattr(namespace, 'pipeline', None))}\n\n{parser.epilog}"
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    data = commands.add_parser("data", help="build data sets and look at them")
+    actions = data.add_subparsers(required=True, metavar="ACTION")
+    build = _command(
+        actions,
+        "build",
+        "data_build",
+        "build a data set of shards from a raw source",
+        "mmdiff data build folder --source photos --out data/photos --size 64",
+        add_help=False,
+    )
+    build.add_argument(
+        "-h", "--help", action=_PipelineHelp, help="show this, with the pipeline's options, and exit"
+    )
+    build.add_argument("pipeline", help="openmoji, sprites, fashion_mnist, digits, folder, or your own")
+    build.add_argument(
+        "--out", required=True, help="where to: a folder, or any URI of pyarrow (s3://bucket/name)"
+    )
+    build.add_argument("--force", action="store_true", help="replace a data set that is already there")
+    build.add_argument(
+        "--workers", type=int, default=1, help="Ray actors per embedding model; 0: without Ray"
+    )
+    build.add_argument(
+        "options", nargs="*", metavar="key=value", help="the pipeline's options; --key value works too"
+    )
+    inspect = _command(
+        actions, "inspect", "data_inspect", "show what is in a data set", "mmdiff data inspect data/openmoji"
+    )
+    inspect.add_argument("uri", help="the folder or URI of the data set")
+    inspect.add_argument(
+        "--picture", type=Path, help="where to draw some rows (default: the URI's last part, .png, here)"
+    )
+    embed = _command(
+        actions,
+        "embed",
+        "data_embed",
+        "make the embedding of a text or picture, as `mmdiff sample --given` takes it",
+        "mmdiff data embed minilm 'a red cat' --out caption.npy",
+    )
+    embed.add_argument("embedder", help="minilm, efficientnet-lite0 or open_clip:MODEL[:weights]")
+    embed.add_argument("value", help="a text, or the file of a picture")
+    embed.add_argument("--out", type=Path, required=True, help="the .npy file to write")
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    train = _command(
+        commands,
+        "train",
+        "train",
+        "train a model",
+        "mmdiff train pipelines/configs/openmoji.yaml train.samples=500000 workers.count=2",
+    )
+    train.add_argument("config", nargs="?", type=Path, help="a YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check everything, print sizes and costs, start nothing"
+    )
+    train.add_argument("--resume", metavar="RUN", help="go on with a run, by its name or folder")
+    train.add_argument("--runs", default="runs", help="where runs lie (for --resume)")
+
+
+def _add_sample(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    sample = _command(
+        commands,
+        "sample",
+        "sample",
+        "draw samples from a trained model, any modality from any other",
+        "mmdiff sample demo --given category='Food & Drink' --num 16",
+    )
+    sample.add_argument("model", metavar="RUN", help="a run's name or folder")
+    sample.add_argument(
+        "--given", action="append", default=[], metavar="INSTANCE=VALUE", help="a name, or a file"
+    )
+    sample.add_argument(
+        "--hole", help="for a given masked image: a picture, white is the hole (else alpha 0 is)"
+    )
+    sample.add_argument("--num", type=int, default=16)
+    sample.add_argument("--sampler", help="ancestral, ddim or dpm2")
+    sample.add_argument("--steps", type=int)
+    sample.add_argument("--guidance", type=float, default=1.0, help="above 1: closer to what is given")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--out", type=Path, help="a folder (default: samples/RUN-...)")
+    sample.add_argument("--runs", default="runs", help="where runs lie")
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    generate = _command(
+        commands,
+        "generate",
+        "generate",
+        "draw many samples into a data set of shards, by a pool of models on Ray; goes on where it stopped",
+        "mmdiff generate demo --num 10000 --out data/generated --workers 2",
+    )
+    generate.add_argument("model", metavar="RUN", help="a run's name or folder")
+    generate.add_argument("--num", type=int, default=1000)
+    generate.add_argument("--out", required=True, help="a folder, or any URI of pyarrow (s3://bucket/name)")
+    generate.add_argument("--given", action="append", default=[], metavar="INSTANCE=VALUE")
+    generate.add_argument("--sampler", help="ancestral, ddim or dpm2")
+    generate.add_argument("--steps", type=int)
+    generate.add_argument("--guidance", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--workers", type=int, default=1, help="models at once; 0: in this process")
+    generate.add_argument("--force", action="store_true", help="replace a data set that is already there")
+    generate.add_argument("--runs", default="runs", help="where runs lie")
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    evaluate = _command(
+        commands,
+        "evaluate",
+        "evaluate",
+        "measure a trained model on held-out rows, beside the rules that need no model",
+        "mmdiff evaluate demo evaluate.rows=64",
+    )
+    evaluate.add_argument("model", metavar="RUN", help="a run's name or folder")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="values of evaluate.* and data.*")
+    evaluate.add_argument("--runs", default="runs", help="where runs lie")
+
+
+def _add_experiment(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    experiment = _command(
+        commands,
+        "experiment",
+        "experiment",
+        "train, measure and compare all methods of a table; goes on where it stopped",
+        "mmdiff experiment masked_image --preset smoke",
+    )
+    experiment.add_argument("name", help="a name in pipelines/configs/experiments, or a YAML file")
+    experiment.add_argument("--preset", default="small", help="how large: smoke, small or gpu")
+    experiment.add_argument(
+        "--runs", type=Path, default=Path("runs/experiments"), help="where cells are kept"
+    )
+    experiment.add_argument(
+        "--out", type=Path, help="the result (default: results/NAME, for smoke in --runs)"
+    )
+    experiment.add_argument("--table", action="store_true", help="only write the result of what is there")
+
+
+def _add_ui(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    ui = _command(commands, "ui", "ui", "open MLflow on the runs of this folder", "mmdiff ui --port 5000")
+    ui.add_argument("--runs", default="runs", help="where runs lie")
+    ui.add_argument("--host", default="127.0.0.1")
+    ui.add_argument("--port", type=int, default=5000)
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    doctor = _command(
+        commands, "doctor", "doctor", "check this machine and say what is missing", "mmdiff doctor"
+    )
+    doctor.add_argument("--runs", default="runs", help="where runs lie")
