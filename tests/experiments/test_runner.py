@@ -112,8 +112,13 @@ def test_a_table_holds_every_method_rule_and_cost(done):
         if line["figure"] == "pixels_from_masked/lpips"
     }
     assert {method for _, method in lines} == {
-        "both", "alone", "asked", "rule: mean visible colour", "rule: nearest visible pixel", "rule: biharmonic"
-    }  # fmt: skip
+        "both",
+        "alone",
+        "asked",
+        "rule: mean visible colour",
+        "rule: nearest visible pixel",
+        "rule: biharmonic",
+    }
     for line in lines.values():
         assert line["seeds"] == [0, 1] and line["rows"] == 10
         assert line["interval"][0] <= line["mean"] <= line["interval"][1]
