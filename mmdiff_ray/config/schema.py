@@ -222,7 +222,8 @@ class EvaluateConfig:
     given, the masked image is given to the model; repaint, the visible pixels of a sample are replaced at
     every step, which is taken `repeats` times (for models that were never given one). lpips: backbones that
     it is measured with, alex or vgg. condition: instances that are given, in place of the anchor (or of
-    nothing, for fidelity and judge). judge: the export of a model that tells labels from images. grid_rows:
+    nothing, for fidelity and judge). floors: whether restoration measures the rules that need no model, too.
+    judge: the export of a model that tells labels from images. grid_rows:
     rows in a picture.
     """
 
@@ -237,6 +238,7 @@ class EvaluateConfig:
     repeats: int = 4
     lpips: list[str] = field(default_factory=lambda: ["alex"])
     condition: list[str] = field(default_factory=list)
+    floors: bool = True
     judge: str | None = None
     grid_rows: int = 8
 

@@ -53,10 +53,11 @@ def _measure(
 ) -> None:
     masked, truth = context.truth(name, rows), context.truth(source, rows)
     visible = (masked[:, 3] > 0).numpy()
+    rules = RULES if context.config.evaluate.floors else {}
     pasted = np.where(visible[:, None], masked[:, :3].numpy(), restored)
     answers = {
         "model": pasted,
-        **{rule: fill(masked[:, :3].numpy(), visible) for rule, fill in RULES.items()},
+        **{rule: fill(masked[:, :3].numpy(), visible) for rule, fill in rules.items()},
     }
     given = context.config.evaluate.inpaint == "given"  # else the visible pixels are the given ones
     measured = {
@@ -114,6 +115,6 @@ def _picture(
         context.panel(name, masked[:count], "given"),
         Panel("restored", tiles(answers["model"]), "generated"),
         Panel("original", tiles(truth.numpy()), "truth"),
-        *[Panel(rule, tiles(answers[rule]), "trivial rule") for rule in SHOWN],
+        *[Panel(rule, tiles(answers[rule]), "trivial rule") for rule in SHOWN if rule in answers],
     ]
     return grid(panels, title=f"{source} from {name}", subtitle="held-out rows; visible pixels pasted")

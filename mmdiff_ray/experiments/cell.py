@@ -37,10 +37,8 @@ SAY_EVERY_S = 30.0
 
 def training_digest(config: Config) -> str:
     """Return a short name of all settings that the trained model depends on."""
-    plain = configuration.to_plain(config)
-    return digest(
-        [plain[key] for key in sorted(plain) if key not in ("runs", "tracking", "evaluate", "workers")]
-    )
+    apart = {"runs": "", "tracking": None, "evaluate": None, "workers": None}
+    return digest(dataclasses.replace(config, **apart))  # type: ignore[arg-type]
 
 
 def is_trained(folder: Path, config: Config) -> bool:
@@ -146,7 +144,7 @@ def measure_cell(experiment: Experiment, cell: Cell, folder: Path, say: Say) -> 
         for wanted in experiment.measures_of(method):
             asked = experiment.asked(config, method, wanted, judge)
             file = measured_file(folder, method, wanted)
-            mark = training_digest(asked) + digest([configuration.to_plain(asked)["evaluate"]])
+            mark = training_digest(asked) + digest(asked.evaluate)
             if file.is_file() and json.loads(file.read_text(encoding="utf8"))["digest"] == mark:
                 continue
             begun = time.monotonic()

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,11 @@ class Experiment:
         """Return the configuration that a method's model is measured under. judge: the judge's export."""
         overrides = [*(method.overrides if method.model else ()), *measure.overrides]
         plain = configuration.to_plain(config)
-        plain["evaluate"] |= {"evaluators": list(measure.evaluators), "judge": judge}
+        plain["evaluate"] |= {
+            "evaluators": list(measure.evaluators),
+            "judge": judge,
+            "floors": method.name == self.main,  # they are the same for all
+        }
         with named(f"{self.name}, method {method.name}, measure {measure.name}"):
             return configuration.load((), overrides, plain)
 
@@ -240,7 +244,26 @@ def _made(kind: type, name: str, values: Mapping[str, Any] | None) -> Any:
         raise ConfigError(f"{kind.__name__.lower()}s.{name}: {error}") from None
 
 
-def digest(values: Sequence[Any]) -> str:
-    """Return a short name for plain values that changes with any of them."""
-    text = json.dumps(values, sort_keys=True, default=str)
+def digest(*values: Any) -> str:
+    """Return a short name for settings that changes with any of them.
+
+    Dataclasses count by what differs from their defaults: a new key with a default changes nothing.
+    """
+    text = json.dumps([_essential(value) for value in values], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _essential(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _essential(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_essential(inner) for inner in value]
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    found = {}
+    for part in dataclasses.fields(value):
+        made = part.default_factory
+        default = part.default if made is dataclasses.MISSING else made()
+        if getattr(value, part.name) != default:
+            found[part.name] = _essential(getattr(value, part.name))
+    return found

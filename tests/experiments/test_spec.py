@@ -1,13 +1,15 @@
 """Experiments as they are written: cells, what asks whose model, and mistakes by their name."""
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.experiments.spec import FOLDER, load_experiment
+from mmdiff_ray.experiments.cell import training_digest
+from mmdiff_ray.experiments.spec import FOLDER, digest, load_experiment
 
 PLAIN = {
     "name": "small",
@@ -115,3 +117,24 @@ def test_shipped_experiments_make_a_checked_configuration_for_every_cell_and_mea
                 experiment.asked(config, method, measure)
     for curve in experiment.curves:
         assert set(curve["points"]) <= set(experiment.measures)
+
+
+def test_a_digest_changes_with_any_setting_and_not_with_a_new_one_at_its_default(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Old:
+        size: int = 3
+        names: list = dataclasses.field(default_factory=list)
+
+    @dataclasses.dataclass(frozen=True)
+    class New(Old):
+        more: bool = False
+
+    assert digest(Old()) == digest(New()) == digest(Old(size=3))
+    assert len({digest(one) for one in (Old(), Old(size=4), Old(names=["a"]), New(more=True))}) == 4
+    assert digest({"a": Old()}) == digest({"a": New()}) != digest({"a": Old(size=4)})
+    experiment = load_experiment(written(tmp_path), "smoke")
+    configs = [experiment.config(cell, tmp_path) for cell in experiment.cells()]
+    assert len({training_digest(config) for config in configs}) == 3
+    asked = experiment.asked(configs[0], experiment.methods["asked"], experiment.measures["thirty"])
+    assert training_digest(asked) != training_digest(configs[0])  # its holes are other ones
+    assert training_digest(dataclasses.replace(configs[0], runs="x")) == training_digest(configs[0])
