@@ -1,5 +1,6 @@
 """Figures of an experiment: a measured figure over what was varied, a line for every method."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,15 @@ def draw_curves(values: Mapping[str, Any], curves: list[dict[str, Any]], out: Pa
         lines = _lines(values, curve)
         if not lines:
             continue
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        figure = Figure(figsize=(8, 6.4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
+        styles = itertools.cycle(["--", ":", "-."])
         for method, points in lines.items():
             x, y, low, high = zip(*sorted(points), strict=True)
-            style: dict[str, Any] = {"linestyle": "--", "color": "0.6"} if method.startswith(RULE) else {}
+            style: dict[str, Any] = (
+                {"linestyle": next(styles), "color": "0.5"} if method.startswith(RULE) else {}
+            )
             (line,) = axes.plot(
                 x, y, marker="o", markersize=4, label=values["methods"].get(method, method), **style
             )
@@ -34,7 +38,7 @@ def draw_curves(values: Mapping[str, Any], curves: list[dict[str, Any]], out: Pa
         axes.set(title=curve["title"], xlabel=curve["x"], ylabel=curve["figure"])
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-        axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
         path = out.with_name(f"{out.stem}-{curve['name']}.png")
         figure.savefig(path, dpi=120)
         written.append(path)
