@@ -22,7 +22,7 @@ install: .venv/.installed ## make .venv with everything that is locked
 	@$(BIN)/python -m mmdiff_ray.evaluation.weights
 	@touch $@
 
-demo: install ## build OpenMoji shards, train 4 minutes on two Ray workers, evaluate
+demo: install ## build OpenMoji shards, train 4 to 5 minutes on two Ray workers, evaluate
 	@test -f $(DATA)/manifest.json || $(BIN)/mmdiff data build openmoji --out $(DATA)
 	@$(BIN)/mmdiff train pipelines/configs/demo.yaml
 
