@@ -116,20 +116,25 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:  # type: ignore[t
         "draw samples from a trained model, any modality from any other",
         "mmdiff sample demo --given category='Food & Drink' --num 16",
     )
-    sample.add_argument("model", metavar="RUN", help="a run's name or folder")
-    sample.add_argument(
-        "--given", action="append", default=[], metavar="INSTANCE=VALUE", help="a name, or a file"
-    )
+    _add_drawing(sample, num=16)
     sample.add_argument(
         "--hole", help="for a given masked image: a picture, white is the hole (else alpha 0 is)"
     )
-    sample.add_argument("--num", type=int, default=16)
-    sample.add_argument("--sampler", help="ancestral, ddim or dpm2")
-    sample.add_argument("--steps", type=int)
-    sample.add_argument("--guidance", type=float, default=1.0, help="above 1: closer to what is given")
-    sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--out", type=Path, help="a folder (default: samples/RUN-...)")
-    sample.add_argument("--runs", default="runs", help="where runs lie")
+
+
+def _add_drawing(command: argparse.ArgumentParser, num: int) -> None:
+    """Add what it takes to draw samples of a run. num: how many, where nobody says."""
+    command.add_argument("model", metavar="RUN", help="a run's name or folder")
+    command.add_argument(
+        "--given", action="append", default=[], metavar="INSTANCE=VALUE", help="a name, or a file"
+    )
+    command.add_argument("--num", type=int, default=num)
+    command.add_argument("--sampler", help="ancestral, ddim or dpm2")
+    command.add_argument("--steps", type=int)
+    command.add_argument("--guidance", type=float, default=1.0, help="above 1: closer to what is given")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--runs", default="runs", help="where runs lie")
 
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
@@ -140,17 +145,10 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:  # type: ignore
         "draw many samples into a data set of shards, by a pool of models on Ray; goes on where it stopped",
         "mmdiff generate demo --num 10000 --out data/generated --workers 2",
     )
-    generate.add_argument("model", metavar="RUN", help="a run's name or folder")
-    generate.add_argument("--num", type=int, default=1000)
+    _add_drawing(generate, num=1000)
     generate.add_argument("--out", required=True, help="a folder, or any URI of pyarrow (s3://bucket/name)")
-    generate.add_argument("--given", action="append", default=[], metavar="INSTANCE=VALUE")
-    generate.add_argument("--sampler", help="ancestral, ddim or dpm2")
-    generate.add_argument("--steps", type=int)
-    generate.add_argument("--guidance", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--workers", type=int, default=1, help="models at once; 0: in this process")
     generate.add_argument("--force", action="store_true", help="replace a data set that is already there")
-    generate.add_argument("--runs", default="runs", help="where runs lie")
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
@@ -181,6 +179,9 @@ def _add_experiment(commands: argparse._SubParsersAction) -> None:  # type: igno
     )
     experiment.add_argument(
         "--out", type=Path, help="the result (default: results/NAME, for smoke in --runs)"
+    )
+    experiment.add_argument(
+        "--cells", nargs="+", default=["*"], metavar="PATTERN", help="run these alone, as ours-* or *-0"
     )
     experiment.add_argument("--table", action="store_true", help="only write the result of what is there")
 

@@ -123,7 +123,7 @@ def _experiment(given: argparse.Namespace) -> int:
 
         options = {key: str(value) for key, value in data.get("options", {}).items()}
         build(data["pipeline"], data["uri"], options, workers=0)
-    return run(experiment, given.runs, given.out, given.table)
+    return run(experiment, given.runs, given.out, given.table, given.cells)
 
 
 def _ui(given: argparse.Namespace) -> int:

@@ -241,13 +241,6 @@ def choose(items: Sequence[Item], limit: int | None) -> list[Item]:
     return ordered[:limit]
 
 
-def png(pixels: np.ndarray) -> bytes:
-    """Return pixels, uint8 (H, W), (H, W, 3) or (H, W, 4), as a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def is_off(value: str) -> bool:
     """Return whether an option's text means no."""
     return value.lower() in ("off", "false", "none", "no", "")

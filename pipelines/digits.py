@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from mmdiff_ray import registry
-from pipelines.base import Item, Pipeline, png
+from mmdiff_ray.modalities.image import to_png
+from pipelines.base import Item, Pipeline
 
 BRIGHTEST = 16
 
@@ -32,4 +33,4 @@ class Digits(Pipeline):
     def row(self, item: Item) -> dict[str, Any]:
         levels, label = item.source  # (8, 8), 0 to 16
         grey = np.rint(levels * (255 / BRIGHTEST)).astype(np.uint8)
-        return {"pixels": png(np.repeat(grey[..., None], 3, axis=2)), "label": label}
+        return {"pixels": to_png(np.repeat(grey[..., None], 3, axis=2)), "label": label}

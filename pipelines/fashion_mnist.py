@@ -12,7 +12,8 @@ import numpy as np
 
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
-from pipelines.base import Item, Options, Pipeline, png
+from mmdiff_ray.modalities.image import to_png
+from pipelines.base import Item, Options, Pipeline
 
 NAMES = (
     "T-shirt/top",
@@ -79,8 +80,8 @@ class FashionMnist(Pipeline):
         margin = self.options.size - SIDE
         grey = np.pad(picture, (margin // 2, margin - margin // 2))  # (size, size)
         return {
-            "pixels": png(np.repeat(grey[..., None], 3, axis=2)),
-            "alpha": png((grey > 0).astype(np.uint8)),
+            "pixels": to_png(np.repeat(grey[..., None], 3, axis=2)),
+            "alpha": to_png((grey > 0).astype(np.uint8)),
             "label": label,
         }
 

@@ -11,7 +11,8 @@ from PIL import Image, ImageOps
 
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
-from pipelines.base import BadRow, Item, Options, Pipeline, Stage, is_off, is_on, png
+from mmdiff_ray.modalities.image import to_png
+from pipelines.base import BadRow, Item, Options, Pipeline, Stage, is_off, is_on
 from pipelines.embedders import has_alpha, make_embedder
 from pipelines.layouts import Entry, Masks, read_cityscapes, read_coco
 from pipelines.listing import read_csv
@@ -170,9 +171,9 @@ class Folder(Pipeline):
         picture = open_picture(self.source / entry.file)
         mode = "RGBA" if self.has_alpha else "RGB"
         pixels = np.asarray(_fit(picture.convert(mode), self.options.size, Image.Resampling.BICUBIC))
-        row: dict[str, Any] = {"pixels": png(pixels)}
+        row: dict[str, Any] = {"pixels": to_png(pixels)}
         if self._alpha_is_mask:
-            row["alpha"] = png((pixels[..., 3] >= 128).astype(np.uint8))
+            row["alpha"] = to_png((pixels[..., 3] >= 128).astype(np.uint8))
         if self.masks is not None:
             row["mask"] = self._mask(self.masks.read(entry.mask), picture.size)
         return row
@@ -186,7 +187,7 @@ class Folder(Pipeline):
             raise BadRow(
                 f"its mask has {mask.size[0]}x{mask.size[1]} pixels, the picture {size[0]}x{size[1]}"
             )
-        return png(np.asarray(_fit(mask, self.options.size, Image.Resampling.NEAREST)))
+        return to_png(np.asarray(_fit(mask, self.options.size, Image.Resampling.NEAREST)))
 
 
 def walk(source: Path, without: Path | None) -> Iterator[Entry]:

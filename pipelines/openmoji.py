@@ -10,7 +10,8 @@ from PIL import Image
 
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
-from pipelines.base import Item, Options, Pipeline, Stage, is_off, png
+from mmdiff_ray.modalities.image import to_png
+from pipelines.base import Item, Options, Pipeline, Stage, is_off
 from pipelines.embedders import make_embedder, need
 
 PALETTE = {
@@ -125,9 +126,9 @@ class OpenMoji(Pipeline):
         pixels = render(file, self.options.size)
         alpha = (pixels[..., 3] >= 128).astype(np.uint8)
         return {
-            "pixels": png(pixels),
-            "alpha": png(alpha),
-            "palette": png(segment(pixels, render(file, self.options.size, antialias=False))),
+            "pixels": to_png(pixels),
+            "alpha": to_png(alpha),
+            "palette": to_png(segment(pixels, render(file, self.options.size, antialias=False))),
             "category": CATEGORIES.index(category),
             "name": name.lower(),
         }

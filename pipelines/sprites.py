@@ -9,7 +9,8 @@ import numpy as np
 
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
-from pipelines.base import Item, Options, Pipeline, png
+from mmdiff_ray.modalities.image import to_png
+from pipelines.base import Item, Options, Pipeline
 
 Grid = np.ndarray
 FACTORS = ("one", "red", "green", "blue", "x", "y", "radius", "cos", "sin")
@@ -173,8 +174,8 @@ class Sprites(Pipeline):
         pixels, mask = scene.draw(self.options.size)
         main = scene.main(self.options.size)
         return {
-            "pixels": png(pixels),
-            "shapes": png(mask),
+            "pixels": to_png(pixels),
+            "shapes": to_png(mask),
             "shape": list(SHAPES).index(main.name),
             "factors": factors_of(main),
             "name": ", ".join(shape.name for shape in scene.shapes),

@@ -1,5 +1,6 @@
 """The command that runs an experiment, with what it prints."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmdiff_ray.distributed.commands import make_console
@@ -7,8 +8,13 @@ from mmdiff_ray.experiments.runner import run_experiment, write_result
 from mmdiff_ray.experiments.spec import Experiment
 
 
-def run(experiment: Experiment, runs: Path, out: Path | None, table: bool) -> int:
-    """Run an experiment, or only write its table again, and say where it is."""
+def run(
+    experiment: Experiment, runs: Path, out: Path | None, table: bool, only: Sequence[str] = ("*",)
+) -> int:
+    """Run an experiment, or only write its table again, and say where it is.
+
+    only: patterns of the cells to run (`ours-*`, `*-0`); the table is of all that are there.
+    """
     console = make_console()
     preset = experiment.preset.name
     default = Path("results") if preset != "smoke" else runs
@@ -20,8 +26,8 @@ def run(experiment: Experiment, runs: Path, out: Path | None, table: bool) -> in
     if table:
         write_result(experiment, runs, target, say)
     else:
-        cells = experiment.cells()
+        cells = experiment.matching(only)
         say(f"{experiment.title}: {len(experiment.methods)} methods, {len(cells)} models to train")
-        run_experiment(experiment, runs, target, say)
+        run_experiment(experiment, runs, target, say, cells)
     console.print(target.with_suffix(".md").read_text(encoding="utf8"), soft_wrap=True)
     return 0

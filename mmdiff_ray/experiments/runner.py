@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,17 +25,20 @@ from mmdiff_ray.training.checkpoint import write_json
 Say = Callable[[str], None]
 
 
-def run_experiment(experiment: Experiment, runs: Path, out: Path, say: Say) -> Path:
+def run_experiment(
+    experiment: Experiment, runs: Path, out: Path, say: Say, cells: Sequence[Cell] | None = None
+) -> Path:
     """Train and measure every cell that is not done, and write the result beside `out`: json, md, figures.
 
     runs: where cells are kept; whatever is there already is not done again. Cells trained elsewhere count
-    once their folders lie there. Raises ConfigError before anything is started for a cell whose configuration
-    is wrong, and RunError at the end if cells failed; the result is written from those that did not.
+    once their folders lie there. cells: those to run, all where None. Raises ConfigError before anything is
+    started for a cell whose configuration is wrong, and RunError at the end if cells failed; the result is
+    written from those that did not.
     """
     check_cells(experiment, runs)
     uri = tracking_uri(None, runs.absolute())
     parent = _parent(experiment, runs, uri)
-    failed = _run_cells(experiment, runs, uri, parent, say)
+    failed = _run_cells(experiment, experiment.cells() if cells is None else cells, runs, uri, parent, say)
     written = write_result(experiment, runs, out, say)
     tracker = Tracker(uri, parent, _tracking(experiment, runs))
     for path in written:
@@ -104,9 +107,11 @@ def _tracking(experiment: Experiment, runs: Path) -> Path:
     return runs.absolute() / f"{experiment.name}-{experiment.preset.name}" / "tracking"
 
 
-def _run_cells(experiment: Experiment, runs: Path, uri: str, parent: str, say: Say) -> dict[str, str]:
-    """Run all cells as Ray tasks; return those that failed, with why."""
-    cells = {cell.key: cell for cell in experiment.cells()}
+def _run_cells(
+    experiment: Experiment, wanted: Sequence[Cell], runs: Path, uri: str, parent: str, say: Say
+) -> dict[str, str]:
+    """Run cells as Ray tasks; return those that failed, with why."""
+    cells = {cell.key: cell for cell in wanted}
     logs = {key: cell_log(experiment, runs, key) for key in cells}
     told = {key: log.stat().st_size for key, log in logs.items() if log.is_file()}
     calls = {key: (experiment, cell, runs.absolute(), uri, parent) for key, cell in cells.items()}

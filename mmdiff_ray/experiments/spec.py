@@ -3,8 +3,9 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,21 @@ class Experiment:
                 ):
                     found.append(Cell(method, seed))
         return found
+
+    def matching(self, patterns: Sequence[str]) -> list[Cell]:
+        """Return the cells whose keys match any of the patterns, and the judge that they need.
+
+        Raises ConfigError for a pattern that matches none.
+        """
+        cells = self.cells()
+        for pattern in patterns:
+            if not any(fnmatch(cell.key, pattern) for cell in cells):
+                raise ConfigError(unknown("cells", pattern, [cell.key for cell in cells]))
+        return [
+            cell
+            for cell in cells
+            if self.is_judge(cell) or any(fnmatch(cell.key, pattern) for pattern in patterns)
+        ]
 
     def askers(self, trained: Method) -> list[Method]:
         """Return the methods that a trained method's models answer for: itself, and those that ask it."""

@@ -156,7 +156,7 @@ def draw(image: Image.Image, context: RowContext, name: str) -> np.ndarray:
 
 
 def to_png(pixels: np.ndarray) -> bytes:
-    """Return pixels, uint8 (H, W) or (H, W, 3), as a PNG file."""
+    """Return pixels, uint8 (H, W), (H, W, 3) or (H, W, 4), as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()

@@ -47,6 +47,15 @@ def written(folder: Path, **changes) -> str:
     return str(file)
 
 
+def test_cells_are_chosen_by_patterns_and_a_judge_comes_with_them(tmp_path):
+    experiment = load_experiment(written(tmp_path), "smoke")
+    assert [cell.key for cell in experiment.matching(["*-4", "half-*"])] == ["half-3", "both-4"]
+    judged = load_experiment(written(tmp_path, judge="half"), "smoke")
+    assert [cell.key for cell in judged.matching(["both-4"])] == ["half-3", "both-4"]
+    with pytest.raises(ConfigError, match="cells: unknown 'asked-3'"):
+        experiment.matching(["both-3", "asked-3"])
+
+
 def test_cells_are_methods_by_seeds_the_first_seed_of_all_first(tmp_path):
     experiment = load_experiment(written(tmp_path), "smoke")
     assert [cell.key for cell in experiment.cells()] == ["both-3", "half-3", "both-4"]
