@@ -66,6 +66,14 @@ class Denoiser(nn.Module):
         """Return the configured height and width in cells."""
         return next(iter(self.modalities.values())).size
 
+    @property
+    def input_channels(self) -> int:
+        """Return how many channels the network sees: those of z_t, and of the conditions behind it."""
+        conditions = (
+            0 if self.given_input == "z_only" else sum(m.condition_channels for m in self.modalities.values())
+        )
+        return self.process.channels + conditions
+
     def encode(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the codes of the modalities in data, instance -> (B, c, H, W) float32."""
         return {name: self.modalities[name].encode(value) for name, value in data.items()}
@@ -88,7 +96,8 @@ class Denoiser(nn.Module):
         u_t = z_t - self.process.place(codes, known) if codes else z_t
         x = self._network_input(z_t, u_t, given, conditions)  # (B, C + conditions, H, W)
         features = self.backbone(x, self._embedding(t, roles))
-        heads = {name: head(features).float() for name, head in self.heads.items()}
+        own = features if isinstance(features, Mapping) else dict.fromkeys(self.heads, features)
+        heads = {name: head(own[name]).float() for name, head in self.heads.items()}
         with torch.autocast(z_t.device.type, enabled=False):
             predicted = {
                 name: self.modalities[name].expected_code(value)
@@ -267,19 +276,35 @@ def inert_settings(config: Config) -> list[str]:
     return found
 
 
+def input_channels(
+    config: Config, modalities: Mapping[str, Modality], process: Process
+) -> dict[str, list[int]]:
+    """Return which channels of the network's input are of which instance: of its code, then of its condition.
+
+    The input is z_t (or u_t) with the conditions of all instances behind it, in order.
+    """
+    groups = {name: list(range(where.start, where.stop)) for name, where in process.layout.items()}
+    if config.given.input != "z_only":
+        start = process.channels
+        for name, modality in modalities.items():
+            groups[name] += range(start, start + modality.condition_channels)
+            start += modality.condition_channels
+    return groups
+
+
 def build_denoiser(config: Config) -> Denoiser:
     """Return the denoiser of a configuration, its weights drawn from the configuration's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         modalities = build_modalities(config)
         process = build_process(config, modalities)
-        conditions = 0
-        if config.given.input != "z_only":
-            conditions = sum(modality.condition_channels for modality in modalities.values())
-        backbone = look_up("backbone", config.model.backbone)(
-            in_channels=process.channels + conditions,
+        groups = input_channels(config, modalities, process)
+        backbone = look_up("backbone", config.model.backbone)
+        width = 1 + max(map(max, groups.values()))
+        made = backbone(
+            groups if getattr(backbone, "separate", False) else width,
             size=(config.space.height, config.space.width),
             preset=config.model.preset,
-            **config.model.options,
+            **{key: value for key, value in config.model.options.items() if value is not None},
         )
-        return Denoiser(modalities, process, backbone, config.given.input, config.loss.prediction)
+        return Denoiser(modalities, process, made, config.given.input, config.loss.prediction)

@@ -381,3 +381,15 @@ def test_codes_and_conditions_of_a_batch_have_the_channels_of_their_modalities()
     assert {name: code.shape[1] for name, code in conditions.items()} == {
         name: modality.condition_channels for name, modality in modalities.items()
     }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_separate_instances_see_all_channels_that_enter_the_network(mode):
+    denoiser, batch = build(
+        f"given.input={mode}", "model={backbone: dit_tokens, preset: nano, options: {patch: 1}}"
+    )
+    roles = mixed_roles(denoiser)
+    predicted = predict(denoiser, batch, roles, noisy(denoiser, batch, roles))
+    assert set(predicted.codes) == set(denoiser.heads)
+    seen = {channel for channels in denoiser.backbone.groups.values() for channel in channels}
+    assert seen == set(range(denoiser.input_channels))

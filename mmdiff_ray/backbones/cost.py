@@ -1,6 +1,6 @@
 """What a network costs, counted without computing anything."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,3 +30,9 @@ def describe(module: nn.Module, *sizes: tuple[int, ...]) -> Cost:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         functional_call(module, weights, inputs)
     return Cost(sum(weight.numel() for weight in module.parameters()), counter.get_total_flops())
+
+
+def forward_flops(denoiser: Any) -> int:
+    """Return the floating-point operations of one sample's pass through a denoiser's backbone."""
+    backbone, channels = denoiser.backbone, denoiser.input_channels
+    return describe(backbone, (channels, *denoiser.size), (backbone.embedding_channels,)).flops

@@ -1,7 +1,10 @@
-"""The diffusion transformer: a sequence of patches, blocks modulated by the embedding."""
+"""The diffusion transformer: a sequence of patches, blocks modulated by the embedding.
+
+`dit` merges all channels of a patch into one vector; `dit_tokens` gives every modality patches of its own.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,16 +83,79 @@ class DiT(nn.Module):
         """
         check_size(x.shape[2:], self.options.patch)
         check_tokens(tokens, self.options.token_channels)
-        embedding = F.silu(embedding)
         x = self.patch(x)  # (B, width, h, w), h = H / patch, w = W / patch
         cells = x.shape[2:]
         x = x.flatten(2).transpose(1, 2) + positions(cells, self.options.width, x.device)  # (B, h w, width)
-        for block in self.blocks:
-            x = block(x, embedding, tokens)
-        shift, scale = self.modulation(embedding)[:, None].chunk(2, dim=-1)  # (B, 1, width) each
-        x = _normal(x) * (1 + scale) + shift
-        patches = self.out(x).transpose(1, 2).unflatten(2, cells)  # (B, F patch^2, h, w)
-        return Features(F.pixel_shuffle(patches, self.options.patch), x.mean(1))  # (B, F, H, W), (B, width)
+        x = _transform(self, x, embedding, tokens)
+        return Features(_unpatch(self, x, cells), x.mean(1))  # (B, F, H, W), (B, width)
+
+
+@register("backbone", "dit_tokens")
+class DiTTokens(nn.Module):
+    """A diffusion transformer in which every modality has patches of its own: nothing is merged in channels.
+
+    What merging is compared with: with the same width and depth, N modalities make N times as many tokens.
+    A modality's head sees its own patches alone, which attend to all.
+    """
+
+    separate = True
+
+    def __init__(
+        self, groups: Mapping[str, Sequence[int]], size: tuple[int, int], preset: str, **options: Any
+    ) -> None:
+        """Build a preset with single sizes replaced by options (see `DiTOptions`).
+
+        groups: modality instance -> its channels of the input. size: as for `DiT`. Raises ConfigError for
+        unknown or contradicting options.
+        """
+        super().__init__()
+        sizes = self.options = choose(PRESETS, preset, options)
+        _check(sizes, size)
+        self.groups = {name: list(channels) for name, channels in groups.items()}
+        self.embedding_channels = sizes.embedding_channels
+        self.feature_channels = sizes.feature_channels
+        self.pooled_channels = sizes.width
+        self.patches: Any = nn.ModuleDict(
+            {
+                name: nn.Conv2d(len(channels), sizes.width, sizes.patch, stride=sizes.patch)
+                for name, channels in self.groups.items()
+            }
+        )
+        self.names = nn.Parameter(torch.randn(len(groups), sizes.width) * 0.5)
+        self.blocks = nn.ModuleList(_Block(sizes) for _ in range(sizes.depth))
+        self.modulation = zeroed(nn.Linear(sizes.embedding_channels, 2 * sizes.width))
+        self.out = nn.Linear(sizes.width, sizes.patch**2 * sizes.feature_channels)
+
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None = None) -> dict[str, Features]:
+        """Return the features of every modality, by instance. Arguments and errors as of `DiT`."""
+        check_size(x.shape[2:], self.options.patch)
+        check_tokens(tokens, self.options.token_channels)
+        cells = [length // self.options.patch for length in x.shape[2:]]
+        places = positions(cells, self.options.width, x.device)  # (h w, width)
+        sequences = [
+            self.patches[name](x[:, channels]).flatten(2).transpose(1, 2) + places + self.names[index]
+            for index, (name, channels) in enumerate(self.groups.items())
+        ]  # (B, h w, width) each
+        read = _transform(self, torch.cat(sequences, dim=1), embedding, tokens)
+        return {
+            name: Features(_unpatch(self, part, cells), part.mean(1))
+            for name, part in zip(self.groups, read.chunk(len(self.groups), dim=1), strict=True)
+        }
+
+
+def _transform(backbone: Any, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+    """Return a sequence (B, N, width) after all blocks, and shifted and scaled by the embedding."""
+    embedding = F.silu(embedding)
+    for block in backbone.blocks:
+        x = block(x, embedding, tokens)
+    shift, scale = backbone.modulation(embedding)[:, None].chunk(2, dim=-1)  # (B, 1, width) each
+    return _normal(x) * (1 + scale) + shift
+
+
+def _unpatch(backbone: Any, x: Tensor, cells: Sequence[int]) -> Tensor:
+    """Return the feature map (B, F, H, W) of the patches (B, h w, width) of a grid of h x w cells."""
+    patches = backbone.out(x).transpose(1, 2).unflatten(2, cells)  # (B, F patch^2, h, w)
+    return F.pixel_shuffle(patches, backbone.options.patch)
 
 
 class _Block(nn.Module):

@@ -116,7 +116,10 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The backbone: its registered name, a size preset, and options: single sizes in the preset's place."""
+    """The backbone: its registered name, a size preset, options: single sizes in the preset's place.
+
+    An option that is null is the preset's.
+    """
 
     backbone: str = "unet"
     preset: str = "tiny"

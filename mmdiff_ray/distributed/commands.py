@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmdiff_ray.backbones.cost import describe
+from mmdiff_ray.backbones.cost import forward_flops
 from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.denoiser import Denoiser, inert_settings
 from mmdiff_ray.distributed import job as jobs
@@ -161,15 +161,6 @@ def _modality_table(job: Job, denoiser: Denoiser) -> Table:
             modality.likelihood,
         )
     return shown
-
-
-def forward_flops(denoiser: Denoiser) -> int:
-    """Return the floating-point operations of one sample's pass through the backbone."""
-    channels = denoiser.process.channels
-    if denoiser.given_input != "z_only":
-        channels += sum(modality.condition_channels for modality in denoiser.modalities.values())
-    backbone = denoiser.backbone
-    return describe(backbone, (channels, *denoiser.size), (backbone.embedding_channels,)).flops
 
 
 def _cost(job: Job, denoiser: Denoiser) -> str:

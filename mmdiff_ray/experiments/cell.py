@@ -11,9 +11,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +21,10 @@ from mmdiff_ray import __version__
 from mmdiff_ray import config as configuration
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config, ConfigError, RunError
-from mmdiff_ray.data.batches import local_batches
+from mmdiff_ray.data.batches import local_batches, split_batches
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.experiments.spec import FOLDER, Cell, Experiment, Measure, Method, digest, load_experiment
+from mmdiff_ray.experiments.watch import Watch
 from mmdiff_ray.training.checkpoint import CheckpointStore, write_json
 from mmdiff_ray.training.export import save_export
 from mmdiff_ray.training.fit import fit
@@ -33,6 +33,8 @@ from mmdiff_ray.training.trainer import Progress, Trainer
 
 Say = Callable[[str], None]
 SAY_EVERY_S = 30.0
+WATCH_POINTS = 8
+"""How often a watched cell's tasks are looked at while it trains."""
 
 
 def training_digest(config: Config) -> str:
@@ -55,11 +57,15 @@ def is_trained(folder: Path, config: Config) -> bool:
     return True
 
 
-def train_cell(config: Config, folder: Path, hooks: Any) -> None:
-    """Train a cell in this process, from its last checkpoint if there is one, and write its export."""
+def train_cell(config: Config, folder: Path, hooks: "CellHooks", watched: Sequence[str] = ()) -> None:
+    """Train a cell in this process, from its last checkpoint if there is one, and write its export.
+
+    watched: tasks whose losses and gradients are written to `watched.json` on the way.
+    """
+    period = config.train.samples // WATCH_POINTS if watched else 0
     config = dataclasses.replace(
         config,
-        evaluate=dataclasses.replace(config.evaluate, evaluators=[], every_samples=0),
+        evaluate=dataclasses.replace(config.evaluate, evaluators=[], every_samples=period),
         workers=dataclasses.replace(config.workers, count=0),
     )
     job = jobs.prepare(config, folder)
@@ -76,10 +82,15 @@ def train_cell(config: Config, folder: Path, hooks: Any) -> None:
             job.plan(), reader, start_batch=start, threads=max(1, config.workers.data_workers)
         )
 
+    if watched:
+        splits = [manifest.splits[config.evaluate.split] for manifest in job.manifests]
+        rows = list(split_batches(reader, splits, config.evaluate.rows, min(64, config.evaluate.rows)))
+        hooks.watch = Watch(watched, rows, folder / "watched.json")
     facts = {"config": configuration.to_plain(config), "version": __version__, "torch": torch.__version__}
     store = CheckpointStore(job.checkpoints, config.checkpoint)
     if fit(trainer, store, stream, list, hooks, facts) != "finished":
         raise RunError(f"{job.folder.name} was stopped with a checkpoint; the same command goes on with it")
+    hooks.evaluate(trainer)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     known = {
         "progress": vars(trainer.progress),
@@ -101,6 +112,7 @@ class CellHooks:
     def __init__(self, say: Say, record: Callable[[dict[str, float], int], None] | None = None) -> None:
         self.say, self.record = say, record
         self.said = time.monotonic()
+        self.watch: Watch | None = None
 
     def resumed(self, progress: Progress) -> None:
         """Say where training goes on."""
@@ -117,7 +129,9 @@ class CellHooks:
             self.say(f"{progress.samples_seen:,} of {progress.total_samples:,} samples, {rate:.0f}/s")
 
     def evaluate(self, trainer: Trainer) -> None:
-        """Do nothing: a cell is measured at its end."""
+        """Look at the tasks, where that is wanted; the cell itself is measured at its end."""
+        if self.watch is not None:
+            self.watch(trainer)
 
     def should_stop(self) -> bool:
         """Return False: a cell that is killed goes on from its checkpoint."""
@@ -194,13 +208,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_cell(
-    experiment: Experiment, cell: Cell, runs: Path, measured: bool, say: Say, hooks: Any = None
+    experiment: Experiment, cell: Cell, runs: Path, measured: bool, say: Say, hooks: "CellHooks | None" = None
 ) -> None:
     """Train a cell if it is not trained yet, and measure it if asked to."""
     folder = cell_folder(experiment, cell, runs)
     config = experiment.config(cell, folder.parent)
     if not is_trained(folder, config):
-        train_cell(config, folder, hooks or CellHooks(say))
+        train_cell(config, folder, hooks or CellHooks(say), experiment.watch.get(cell.method.name, ()))
     if measured:
         measure_cell(experiment, cell, folder, say)
 

@@ -56,3 +56,64 @@ def _lines(
             x = float(curve["points"][line["measure"]])
             lines.setdefault(line["method"], []).append((x, line["mean"], low, high))
     return {method: points for method, points in lines.items() if len(points) > 1}
+
+
+def draw_watched(values: Mapping[str, Any], out: Path) -> list[Path]:
+    """Draw what was seen of watched tasks: their losses, and how their gradients lie to each other.
+
+    Returns the files: OUT-tasks.png, with a panel for every task that two methods were watched at, and
+    OUT-conflict.png, with the cosine of every two tasks of the main method.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    watched, main = values["watched"], values["main"]
+    if main not in watched:
+        return []
+    tasks = list(watched[main][0]["losses"])
+    figure = Figure(figsize=(3.6 * len(tasks), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        for method, points in watched.items():
+            known = [(point["samples"], point["losses"][task]) for point in points if task in point["losses"]]
+            if known:
+                axes.plot(
+                    *zip(*known, strict=True), marker="o", markersize=3, label=values["methods"][method]
+                )
+        axes.set(title=task, xlabel="samples seen", ylabel="held-out loss")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+        axes.legend(fontsize=7, frameon=False)
+    files = [out.with_name(f"{out.stem}-tasks.png")]
+    figure.savefig(files[0], dpi=110)
+    if watched[main][0]["cosines"]:
+        files.append(out.with_name(f"{out.stem}-conflict.png"))
+        _draw_conflict(watched[main], tasks, files[1])
+    return files
+
+
+def _draw_conflict(points: list[dict[str, Any]], tasks: list[str], path: Path) -> None:
+    """Draw the cosine of the gradients of every two tasks over training, one line each."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    pairs = list(points[0]["cosines"])
+    for index, pair in enumerate(pairs):
+        y = [float("nan") if point["cosines"][pair] is None else point["cosines"][pair] for point in points]
+        x = [point["samples"] for point in points]
+        color = colormaps["tab20"](index % 20)
+        axes.plot(x, y, marker="o", markersize=3, color=color, label=pair.replace("~", " and "))
+    axes.axhline(0, color="0.4", linewidth=0.8)
+    axes.set(
+        title="Gradients of two tasks in the shared backbone",
+        xlabel="samples seen",
+        ylabel="cosine (below 0: they conflict)",
+        ylim=(-1, 1),
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)

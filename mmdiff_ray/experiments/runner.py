@@ -14,9 +14,10 @@ from mmdiff_ray.denoiser import build_denoiser
 from mmdiff_ray.distributed.tasks import run_tasks
 from mmdiff_ray.evaluation.run import check_evaluators
 from mmdiff_ray.experiments.cell import CellHooks, cell_folder, is_trained, run_cell
-from mmdiff_ray.experiments.curves import draw_curves
+from mmdiff_ray.experiments.curves import draw_curves, draw_watched
+from mmdiff_ray.experiments.page import markdown
 from mmdiff_ray.experiments.spec import Cell, Experiment, named
-from mmdiff_ray.experiments.table import markdown, refusals, result
+from mmdiff_ray.experiments.table import refusals, result
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.store import tracking_uri
 from mmdiff_ray.tracking.tracker import Tracker
@@ -75,7 +76,7 @@ def write_result(experiment: Experiment, runs: Path, out: Path, say: Say) -> lis
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out.with_suffix(".json"), values)
     out.with_suffix(".md").write_text(markdown(values), encoding="utf8")
-    pictures = draw_curves(values, experiment.curves, out)
+    pictures = [*draw_curves(values, experiment.curves, out), *draw_watched(values, out)]
     done = len(experiment.cells()) - len(values["missing"])
     say(f"{done} of {len(experiment.cells())} cells are in {out.with_suffix('.md')}")
     return [out.with_suffix(".json"), out.with_suffix(".md"), *pictures]

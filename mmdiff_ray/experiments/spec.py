@@ -11,7 +11,7 @@ from typing import Any
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import Config, ConfigError
-from mmdiff_ray.config.checks import unknown
+from mmdiff_ray.config.checks import one_of, unknown
 
 FOLDER = Path("pipelines/configs/experiments")
 KEYS = {
@@ -26,6 +26,8 @@ KEYS = {
     "main",
     "judge",
     "curves",
+    "matrices",
+    "watch",
 }
 
 
@@ -91,7 +93,9 @@ class Experiment:
 
     data: a data set that is built where it is missing: pipeline, uri, options. curves: figures to draw, each
     with `figure`, and `points`: measure -> the value on the x axis. judge: the method whose model of the
-    first seed judges the others' pairs (`evaluate.judge`); it is trained before them.
+    first seed judges the others' pairs (`evaluate.judge`); it is trained before them. matrices: tables of
+    figures by measure, each with `name`, `title`, `rows`: measure -> its words, and `columns`: figure -> its
+    words. watch: method -> tasks whose losses and gradients are looked at while it trains.
     """
 
     name: str
@@ -105,6 +109,8 @@ class Experiment:
     data: dict[str, Any] = field(default_factory=dict)
     curves: list[dict[str, Any]] = field(default_factory=list)
     judge: str | None = None
+    matrices: list[dict[str, Any]] = field(default_factory=list)
+    watch: dict[str, list[str]] = field(default_factory=dict)
 
     def is_judge(self, cell: Cell) -> bool:
         """Return whether a cell trains the judge."""
@@ -150,6 +156,8 @@ class Experiment:
         overrides = [*self.preset.overrides, *method.overrides]
         with named(f"{self.name}, method {method.name}"):
             config = configuration.load((), overrides, self.base)
+            for task in self.watch.get(method.name, []):
+                one_of("watch", task, list(config.tasks))
         train = dataclasses.replace(config.train, samples=max(1, round(config.train.samples * method.share)))
         tracking = dataclasses.replace(config.tracking, experiment=f"experiment-{self.name}")
         return dataclasses.replace(
@@ -230,6 +238,7 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
         ("main", [plain.get("main", next(iter(methods)))], methods),
         ("judge", [plain["judge"]] if plain.get("judge") else [], methods),
         *[(f"measures.{m.name}.methods", m.methods or [], methods) for m in measures.values()],
+        ("watch", list(plain.get("watch", {})), methods),
     ]:
         for name in names:
             if name not in known:
@@ -246,6 +255,8 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
         data=plain.get("data", {}) if chosen.data is None else chosen.data,
         curves=plain.get("curves", []),
         judge=plain.get("judge"),
+        matrices=plain.get("matrices", []),
+        watch=plain.get("watch", {}),
     )
 
 

@@ -1,20 +1,22 @@
-"""From cells to a table: means over seeds, intervals, paired differences to the main method."""
+"""From cells to a result: means over seeds, intervals, paired differences to the main method, costs."""
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmdiff_ray import config as configuration
+from mmdiff_ray.backbones.cost import forward_flops
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.denoiser import build_denoiser, inert_settings
 from mmdiff_ray.evaluation.statistics import Tally, difference, interval
 from mmdiff_ray.experiments.cell import cell_folder, measured_file
 from mmdiff_ray.experiments.spec import Cell, Experiment, Method
+from mmdiff_ray.experiments.watch import read
 
 
 @dataclass
@@ -106,10 +108,12 @@ def _against(main: Series, other: Series) -> dict[str, Any]:
 
 
 def facts(experiment: Experiment, runs: Path) -> list[dict[str, Any]]:
-    """Return how every trained cell was made: samples, minutes, parameters, machine, versions."""
+    """Return how every trained cell was made: samples, minutes, parameters, GFLOP of a sample's forward pass,
+    machine, versions."""
     found = []
     for cell in experiment.cells():
-        file = cell_folder(experiment, cell, runs) / "export" / "facts.json"
+        export = cell_folder(experiment, cell, runs) / "export"
+        file = export / "facts.json"
         if file.is_file():
             known = json.loads(file.read_text(encoding="utf8"))
             progress = known["progress"]
@@ -120,10 +124,34 @@ def facts(experiment: Experiment, runs: Path) -> list[dict[str, Any]]:
                     "samples_seen": progress["samples_seen"],
                     "minutes": round(progress["seconds"] / 60, 1),
                     "images_per_s": round(progress["samples_seen"] / max(progress["seconds"], 1e-9), 1),
+                    "gflops": forward_flops(build_denoiser(configuration.load([export / "config.yaml"])))
+                    / 1e9,
                     **{key: known[key] for key in ("parameters", "machine", "versions", "digest")},
                 }
             )
     return found
+
+
+def watched(experiment: Experiment, runs: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return what was seen of the watched tasks, method -> points, each the mean over seeds: `samples`, and
+    `losses`, `gradients`, `cosines` by name."""
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    for cell in experiment.cells():
+        points = read(cell_folder(experiment, cell, runs) / "watched.json")
+        if points:
+            found.setdefault(cell.method.name, []).append(points)
+    return {name: [_mean(points) for points in zip(*seeds, strict=False)] for name, seeds in found.items()}
+
+
+def _mean(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean of points at the same number of samples; of values that are not all NaN."""
+    mean: dict[str, Any] = {"samples": points[0]["samples"], "seeds": len(points)}
+    for kind in ("losses", "gradients", "cosines"):
+        mean[kind] = {}
+        for key in points[0][kind]:
+            values = [point[kind][key] for point in points if not np.isnan(point[kind][key])]
+            mean[kind][key] = float(np.mean(values)) if values else None
+    return mean
 
 
 def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
@@ -144,6 +172,8 @@ def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
         "notes": notes(experiment),
         "figures": summary(experiment, table),
         "cells": done,
+        "watched": watched(experiment, runs),
+        "matrices": experiment.matrices,
     }
 
 
@@ -170,75 +200,3 @@ def notes(experiment: Experiment) -> dict[str, list[str]]:
     first = [cell for cell in experiment.cells() if cell.seed == experiment.preset.seeds[0]]
     found = {cell.method.name: inert_settings(experiment.config(cell, Path())) for cell in first}
     return {name: sentences for name, sentences in found.items() if sentences}
-
-
-def markdown(values: Mapping[str, Any]) -> str:
-    """Return a result as a page: a table for every measure, methods in rows and figures in columns."""
-    lines = [f"# {values['title']}", "", values["question"], ""]
-    seeds = sorted({cell["seed"] for cell in values["cells"]})
-    main = values["methods"][values["main"]]
-    lines += [
-        f"`{values['command']}`, seeds {', '.join(map(str, seeds))}. Mean over seeds, plus or minus their "
-        f"standard deviation. Marked ▲ where **{main}** is better, ▼ where it is worse: the 95 % interval of "
-        "the paired difference, bootstrapped over rows and seeds, excludes 0.",
-        "",
-    ]
-    if values["missing"]:
-        lines += [f"Not trained yet: {', '.join(values['missing'])}.", ""]
-    for name, why in values["refused"].items():
-        lines += [f"Refused: {values['methods'][name]}. {why}", ""]
-    for name, sentences in values["notes"].items():
-        lines += [f"Inert: {values['methods'][name]}. {' '.join(sentences)}", ""]
-    by_measure: dict[str, list[Mapping[str, Any]]] = {}
-    for line in values["figures"]:
-        by_measure.setdefault(line["measure"], []).append(line)
-    for measure, found in by_measure.items():
-        keys = list(dict.fromkeys(line["figure"] for line in found))
-        keys = [key for key in keys if not _aside(key)] or [key for key in keys if _is_bound(key)]
-        cells = {(line["method"], line["figure"]): line for line in found}
-        better = {line["figure"]: "↑" if line["better"] == "higher" else "↓" for line in found}
-        lines += [f"## {measure}", "", "| | " + " | ".join(f"{key} {better[key]}" for key in keys) + " |"]
-        lines += ["|---|" + "---|" * len(keys)]
-        for method in dict.fromkeys(line["method"] for line in found):
-            title = values["methods"].get(method, method)
-            row = [_cell(cells.get((method, key))) for key in keys]
-            lines.append(f"| {title} | " + " | ".join(row) + " |")
-        real = [
-            line for line in found if "/real_" in line["figure"] or line["figure"].endswith("judged_real")
-        ]
-        said = {line["figure"]: f"{line['figure']} {line['mean']:.3f}" for line in real}
-        lines += ["", f"Of real images: {', '.join(said.values())}.", ""] if said else [""]
-    lines += [
-        "## Cost",
-        "",
-        "| method | samples | minutes | images/s | parameters | machine |",
-        "|---|---|---|---|---|---|",
-    ]
-    for method in dict.fromkeys(cell["method"] for cell in values["cells"]):
-        same = [cell for cell in values["cells"] if cell["method"] == method]
-        mean = {
-            key: np.mean([cell[key] for cell in same]) for key in ("samples_seen", "minutes", "images_per_s")
-        }
-        lines.append(
-            f"| {values['methods'][method]} | {mean['samples_seen']:,.0f} | {mean['minutes']:.1f} | "
-            f"{mean['images_per_s']:.0f} | {same[0]['parameters']:,} | {same[0]['machine']} |"
-        )
-    return "\n".join([*lines, ""])
-
-
-def _is_bound(figure: str) -> bool:
-    return figure.split("/")[-1] in ("l0_nats", "l1_nats", "l2_nats", "l3_nats")
-
-
-def _aside(figure: str) -> bool:
-    """Return whether a figure stands beside the table: terms of the bound in JSON, those of real images
-    below."""
-    return figure.endswith(("_nats", "judged_real")) or "/real_" in figure
-
-
-def _cell(line: Mapping[str, Any] | None) -> str:
-    if line is None or math.isnan(line["mean"]):
-        return ""
-    spread = "" if line["spread"] is None else f" ± {line['spread']:.3f}"
-    mark = {"main better": " ▲", "main worse": " ▼"}.get(line.get("verdict", ""), "")
-    return f"{line['mean']:.3f}{spread}{mark}"

@@ -150,14 +150,14 @@ class Trainer:
             part = batch.rows(start, start + size)
             part_roles = {name: role[start : start + size] for name, role in roles.items()}
             with without_sync(self.model, start != starts[-1]):
-                sums = self._sums(self.model, part, part_roles)
+                sums = self.sums(self.model, part, part_roles)
                 # Workers' gradients are averaged, but counts are global: the factor makes it a sum.
                 (self.objective.total(sums, counts) * world()[1]).backward()
             for key, value in sums.items():
                 totals[key] = totals.get(key, 0) + value.detach().double()
         return totals
 
-    def _sums(self, model: nn.Module, batch: Batch, roles: Roles) -> Terms:
+    def sums(self, model: nn.Module, batch: Batch, roles: Roles) -> Terms:
         """Return the loss terms of a micro-batch: draw t and noise, go forward, predict."""
         seed, steps = self.config.seed, self.denoiser.process.schedule.steps
         low, high = (round(time * steps) for time in self.config.train.times)
@@ -248,7 +248,7 @@ class Trainer:
             batch = batch.to(self.device)
             _, roles = self.tasks.draw(batch, self.config.seed)
             cells = self.denoiser.size[0] * self.denoiser.size[1]
-            part, count = self._sums(self.ema.model, batch, roles), self.objective.counts(roles, cells)
+            part, count = self.sums(self.ema.model, batch, roles), self.objective.counts(roles, cells)
             sums += torch.stack([part[key] for key in self.terms])
             counts += torch.stack([count[key] for key in self.terms])
         both = add_over_workers(torch.stack([sums, counts]))

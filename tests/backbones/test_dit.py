@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmdiff_ray.backbones.cost import describe
-from mmdiff_ray.backbones.dit import PRESETS, DiT, positions
+from mmdiff_ray.backbones.dit import PRESETS, DiT, DiTTokens, positions
 from mmdiff_ray.config import ConfigError
 
 MILLIONS = {"nano": 0.3, "tiny": 1.8, "small": 32.4, "base": 129.1, "large": 456.0}
@@ -51,3 +51,27 @@ def test_a_preset_has_the_documented_number_of_parameters(preset):
         backbone = DiT(8, (64, 64), preset)
     parameters = describe(backbone, (8, 64, 64), (backbone.embedding_channels,)).parameters
     assert round(parameters / 1e6, 1) == MILLIONS[preset]
+
+
+def test_separate_modalities_have_patches_of_their_own_that_attend_to_each_other():
+    torch.manual_seed(0)
+    backbone = DiTTokens({"pixels": [0, 1, 2], "mask": [3, 4]}, (8, 8), "nano")
+    x, embedding = torch.randn(2, 5, 8, 8), torch.randn(2, backbone.embedding_channels)
+    changed = x.clone()
+    changed[:, 3:] += 1
+
+    def moved(name: str) -> bool:
+        before, after = backbone(x, embedding)[name], backbone(changed, embedding)[name]
+        return not torch.allclose(before.map, after.map, atol=1e-5)
+
+    assert moved("mask") and not moved("pixels")  # untrained blocks are the identity: patches stay apart
+    with torch.no_grad():
+        for weight in backbone.parameters():
+            weight += 0.05 * torch.randn(weight.shape)
+    assert moved("pixels")
+
+
+def test_separate_modalities_cost_as_much_as_there_are_more_tokens():
+    merged, apart = DiT(6, (16, 16), "nano"), DiTTokens({"a": [0, 1, 2], "b": [3, 4, 5]}, (16, 16), "nano")
+    flops = [describe(backbone, (6, 16, 16), (64,)).flops for backbone in (merged, apart)]
+    assert 2 < flops[1] / flops[0] < 3

@@ -12,9 +12,31 @@ IN_CHANNELS = 5
 pytestmark = pytest.mark.parametrize("name", registry.names("backbone"))
 
 
-def build(name: str, seed: int = 0, size: tuple[int, int] = (8, 8), **options: object) -> nn.Module:
+class Alone(nn.Module):
+    """A backbone of separate modalities with one modality alone, which then is as any other."""
+
+    def __init__(self, backbone: type[nn.Module], *rest: object, **options: object) -> None:
+        super().__init__()
+        self.backbone = backbone({"all": range(IN_CHANNELS)}, *rest, **options)
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.backbone, name)
+
+    def forward(self, *given: Tensor) -> Features:
+        return self.backbone(*given)["all"]
+
+
+def build(
+    name: str, seed: int = 0, size: tuple[int, int] = (8, 8), preset: str = "nano", **options: object
+) -> nn.Module:
     torch.manual_seed(seed)
-    return registry.look_up("backbone", name)(IN_CHANNELS, size, "nano", **options)
+    backbone = registry.look_up("backbone", name)
+    if getattr(backbone, "separate", False):
+        return Alone(backbone, size, preset, **options)
+    return backbone(IN_CHANNELS, size, preset, **options)
 
 
 def awake(backbone: nn.Module) -> nn.Module:
@@ -163,7 +185,7 @@ def test_a_size_off_the_stride_is_refused_when_built_and_when_called(name):
 
 def test_unknown_presets_and_options_are_named_beside_the_known(name):
     with pytest.raises(ConfigError, match=r"model.preset: unknown 'nanno'; known: nano"):
-        registry.look_up("backbone", name)(IN_CHANNELS, (8, 8), "nanno")
+        build(name, preset="nanno")
     with pytest.raises(ConfigError, match=r"model.options.widht.*width"):
         build(name, widht=3)
     with pytest.raises(ConfigError, match=r"model.options.width"):

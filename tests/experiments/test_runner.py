@@ -54,6 +54,15 @@ PLAIN = {
         }
         for name, ratio in (("a third", 0.3), ("most", 0.8))
     },
+    "watch": {"both": ["generate", "restore"], "alone": ["restore"]},
+    "matrices": [
+        {
+            "name": "holes",
+            "title": "Holes by size",
+            "rows": {"a third": "three tenths", "most": "four fifths"},
+            "columns": {"pixels_from_masked/lpips": "LPIPS"},
+        }
+    ],
     "curves": [
         {
             "name": "lpips",
@@ -128,7 +137,24 @@ def test_a_table_holds_every_method_rule_and_cost(done):
     assert harder > easier
     page = (done / "result.md").read_text()
     assert "| both tasks |" in page and "| both, asked |" in page and "## Cost" in page
-    assert (done / "result-lpips.png").stat().st_size > 5000
+    assert "| three tenths |" in page and page.index("## Holes by size") < page.index("## Cost")
+    assert all(cell["gflops"] > 0 for cell in found["cells"])
+    for name in ("lpips", "tasks", "conflict"):
+        assert (done / f"result-{name}.png").stat().st_size > 5000
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_tasks_are_watched_while_cells_train(done):
+    watched = result(done)["watched"]
+    assert set(watched) == {"both", "alone"}
+    for method, tasks in (("both", {"generate", "restore"}), ("alone", {"restore"})):
+        points = watched[method]
+        assert [point["samples"] for point in points] == sorted({point["samples"] for point in points})
+        assert points[-1]["samples"] == SAMPLES and len(points) >= 3
+        assert all(set(point["losses"]) == tasks and point["seeds"] == 2 for point in points)
+        assert points[-1]["losses"]["restore"] < points[0]["losses"]["restore"]
+    assert set(watched["both"][0]["cosines"]) == {"generate~restore"} and watched["alone"][0]["cosines"] == {}
 
 
 @pytest.mark.ray
@@ -146,7 +172,8 @@ def test_cells_are_child_runs_of_one_run_with_losses_and_figures(done):
         assert "loss/total" in run.data.metrics
     assert "asked.most/pixels_from_masked/lpips" in runs["both-0"].data.metrics
     assert [file.path for file in client.list_artifacts(parent.info.run_id, "result")] == [
-        "result/result-lpips.png", "result/result.json", "result/result.md"
+        "result/result-conflict.png", "result/result-lpips.png", "result/result-tasks.png",
+        "result/result.json", "result/result.md",
     ]  # fmt: skip
 
 

@@ -1,0 +1,113 @@
+"""A result as a page: a table for every measure, matrices, what it cost."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def markdown(values: Mapping[str, Any]) -> str:
+    """Return a result as a page: a table for every measure, methods in rows and figures in columns."""
+    lines = [f"# {values['title']}", "", values["question"], ""]
+    seeds = sorted({cell["seed"] for cell in values["cells"]})
+    main = values["methods"][values["main"]]
+    lines += [
+        f"`{values['command']}`, seeds {', '.join(map(str, seeds))}. Mean over seeds, plus or minus their "
+        f"standard deviation. Marked ▲ where **{main}** is better, ▼ where it is worse: the 95 % interval of "
+        "the paired difference, bootstrapped over rows and seeds, excludes 0.",
+        "",
+    ]
+    if values["missing"]:
+        lines += [f"Not trained yet: {', '.join(values['missing'])}.", ""]
+    for name, why in values["refused"].items():
+        lines += [f"Refused: {values['methods'][name]}. {why}", ""]
+    for name, sentences in values["notes"].items():
+        lines += [f"Inert: {values['methods'][name]}. {' '.join(sentences)}", ""]
+    by_measure: dict[str, list[Mapping[str, Any]]] = {}
+    for line in values["figures"]:
+        by_measure.setdefault(line["measure"], []).append(line)
+    for measure, found in by_measure.items():
+        keys = list(dict.fromkeys(line["figure"] for line in found))
+        keys = [key for key in keys if not _aside(key)] or [key for key in keys if _is_bound(key)]
+        cells = {(line["method"], line["figure"]): line for line in found}
+        better = {line["figure"]: "↑" if line["better"] == "higher" else "↓" for line in found}
+        lines += [f"## {measure}", "", "| | " + " | ".join(f"{key} {better[key]}" for key in keys) + " |"]
+        lines += ["|---|" + "---|" * len(keys)]
+        for method in dict.fromkeys(line["method"] for line in found):
+            title = values["methods"].get(method, method)
+            row = [_cell(cells.get((method, key))) for key in keys]
+            lines.append(f"| {title} | " + " | ".join(row) + " |")
+        real = [
+            line for line in found if "/real_" in line["figure"] or line["figure"].endswith("judged_real")
+        ]
+        said = {line["figure"]: f"{line['figure']} {line['mean']:.3f}" for line in real}
+        lines += ["", f"Of real images: {', '.join(said.values())}.", ""] if said else [""]
+    for matrix in values["matrices"]:
+        lines += _matrix(values, matrix)
+    lines += [
+        "## Cost",
+        "",
+        "GFLOP: of the forward pass of one sample. Images/s: as measured in training, with other work on the "
+        "machine at times.",
+        "",
+        "| method | samples | minutes | GFLOP | images/s | parameters | machine |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in dict.fromkeys(cell["method"] for cell in values["cells"]):
+        same = [cell for cell in values["cells"] if cell["method"] == method]
+        mean = {
+            key: np.mean([cell[key] for cell in same])
+            for key in ("samples_seen", "minutes", "images_per_s", "gflops")
+        }
+        lines.append(
+            f"| {values['methods'][method]} | {mean['samples_seen']:,.0f} | {mean['minutes']:.1f} | "
+            f"{mean['gflops']:.3g} | {mean['images_per_s']:.0f} | {same[0]['parameters']:,} | "
+            f"{same[0]['machine']} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def _matrix(values: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a matrix of the main method: measures in rows, figures in columns."""
+    found = {
+        (line["measure"], line["figure"]): line
+        for line in values["figures"]
+        if line["method"] == values["main"]
+    }
+    rows = {
+        measure: words for measure, words in matrix["rows"].items() if any(m == measure for m, _ in found)
+    }
+    if not rows:
+        return []
+    heads = [
+        f"{words} {'↑' if _better(found, figure) == 'higher' else '↓'}"
+        for figure, words in matrix["columns"].items()
+    ]
+    lines = [f"## {matrix['title']}", "", "| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for measure, words in rows.items():
+        cells = [_cell(found.get((measure, figure))) for figure in matrix["columns"]]
+        lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _better(found: Mapping[tuple[str, str], Mapping[str, Any]], figure: str) -> str:
+    return next((line["better"] for (_, key), line in found.items() if key == figure), "")
+
+
+def _is_bound(figure: str) -> bool:
+    return figure.split("/")[-1] in ("l0_nats", "l1_nats", "l2_nats", "l3_nats")
+
+
+def _aside(figure: str) -> bool:
+    """Return whether a figure stands beside the table: terms of the bound in JSON, those of real images
+    below."""
+    return figure.endswith(("_nats", "judged_real")) or "/real_" in figure
+
+
+def _cell(line: Mapping[str, Any] | None) -> str:
+    if line is None or math.isnan(line["mean"]):
+        return ""
+    spread = "" if line["spread"] is None else f" ± {line['spread']:.3f}"
+    mark = {"main better": " ▲", "main worse": " ▼"}.get(line.get("verdict", ""), "")
+    return f"{line['mean']:.3f}{spread}{mark}"
