@@ -161,6 +161,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:  # type: ignore
     )
     evaluate.add_argument("model", metavar="RUN", help="a run's name or folder")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="values of evaluate.* and data.*")
+    evaluate.add_argument("--workers", type=int, default=0, help="models at once on Ray; 0: in this process")
     evaluate.add_argument("--runs", default="runs", help="where runs lie")
 
 

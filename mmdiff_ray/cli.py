@@ -109,7 +109,7 @@ def _generate(given: argparse.Namespace) -> int:
 def _evaluate(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed.commands import evaluate
 
-    return evaluate(given.model, given.runs, given.overrides)
+    return evaluate(given.model, given.runs, given.overrides, given.workers)
 
 
 def _experiment(given: argparse.Namespace) -> int:

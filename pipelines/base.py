@@ -7,9 +7,8 @@ a frozen encoder. `build` runs them as a Ray Data program (or in this process) o
 import hashlib
 import io
 import itertools
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -22,7 +21,8 @@ from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import Manifest
 from mmdiff_ray.data.shards import ShardWriter
 from mmdiff_ray.data.storage import check_writable
-from pipelines import flow
+from mmdiff_ray.distributed import flow
+from mmdiff_ray.distributed.display import show_progress
 from pipelines.embedders import Embedder
 
 CHUNK = 32
@@ -249,20 +249,3 @@ def is_off(value: str) -> bool:
 def is_on(value: str) -> bool:
     """Return whether an option's text means yes."""
     return value.lower() in ("on", "true", "yes")
-
-
-@contextmanager
-def show_progress(title: str, total: int, visible: bool) -> Iterator[Callable[[int], None]]:
-    """Show one calm bar on standard error while the block runs; yield the function that advances it.
-
-    The bar has its own way to the terminal, which stays open while Ray's noise is caught.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with open(os.dup(2), "w") as terminal:
-        console = Console(file=terminal)
-        with Progress(*parts, console=console, disable=not visible, refresh_per_second=4) as bar:
-            task = bar.add_task(title, total=total)
-            yield lambda rows: bar.advance(task, rows)

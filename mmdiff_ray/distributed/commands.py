@@ -235,11 +235,13 @@ def sample(given: argparse.Namespace) -> int:
     return 0
 
 
-def evaluate(run: str, runs: str, overrides: Sequence[str]) -> int:
-    """Evaluate a run again and print its figures."""
+def evaluate(run: str, runs: str, overrides: Sequence[str], pool: int) -> int:
+    """Evaluate a run again and print its figures. pool: as of `evaluate_run`."""
     console = make_console()
+    if pool < 0:
+        raise ConfigError(f"--workers ({pool}) must be at least 0; 0 samples in this process")
     folder = jobs.find_run(run, runs)
-    findings, place = evaluate_run(folder, overrides)
+    findings, place = evaluate_run(folder, overrides, pool=pool, progress=True)
     for table in tables(findings.figures):
         console.print(table)
     console.print(f"figures   {_near(place)}/evaluation.json", soft_wrap=True)

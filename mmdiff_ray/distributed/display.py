@@ -1,10 +1,14 @@
 """What a person sees while a run goes on: one calm line, and what it comes to at the end."""
 
+import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
@@ -86,3 +90,17 @@ def _by_term(losses: dict[str, float]) -> str:
         if part[0] == "loss" and len(part) == 3:
             sums[part[1]] = sums.get(part[1], 0.0) + value
     return " ".join(f"{term.upper()} {value:.2f}" for term, value in sorted(sums.items()) if term != "l0")
+
+
+@contextmanager
+def show_progress(title: str, total: int, visible: bool) -> Iterator[Callable[[int], None]]:
+    """Show one calm bar on standard error while the block runs; yield the function that advances it.
+
+    The bar has its own way to the terminal, which stays open while Ray's noise is caught.
+    """
+    parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with open(os.dup(2), "w") as terminal:
+        console = Console(file=terminal)
+        with Progress(*parts, console=console, disable=not visible, refresh_per_second=4) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda rows: bar.advance(task, rows)

@@ -2,9 +2,13 @@
 MLflow."""
 
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,12 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.config import Config, ConfigError, RunError
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
+from mmdiff_ray.distributed import flow
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed.cluster import check_resources, cluster, cpus_needed
+from mmdiff_ray.distributed.display import show_progress
 from mmdiff_ray.evaluation.context import Figure, Findings
+from mmdiff_ray.evaluation.draws import Ask, Drawer, draw, draw_here, kept_in
 from mmdiff_ray.evaluation.gallery import free_folder
 from mmdiff_ray.evaluation.grids import to_png
 from mmdiff_ray.evaluation.run import check_evaluators, evaluate, metrics_of
@@ -24,19 +31,24 @@ from mmdiff_ray.tracking.models import log_model
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.export import load_export
+from mmdiff_ray.training.inference import Generator, Known, Samples
 from mmdiff_ray.training.parallel import choose_device
 
 MAY_CHANGE = ("evaluate.", "data.", "train.device")
 LOADER = "mmdiff_ray.training.export:load_export"
 
 
-def evaluate_run(folder: Path, overrides: Sequence[str] = (), on_ray: bool = False) -> tuple[Findings, Path]:
+def evaluate_run(
+    folder: Path, overrides: Sequence[str] = (), on_ray: bool = False, pool: int = 0, progress: bool = False
+) -> tuple[Findings, Path]:
     """Evaluate the exported model of a run and record what was found: `evaluation.json`, pictures, MLflow.
 
     With overrides it is another evaluation than the run's own: it is kept in a folder of its own under
     `evaluations/`, and in MLflow as artifacts alone. overrides: of `evaluate.*`, `data.*` and `train.device`.
-    on_ray: as a task that asks for what one training worker has. Returns what was found, and the folder it is
-    in. Raises ConfigError where there is no model yet, or for any other override.
+    on_ray: as a task that asks for what one training worker has. pool: else, how many actors that hold the
+    model draw the samples, as a Ray Data program; 0 samples in this process. What was drawn is kept until the
+    evaluation is written: after a kill it goes on. progress: whether it is shown. Returns what was found, and
+    the folder it is in. Raises ConfigError where there is no model yet, or for any other override.
     """
     file = folder / "export" / "config.yaml"
     if not file.is_file():
@@ -51,25 +63,103 @@ def evaluate_run(folder: Path, overrides: Sequence[str] = (), on_ray: bool = Fal
             check_resources(config.workers)
             findings = _on_ray(folder, config)
     else:
-        findings = measure(folder, config)
+        kept = folder / "evaluations" / f"unfinished-{_mark(folder, config)}"
+        with cluster() if pool else nullcontext():
+            drawer = pooled(folder, config, pool) if pool else None
+            findings = measure(folder, config, drawer, kept, progress)
     place = folder
     if overrides:
         place = free_folder(folder / "evaluations" / "evaluation")
         place.mkdir(parents=True)
         (place / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf8")
     _record(folder, place, findings)
+    if not on_ray:
+        shutil.rmtree(kept, ignore_errors=True)
     return findings, place
 
 
-def measure(folder: Path, config: Config) -> Findings:
-    """Return what the configured evaluators find for the exported model."""
+def measure(
+    folder: Path,
+    config: Config,
+    drawer: Drawer | None = None,
+    kept: Path | None = None,
+    progress: bool = False,
+) -> Findings:
+    """Return what the configured evaluators find for the exported model.
+
+    drawer: who samples, the model in this process where None. kept: a folder for what was drawn, which goes
+    on from what is there. progress: whether a bar is shown.
+    """
     model = load_export(folder / "export", str(choose_device(config.train)), config)
     manifests = read_sources(config)
     resolve_modalities(config, manifests)
     reader = jobs.make_reader(config, model.denoiser)
     splits = [manifest.splits[config.evaluate.split] for manifest in manifests]
     batches = split_batches(reader, splits, config.evaluate.rows, min(64, config.evaluate.rows))
-    return evaluate(model, batches, manifests[0].columns)
+    drawer = drawer or draw_here(model)
+    if kept is not None:
+        drawer = kept_in(kept, drawer)
+    if progress:
+        drawer = shown(drawer)
+    return evaluate(model, batches, manifests[0].columns, drawer)
+
+
+class ModelStage:
+    """The exported model of a run in an actor, which draws what is asked of it."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder, self.config = folder, config
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "config": self.config}  # every actor loads the model itself
+
+    @cached_property
+    def model(self) -> Generator:
+        """Return the model, on a GPU where this actor has one."""
+        return load_export(self.folder / "export", str(choose_device(self.config.train)), self.config)
+
+    def __call__(self, ask: Ask) -> Samples:
+        """Return what was asked."""
+        return draw(self.model, ask)
+
+
+def pooled(folder: Path, config: Config, workers: int) -> Drawer:
+    """Return what draws by a pool of actors with the exported model of a run, as a Ray Data program."""
+    stage = ModelStage(folder.absolute(), config)
+
+    def drawer(name: str, asks: Sequence[Ask]) -> Iterator[Samples]:
+        return flow.run(None, [stage], [_on_cpu(ask) for ask in asks], min(workers, len(asks)))
+
+    return drawer
+
+
+def _on_cpu(ask: Ask) -> Ask:
+    """Return an ask that can travel to a machine without this one's GPU."""
+    known = ask.known
+    if known is not None:
+        known = Known(known.data.cpu(), known.visible.cpu(), known.repeats)
+    return dataclasses.replace(
+        ask, given={name: value.cpu() for name, value in ask.given.items()}, known=known
+    )
+
+
+def shown(drawer: Drawer) -> Drawer:
+    """Return a drawer that shows a bar for everything it is asked."""
+
+    def drawer_shown(name: str, asks: Sequence[Ask]) -> Iterator[Samples]:
+        with show_progress(f"sampling, {name}", sum(ask.rows for ask in asks), True) as advance:
+            for ask, samples in zip(asks, drawer(name, asks), strict=True):
+                advance(ask.rows)
+                yield samples
+
+    return drawer_shown
+
+
+def _mark(folder: Path, config: Config) -> str:
+    """Return a short name for an evaluation that changes with its settings and with the model."""
+    weights = (folder / "export" / "model.safetensors").stat()
+    words = f"{configuration.to_yaml(config)}{weights.st_size}{weights.st_mtime_ns}"
+    return hashlib.sha256(words.encode()).hexdigest()[:12]
 
 
 def _on_ray(folder: Path, config: Config) -> Findings:

@@ -9,7 +9,7 @@ from mmdiff_ray.batch import Batch
 from mmdiff_ray.diffusion import rng
 from mmdiff_ray.diffusion.objective import Objective, last_step_nats, posterior_nats
 from mmdiff_ray.diffusion.process import ABSENT, GENERATED, Codes, Prediction, Roles
-from mmdiff_ray.evaluation.context import CHUNK, Context, Figure, Findings
+from mmdiff_ray.evaluation.context import Context, Figure, Findings
 from mmdiff_ray.registry import register
 
 Sums = defaultdict[str, float]
@@ -27,8 +27,7 @@ def evaluate_bound(context: Context) -> Findings:
     """
     totals: Sums = defaultdict(float)
     counts: Sums = defaultdict(float)
-    for start in range(0, len(context.batch), CHUNK):
-        part = context.batch.rows(start, start + CHUNK)
+    for _, part in context.parts():
         for turn in range(TIMES_PER_ROW + 1):
             _add(context, part, turn, totals, counts)
     figures = [

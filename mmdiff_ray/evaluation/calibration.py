@@ -1,15 +1,14 @@
 """Whether the label head's probabilities can be believed, asked once at the first step of sampling."""
 
 import numpy as np
-import torch
 
 from mmdiff_ray.evaluation.conditional import class_counts
-from mmdiff_ray.evaluation.context import CHUNK, Context, Figure, Findings
+from mmdiff_ray.evaluation.context import Context, Figure, Findings
+from mmdiff_ray.evaluation.draws import Ask
 from mmdiff_ray.evaluation.floors import majority_class
 from mmdiff_ray.evaluation.statistics import mean_of
 from mmdiff_ray.modalities.label import LabelModality
 from mmdiff_ray.registry import register
-from mmdiff_ray.training.inference import sample
 
 BINS = 15
 SMALLEST = 1e-12
@@ -61,21 +60,23 @@ def first_step(context: Context, names: list[str]) -> dict[str, np.ndarray]:
 
     One call of the denoiser per row, on the noise that sampling starts from.
     """
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    for start in range(0, len(context.batch) if names else 0, CHUNK):
-        part = context.batch.rows(start, start + CHUNK)
-        drawn = sample(
-            context.denoiser,
-            context.roles(context.told, len(part)),
+    if not names:
+        return {}
+    asks = [
+        Ask(
+            start,
+            len(part),
+            context.roles(context.told),
             {name: part.data[name] for name in context.told},
-            ids=torch.arange(start, start + len(part), device=part.ids.device),
             seed=context.config.seed,
             steps=1,
             sampler=context.config.evaluate.sampler,
+            heads=names,
         )
-        for name in names:
-            parts[name].append(drawn.heads[name].double().softmax(1).cpu().numpy())
-    return {name: np.concatenate(found) for name, found in parts.items()}
+        for start, part in context.parts()
+    ]
+    heads = context.drawn(f"first step given {' '.join(context.told)}", asks).heads
+    return {name: heads[name].double().softmax(1).numpy() for name in names}
 
 
 def negative_log_likelihood(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:

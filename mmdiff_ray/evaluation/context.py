@@ -1,7 +1,7 @@
 """What evaluators share: the model, held-out rows, and samples that are drawn once however many look at
 them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +14,12 @@ from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config
 from mmdiff_ray.denoiser import Denoiser
 from mmdiff_ray.diffusion.process import ABSENT, GENERATED, GIVEN
+from mmdiff_ray.evaluation.draws import CHUNK, Ask, Drawer, draw_here
 from mmdiff_ray.evaluation.grids import Panel
 from mmdiff_ray.evaluation.statistics import Tally
 from mmdiff_ray.evaluation.tiles import text_tile
 from mmdiff_ray.modalities.base import Modality
-from mmdiff_ray.training.inference import Generator, Known, Samples, sample
-
-CHUNK = 64
-"""Rows sampled at once."""
+from mmdiff_ray.training.inference import Generator, Known, Samples, join
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,21 @@ class Findings:
 
 
 class Context:
-    """Held-out rows and a model. batch: all rows that are evaluated, on the model's device."""
+    """Held-out rows and a model. batch: all rows that are evaluated, on the model's device.
 
-    def __init__(self, model: Generator, batch: Batch, columns: Mapping[str, Mapping] | None = None) -> None:
+    drawer: who samples; the model here where None.
+    """
+
+    def __init__(
+        self,
+        model: Generator,
+        batch: Batch,
+        columns: Mapping[str, Mapping] | None = None,
+        drawer: Drawer | None = None,
+    ) -> None:
         self.model = model
         self.batch = batch
+        self.drawer = drawer or draw_here(model)
         self.columns = columns or {}
         self._samples: dict[tuple[str, ...], Samples] = {}
 
@@ -128,16 +136,14 @@ class Context:
     def sampled(self, *given: str) -> Samples:
         """Return one sample of everything else for every row, with these instances given from the row."""
         if given not in self._samples:
-            parts = [self._chunk(start, given) for start in range(0, len(self.batch), CHUNK)]
-            self._samples[given] = Samples(
-                data={name: torch.cat([part.data[name].cpu() for part in parts]) for name in parts[0].data},
-                heads={},
-                agreement={
-                    name: float(np.mean([part.agreement[name] for part in parts]))
-                    for name in parts[0].agreement
-                },
+            self._samples[given] = self.drawn(
+                f"given {' '.join(given)}".strip() if given else "from noise", self._asks(given)
             )
         return self._samples[given]
+
+    def drawn(self, name: str, asks: Sequence[Ask]) -> Samples:
+        """Return the answers to asks for rows that follow each other, as one. name: what is asked."""
+        return join(list(self.drawer(name, asks)))
 
     def restored(self, name: str) -> Tensor | None:
         """Return the anchor for every row, of which the masked image `name` tells the visible part.
@@ -151,37 +157,43 @@ class Context:
             return self.sampled(name).data[source] if self.trained(source, name) else None
         if source != self.anchor or not self.trained(source):
             return None
-        parts = [self._chunk(start, (), name) for start in range(0, len(self.batch), CHUNK)]
-        return torch.cat([part.data[source].cpu() for part in parts])
+        return self.drawn(f"around {name}", self._asks((), name)).data[source]
 
-    def _chunk(self, start: int, given: Sequence[str], known: str | None = None) -> Samples:
-        part = self.batch.rows(start, start + CHUNK)
-        roles = self.roles(given, len(part))
-        settings = self.config.evaluate
-        return sample(
-            self.denoiser,
-            roles,
-            {name: part.data[name] for name in given},
-            ids=torch.arange(start, start + len(part), device=part.ids.device),
-            seed=self.config.seed,
-            steps=settings.steps,
-            sampler=settings.sampler,
-            guidance=settings.guidance,
-            known=None if known is None else self._known(known, part.data[known]),
-        )
+    def _asks(self, given: Sequence[str], known: str | None = None) -> list[Ask]:
+        """Return what to ask for one sample of everything else of every row."""
+        settings, asks = self.config.evaluate, []
+        for start, part in self.parts():
+            asks.append(
+                Ask(
+                    start,
+                    len(part),
+                    self.roles(given),
+                    {name: part.data[name] for name in given},
+                    seed=self.config.seed,
+                    steps=settings.steps,
+                    sampler=settings.sampler,
+                    guidance=settings.guidance,
+                    known=None if known is None else self._known(known, part.data[known]),
+                )
+            )
+        return asks
+
+    def parts(self) -> Iterator[tuple[int, Batch]]:
+        """Yield the rows a chunk at a time, with the number of the first."""
+        for start in range(0, len(self.batch), CHUNK):
+            yield start, self.batch.rows(start, start + CHUNK)
 
     def _known(self, name: str, data: Tensor) -> Known | None:
         visible = self.denoiser.modalities[name].visible(data)
         channels = self.denoiser.modalities[self.anchor].data_shape[0]
         return None if visible is None else Known(data[:, :channels], visible, self.config.evaluate.repeats)
 
-    def roles(self, given: Sequence[str], rows: int) -> dict[str, Tensor]:
+    def roles(self, given: Sequence[str]) -> dict[str, int]:
         """Return roles that generate everything else that a task generates from what is given."""
-        roles = {}
-        for name in self.denoiser.modalities:
-            role = GIVEN if name in given else GENERATED if self.trained(name, *given) else ABSENT
-            roles[name] = torch.full((rows,), role, device=self.model.device)
-        return roles
+        return {
+            name: GIVEN if name in given else GENERATED if self.trained(name, *given) else ABSENT
+            for name in self.denoiser.modalities
+        }
 
     def panel(self, name: str, data: Tensor, note: str, title: str | None = None) -> Panel:
         """Return data of an instance as a panel of a grid."""

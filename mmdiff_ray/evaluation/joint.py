@@ -4,13 +4,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mmdiff_ray.evaluation.context import CHUNK, Context, Figure, Findings
+from mmdiff_ray.evaluation.context import Context, Figure, Findings
+from mmdiff_ray.evaluation.draws import Ask
 from mmdiff_ray.evaluation.grids import grid
 from mmdiff_ray.evaluation.segmentation import foreground_iou
 from mmdiff_ray.evaluation.statistics import mean_of
 from mmdiff_ray.modalities.mask import MaskModality
 from mmdiff_ray.registry import register
-from mmdiff_ray.training.inference import sample
 
 
 @register("evaluator", "joint")
@@ -51,19 +51,18 @@ def joint_picture(context: Context) -> Image.Image:
 
 def _judged(context: Context, images: torch.Tensor, masks: set[str]) -> dict[str, torch.Tensor]:
     """Return the masks that the model gives to images."""
-    parts = []
-    for start in range(0, len(images), CHUNK):
-        image = images[start : start + CHUNK].to(context.model.device)
-        size, device = len(image), context.model.device
-        roles = context.roles([context.anchor], size)
-        made = sample(
-            context.denoiser,
-            roles,
-            {context.anchor: image},
-            ids=torch.arange(start, start + size, device=device),
+    settings = context.config.evaluate
+    asks = [
+        Ask(
+            start,
+            len(part),
+            context.roles([context.anchor]),
+            {context.anchor: images[start : start + len(part)]},
             seed=context.config.seed + 1,
-            steps=context.config.evaluate.steps,
-            sampler=context.config.evaluate.sampler,
+            steps=settings.steps,
+            sampler=settings.sampler,
         )
-        parts.append({name: made.data[name].cpu() for name in masks})
-    return {name: torch.cat([part[name] for part in parts]) for name in masks}
+        for start, part in context.parts()
+    ]
+    told = context.drawn(f"given sampled {context.anchor}", asks).data
+    return {name: told[name] for name in masks}

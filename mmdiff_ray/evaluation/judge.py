@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mmdiff_ray.config import Config, ConfigError
-from mmdiff_ray.evaluation.context import CHUNK, Context, Figure, Findings
+from mmdiff_ray.evaluation.context import Context, Figure, Findings
+from mmdiff_ray.evaluation.draws import CHUNK
 from mmdiff_ray.evaluation.statistics import mean_of
 from mmdiff_ray.modalities.label import LabelModality
 from mmdiff_ray.registry import register

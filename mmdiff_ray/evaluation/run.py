@@ -10,6 +10,7 @@ from rich.table import Table
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.evaluation.context import Context, Figure, Findings
+from mmdiff_ray.evaluation.draws import Drawer
 from mmdiff_ray.evaluation.statistics import difference
 from mmdiff_ray.registry import look_up, names
 from mmdiff_ray.training.inference import Generator
@@ -35,13 +36,14 @@ def evaluate(
     model: Generator,
     batches: Iterable[Batch],
     columns: Mapping[str, Mapping] | None = None,
+    drawer: Drawer | None = None,
 ) -> Findings:
     """Return what all configured evaluators found on the rows of the batches.
 
-    columns: what the data set's manifest says of them.
+    columns: what the data set's manifest says of them. drawer: who samples; the model here where None.
     """
     batch = joined(batches)
-    context = Context(model, batch.where(batch.real).to(model.device), columns)
+    context = Context(model, batch.where(batch.real).to(model.device), columns, drawer)
     findings = Findings()
     for name in chosen(model.config):
         found = look_up("evaluator", name)(context)

@@ -190,7 +190,7 @@ class Generator:
                     guidance=guidance,
                 )
             )
-        drawn = _joined(parts)
+        drawn = join(parts)
         for name, value in rows.items():
             visible, source = self.modality(name).visible(value), self.modality(name).made_from
             if visible is not None and source in drawn.data and source not in rows:
@@ -285,7 +285,8 @@ def _check_settings(num: int, steps: int, sampler: str) -> None:
         raise ConfigError(f"sampler: {error.args[0]}") from None
 
 
-def _joined(parts: Sequence[Samples]) -> Samples:
+def join(parts: Sequence[Samples]) -> Samples:
+    """Return the samples of several chunks of rows as one."""
     return Samples(
         data={name: torch.cat([part.data[name] for part in parts]) for name in parts[0].data},
         heads={name: torch.cat([part.heads[name] for part in parts]) for name in parts[0].heads},

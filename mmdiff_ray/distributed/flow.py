@@ -20,19 +20,19 @@ MOST_BLOCKS = 1000
 
 
 def run(
-    first: Step, stages: Sequence[Step], chunks: Sequence[Any], workers: int
+    first: Step | None, stages: Sequence[Step], chunks: Sequence[Any], workers: int
 ) -> Generator[Any, None, None]:
     """Yield what each chunk becomes, in order.
 
-    first: a cheap step, many tasks at a time. stages: steps that hold a model; each gets `workers` Ray actors
-    of its own. workers = 0 runs everything in this process, without Ray.
+    first: a cheap step, many tasks at a time, if any. stages: steps that hold a model; each gets `workers`
+    Ray actors of its own. workers = 0 runs everything in this process, without Ray.
     """
     if workers > 0 and chunks:
         with caught_noise(), cluster(), ordered_and_silent():
             yield from _run_on_ray(first, stages, chunks, workers)
         return
     for chunk in chunks:
-        made = first(chunk)
+        made = chunk if first is None else first(chunk)
         for stage in stages:
             made = stage(made)
         yield made
@@ -48,14 +48,17 @@ class StageActor:
         return {"chunk": [_apply(self.stage, chunk) for chunk in batch["chunk"]]}
 
 
-def _run_on_ray(first: Step, stages: Sequence[Step], chunks: Sequence[Any], workers: int) -> Iterator[Any]:
+def _run_on_ray(
+    first: Step | None, stages: Sequence[Step], chunks: Sequence[Any], workers: int
+) -> Iterator[Any]:
     """Yield the chunks of a Ray Data program. A chunk travels as one pickled value, whatever it holds."""
     import ray
 
     packed = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
     dataset: Any = ray.data.from_items(packed, override_num_blocks=min(len(packed), MOST_BLOCKS))
     task, actor = _shares(workers * len(stages))
-    dataset = dataset.map(lambda row: {"chunk": _apply(first, row["chunk"])}, **task)
+    if first is not None:
+        dataset = dataset.map(lambda row: {"chunk": _apply(first, row["chunk"])}, **task)
     for stage in stages:
         dataset = dataset.map_batches(
             StageActor, fn_constructor_args=(stage,), batch_size=1, concurrency=workers, **actor

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmdiff_ray.config import ConfigError
-from pipelines.flow import caught_noise, run, shares
+from mmdiff_ray.distributed.flow import caught_noise, run, shares
 
 
 def test_steps_run_in_order_in_this_process():
