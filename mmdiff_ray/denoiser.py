@@ -229,12 +229,12 @@ def build_process(config: Config, modalities: Mapping[str, Modality]) -> Process
         channels=max(where.stop for where in layout.values()),
     )
     for name, modality in modalities.items():
-        if not modality.only_given and _is_generated(config, name):
+        if not modality.only_given and is_generated(config, name):
             _check_prior(config, process, name)
     return process
 
 
-def _is_generated(config: Config, name: str) -> bool:
+def is_generated(config: Config, name: str) -> bool:
     return any(
         "generated" in (roles if isinstance(roles, list) else [roles])
         for task in config.tasks.values()
@@ -271,7 +271,7 @@ def inert_settings(config: Config) -> list[str]:
                 f"modalities.{name}.weights: the anchor's profile is sqrt(abar), the schedule's; only kappa "
                 "is used"
             )
-        elif not _is_generated(config, name):
+        elif not is_generated(config, name):
             found.append(f"modalities.{name}.weights: no task generates {name}; only kappa is used")
     return found
 

@@ -5,7 +5,16 @@ Every error names the key, what it got and what it wants.
 
 from mmdiff_ray.config.checks import check, check_batch
 from mmdiff_ray.config.errors import ConfigError, RunError
-from mmdiff_ray.config.loading import flatten, from_plain, load, options, read_yaml, to_plain, to_yaml
+from mmdiff_ray.config.loading import (
+    flatten,
+    from_plain,
+    load,
+    options,
+    parse_value,
+    read_yaml,
+    to_plain,
+    to_yaml,
+)
 from mmdiff_ray.config.schema import (
     CheckpointConfig,
     CoefficientsConfig,
@@ -52,6 +61,7 @@ __all__ = [
     "from_plain",
     "load",
     "options",
+    "parse_value",
     "read_yaml",
     "to_plain",
     "to_yaml",

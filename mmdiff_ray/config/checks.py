@@ -27,7 +27,7 @@ def check(config: Config) -> None:
         one_of("evaluate.condition", name, list(config.modalities))
     for backbone in config.evaluate.lpips:
         one_of("evaluate.lpips", backbone, ("alex", "vgg"))
-    one_of("evaluate.inpaint", config.evaluate.inpaint, ("given", "repaint"))
+    one_of("evaluate.inpaint", config.evaluate.inpaint, ("given", "repaint", "both"))
     check_batch(config)
 
 

@@ -93,6 +93,13 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     return dict(_section(plain, str(file)))
 
 
+def parse_value(text: str) -> Any:
+    """Return what a text behind `key=` means: a number, a word, a list."""
+    with _as_config_errors(repr(text)):
+        tree: Any = OmegaConf.from_dotlist([f"value={text}"])
+        return cast(dict[str, Any], OmegaConf.to_container(tree))["value"]
+
+
 def _read(file: Path) -> Any:
     try:
         tree = OmegaConf.load(file)

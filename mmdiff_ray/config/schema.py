@@ -223,8 +223,8 @@ class EvaluateConfig:
     evaluators: registered names. split, rows: of which split, and how many at most. every_samples: how often
     (0 = only at the end). sampler, steps, guidance: how samples are drawn. inpaint: how holes are filled:
     given, the masked image is given to the model; repaint, the visible pixels of a sample are replaced at
-    every step, which is taken `repeats` times (for models that were never given one). lpips: backbones that
-    it is measured with, alex or vgg. condition: instances that are given, in place of the anchor (or of
+    every step, which is taken `repeats` times (for models that were never given one); both. lpips: backbones
+    that it is measured with, alex or vgg. condition: instances that are given, in place of the anchor (or of
     nothing, for fidelity and judge). floors: whether restoration measures the rules that need no model, too.
     judge: the export of a model that tells labels from images. grid_rows:
     rows in a picture.

@@ -1,4 +1,4 @@
-"""Inpainting by a model that was never given an image with a hole: replacement with resampling.
+"""Inpainting by replacement with resampling, which keeps what is visible whatever the model was given.
 
 Source: RePaint (Lugmayr et al., CVPR 2022), for the anchor's channels; other instances are sampled along.
 """
@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmdiff_ray.diffusion.process import Prediction, Process, Roles
-from mmdiff_ray.diffusion.samplers import Predict
+from mmdiff_ray.diffusion.process import GIVEN, Codes, Prediction, Process, Roles
+from mmdiff_ray.diffusion.samplers import Predict, known_codes
 
 
 def repaint(
@@ -21,22 +21,26 @@ def repaint(
     visible: Tensor,
     steps: int,
     repeats: int,
+    given: Codes | None = None,
 ) -> tuple[Prediction, Tensor]:
     """Walk from the prior to data whose visible cells are the known ones; return as `walk` does.
 
-    known: the anchor's code, (B, c, H, W), anything where it is not visible. visible: bool (B, H, W). roles:
-    nothing given. After every step the visible cells are replaced by the known code under fresh noise;
-    repeats: how often each step is taken, with a step back up in between, so that both parts meet. Costs
-    about steps x repeats predictions. The visible cells of the returned anchor code are the known ones.
+    known: the anchor's code, (B, c, H, W), anything where it is not visible. visible: bool (B, H, W). given:
+    codes of given instances. After every step the visible cells are replaced by the known code under fresh
+    noise; repeats: how often each step is taken, with a step back up in between, so that both parts meet.
+    Costs about steps x repeats predictions. The visible cells of the returned anchor code are the known ones.
     """
     anchor = process.anchor
     cells, where = visible[:, None], process.layout[anchor]
+    given = given or {}
     z = noise("prior")
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=z.device)[:, None].expand(-1, len(z))
+    if given:
+        z = z + process.place(given, process.betas(times[0], process.only(roles, GIVEN)))
     for index in range(steps - 1):
         t, s = times[index], times[index + 1]
         for repeat in range(repeats):
-            codes = predict(z, t, roles).codes
+            codes = known_codes(predict(z, t, roles).codes, given, roles)
             z_s = process.posterior(z, codes, roles, t, s).sample(noise(f"step {index}.{repeat}"))
             seen = process.marginal({**codes, anchor: known}, roles, s)
             kept = seen.sample(noise(f"known {index}.{repeat}"))[:, where]
@@ -45,5 +49,5 @@ def repaint(
                 z_s = process.transition(z_s, codes, roles, t, s).sample(noise(f"back {index}.{repeat}"))
             z = z_s
     last = predict(z, times[steps - 1], roles)
-    codes = {**last.codes, anchor: torch.where(cells, known, last.codes[anchor])}
+    codes = {**known_codes(last.codes, given, roles), anchor: torch.where(cells, known, last.codes[anchor])}
     return Prediction(codes, last.heads), z

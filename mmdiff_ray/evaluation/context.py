@@ -148,16 +148,19 @@ class Context:
     def restored(self, name: str) -> Tensor | None:
         """Return the anchor for every row, of which the masked image `name` tells the visible part.
 
-        By the model that is given it, or by replacement, as `evaluate.inpaint` says; None where no task
-        trained that. Pixels are the model's, visible ones too where they were given.
+        By the model that is given it, by replacement, or by both, as `evaluate.inpaint` says; None where no
+        task trained that. Pixels are the model's, visible ones too where they were only given.
         """
         source = self.denoiser.modalities[name].made_from
         assert source is not None, f"{name} is made from nothing"
-        if self.config.evaluate.inpaint == "given":
-            return self.sampled(name).data[source] if self.trained(source, name) else None
-        if source != self.anchor or not self.trained(source):
+        given = [] if self.config.evaluate.inpaint == "repaint" else [name]
+        if not self.trained(source, *given):
             return None
-        return self.drawn(f"around {name}", self._asks((), name)).data[source]
+        if self.config.evaluate.inpaint == "given":
+            return self.sampled(name).data[source]
+        if source != self.anchor:
+            return None
+        return self.drawn(f"around {name}", self._asks(given, name)).data[source]
 
     def _asks(self, given: Sequence[str], known: str | None = None) -> list[Ask]:
         """Return what to ask for one sample of everything else of every row."""

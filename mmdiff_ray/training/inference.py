@@ -33,7 +33,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Known:
-    """Cells of the anchor that are known without having been given: inpainting by `diffusion.repaint`.
+    """Cells of the anchor that are known, given or not: they are kept by `diffusion.repaint`.
 
     data: the anchor's, (B, ...), anything where it is not known; visible: bool (B, H, W); repeats: how often
     each step is taken.
@@ -61,7 +61,7 @@ def sample(
 
     roles: instance -> (B,); given: instance -> data (B, ...), for instances given in any row; ids: (B,)
     int64, which with the seed key the noise; guidance: one scale for all given instances, or one for each;
-    known: cells of the anchor to keep where nothing is given (the sampler is then RePaint's ancestral one).
+    known: cells of the anchor to keep (the sampler is then RePaint's ancestral one).
     """
     process, device = denoiser.process, ids.device
     shape = (process.channels, *denoiser.size)
@@ -81,7 +81,8 @@ def sample(
         last, z = walk(process, guided(predict, process, codes, scales), noise, codes, roles, steps, sampler)
     else:
         code = denoiser.modalities[process.anchor].encode(known.data)
-        last, z = repaint(process, predict, noise, roles, code, known.visible, steps, known.repeats)
+        asked = guided(predict, process, codes, scales)
+        last, z = repaint(process, asked, noise, roles, code, known.visible, steps, known.repeats, codes)
     denoiser.train(was_training)
     data = dict(given)
     for name, role in roles.items():

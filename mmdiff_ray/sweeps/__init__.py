@@ -1,0 +1,1 @@
+"""Sweeps: what is searched, what it is judged by, and what was found."""

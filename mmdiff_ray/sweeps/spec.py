@@ -1,0 +1,220 @@
+"""What a sweep is: a YAML file of a base configuration, space, metrics, searcher, scheduler and budget."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmdiff_ray import config as configuration
+from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.config.checks import one_of, unknown
+from mmdiff_ray.sweeps.space import Dimension, make_space
+
+SEARCHERS = ("random", "grid", "tpe", "nsga2")
+SCHEDULERS = ("fifo", "asha", "median", "pbt")
+SCALES_LOSS = ("loss.", "modalities.")
+"""Beginnings of keys that a training or held-out loss is scaled by, or whose meaning they change."""
+
+
+@dataclass(frozen=True)
+class SearcherOptions:
+    """How configurations are chosen.
+
+    name: random, grid (every combination), tpe (Optuna's, one metric or several), nsga2 (Optuna's, for
+    several). startup: random trials before tpe learns.
+    """
+
+    name: str = "tpe"
+    startup: int = 10
+
+
+@dataclass(frozen=True)
+class SchedulerOptions:
+    """Which trials go on.
+
+    name: fifo (all), asha, median, pbt. grace: the share of a trial's samples that none is stopped before.
+    reduction: asha keeps one of so many at each rung. quantile: pbt's lowest share of the population, which
+    copies the highest. resample: how often a copied value is drawn anew, in place of being moved.
+    """
+
+    name: str = "asha"
+    grace: float = 0.2
+    reduction: int = 3
+    quantile: float = 0.25
+    resample: float = 0.25
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a sweep may cost.
+
+    trials: how many. samples: that each trains with. reports: how often each is judged, evenly. hours: wall
+    clock, after which no trial begins and those that train end at their next report. concurrent: trials at
+    once, as many as the cluster holds where None. retries: how often a trial whose process died is tried
+    again.
+    """
+
+    trials: int = 20
+    samples: int = 20_000
+    reports: int = 4
+    hours: float | None = None
+    concurrent: int | None = None
+    retries: int = 2
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep.
+
+    base: a config file or plain values. overrides: on top of it, `key=value`. metrics: figure of an evaluator
+    -> min or max; the first one leads where a scheduler needs a single one.
+    """
+
+    name: str
+    title: str
+    base: str | dict[str, Any]
+    overrides: list[str]
+    space: dict[str, Dimension]
+    metrics: dict[str, str]
+    searcher: SearcherOptions = field(default_factory=SearcherOptions)
+    scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    budget: Budget = field(default_factory=Budget)
+    seed: int = 0
+
+    @property
+    def main(self) -> str:
+        """Return the metric that leads."""
+        return next(iter(self.metrics))
+
+    @property
+    def period(self) -> int:
+        """Return the samples between two reports of a trial."""
+        return -(-self.budget.samples // self.budget.reports)
+
+    def config(self, values: Mapping[str, Any]) -> Config:
+        """Return the configuration of a trial. values: swept key -> value. Raises ConfigError."""
+        files = [self.base] if isinstance(self.base, str) else []
+        base = None if isinstance(self.base, str) else self.base
+        swept = [f"{key}={yaml_value(value)}" for key, value in values.items()]
+        budget = [f"train.samples={self.budget.samples}", "train.max_minutes=null"]
+        config = configuration.load(files, [*self.overrides, *budget, *swept], base)
+        # Reports fall on log lines: a segment of training ends where the trainer looks up anyway.
+        period = self.period
+        log = period // max(1, -(-period // config.train.log_every_samples))
+        return dataclasses.replace(
+            config,
+            train=dataclasses.replace(config.train, log_every_samples=max(1, log)),
+            checkpoint=dataclasses.replace(config.checkpoint, every_samples=period),
+            evaluate=dataclasses.replace(config.evaluate, every_samples=0),
+        )
+
+
+def yaml_value(value: Any) -> str:
+    """Return a value as it stands behind `key=`."""
+    return "null" if value is None else str(value)
+
+
+def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Return the sweep of a YAML file. overrides: `key=value` of the sweep's own sections (`budget.trials=4`)
+    or of the base configuration. Raises ConfigError, naming the file and the key, for what is wrong in it."""
+    plain = configuration.read_yaml(file)
+    known = [part.name for part in dataclasses.fields(Sweep)]
+    for key in plain:
+        if key not in known:
+            raise ConfigError(f"{file}: {unknown('sweep', key, known, 'key')}")
+    for key in ("base", "space", "metrics"):
+        if not plain.get(key):
+            raise ConfigError(f"{file}: {key} is missing")
+    own = [word for word in overrides if re.match(r"(budget|searcher|scheduler)\.|seed=|name=", word)]
+    plain = _overridden(plain, own)
+    try:
+        return _made(plain, Path(file), [word for word in overrides if word not in own])
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def _overridden(plain: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    values = dict(plain)
+    for word in words:
+        key, _, text = word.partition("=")
+        section, _, name = key.partition(".")
+        value = configuration.parse_value(text)
+        values[section] = {**values.get(section, {}), name: value} if name else value
+    return values
+
+
+def _made(plain: Mapping[str, Any], file: Path, overrides: Sequence[str]) -> Sweep:
+    sections: dict[str, Any] = {
+        name: configuration.options(kind, plain.get(name) or {}, name)
+        for name, kind in (("searcher", SearcherOptions), ("scheduler", SchedulerOptions), ("budget", Budget))
+    }
+    base = plain["base"]
+    sweep = Sweep(
+        name=str(plain.get("name", file.stem)),
+        title=str(plain.get("title", file.stem)),
+        base=base if isinstance(base, str) else dict(base),
+        overrides=[*plain.get("overrides", []), *overrides],
+        space=make_space(plain["space"]),
+        metrics=dict(plain["metrics"]),
+        seed=int(plain.get("seed", 0)),
+        **sections,
+    )
+    _check(sweep)
+    return sweep
+
+
+def _check(sweep: Sweep) -> None:
+    one_of("searcher.name", sweep.searcher.name, SEARCHERS)
+    one_of("scheduler.name", sweep.scheduler.name, SCHEDULERS)
+    for name, value, least in (
+        ("budget.trials", sweep.budget.trials, 1),
+        ("budget.samples", sweep.budget.samples, 1),
+        ("budget.reports", sweep.budget.reports, 1),
+        ("budget.retries", sweep.budget.retries, 0),
+        ("scheduler.reduction", sweep.scheduler.reduction, 2),
+    ):
+        if value < least:
+            raise ConfigError(f"{name} ({value}) must be at least {least}")
+    if not 0 < sweep.scheduler.grace <= 1:
+        raise ConfigError(f"scheduler.grace ({sweep.scheduler.grace:g}) must lie above 0 and at most at 1")
+    for metric, direction in sweep.metrics.items():
+        one_of(f"metrics.{metric}", direction, ("min", "max"))
+        _check_metric(sweep, metric)
+    if sweep.searcher.name == "nsga2" and len(sweep.metrics) < 2:
+        raise ConfigError("searcher.name: nsga2 is for two metrics and more; take tpe")
+    if sweep.searcher.name == "grid":
+        endless = [key for key, dimension in sweep.space.items() if not dimension.values]
+        if endless:
+            raise ConfigError(
+                f"space.{endless[0]}: the grid searcher needs a list of values (grid or choice)"
+            )
+    if sweep.scheduler.name == "pbt":
+        _check_pbt(sweep)
+
+
+def _check_metric(sweep: Sweep, metric: str) -> None:
+    """Raise ConfigError for a metric that the space scales: a sweep would find what makes it small."""
+    scaling = [key for key in sweep.space if key.startswith(SCALES_LOSS)]
+    if re.match(r"(val/)?loss/", metric) and scaling:
+        raise ConfigError(
+            f"metrics.{metric}: {scaling[0]} is in the space and changes what this loss means: the sweep "
+            "would find what makes the number small, not the model good. Judge by what it does not scale: a "
+            "term of the exact bound (pixels/l1_nats), LPIPS, mIoU, label accuracy, a Frechet distance"
+        )
+
+
+def _check_pbt(sweep: Sweep) -> None:
+    for key, dimension in sweep.space.items():
+        if not key.startswith(LIVE):
+            raise ConfigError(
+                f"space.{key}: population based training changes values while a model trains; that goes for "
+                f"{', '.join(LIVE)} only"
+            )
+        if dimension.when:
+            raise ConfigError(f"space.{key}.when: a condition does not go with population based training")
+
+
+LIVE = ("loss.coefficients.", "loss.modalities.", "loss.channels.", "modalities.", "train.learning_rate")
+"""Beginnings of keys that may change while a model trains (of modalities, the weights alone)."""
