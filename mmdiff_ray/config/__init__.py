@@ -3,6 +3,7 @@
 Every error names the key, what it got and what it wants.
 """
 
+from mmdiff_ray.config.changes import check_changes, in_force, is_live, next_change
 from mmdiff_ray.config.checks import check, check_batch
 from mmdiff_ray.config.errors import ConfigError, RunError
 from mmdiff_ray.config.loading import (
@@ -16,6 +17,7 @@ from mmdiff_ray.config.loading import (
     to_yaml,
 )
 from mmdiff_ray.config.schema import (
+    ChangeConfig,
     CheckpointConfig,
     CoefficientsConfig,
     Config,
@@ -36,6 +38,7 @@ from mmdiff_ray.config.schema import (
 )
 
 __all__ = [
+    "ChangeConfig",
     "CheckpointConfig",
     "CoefficientsConfig",
     "Config",
@@ -57,9 +60,13 @@ __all__ = [
     "WorkersConfig",
     "check",
     "check_batch",
+    "check_changes",
     "flatten",
     "from_plain",
+    "in_force",
+    "is_live",
     "load",
+    "next_change",
     "options",
     "parse_value",
     "read_yaml",

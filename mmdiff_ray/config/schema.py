@@ -153,6 +153,14 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ChangeConfig:
+    """Values that change while a model trains. at: after how many samples; values: dotted key -> value."""
+
+    at: int = 0
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The training loop; all lengths are in samples, the master clock.
 
@@ -164,7 +172,8 @@ class TrainConfig:
     torch.compile. channels_last: the memory layout. device: auto (a GPU if there is one), cpu or cuda.
     log_every_samples: how often losses are reported. times: the part of the schedule, 0 the data and 1 the
     noise, that training draws from. cutout: a masked-image instance whose hole is cut out of z_t in half of
-    the rows, as mere augmentation.
+    the rows, as mere augmentation. changes: values that are others from some sample on, in order: of the
+    loss' coefficients, of modalities' weights, of the learning rate.
     """
 
     samples: int = 100_000
@@ -186,6 +195,7 @@ class TrainConfig:
     log_every_samples: int = 1_000
     times: list[float] = field(default_factory=lambda: [0.0, 1.0])
     cutout: str | None = None
+    changes: list[ChangeConfig] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

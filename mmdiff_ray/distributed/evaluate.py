@@ -56,7 +56,7 @@ def evaluate_run(
             f"{folder.name} has no trained model yet; go on with: mmdiff train --resume {folder}"
         )
     config = configuration.load([file], list(overrides))
-    jobs.check_changes(configuration.load([file]), config, MAY_CHANGE, "an evaluation")
+    jobs.check_kept(configuration.load([file]), config, MAY_CHANGE, "an evaluation")
     check_evaluators(config)
     if on_ray:
         with cluster(cpus_needed(config.workers)):

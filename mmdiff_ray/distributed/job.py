@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.config import Config, ConfigError, check_changes, in_force
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.data.manifest import Manifest
 from mmdiff_ray.data.plan import Plan
 from mmdiff_ray.data.reader import RowReader
-from mmdiff_ray.denoiser import Denoiser, build_denoiser
+from mmdiff_ray.denoiser import Denoiser, build_denoiser, build_modalities, build_process
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.fit import calibrate
 from mmdiff_ray.training.parallel import choose_device
@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "train.channels_last",
     "train.device",
     "train.log_every_samples",
+    "train.changes",
     "loss.",
     "checkpoint.",
     "workers.",
@@ -52,8 +53,11 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Job:
-    """One training run. folder: where everything of the run lies; calibration: the modalities' fixed
-    scales."""
+    """One training run.
+
+    folder: where everything of the run lies. calibration: the modalities' fixed scales. pause_at: where
+    training ends for now, with a checkpoint, at the first report after so many samples; None: at its end.
+    """
 
     config: Config
     manifests: list[Manifest]
@@ -61,6 +65,7 @@ class Job:
     calibration: dict[str, Tensor]
     tracking_uri: str = ""
     run_id: str = ""
+    pause_at: int | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -112,6 +117,7 @@ def prepare(config: Config, folder: Path) -> Job:
         check_evaluators(config)
     if config.workers.count == 0:
         choose_device(config.train)
+    check_changes(config)
     manifests = read_sources(config)
     if config.evaluate.evaluators != [] and not sum(m.splits[config.evaluate.split].rows for m in manifests):
         raise ConfigError(
@@ -120,6 +126,7 @@ def prepare(config: Config, folder: Path) -> Job:
         )
     config = resolve_modalities(config, manifests)
     denoiser = build_denoiser(config)
+    _check_phases(config)
     cutout = config.train.cutout
     if cutout is not None and denoiser.modalities[cutout].made_from is None:
         raise ConfigError(f"train.cutout ({cutout}) hides nothing; name an instance with holes")
@@ -128,6 +135,16 @@ def prepare(config: Config, folder: Path) -> Job:
     splits = [manifest.splits["train"] for manifest in manifests]
     calibrate(denoiser.modalities, split_batches(reader, splits, CALIBRATION_ROWS, 64))
     return Job(config, manifests, folder, _fixed_scales(denoiser))
+
+
+def _check_phases(config: Config) -> None:
+    """Raise ConfigError for a change of weights on the way that leaves the prior."""
+    for index, change in enumerate(config.train.changes):
+        later = in_force(config, change.at)
+        try:
+            build_process(later, build_modalities(later))
+        except ConfigError as error:
+            raise ConfigError(f"train.changes[{index}].values: {error}") from None
 
 
 def _with_sizes(config: Config, denoiser: Denoiser) -> Config:
@@ -196,7 +213,7 @@ def load_job(folder: Path, overrides: Sequence[str] = ()) -> Job:
             *overrides,
         ]  # a length asked for now outranks an old time limit
     config = configuration.load([folder / "config.yaml"], overrides)
-    check_changes(before, config, MAY_CHANGE, "a run that goes on")
+    check_kept(before, config, MAY_CHANGE, "a run that goes on")
     facts, job = read_run(folder), prepare(config, folder)
     if facts["datasets"] != [manifest.digest for manifest in job.manifests]:
         raise ConfigError(
@@ -206,7 +223,7 @@ def load_job(folder: Path, overrides: Sequence[str] = ()) -> Job:
     return dataclasses.replace(job, tracking_uri=facts["tracking_uri"], run_id=facts["run_id"])
 
 
-def check_changes(before: Config, now: Config, allowed: Sequence[str], what: str) -> None:
+def check_kept(before: Config, now: Config, allowed: Sequence[str], what: str) -> None:
     """Raise ConfigError for a value that differs, unless its key begins with one of the allowed ones."""
     old, new = configuration.flatten(before), configuration.flatten(now)
     for key in sorted(old.keys() | new.keys()):

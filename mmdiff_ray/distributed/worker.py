@@ -24,7 +24,8 @@ from mmdiff_ray.training.export import save_export
 from mmdiff_ray.training.fit import fit
 from mmdiff_ray.training.inference import Generator
 from mmdiff_ray.training.parallel import choose_device, world
-from mmdiff_ray.training.trainer import Progress, Trainer, TrainingError
+from mmdiff_ray.training.progress import Progress
+from mmdiff_ray.training.trainer import Trainer, TrainingError
 
 _log = logging.getLogger(__name__)
 
@@ -76,8 +77,9 @@ class WorkerHooks:
             if self.tracker is not None:
                 self.tracker.image(f"samples/{name}", png, self.samples_seen)
 
-    def should_stop(self) -> bool:
-        return self.first and self.stopped()
+    def should_stop(self, progress: Progress) -> bool:
+        pause = self.job.pause_at
+        return self.first and (self.stopped() or (pause is not None and progress.samples_seen >= pause))
 
     def close(self) -> None:
         if self.monitor is not None:
@@ -121,7 +123,7 @@ def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], boo
         )
         if rank == 0:
             known = {"progress": vars(trainer.progress), "version": __version__, "state": ended}
-            save_export(job.export, config, trainer.ema.model, known)
+            save_export(job.export, trainer.config, trainer.ema.model, known)
         return ended
     finally:
         hooks.close()

@@ -29,7 +29,8 @@ from mmdiff_ray.training.checkpoint import CheckpointStore, write_json
 from mmdiff_ray.training.export import save_export
 from mmdiff_ray.training.fit import fit
 from mmdiff_ray.training.parallel import choose_device
-from mmdiff_ray.training.trainer import Progress, Trainer
+from mmdiff_ray.training.progress import Progress
+from mmdiff_ray.training.trainer import Trainer
 
 Say = Callable[[str], None]
 SAY_EVERY_S = 30.0
@@ -133,7 +134,7 @@ class CellHooks:
         if self.watch is not None:
             self.watch(trainer)
 
-    def should_stop(self) -> bool:
+    def should_stop(self, progress: Progress) -> bool:
         """Return False: a cell that is killed goes on from its checkpoint."""
         return False
 

@@ -6,10 +6,11 @@ from typing import Any, Protocol
 import torch
 
 from mmdiff_ray.batch import Batch
-from mmdiff_ray.config import Config
+from mmdiff_ray.config import Config, next_change
 from mmdiff_ray.training.checkpoint import CheckpointStore, restore
 from mmdiff_ray.training.parallel import same_everywhere, world
-from mmdiff_ray.training.trainer import Progress, Trainer, TrainingError
+from mmdiff_ray.training.progress import Progress
+from mmdiff_ray.training.trainer import Trainer, TrainingError
 
 
 class Hooks(Protocol):
@@ -24,8 +25,8 @@ class Hooks(Protocol):
     def evaluate(self, trainer: Trainer) -> None:
         """Look at the model in between (samples for people)."""
 
-    def should_stop(self) -> bool:
-        """Return whether somebody asked for the run to end early; the first worker's answer counts."""
+    def should_stop(self, progress: Progress) -> bool:
+        """Return whether the run shall end early, here; the first worker's answer counts."""
 
 
 def fit(
@@ -68,9 +69,9 @@ def _advance(
     """Train until something is due and do what is due. Return whether the run was asked to end before its
     end."""
     config, progress, before = trainer.config, trainer.progress, trainer.progress.samples_seen
-    metrics = trainer.advance(stream, _next(before, config))
+    metrics = trainer.advance(stream, _next(before, trainer.whole))
     store.poll()
-    stop = bool(same_everywhere(float(hooks.should_stop()))) and not progress.done
+    stop = bool(same_everywhere(float(hooks.should_stop(progress)))) and not progress.done
     save = progress.done or stop or crossed(before, progress.samples_seen, config.checkpoint.every_samples)
     if save:
         metrics.update(trainer.validate(validation()))
@@ -90,7 +91,9 @@ def crossed(before: int, now: int, every: int) -> bool:
 def _next(samples_seen: int, config: Config) -> int:
     """Return the next samples_seen at which something is due."""
     periods = [config.train.log_every_samples, config.checkpoint.every_samples, config.evaluate.every_samples]
-    return min((samples_seen // period + 1) * period for period in periods if period > 0)
+    change = next_change(config, samples_seen)
+    due = [(samples_seen // period + 1) * period for period in periods if period > 0]
+    return min(due if change is None else [*due, change])
 
 
 def calibrate(trainer_modalities: Any, batches: Iterable[Batch]) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mmdiff_ray.batch import Batch
-from mmdiff_ray.config import Config, RunError
-from mmdiff_ray.denoiser import Denoiser
+from mmdiff_ray.config import Config, RunError, in_force
+from mmdiff_ray.denoiser import Denoiser, build_process
 from mmdiff_ray.diffusion import rng
 from mmdiff_ray.diffusion.ema import Ema
 from mmdiff_ray.diffusion.objective import Objective, Terms
@@ -25,6 +25,7 @@ from mmdiff_ray.training.parallel import (
     without_sync,
     world,
 )
+from mmdiff_ray.training.progress import Progress
 
 PROBE_STEPS = (5, 25, 125, 500, 2000)
 """Steps between which the speed is measured, by which `train.max_minutes` sizes the run: several, because
@@ -33,27 +34,6 @@ a run starts slowly (readers start, caches fill)."""
 
 class TrainingError(RunError):
     """Training cannot go on, in words for the person who runs it."""
-
-
-@dataclass
-class Progress:
-    """Where a run is. samples_seen: the master clock; total_samples: where it ends; seconds: spent in
-    training.
-
-    probed_s, probed_steps: where the speed was measured last; speed: samples per second before, 0 if never.
-    """
-
-    samples_seen: int = 0
-    steps: int = 0
-    total_samples: int = 0
-    seconds: float = 0.0
-    probed_s: float = 0.0
-    probed_steps: int = 0
-    speed: float = 0.0
-
-    @property
-    def done(self) -> bool:
-        return self.samples_seen >= self.total_samples
 
 
 @dataclass
@@ -77,7 +57,7 @@ class Trainer:
     """Train a denoiser. One instance per worker; every worker gets its own rows of each global batch."""
 
     def __init__(self, config: Config, denoiser: Denoiser, device: torch.device) -> None:
-        self.config = config
+        self.whole, self.config = config, in_force(config, 0)
         self.device = device
         self.denoiser = denoiser.to(device)
         self.model = parallelize(self.denoiser, config.train, device)
@@ -98,6 +78,16 @@ class Trainer:
         say."""
         self.progress = dataclasses.replace(progress)
         self.progress.total_samples = self._total_samples()
+        self._keep_up()
+
+    def _keep_up(self) -> None:
+        """Take over what `train.changes` says for the samples seen: weights, coefficients, learning rate."""
+        now = in_force(self.whole, self.progress.samples_seen)
+        if now != self.config:
+            self.config = now
+            process = build_process(now, self.denoiser.modalities)
+            self.denoiser.process = self.ema.model.process = process
+            self.objective = Objective(process, now.loss, dict(self.denoiser.modalities.items()))
 
     def _new_meters(self) -> Meters:
         zeros = torch.zeros(len(self.terms), dtype=torch.float64, device=self.device)
@@ -112,6 +102,7 @@ class Trainer:
     def advance(self, batches: Iterator[Batch], stop_at: int) -> dict[str, float]:
         """Train until samples_seen reaches stop_at (or the run's end) and return the report of what was
         done."""
+        self._keep_up()
         self.meters.started = time.perf_counter()
         while self.progress.samples_seen < min(stop_at, self.progress.total_samples):
             asked = time.perf_counter()

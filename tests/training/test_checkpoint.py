@@ -9,7 +9,7 @@ import torch
 from mmdiff_ray.config import CheckpointConfig, ConfigError
 from mmdiff_ray.training import checkpoint
 from mmdiff_ray.training.checkpoint import CheckpointStore, complete, read_state, restore
-from mmdiff_ray.training.trainer import Progress
+from mmdiff_ray.training.progress import Progress
 from tests import sprites as tiny
 
 

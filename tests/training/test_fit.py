@@ -10,7 +10,8 @@ import torch
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.training.checkpoint import CheckpointStore, complete, read_state
 from mmdiff_ray.training.fit import crossed, fit
-from mmdiff_ray.training.trainer import Progress, Trainer, TrainingError
+from mmdiff_ray.training.progress import Progress
+from mmdiff_ray.training.trainer import Trainer, TrainingError
 from tests import sprites as tiny
 
 TIMES = ("train.log_every_samples=32", "checkpoint.every_samples=64", "evaluate.every_samples=48")
@@ -36,7 +37,7 @@ class Diary:
     def evaluate(self, trainer: Trainer) -> None:
         self.evaluated.append(trainer.progress.samples_seen)
 
-    def should_stop(self) -> bool:
+    def should_stop(self, progress) -> bool:
         return self.stop_at is not None and self.seen + 32 > self.stop_at
 
 

@@ -1,0 +1,60 @@
+"""Values that change while a model trains (`train.changes`): what is in force when."""
+
+import dataclasses
+from typing import Any
+
+from mmdiff_ray.config.errors import ConfigError
+from mmdiff_ray.config.loading import load, to_plain
+from mmdiff_ray.config.schema import Config
+
+LIVE = ("loss.coefficients.", "loss.modalities.", "loss.channels.", "train.learning_rate")
+"""Beginnings of keys that may change while a model trains; the keys of a modality's weights may as well."""
+
+
+def is_live(key: str) -> bool:
+    """Return whether a key may change while a model trains."""
+    parts = key.split(".")
+    weights = len(parts) >= 4 and parts[0] == "modalities" and parts[2] == "weights"
+    return weights or key.startswith(LIVE)
+
+
+def in_force(config: Config, samples_seen: int) -> Config:
+    """Return the configuration that training goes on with after so many samples, itself without changes."""
+    plain: dict[str, Any] = to_plain(dataclasses.replace(config, train=_without(config)))
+    words = [
+        f"{key}={'null' if value is None else value}"
+        for change in config.train.changes
+        if change.at <= samples_seen
+        for key, value in change.values.items()
+    ]
+    return load((), words, plain) if words else dataclasses.replace(config, train=_without(config))
+
+
+def next_change(config: Config, samples_seen: int) -> int | None:
+    """Return when the next change after so many samples comes, or None."""
+    return next((change.at for change in config.train.changes if change.at > samples_seen), None)
+
+
+def check_changes(config: Config) -> None:
+    """Raise ConfigError for changes out of order, of keys that cannot change, or to values that are wrong."""
+    before = -1
+    for index, change in enumerate(config.train.changes):
+        key = f"train.changes[{index}]"
+        if change.at <= before:
+            raise ConfigError(f"{key}.at ({change.at}) must be above the one before it ({before})")
+        before = change.at
+        for name in change.values:
+            if not is_live(name):
+                raise ConfigError(
+                    f"{key}.values: {name} cannot change while a model trains; what can: "
+                    f"{', '.join(live + '*' if live.endswith('.') else live for live in LIVE)}, "
+                    "modalities.NAME.weights.*"
+                )
+        try:
+            in_force(config, change.at)
+        except ConfigError as error:
+            raise ConfigError(f"{key}.values: {error}") from None
+
+
+def _without(config: Config) -> Any:
+    return dataclasses.replace(config.train, changes=[])
