@@ -22,7 +22,7 @@ LAYERS = [
     ("data",),
     ("training", "evaluation"),
     ("distributed",),
-    ("experiments",),
+    ("experiments", "sweeps"),
     ("cli", "arguments", "doctor"),
 ]
 RANKS = {name: rank for rank, names in enumerate([LEAVES, *LAYERS]) for name in names}
