@@ -19,6 +19,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_evaluate(commands)
     _add_experiment(commands)
+    _add_sweep(commands)
     _add_ui(commands)
     _add_doctor(commands)
     return parser
@@ -185,6 +186,26 @@ def _add_experiment(commands: argparse._SubParsersAction) -> None:  # type: igno
         "--cells", nargs="+", default=["*"], metavar="PATTERN", help="run these alone, as ours-* or *-0"
     )
     experiment.add_argument("--table", action="store_true", help="only write the result of what is there")
+
+
+def _add_sweep(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    sweep = _command(
+        commands,
+        "sweep",
+        "sweep",
+        "search a space of settings by Ray Tune; goes on where it stopped",
+        "mmdiff sweep sweeps/quickstart.yaml budget.trials=8",
+    )
+    sweep.add_argument("file", nargs="?", help="a YAML file, such as sweeps/quickstart.yaml; or: report")
+    sweep.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="values of budget.*, searcher.*, scheduler.*, seed, or of the configuration",
+    )
+    sweep.add_argument("--dry-run", action="store_true", help="check it, print space and cost, start nothing")
+    sweep.add_argument("--resume", metavar="SWEEP", help="go on with a sweep that was cut short")
+    sweep.add_argument("--runs", default="runs", help="where runs lie")
 
 
 def _add_ui(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]

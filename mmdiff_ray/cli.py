@@ -3,8 +3,9 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmdiff_ray.arguments import make_parser
 from mmdiff_ray.config import ConfigError, RunError
@@ -117,13 +118,37 @@ def _experiment(given: argparse.Namespace) -> int:
     from mmdiff_ray.experiments.spec import load_experiment
 
     experiment = load_experiment(given.name, given.preset)
-    data = experiment.data
-    if data and not given.table and not (Path(data["uri"]) / "manifest.json").is_file():
+    if not given.table:
+        _build_missing(experiment.data)
+    return run(experiment, given.runs, given.out, given.table, given.cells)
+
+
+def _build_missing(data: Mapping[str, Any]) -> None:
+    """Build a data set that a file names by `pipeline`, `uri` and `options`, where it is not there."""
+    if data and not (Path(data["uri"]) / "manifest.json").is_file():
         from pipelines.base import build
 
         options = {key: str(value) for key, value in data.get("options", {}).items()}
         build(data["pipeline"], data["uri"], options, workers=0)
-    return run(experiment, given.runs, given.out, given.table, given.cells)
+
+
+def _sweep(given: argparse.Namespace) -> int:
+    from mmdiff_ray.distributed.sweep_commands import dry_run, report, resume, sweep
+    from mmdiff_ray.sweeps.spec import load_sweep
+
+    if given.file == "report":
+        if len(given.overrides) != 1:
+            raise ConfigError("sweep report needs the name or the id of a sweep's run in MLflow")
+        return report(given.overrides[0], given.runs)
+    if given.resume:
+        if given.dry_run:
+            raise ConfigError("--dry-run checks a sweep's file; it does not go with --resume")
+        return resume(given.resume, given.runs, [*([given.file] if given.file else []), *given.overrides])
+    if given.file is None:
+        raise ConfigError("sweep needs a file, for example sweeps/quickstart.yaml, or --resume SWEEP")
+    spec = load_sweep(given.file, given.overrides)
+    _build_missing(spec.data)
+    return (dry_run if given.dry_run else sweep)(spec, given.file, given.overrides, given.runs)
 
 
 def _ui(given: argparse.Namespace) -> int:
@@ -147,6 +172,7 @@ RUNS: dict[str, Callable[[argparse.Namespace], int]] = {
     "generate": _generate,
     "evaluate": _evaluate,
     "experiment": _experiment,
+    "sweep": _sweep,
     "ui": _ui,
     "doctor": _doctor,
 }

@@ -21,8 +21,9 @@ LAYERS = [
     ("modalities", "backbones", "denoiser", "tasks"),
     ("data",),
     ("training", "evaluation"),
+    ("sweeps",),
     ("distributed",),
-    ("experiments", "sweeps"),
+    ("experiments",),
     ("cli", "arguments", "doctor"),
 ]
 RANKS = {name: rank for rank, names in enumerate([LEAVES, *LAYERS]) for name in names}
@@ -31,7 +32,7 @@ DOORS = {
     "pyarrow": ("data/",),
     "mlflow": ("tracking/",),
     "ray": ("distributed/",),
-    "optuna": ("distributed/",),
+    "optuna": ("distributed/", "sweeps/"),
 }
 OUTSIDE = ("pipelines", "tests", "benchmarks")
 FRONT_DOOR = ("cli.py", "arguments.py")

@@ -61,7 +61,7 @@ def evaluate_run(
     if on_ray:
         with cluster(cpus_needed(config.workers)):
             check_resources(config.workers)
-            findings = _on_ray(folder, config)
+            findings = measure_on_ray(folder, config)
     else:
         kept = folder / "evaluations" / f"unfinished-{_mark(folder, config)}"
         with cluster() if pool else nullcontext():
@@ -162,7 +162,8 @@ def _mark(folder: Path, config: Config) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:12]
 
 
-def _on_ray(folder: Path, config: Config) -> Findings:
+def measure_on_ray(folder: Path, config: Config) -> Findings:
+    """Return what `measure` finds, as a task that asks for what one training worker has."""
     import ray
 
     workers = config.workers

@@ -7,7 +7,7 @@ import queue
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 def train(job: Job, display: Display) -> Path:
     """Train a new run to its end and return its folder. Raises ConfigError before anything is started."""
     with resources(job.config.workers):
-        return run(_begun(job), display)
+        return run(begin(job), display)
 
 
 def resume(job: Job, display: Display) -> Path:
@@ -44,7 +44,7 @@ def resume(job: Job, display: Display) -> Path:
         return run(job, display)
 
 
-def _begun(job: Job) -> Job:
+def begin(job: Job, tags: Mapping[str, Any] | None = None) -> Job:
     """Return the job with its folder and its MLflow run; where that cannot be, nothing is left behind."""
     uri = tracking_uri(job.config.tracking.uri, Path(job.config.runs).absolute())
     try:
@@ -60,7 +60,7 @@ def _begun(job: Job) -> Job:
             configuration.flatten(job.config),
             configuration.to_yaml(job.config),
             datasets=_dataset_facts(job),
-            tags={"mmdiff.run_folder": str(job.folder)},
+            tags={"mmdiff.run_folder": str(job.folder), **(tags or {})},
         )
     except BaseException:
         shutil.rmtree(job.folder, ignore_errors=True)
@@ -75,7 +75,7 @@ def run(job: Job, display: Display) -> Path:
     state = "failed"
     try:
         with display:
-            state = _run_local(job, display) if job.config.workers.count == 0 else _run_on_ray(job, display)
+            state = work(job, display)
         return job.folder
     except KeyboardInterrupt:
         state = "stopped"
@@ -87,6 +87,11 @@ def run(job: Job, display: Display) -> Path:
             display.say(
                 f"{left} records wait in {job.spool}; the next command on this run sends them to MLflow"
             )
+
+
+def work(job: Job, display: Display) -> str:
+    """Train a job whose MLflow run is open, in this process or on Ray; return "finished" or "stopped"."""
+    return _run_local(job, display) if job.config.workers.count == 0 else _run_on_ray(job, display)
 
 
 def _run_local(job: Job, display: Display) -> str:

@@ -15,6 +15,8 @@ from mmdiff_ray.denoiser import build_modalities, build_process, is_generated
 from mmdiff_ray.diffusion.objective import Objective
 
 KINDS = ("uniform", "loguniform", "randint", "choice", "grid")
+Make = Callable[[Mapping[str, Any]], Config]
+"""Values of swept keys -> the checked configuration of a trial."""
 MOST_CORNERS = 128
 INSIDE = 32
 """Points drawn inside of the space that are looked at beside its corners."""
@@ -142,7 +144,7 @@ class Look:
     inert: list[str]
 
 
-def look(space: Mapping[str, Dimension], make: Callable[[Mapping[str, Any]], Config]) -> Look:
+def look(space: Mapping[str, Dimension], make: Make) -> Look:
     """Look at the corners of a space and at some points inside.
 
     make: values -> the checked configuration. Raises ConfigError where every point is refused, with the most
@@ -171,7 +173,7 @@ def check_point(config: Config) -> None:
 
 def inert(
     space: Mapping[str, Dimension],
-    make: Callable[[Mapping[str, Any]], Config],
+    make: Make,
     points: Sequence[Mapping[str, Any]],
 ) -> list[str]:
     """Return a sentence for every dimension that changes nothing, beginning with its key."""
@@ -185,9 +187,7 @@ def inert(
     return found
 
 
-def _changes(
-    dimension: Dimension, values: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Config]
-) -> bool:
+def _changes(dimension: Dimension, values: Mapping[str, Any], make: Make) -> bool:
     """Return whether two values of a dimension give different training, all else as it is."""
     seen = set()
     for end in dimension.ends:

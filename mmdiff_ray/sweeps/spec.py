@@ -69,7 +69,8 @@ class Sweep:
     """A sweep.
 
     base: a config file or plain values. overrides: on top of it, `key=value`. metrics: figure of an evaluator
-    -> min or max; the first one leads where a scheduler needs a single one.
+    -> min or max; the first one leads where a scheduler needs a single one. data: a data set that is built
+    where it is missing: pipeline, uri, options.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Sweep:
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
 
     @property
     def main(self) -> str:
@@ -159,6 +161,7 @@ def _made(plain: Mapping[str, Any], file: Path, overrides: Sequence[str]) -> Swe
         space=make_space(plain["space"]),
         metrics=dict(plain["metrics"]),
         seed=int(plain.get("seed", 0)),
+        data=dict(plain.get("data", {})),
         **sections,
     )
     _check(sweep)

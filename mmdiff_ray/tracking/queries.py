@@ -1,11 +1,14 @@
 """Read runs back from MLflow: find one, its numbers, their history."""
 
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.tracking import store
 from mmdiff_ray.tracking.sender import LOCAL_PREFIX, Sender
+
+Run = Any
+"""MLflow's run: `info` and `data`."""
 
 
 def find_run(uri: str, reference: str) -> Any:
@@ -21,6 +24,31 @@ def find_run(uri: str, reference: str) -> Any:
             return found[0]
     newest = ", ".join(run.info.run_name for run in _search(uri, "", 5)) or "none"
     raise ConfigError(f"no run {reference!r} in {store.shown(uri)}; newest: {newest}")
+
+
+def children(uri: str, parent: Run) -> list[Run]:
+    """Return the child runs of a run, the oldest first."""
+    client, found, token = store.client(uri), [], None
+    condition = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    while True:
+        page = client.search_runs(
+            [parent.info.experiment_id], condition, order_by=["start_time ASC"], page_token=token
+        )
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def artifact(uri: str, run_id: str, path: str, place: Path) -> Path | None:
+    """Return a file among a run's artifacts, brought into a folder of its own; None where there is none."""
+    client = store.client(uri)
+    folder = str(PurePosixPath(path).parent)
+    if path not in [file.path for file in client.list_artifacts(run_id, "" if folder == "." else folder)]:
+        return None
+    target = place / run_id
+    target.mkdir(parents=True, exist_ok=True)
+    return Path(client.download_artifacts(run_id, path, str(target)))
 
 
 def latest(uri: str, run_id: str) -> dict[str, float]:

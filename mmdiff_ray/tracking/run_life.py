@@ -23,13 +23,14 @@ def start_run(
     config_yaml: str,
     datasets: Sequence[DatasetFacts] = (),
     tags: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
     offline: bool = False,
     timeout_s: float = 60.0,
 ) -> str:
     """Begin a run and return its id, which the caller keeps: it names the run through all restarts.
 
     root: the folder of the run's spools. settings: the resolved configuration as dotted keys. config_yaml:
-    the same as YAML, kept as the artifact `config.yaml`.
+    the same as YAML, kept as the artifact `config.yaml`. texts: other files, name -> what is in them.
     Where the store does not answer: raises ConfigError, or with `offline` returns a local id that every
     function here takes in place of MLflow's; the run then appears in MLflow when its spools are sent.
     """
@@ -39,7 +40,8 @@ def start_run(
     tracker.params({key: _without_secret(value, uri) for key, value in settings.items()})
     tracker.tags({**provenance.tags(), **(tags or {})})
     tracker.datasets(datasets)
-    tracker.text(_without_secret(config_yaml, uri), "config.yaml")
+    for name, text in {"config.yaml": config_yaml, **(texts or {})}.items():
+        tracker.text(_without_secret(text, uri), name)
     left = tracker.flush(timeout_s, patient=False)
     error = tracker.error or f"no answer within {timeout_s:g} s"
     if left and not offline:

@@ -1,0 +1,239 @@
+"""Run a sweep: Ray Tune over trials, recorded as child runs of one MLflow run, gone on with after any end."""
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmdiff_ray import config as configuration
+from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.data.batches import split_batches
+from mmdiff_ray.data.check import read_sources, resolve_modalities
+from mmdiff_ray.distributed import job as jobs
+from mmdiff_ray.distributed.cluster import cluster
+from mmdiff_ray.distributed.schedulers import Deadline, make_scheduler
+from mmdiff_ray.distributed.searcher import SpaceSearcher
+from mmdiff_ray.distributed.trial import SCORE, run_trial, score
+from mmdiff_ray.distributed.watch import Watch
+from mmdiff_ray.evaluation.run import evaluate, metrics_of
+from mmdiff_ray.sweeps.journal import read_trials
+from mmdiff_ray.sweeps.space import Look, Make, look
+from mmdiff_ray.sweeps.spec import Sweep
+from mmdiff_ray.tracking import run_life
+from mmdiff_ray.tracking.store import tracking_uri
+from mmdiff_ray.training.checkpoint import write_json
+from mmdiff_ray.training.inference import Generator
+
+Say = Callable[[str], None]
+DRIVER_CPUS = 0.05
+"""What a trial asks for that only leads the workers of its own Ray Train run."""
+
+
+def make_configs(sweep: Sweep) -> Make:
+    """Return what makes a point of the space a configuration, with what only the data know filled in."""
+    manifests = read_sources(sweep.config({}))
+    return lambda values: resolve_modalities(sweep.config(values), manifests)
+
+
+def check_sweep(sweep: Sweep) -> tuple[Look, Config]:
+    """Return what the space holds, and a configuration in it. Raises ConfigError for what would fail later.
+
+    Looks at the corners of the space, at dimensions that change nothing, at the data, and at whether the
+    evaluators find the metrics: an untrained model is judged on a few rows.
+    """
+    seen = look(sweep.space, make_configs(sweep))
+    if seen.inert:
+        raise ConfigError("; ".join(seen.inert))
+    assert seen.good is not None
+    config = sweep.config(seen.good)
+    job = jobs.prepare(config, Path("unused"))
+    few = configuration.load(
+        (),
+        ["evaluate.rows=4", "evaluate.steps=1", "evaluate.grid_rows=2"],
+        configuration.to_plain(job.config),
+    )
+    splits = [manifest.splits[few.evaluate.split] for manifest in job.manifests]
+    batches = list(split_batches(job.reader(job.denoiser()), splits, 4, 4))
+    findings = evaluate(Generator(few, job.denoiser()), batches, job.columns)
+    found = {key.removeprefix("eval/"): value for key, value in metrics_of(findings.figures).items()}
+    score(sweep, found)
+    return seen, job.config
+
+
+def sweep_folder(name: str, runs: str = "runs") -> Path:
+    """Return the folder of a sweep by its name or path. Raises ConfigError naming those that there are."""
+    for folder in (Path(name), Path(runs) / "sweeps" / name):
+        if (folder / "sweep.json").is_file():
+            return folder.absolute()
+    known = sorted(path.parent.name for path in Path(runs).glob("sweeps/*/sweep.json"))
+    raise ConfigError(f"no sweep {name!r} in {runs}/sweeps; there are: {', '.join(known) or 'none yet'}")
+
+
+def begin_sweep(sweep: Sweep, seen: Look, text: str, runs: str) -> Path:
+    """Return the folder of a new sweep, with its run in MLflow begun.
+
+    seen: what `check_sweep` found; text: the sweep's YAML, overrides applied.
+    """
+    root = Path(runs).absolute() / "sweeps"
+    numbers = range(1, 10_000)
+    names = (sweep.name if number == 1 else f"{sweep.name}-{number}" for number in numbers)
+    folder = next(root / name for name in names if not (root / name).exists())
+    folder.mkdir(parents=True)
+    first = sweep.config(seen.good or {})
+    uri = tracking_uri(first.tracking.uri, Path(runs).absolute())
+    settings = {
+        **{f"space.{key}": _said(dimension) for key, dimension in sweep.space.items()},
+        **{f"metrics.{metric}": way for metric, way in sweep.metrics.items()},
+        **{f"budget.{key}": value for key, value in vars(sweep.budget).items()},
+        **{f"searcher.{key}": value for key, value in vars(sweep.searcher).items()},
+        **{f"scheduler.{key}": value for key, value in vars(sweep.scheduler).items()},
+        "seed": sweep.seed,
+    }
+    run_id = run_life.start_run(
+        uri,
+        f"sweep-{sweep.name}",
+        folder.name,
+        folder / "tracking",
+        settings,
+        configuration.to_yaml(first),
+        tags={"mmdiff.sweep": sweep.name, "mmdiff.run_folder": str(folder)},
+        texts={"sweep.yaml": text},
+    )
+    (folder / "sweep.yaml").write_text(text, encoding="utf8")
+    write_json(folder / "sweep.json", {"tracking_uri": uri, "run_id": run_id, "begun": time.time()})
+    return folder
+
+
+def run_sweep(sweep: Sweep, folder: Path, say: Say) -> str:
+    """Run the trials that a sweep still lacks; return "finished" or "stopped" (Ctrl-C, SIGTERM).
+
+    Every trial is closed in MLflow whatever happens to it; what was known before is not done again.
+    """
+    facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
+    with cluster(_cpus_wanted(sweep)), _signals() as stopped:
+        state = _tune(sweep, folder, facts["run_id"], facts["begun"], say, stopped)
+    return state
+
+
+def _tune(sweep: Sweep, folder: Path, parent: str, begun: float, say: Say, stopped: threading.Event) -> str:
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that diverges ends without a score
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    from ray import tune
+
+    known = list(read_trials(folder))
+    deadline = None if sweep.budget.hours is None else begun + 3600 * sweep.budget.hours
+    make = make_configs(sweep)
+    searcher = SpaceSearcher(sweep, make, known, deadline)
+    watch = Watch(sweep, folder, searcher, say)
+    first = sweep.config({})
+    asks, at_once = resources_of(sweep, first)
+    function = partial(run_trial, sweep=sweep, folder=folder, parent=parent, where=os.getcwd())
+    tuner = tune.Tuner(
+        tune.with_resources(function, asks),
+        tune_config=tune.TuneConfig(
+            metric=SCORE,
+            mode="max",
+            num_samples=-1,
+            search_alg=searcher,
+            scheduler=make_scheduler(sweep, make, known),
+            max_concurrent_trials=at_once,
+            reuse_actors=False,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder / "ray"),
+            stop=Deadline(deadline, stopped),
+            callbacks=[watch],
+            failure_config=tune.FailureConfig(max_failures=sweep.budget.retries),
+            verbose=0,
+        ),
+    )
+    with _quiet():
+        tuner.fit()
+    watch.close()
+    return "stopped" if stopped.is_set() else "finished"
+
+
+def resources_of(sweep: Sweep, config: Config) -> tuple[dict[str, float], int]:
+    """Return what a trial asks Ray Tune for, and how many trials the cluster holds at once.
+
+    A trial of one worker is that worker. A larger one asks for next to nothing and starts a Ray Train run of
+    its own; only as many as fit at once may begin, or they would wait for each other for ever. Raises
+    ConfigError where not even one fits.
+    """
+    import ray
+
+    workers, total = config.workers, ray.cluster_resources()
+    count = max(1, workers.count)
+    nested = workers.count > 1
+    needs = {
+        "CPU": count * (workers.cpus + workers.data_workers * nested) + DRIVER_CPUS * nested,
+        "GPU": count * workers.gpus,
+    }
+    fits = [int(total.get(kind, 0) / need) for kind, need in needs.items() if need]
+    if min(fits) < 1:
+        said = ", ".join(f"{need:g} {kind}s" for kind, need in needs.items() if need)
+        raise ConfigError(f"workers: a trial needs {said}; the cluster has less")
+    asks = {"cpu": DRIVER_CPUS} if nested else {"cpu": workers.cpus, "gpu": workers.gpus}
+    return asks, min(min(fits), sweep.budget.concurrent or min(fits))
+
+
+def _cpus_wanted(sweep: Sweep) -> int:
+    """Return the CPUs of a local cluster, where none is in use: one trial fits in any case."""
+    workers = sweep.config({}).workers
+    count = max(1, workers.count)
+    return max(2, int(count * (workers.cpus + workers.data_workers * (count > 1))) + 1)
+
+
+def _said(dimension: Any) -> str:
+    what = dimension.values if dimension.values else f"{dimension.low:g} to {dimension.high:g}"
+    when = f" when {dimension.when}" if dimension.when else ""
+    return f"{dimension.kind} {what}{when}"
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into a wish to stop, for the block; a second one ends at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Ray Tune's own lines off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

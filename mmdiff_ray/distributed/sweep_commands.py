@@ -1,0 +1,138 @@
+"""The commands around sweeps, with what they print."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from mmdiff_ray import config as configuration
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.distributed.commands import make_console
+from mmdiff_ray.distributed.sweep import begin_sweep, check_sweep, run_sweep, sweep_folder
+from mmdiff_ray.sweeps.findings import figures_of
+from mmdiff_ray.sweeps.record import Record, read_record
+from mmdiff_ray.sweeps.report import chosen, verdict, write_report
+from mmdiff_ray.sweeps.spec import Sweep, load_sweep
+from mmdiff_ray.tracking import run_life
+from mmdiff_ray.tracking.store import tracking_uri
+from mmdiff_ray.tracking.tracker import Tracker
+
+
+def sweep(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
+    """Run a new sweep and write its report."""
+    console = make_console()
+    seen, _ = check_sweep(spec)
+    folder = begin_sweep(spec, seen, _with_overrides(file, overrides), runs)
+    console.print(f"{spec.title}: up to {spec.budget.trials} trials of {spec.budget.samples:,} samples")
+    return _run(spec, folder)
+
+
+def resume(name: str, runs: str, overrides: Sequence[str]) -> int:
+    """Go on with a sweep; what may change is its budget."""
+    for word in overrides:
+        if not word.startswith("budget."):
+            raise ConfigError(f"{word}: a sweep goes on as it began, but for its budget (budget.*)")
+    folder = sweep_folder(name, runs)
+    return _run(load_sweep(folder / "sweep.yaml", overrides), folder)
+
+
+def _run(spec: Sweep, folder: Path) -> int:
+    """Run what is left of a sweep, and write its report, whatever ended it."""
+    console = make_console()
+    state = "stopped"
+    try:
+        state = run_sweep(spec, folder, lambda line: console.print(line, soft_wrap=True))
+    finally:
+        facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
+        status = "FINISHED" if state == "finished" else "KILLED"
+        record = _report(facts["tracking_uri"], facts["run_id"], folder / "report", folder / "tracking")
+        run_life.end_run(facts["tracking_uri"], facts["run_id"], status, folder / "tracking")
+    for line in verdict(record):
+        console.print(line, soft_wrap=True)
+    _say_where(folder / "report")
+    if state == "stopped":
+        console.print(f"stopped. Go on with: mmdiff sweep --resume {folder}", soft_wrap=True)
+    return 130 if state == "stopped" else 0
+
+
+def _report(uri: str, run_id: str, out: Path, spool: Path) -> Record:
+    """Write the report of a sweep, from MLflow alone, into a folder and into its run."""
+    record = read_record(uri, run_id)
+    files = write_report(record, out)
+    tracker = Tracker(uri, record.run_id, spool)
+    for file in files:
+        tracker.artifact(file, "report")
+    best = chosen(record)
+    if best:
+        tracker.metrics({f"best/{metric}": value for metric, value in figures_of(best[0]).items()}, 0)
+    tracker.close(timeout_s=60)
+    return record
+
+
+def report(name: str, runs: str) -> int:
+    """Write the report of a sweep anew, from MLflow alone."""
+    uri = tracking_uri(None, Path(runs).absolute())
+    out = Path(runs) / "sweeps" / Path(name).name / "report"
+    record = _report(uri, name, out, out.parent / "tracking")
+    console = make_console()
+    for line in verdict(record):
+        console.print(line, soft_wrap=True)
+    _say_where(out)
+    return 0
+
+
+def _say_where(out: Path) -> None:
+    console = make_console()
+    console.print(f"report    {out}/report.html", soft_wrap=True)
+    best = sorted((out / "best").glob("*.yaml"))
+    if best:
+        console.print(f"next      mmdiff train {best[0]}", soft_wrap=True)
+
+
+def _with_overrides(file: str, overrides: Sequence[str]) -> str:
+    """Return a sweep's YAML with overrides in it, so that the file alone tells what was done."""
+    text = Path(file).read_text(encoding="utf8")
+    if not overrides:
+        return text
+    spec = load_sweep(file, overrides)
+    plain = configuration.read_yaml(file)
+    plain |= {
+        "overrides": spec.overrides,
+        "seed": spec.seed,
+        "name": spec.name,
+        **{name: vars(getattr(spec, name)) for name in ("searcher", "scheduler", "budget")},
+    }
+    return json.dumps(plain, indent=1)
+
+
+def dry_run(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
+    """Check a sweep and say what it would do; start nothing."""
+    console = make_console()
+    seen, config = check_sweep(spec)
+    shown = Table(title=f"{spec.title}: space", title_justify="left")
+    for heading in ("key", "values", "when"):
+        shown.add_column(heading)
+    for key, dimension in spec.space.items():
+        what = dimension.values or f"{dimension.low:g} to {dimension.high:g}"
+        when = "; ".join(f"{other} in {allowed}" for other, allowed in dimension.when.items())
+        shown.add_row(key, f"{dimension.kind} {what}", when)
+    console.print(shown)
+    console.print(f"metrics    {', '.join(f'{way} {metric}' for metric, way in spec.metrics.items())}")
+    refused = sum(seen.refused.values())
+    console.print(f"points     {seen.tried} looked at (corners and inside), {refused} refused")
+    for why, count in sorted(seen.refused.items(), key=lambda item: -item[1])[:3]:
+        console.print(f"           {count} times: {why}", soft_wrap=True)
+    workers, budget = config.workers, spec.budget
+    gpus = f", {workers.gpus:g} GPUs" if workers.gpus else ""
+    console.print(
+        f"a trial    {max(1, workers.count)} x {workers.cpus:g} CPUs{gpus}; judged {budget.reports} times"
+    )
+    limit = f", at most {budget.hours:g} h" if budget.hours else ""
+    most = budget.trials * budget.samples
+    console.print(
+        f"the sweep  {spec.searcher.name} and {spec.scheduler.name}: {budget.trials} trials of "
+        f"{budget.samples:,} samples, {most:,} at most{limit}"
+    )
+    console.print("nothing was started; run it with the same command without --dry-run")
+    return 0

@@ -1,0 +1,203 @@
+"""One trial of a sweep: a training run in segments, judged after each, under Ray Tune's control."""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mmdiff_ray.config import ChangeConfig, Config, ConfigError
+from mmdiff_ray.distributed import job as jobs
+from mmdiff_ray.distributed import launch
+from mmdiff_ray.distributed.display import Display
+from mmdiff_ray.distributed.evaluate import measure, measure_on_ray
+from mmdiff_ray.distributed.job import Job
+from mmdiff_ray.evaluation.grids import to_png
+from mmdiff_ray.evaluation.run import metrics_of
+from mmdiff_ray.sweeps.journal import Trial, read_trial, trial_folder, write_trial
+from mmdiff_ray.sweeps.spec import Sweep
+from mmdiff_ray.tracking import run_life
+from mmdiff_ray.tracking.tracker import Tracker
+from mmdiff_ray.training.checkpoint import complete
+from mmdiff_ray.training.trainer import TrainingError
+
+SCORE = "score"
+"""What Tune is told of a trial's leading metric: larger is better."""
+
+
+def score(sweep: Sweep, figures: Mapping[str, float]) -> float:
+    """Return the leading metric so that larger is better. Raises ConfigError where no evaluator found it."""
+    missing = [metric for metric in sweep.metrics if metric not in figures]
+    if missing:
+        raise ConfigError(
+            f"metrics.{missing[0]}: no evaluator finds it; there are: {', '.join(sorted(figures)) or 'none'}"
+        )
+    return figures[sweep.main] * (1 if sweep.metrics[sweep.main] == "max" else -1)
+
+
+def run_trial(config: dict[str, Any], sweep: Sweep, folder: Path, parent: str, where: str) -> None:
+    """Be a trial of Ray Tune: train, judge and report until the samples are used up or Tune ends it.
+
+    config: `number` and `values`. folder: the sweep's. parent: the sweep's run in MLflow. where: the working
+    folder of the driver. Goes on from what its own folder holds, or, after population based training copied
+    another trial into this one, from that trial's checkpoint.
+    """
+    from ray import tune
+
+    os.chdir(where)
+    trial, fresh = _known(config, folder), tune.get_checkpoint() is None
+    try:
+        if not fresh:
+            _adopt(folder, trial, _pointer(tune.get_checkpoint()), config["values"])
+        job = _job(sweep, folder, trial, parent)
+        if fresh:
+            for report in list(trial.reports):  # Tune knows nothing of what was before it began
+                _tell(sweep, trial, report)
+        while trial.outcome is None:
+            report = _segment(sweep, job, trial)
+            trial.reports.append(report)
+            if report["samples"] >= job.config.train.samples:
+                trial.outcome = "finished"
+            write_trial(folder, trial)
+            if trial.outcome:
+                run_life.end_run(job.tracking_uri, job.run_id, "FINISHED", job.spool)
+            _tell(sweep, trial, report)
+    except (TrainingError, ConfigError) as error:  # to try again would end in the same way
+        give_up(folder, trial, "diverged" if isinstance(error, TrainingError) else "failed", str(error))
+
+
+def _known(config: Mapping[str, Any], folder: Path) -> Trial:
+    return read_trial(folder, config["number"]) or Trial(config["number"], dict(config["values"]))
+
+
+def _job(sweep: Sweep, folder: Path, trial: Trial, parent: str) -> Job:
+    """Return the trial's job with its run in MLflow, begun or gone on with, set back to its last report."""
+    place = trial_folder(folder, trial.number)
+    config = trial_config(sweep, trial, folder)
+    if trial.run_id:
+        job = jobs.prepare(config, place)
+        facts = jobs.read_run(place)
+        for checkpoint in complete(job.checkpoints):
+            if int(checkpoint.name) > trial.samples:
+                shutil.rmtree(checkpoint)
+        job = dataclasses.replace(job, tracking_uri=facts["tracking_uri"], run_id=facts["run_id"])
+        if trial.outcome is None:
+            run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
+        return job
+    shutil.rmtree(place, ignore_errors=True)  # a trial that died before its first line
+    tags = {
+        "mlflow.parentRunId": parent,
+        "mmdiff.sweep": sweep.name,
+        "mmdiff.trial": trial.number,
+        "mmdiff.values": json.dumps(trial.values),
+    }
+    job = launch.begin(jobs.prepare(config, place), tags)
+    trial.run_id = job.run_id
+    write_trial(folder, trial)
+    return job
+
+
+def trial_config(sweep: Sweep, trial: Trial, folder: Path) -> Config:
+    """Return the configuration that a trial trains with; a single worker trains in the trial's process."""
+    config = sweep.config(trial.values)
+    changes = [ChangeConfig(change["at"], change["values"]) for change in trial.changes]
+    workers = config.workers
+    if workers.count <= 1:
+        threads = workers.threads or max(1, int(workers.cpus))
+        workers = dataclasses.replace(workers, count=0, threads=threads)
+    keep = 0 if sweep.scheduler.name == "pbt" else 1  # another trial may want to copy any of them
+    return dataclasses.replace(
+        config,
+        name=f"{trial.number:04d}",
+        runs=str(folder / "trials"),
+        train=dataclasses.replace(config.train, changes=changes),
+        workers=workers,
+        checkpoint=dataclasses.replace(config.checkpoint, keep_last=keep),
+        tracking=dataclasses.replace(
+            config.tracking,
+            uri=json.loads((folder / "sweep.json").read_text(encoding="utf8"))["tracking_uri"],
+            experiment=f"sweep-{sweep.name}",
+            log_model=False,
+            system_metrics=False,
+        ),
+    )
+
+
+def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
+    """Train to the next report and judge the model; return the report."""
+    begun, total = time.monotonic(), job.config.train.samples
+    pause = min(total, (trial.samples // sweep.period + 1) * sweep.period)
+    launch.work(dataclasses.replace(job, pause_at=pause), Display(Console(quiet=True)))
+    seen = json.loads((job.export / "facts.json").read_text(encoding="utf8"))["progress"]["samples_seen"]
+    nested = job.config.workers.count > 0
+    findings = (measure_on_ray if nested else measure)(job.folder, job.config)
+    figures = {key.removeprefix("eval/"): value for key, value in metrics_of(findings.figures).items()}
+    tracker = Tracker(job.tracking_uri, job.run_id, job.spool)
+    tracker.metrics({f"eval/{key}": value for key, value in figures.items()}, seen)
+    if trial.changes:
+        tracker.tags({"mmdiff.changes": json.dumps(trial.changes), "mmdiff.values": json.dumps(trial.values)})
+    if seen >= total:
+        tracker.tags({"mmdiff.outcome": "finished"})
+        for name, picture in findings.pictures.items():
+            tracker.image(f"evaluation/{name}", to_png(picture), seen)
+    tracker.close(timeout_s=5)
+    return {"samples": seen, "figures": figures, "seconds": time.monotonic() - begun}
+
+
+def _tell(sweep: Sweep, trial: Trial, report: Mapping[str, Any]) -> None:
+    """Report to Tune, with a pointer to the checkpoint that the trial's own folder keeps."""
+    from ray import tune
+
+    told = {
+        SCORE: score(sweep, report["figures"]),
+        "samples_seen": report["samples"],
+        "number": trial.number,
+    }
+    with tempfile.TemporaryDirectory() as place:
+        pointer = {"number": trial.number, "samples": report["samples"]}
+        (Path(place) / "pointer.json").write_text(json.dumps(pointer), encoding="utf8")
+        tune.report(told, checkpoint=tune.Checkpoint.from_directory(place))
+
+
+def _pointer(checkpoint: Any) -> dict[str, int]:
+    with checkpoint.as_directory() as place:
+        return json.loads((Path(place) / "pointer.json").read_text(encoding="utf8"))
+
+
+def _adopt(folder: Path, trial: Trial, pointer: Mapping[str, int], values: Mapping[str, Any]) -> None:
+    """Copy the state that Tune points at into a trial, and note which values change from there on."""
+    at = pointer["samples"]
+    donor = read_trial(folder, pointer["number"]) if pointer["number"] != trial.number else trial
+    assert donor is not None, f"trial {pointer['number']} reported and left no journal"
+    if donor is not trial:
+        mine, theirs = (trial_folder(folder, one.number) / "checkpoints" for one in (trial, donor))
+        (source,) = (path for path in complete(theirs) if int(path.name) == at)
+        shutil.rmtree(mine, ignore_errors=True)
+        shutil.copytree(source, mine / source.name)
+        trial.values = dict(donor.values)
+        trial.changes = [change for change in donor.changes if change["at"] < at]
+        trial.reports = [report for report in donor.reports if report["samples"] <= at]
+    changed = {key: value for key, value in values.items() if trial.now.get(key) != value}
+    if changed or donor is not trial:
+        trial.changes.append({"at": at, "values": changed, "source": donor.number})
+    write_trial(folder, trial)
+
+
+def give_up(folder: Path, trial: Trial, outcome: str, why: str = "") -> None:
+    """Note how a trial ended that did not come to its end, and close its run."""
+    trial.outcome, trial.why = outcome, why
+    place = trial_folder(folder, trial.number)
+    write_trial(folder, trial)
+    if trial.run_id:
+        facts = jobs.read_run(place)
+        tracker = Tracker(facts["tracking_uri"], facts["run_id"], place / "tracking")
+        tracker.tags({"mmdiff.outcome": outcome, **({"mmdiff.why": why[:500]} if why else {})})
+        tracker.close(timeout_s=5)
+        status = "FINISHED" if outcome == "stopped" else "FAILED"
+        run_life.end_run(facts["tracking_uri"], facts["run_id"], status, place / "tracking")

@@ -1,0 +1,81 @@
+"""What a person sees of a sweep's trials, and what is done with each that ends."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Callback
+
+from mmdiff_ray.distributed.display import duration
+from mmdiff_ray.distributed.searcher import SpaceSearcher
+from mmdiff_ray.distributed.trial import SCORE, give_up
+from mmdiff_ray.sweeps.journal import Trial, read_trial, read_trials
+from mmdiff_ray.sweeps.spec import Sweep
+
+Say = Callable[[str], None]
+
+
+class Watch(Callback):
+    """Says what happens to trials, closes their journals and runs, and tells the searcher."""
+
+    def __init__(self, sweep: Sweep, folder: Path, searcher: SpaceSearcher, say: Say) -> None:
+        self.sweep, self.folder, self.searcher, self.say = sweep, folder, searcher, say
+        self.begun = time.monotonic()
+        self.best: float | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune keeps a copy that nothing is ever restored from: the journals are
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+        """Be told of a report by Ray Tune."""
+        self.reported(result)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Be told by Ray Tune that a trial ended, or was ended."""
+        self.ended(trial.config["number"], None)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Be told by Ray Tune that a trial failed for the last time."""
+        self.ended(trial.config["number"], str(trial.error_file or "its process died"))
+
+    def reported(self, result: Mapping[str, Any]) -> None:
+        """Say what a trial reported."""
+        if SCORE not in result:
+            return
+        sign = 1 if self.sweep.metrics[self.sweep.main] == "max" else -1
+        value = result[SCORE]
+        best = self.best is None or value > self.best
+        self.best = value if best else self.best
+        self.say(
+            f"trial {result['number']}: {self.sweep.main} {sign * value:.4g} at {result['samples_seen']:,} "
+            f"samples{', the best so far' if best else ''}"
+        )
+
+    def ended(self, number: int, error: str | None) -> None:
+        """Close a trial that Tune is done with."""
+        trial = read_trial(self.folder, number)
+        if trial is None:
+            trial = Trial(number, {}, why="it died before it began")
+        if trial.outcome is None:
+            if error is None:
+                give_up(self.folder, trial, "stopped")
+            else:
+                give_up(self.folder, trial, "failed", _last_line(error))
+        self.searcher.note(trial)
+        why = f": {trial.why}" if trial.why else ""
+        self.say(f"trial {number}: {trial.outcome} at {trial.samples:,} samples{why}")
+
+    def close(self) -> None:
+        """Say how it went."""
+        ended = [trial.outcome for trial in read_trials(self.folder)]
+        counts = ", ".join(f"{ended.count(kind)} {kind}" for kind in dict.fromkeys(ended) if kind)
+        self.say(f"{len(ended)} trials in {duration(time.monotonic() - self.begun)}: {counts}")
+
+
+def _last_line(error: str) -> str:
+    file = Path(error)
+    if file.is_file():
+        lines = [line for line in file.read_text(encoding="utf8").splitlines() if line.strip()]
+        return lines[-1] if lines else "its process died"
+    return error

@@ -1,0 +1,192 @@
+"""The pictures of a sweep, each as an interactive page (plotly) and as a PNG (matplotlib)."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optuna
+
+from mmdiff_ray.sweeps.curves import lineage, profiles
+from mmdiff_ray.sweeps.drawing import SIZE, Drawn, axes_of, file_name, page_of, short
+from mmdiff_ray.sweeps.findings import Importance, best_first, figures_of
+from mmdiff_ray.sweeps.journal import Trial
+from mmdiff_ray.sweeps.record import Record
+from mmdiff_ray.sweeps.spec import Sweep
+from mmdiff_ray.sweeps.study import distribution, hashable
+
+
+def draw(record: Record, importance: dict[str, list[Importance]]) -> list[Drawn]:
+    """Return all pictures that the trials allow. importance: metric -> what `importances` found."""
+    sweep = record.sweep
+    judged = [trial for trial in record.trials if trial.reports]
+    if not judged:
+        return []
+    pictures = [_history(record), _curves(sweep, judged)]
+    study = _study(sweep, judged)
+    several = len(sweep.metrics) > 1
+    for metric in sweep.metrics:
+        index = list(sweep.metrics).index(metric)
+        target = _target(index) if several else None
+        pictures.append(_parallel(study, metric, target))
+        pictures += _slices(sweep, judged, metric)
+    for metric, found in importance.items():
+        if found:
+            pictures.append(_importance(metric, found, short(list(sweep.space))))
+    if several and len(sweep.metrics) <= 3:
+        pictures.append(_front(study, sweep))
+    pictures += profiles(record)
+    if any(trial.changes for trial in judged):
+        pictures += lineage(sweep, judged)
+    return pictures
+
+
+def _words(trial: Trial, names: dict[str, str]) -> str:
+    values = ", ".join(
+        f"{names.get(key, key)} {value:.3g}" if isinstance(value, float) else f"{names.get(key, key)} {value}"
+        for key, value in trial.values.items()
+    )
+    return f"trial {trial.number} ({trial.outcome or 'running'}): {values}"
+
+
+def _curves(sweep: Sweep, trials: Sequence[Trial]) -> Drawn:
+    """Draw the leading metric of every trial over its samples; those stopped early end early."""
+    title = f"{sweep.main} while the trials train"
+    names = short(list(sweep.space))
+    page = page_of(title, "samples seen", sweep.main)
+    figure, axes = axes_of(title, xlabel="samples seen", ylabel=sweep.main)
+    best = best_first(sweep, trials)[0]
+    for trial in trials:
+        x = [report["samples"] for report in trial.reports]
+        y = [report["figures"][sweep.main] for report in trial.reports]
+        finished, is_best = trial.outcome == "finished", trial is best
+        color = "#d62728" if is_best else "#1f77b4" if finished else "#b0b0b0"
+        width = 2.5 if is_best else 1.2
+        page.add_scatter(
+            x=x, y=y, mode="lines+markers", name=f"trial {trial.number}", hovertext=_words(trial, names),
+            line={"color": color, "width": width}, showlegend=False,
+        )  # fmt: skip
+        axes.plot(x, y, marker="o", markersize=3, color=color, linewidth=width)
+    marks = (("#d62728", f"best: trial {best.number}"), ("#1f77b4", "finished"), ("#b0b0b0", "stopped early"))
+    for color, label in marks:
+        axes.plot([], [], color=color, label=label)
+    axes.legend(frameon=False)
+    return Drawn("trials", title, page, figure)
+
+
+def _history(record: Record) -> Drawn:
+    """Draw when trials ran, and what each came to: one bar per trial."""
+    title = "Trials over time"
+    page = page_of(title, "minutes since the sweep began", "trial")
+    figure, axes = axes_of(title, xlabel="minutes since the sweep began", ylabel="trial")
+    colors = {"finished": "#1f77b4", "stopped": "#b0b0b0", "diverged": "#d62728", "failed": "#ff7f0e"}
+    known = [trial for trial in record.trials if trial.number in record.times]
+    begun = min((record.times[trial.number][0] for trial in known), default=0.0)
+    names = short(list(record.sweep.space))
+    for trial in known:
+        start, end = record.times[trial.number]
+        left = (start - begun) / 60
+        width = max(0.02, ((end or start) - start) / 60)
+        color = colors.get(trial.outcome or "", "#2ca02c")
+        page.add_bar(
+            x=[width], y=[trial.number], base=[left], orientation="h", marker_color=color, showlegend=False,
+            hovertext=_words(trial, names),
+        )  # fmt: skip
+        axes.barh(trial.number, width, left=left, color=color)
+    for outcome in dict.fromkeys(trial.outcome or "running" for trial in known):
+        axes.barh(0, 0, color=colors.get(outcome, "#2ca02c"), label=outcome)
+    axes.legend(frameon=False)
+    axes.invert_yaxis()
+    return Drawn("timeline", title, page, figure)
+
+
+def _study(sweep: Sweep, trials: Sequence[Trial]) -> optuna.Study:
+    """Return the judged trials as an Optuna study with short names, all as complete, at their last report."""
+    names = short(list(sweep.space))
+    directions: Any = ["maximize" if way == "max" else "minimize" for way in sweep.metrics.values()]
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(directions=directions)
+    for trial in trials:
+        known = {key: value for key, value in trial.values.items() if key in sweep.space}
+        study.add_trial(
+            optuna.create_trial(
+                params={names[key]: hashable(value) for key, value in known.items()},
+                distributions={names[key]: distribution(sweep.space[key]) for key in known},
+                values=[figures_of(trial)[metric] for metric in sweep.metrics],
+            )
+        )
+    return study
+
+
+def _target(index: int) -> Callable[[Any], float]:
+    return lambda trial: trial.values[index]
+
+
+def _parallel(study: optuna.Study, metric: str, target: Any) -> Drawn:
+    title = f"{metric}: parallel coordinates"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        page = optuna.visualization.plot_parallel_coordinate(study, target=target, target_name=metric)
+        axes = optuna.visualization.matplotlib.plot_parallel_coordinate(
+            study, target=target, target_name=metric
+        )
+    page.update_layout(title=title)
+    axes.set_title(title)
+    figure: Any = axes.figure
+    figure.set_size_inches(*SIZE)
+    return Drawn(f"parallel-{file_name(metric)}", title, page, figure)
+
+
+def _slices(sweep: Sweep, trials: Sequence[Trial], metric: str) -> list[Drawn]:
+    """Draw a metric over every swept dimension, a point per trial."""
+    names, found = short(list(sweep.space)), []
+    for key, dimension in sweep.space.items():
+        known = [trial for trial in trials if key in trial.values]
+        if not known:
+            continue
+        title = f"{metric} over {names[key]}"
+        page = page_of(title, key, metric)
+        figure, axes = axes_of(title, xlabel=key, ylabel=metric)
+        for finished, color, label in ((True, "#1f77b4", "finished"), (False, "#b0b0b0", "stopped early")):
+            some = [trial for trial in known if (trial.outcome == "finished") is finished]
+            x = [hashable(trial.values[key]) for trial in some]
+            x = [str(value) for value in x] if dimension.values else x
+            y = [figures_of(trial)[metric] for trial in some]
+            page.add_scatter(
+                x=x, y=y, mode="markers", name=label, marker={"color": color, "size": 9},
+                hovertext=[_words(trial, names) for trial in some],
+            )  # fmt: skip
+            axes.scatter(x, y, color=color, label=label)
+        if dimension.kind == "loguniform":
+            page.update_xaxes(type="log")
+            axes.set_xscale("log")
+        axes.legend(frameon=False)
+        found.append(Drawn(f"slice-{file_name(metric)}-{file_name(names[key])}", title, page, figure))
+    return found
+
+
+def _importance(metric: str, found: list[Importance], names: dict[str, str]) -> Drawn:
+    title = f"What {metric} depends on (fANOVA; bars: 90 % of resampled trials)"
+    keys = [names[importance.key] for importance in found][::-1]
+    shares = [importance.share for importance in found][::-1]
+    below = [max(0.0, importance.share - importance.low) for importance in found][::-1]
+    above = [max(0.0, importance.high - importance.share) for importance in found][::-1]
+    page = page_of(title, "share of the variance", "")
+    page.add_bar(
+        x=shares, y=keys, orientation="h",
+        error_x={"type": "data", "symmetric": False, "array": above, "arrayminus": below},
+    )  # fmt: skip
+    figure, axes = axes_of(title, xlabel="share of the variance")
+    axes.barh(keys, shares, xerr=[below, above], color="#1f77b4", ecolor="0.3", capsize=3)
+    return Drawn(f"importance-{file_name(metric)}", title, page, figure)
+
+
+def _front(study: optuna.Study, sweep: Sweep) -> Drawn:
+    names = list(sweep.metrics)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        page = optuna.visualization.plot_pareto_front(study, target_names=names)
+        axes = optuna.visualization.matplotlib.plot_pareto_front(study, target_names=names)
+    page.update_layout(title="Pareto front")
+    figure: Any = axes.figure
+    figure.set_size_inches(*SIZE)
+    return Drawn("pareto", "Pareto front", page, figure)

@@ -1,0 +1,142 @@
+"""What a sweep found: trials in order of merit, the best configurations, which dimensions matter."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+
+from mmdiff_ray.config import ChangeConfig, Config
+from mmdiff_ray.sweeps.journal import Trial
+from mmdiff_ray.sweeps.record import Record
+from mmdiff_ray.sweeps.spec import Sweep
+from mmdiff_ray.sweeps.study import as_frozen
+
+RESAMPLED = 24
+"""Times that the trials are resampled for the interval of an importance."""
+FEWEST = 6
+"""Trials below which no importance is told."""
+
+
+def figures_of(trial: Trial) -> dict[str, float]:
+    """Return a trial's last figures, none where it reported nothing."""
+    return dict(trial.reports[-1]["figures"]) if trial.reports else {}
+
+
+def best_first(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that finished, the best by the leading metric first, then those that were stopped, by
+    how far they came."""
+    sign = -1 if sweep.metrics[sweep.main] == "max" else 1
+
+    def merit(trial: Trial) -> tuple[bool, int, float]:
+        value = figures_of(trial).get(sweep.main, float("inf") * sign)
+        ended = trial.outcome == "finished"
+        return not ended, 0 if ended else -trial.samples, sign * value
+
+    return sorted(trials, key=merit)
+
+
+def front(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
+    """Return the finished trials that no other finished one beats in every metric (the Pareto front)."""
+    done = [trial for trial in trials if trial.outcome == "finished"]
+    signs = np.array([1 if way == "max" else -1 for way in sweep.metrics.values()])
+    points = {trial.number: signs * [figures_of(trial)[m] for m in sweep.metrics] for trial in done}
+    return [
+        trial
+        for trial in done
+        if not any(
+            (points[other.number] >= points[trial.number]).all()
+            and (points[other.number] > points[trial.number]).any()
+            for other in done
+        )
+    ]
+
+
+def trained_config(record: Record, trial: Trial) -> Config | None:
+    """Return the configuration that a trial trained with, its changes on the way written out, to train again
+    with `mmdiff train`; None where MLflow does not hold it."""
+    config = record.configs.get(trial.number)
+    if config is None:
+        return None
+    changes = [ChangeConfig(change["at"], change["values"]) for change in trial.changes if change["values"]]
+    defaults = Config()
+    return dataclasses.replace(
+        config,
+        name=f"{record.sweep.name}-{trial.number}",
+        runs=defaults.runs,
+        train=dataclasses.replace(config.train, changes=changes),
+        tracking=defaults.tracking,
+        checkpoint=dataclasses.replace(config.checkpoint, keep_last=defaults.checkpoint.keep_last),
+    )
+
+
+@dataclass(frozen=True)
+class Importance:
+    """How much of the variance of a metric a dimension explains.
+
+    share: in [0, 1]; low, high: the middle 90 % over resampled trials.
+    """
+
+    key: str
+    share: float
+    low: float
+    high: float
+
+
+def importances(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int = 0) -> list[Importance]:
+    """Return the importance of every dimension for a metric, the largest first; none for too few trials.
+
+    By fANOVA (Hutter et al., ICML 2014, as Optuna computes it) over the trials that finished or were stopped
+    at the last report that each gave; the interval is over bootstrap resamples of the trials.
+    """
+    judged = [trial for trial in trials if metric in figures_of(trial)]
+    if len(judged) < FEWEST or len(sweep.space) < 2:
+        return []
+    whole = _shares(sweep, judged, metric, seed)
+    rng = np.random.default_rng(seed)
+    drawn: dict[str, list[float]] = {key: [] for key in whole}
+    for turn in range(RESAMPLED):
+        picked = [judged[index] for index in rng.integers(len(judged), size=len(judged))]
+        for key, share in _shares(sweep, picked, metric, seed + 1 + turn).items():
+            drawn.setdefault(key, []).append(share)
+    found = []
+    for key, share in whole.items():
+        low, high = np.quantile(drawn[key], [0.05, 0.95]) if drawn[key] else (0.0, 1.0)
+        found.append(Importance(key, share, float(low), float(high)))
+    return sorted(found, key=lambda importance: -importance.share)
+
+
+def _shares(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int) -> dict[str, float]:
+    """Return dimension -> share, for those that every trial has (Optuna's fANOVA knows no others)."""
+    single = dataclasses.replace(sweep, metrics={metric: sweep.metrics[metric]})
+    study = optuna.create_study(direction="maximize" if sweep.metrics[metric] == "max" else "minimize")
+    for trial in trials:
+        ended = dataclasses.replace(trial, outcome="finished")
+        study.add_trial(as_frozen(single, ended))
+    if len({round(figures_of(trial)[metric], 12) for trial in trials}) < 2:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
+            return optuna.importance.get_param_importances(study, evaluator=evaluator)
+        except (ValueError, RuntimeError):  # nothing varies in common
+            return {}
+
+
+def ranges(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, list[Any]]:
+    """Return dimension -> the values at the two ends of the best quarter of the finished trials (at least
+    three): lowest and highest, or those of a list."""
+    done = [trial for trial in best_first(sweep, trials) if trial.outcome == "finished"]
+    top = done[: max(3, len(done) // 4)]
+    found: dict[str, list[Any]] = {}
+    for key, dimension in sweep.space.items():
+        values = [trial.values[key] for trial in top if key in trial.values]
+        if values and not dimension.values:
+            found[key] = [min(values), max(values)]
+        elif values:
+            found[key] = list(dict.fromkeys(map(str, values)))
+    return found

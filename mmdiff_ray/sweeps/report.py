@@ -1,0 +1,167 @@
+"""The report of a sweep: a page with all pictures, PNGs, a table, and the best configurations as YAML."""
+
+import dataclasses
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmdiff_ray import config as configuration
+from mmdiff_ray.sweeps.drawing import Drawn, short
+from mmdiff_ray.sweeps.figures import draw
+from mmdiff_ray.sweeps.findings import best_first, figures_of, front, importances, ranges, trained_config
+from mmdiff_ray.sweeps.record import Record
+
+KEPT = 5
+"""Best configurations that are written."""
+
+
+def write_report(record: Record, out: Path) -> list[Path]:
+    """Write a sweep's report into a folder: `report.html`, `results.json`, `best/*.yaml`, `*.png`.
+
+    Returns the files. A sweep that found nothing yet gives a page that says so.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    sweep = record.sweep
+    found = {metric: importances(sweep, record.trials, metric, sweep.seed) for metric in sweep.metrics}
+    pictures = draw(record, found)
+    files = [_write_best(record, out), out / "results.json", out / "report.html"]
+    results = summary(record)
+    results["importances"] = {m: [dataclasses.asdict(i) for i in some] for m, some in found.items()}
+    files[1].write_text(json.dumps(results, indent=1), encoding="utf8")
+    files[2].write_text(_page(record, pictures), encoding="utf8")
+    for picture in pictures:
+        files.append(out / f"{picture.name}.png")
+        picture.png.savefig(files[-1], dpi=110)
+    return files
+
+
+def summary(record: Record) -> dict[str, Any]:
+    """Return what was found as plain values."""
+    sweep = record.sweep
+    ordered = best_first(sweep, record.trials)
+    return {
+        "sweep": sweep.name,
+        "title": sweep.title,
+        "metrics": sweep.metrics,
+        "samples": sum(trial.samples for trial in record.trials),
+        "searcher": sweep.searcher.name,
+        "scheduler": sweep.scheduler.name,
+        "seed": sweep.seed,
+        "outcomes": _counts(record),
+        "front": [trial.number for trial in front(sweep, record.trials)],
+        "best_quarter": ranges(sweep, record.trials),
+        "trials": [
+            {
+                "number": trial.number,
+                "outcome": trial.outcome or "running",
+                "samples": trial.samples,
+                "figures": figures_of(trial),
+                "values": trial.values,
+                "changes": trial.changes,
+                "why": trial.why,
+                "reports": trial.reports,
+            }
+            for trial in ordered
+        ],
+    }
+
+
+def _counts(record: Record) -> dict[str, int]:
+    outcomes = [trial.outcome or "running" for trial in record.trials]
+    return {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}
+
+
+def chosen(record: Record) -> list[Any]:
+    """Return the trials whose configurations are worth keeping: the front of several metrics, else the best
+    few."""
+    sweep = record.sweep
+    if len(sweep.metrics) > 1:
+        return front(sweep, record.trials)
+    done = [trial for trial in best_first(sweep, record.trials) if trial.outcome == "finished"]
+    return done[:KEPT]
+
+
+def _write_best(record: Record, out: Path) -> Path:
+    folder = out / "best"
+    folder.mkdir(exist_ok=True)
+    for rank, trial in enumerate(chosen(record), 1):
+        config = trained_config(record, trial)
+        if config is not None:
+            told = ", ".join(f"{metric} {value:.4g}" for metric, value in figures_of(trial).items())
+            file = folder / f"{rank}-trial-{trial.number}.yaml"
+            head = f"# Trial {trial.number} of {record.name}: {told}\n# mmdiff train {file.name}\n"
+            file.write_text(head + configuration.to_yaml(config), encoding="utf8")
+    return folder
+
+
+def verdict(record: Record) -> list[str]:
+    """Return what the sweep says, in sentences."""
+    sweep, best = record.sweep, chosen(record)
+    said = ", ".join(f"{count} {outcome}" for outcome, count in _counts(record).items())
+    spent = sum(trial.samples for trial in record.trials)
+    lines = [f"{len(record.trials)} trials ({said}) saw {spent:,} samples."]
+    if not best:
+        return [*lines, "No trial has finished: nothing can be said yet."]
+    names = short(list(sweep.space))
+    figures = ", ".join(f"{metric} {value:.4g}" for metric, value in figures_of(best[0]).items())
+    if len(sweep.metrics) > 1:
+        lines.append(f"{len(best)} trials lie on the front: no other is better in every metric.")
+    else:
+        second = f"; the next: {figures_of(best[1])[sweep.main]:.4g}" if len(best) > 1 else ""
+        lines.append(f"Best: trial {best[0].number} with {figures}{second}.")
+    for key, ends in ranges(sweep, record.trials).items():
+        if sweep.space[key].values:
+            lines.append(f"{names[key]} of the best quarter: {', '.join(map(str, ends))}.")
+        else:
+            lines.append(f"{names[key]} of the best quarter: {ends[0]:.3g} to {ends[1]:.3g}.")
+    lines.append(
+        "Trials differ in seeds of nothing but their settings: how large chance is, is told by training the "
+        "best configurations again with other seeds."
+    )
+    return lines
+
+
+def _page(record: Record, pictures: Sequence[Drawn]) -> str:
+    """Return the page: verdict, table, interactive pictures; it needs no other file and no network."""
+    parts = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'>",
+        f"<title>{html.escape(record.name)}</title><style>{STYLE}</style>",
+        f"<h1>{html.escape(record.sweep.title)}</h1>",
+        *[f"<p>{html.escape(line)}</p>" for line in verdict(record)],
+        _table(record),
+    ]
+    for index, picture in enumerate(pictures):
+        script = index == 0  # the library once, in the page itself
+        parts.append(picture.html.to_html(full_html=False, include_plotlyjs=script, default_height="480px"))
+    return "\n".join([*parts, "</html>"])
+
+
+def _table(record: Record) -> str:
+    sweep = record.sweep
+    names = short(list(sweep.space))
+    heads = ["trial", "outcome", "samples", *sweep.metrics, *names.values()]
+    rows = []
+    for trial in best_first(sweep, record.trials):
+        figures = figures_of(trial)
+        cells = [trial.number, trial.outcome or "running", f"{trial.samples:,}"]
+        cells += [f"{figures[metric]:.4g}" if metric in figures else "" for metric in sweep.metrics]
+        cells += [_cell(trial.now.get(key)) for key in names]
+        rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{html.escape(word)}</th>" for word in heads)
+    return f"<div class='wide'><table><tr>{head}</tr>{''.join(rows)}</table></div>"
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222 }
+body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
+.wide { overflow-x: auto; margin: 1.5rem 0 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th:nth-child(2), td:nth-child(2) { text-align: left }
+"""

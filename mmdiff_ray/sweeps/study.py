@@ -1,0 +1,76 @@
+"""A sweep as Optuna sees it: its space, its sampler, its trials."""
+
+import warnings
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from mmdiff_ray.sweeps.journal import Trial
+from mmdiff_ray.sweeps.space import Dimension
+from mmdiff_ray.sweeps.spec import Sweep
+
+STATES = {
+    "finished": optuna.trial.TrialState.COMPLETE,
+    "stopped": optuna.trial.TrialState.PRUNED,
+    "diverged": optuna.trial.TrialState.FAIL,
+    "failed": optuna.trial.TrialState.FAIL,
+}
+
+
+def distribution(dimension: Dimension) -> Any:
+    """Return a dimension as Optuna's."""
+    if dimension.values:
+        return CategoricalDistribution([hashable(value) for value in dimension.values])
+    if dimension.kind == "randint":
+        return IntDistribution(int(dimension.low), int(dimension.high))
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.kind == "loguniform")
+
+
+def hashable(value: Any) -> Any:
+    """Return a value of a choice as Optuna takes it: lists as text."""
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def make_study(sweep: Sweep) -> optuna.Study:
+    """Return an empty study of a sweep's metrics, with its sampler."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    samplers = {
+        "random": lambda: optuna.samplers.RandomSampler(seed=sweep.seed),
+        "grid": lambda: optuna.samplers.RandomSampler(seed=sweep.seed),
+        "tpe": lambda: optuna.samplers.TPESampler(
+            seed=sweep.seed, n_startup_trials=sweep.searcher.startup, multivariate=True, group=True,
+            constant_liar=True,
+        ),
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=sweep.seed, population_size=10),
+    }  # fmt: skip
+    directions: Any = ["maximize" if way == "max" else "minimize" for way in sweep.metrics.values()]
+    return optuna.create_study(directions=directions, sampler=samplers[sweep.searcher.name]())
+
+
+def as_frozen(sweep: Sweep, trial: Trial) -> optuna.trial.FrozenTrial:
+    """Return a trial that has ended as Optuna's, in the state that it ended in.
+
+    With several metrics Optuna knows no trial that was stopped early: it counts with the figures it had.
+    """
+    assert trial.outcome is not None
+    state = STATES[trial.outcome]
+    figures = trial.reports[-1]["figures"] if trial.reports else {}
+    values = [figures[metric] for metric in sweep.metrics] if trial.reports else None
+    several = len(sweep.metrics) > 1
+    if state == optuna.trial.TrialState.PRUNED and several:
+        state = optuna.trial.TrialState.COMPLETE
+    if values is None or any(value != value for value in values):
+        state, values = optuna.trial.TrialState.FAIL, None
+    known = {key: distribution(sweep.space[key]) for key in trial.values if key in sweep.space}
+    return optuna.create_trial(
+        state=state,
+        params={key: hashable(trial.values[key]) for key in known},
+        distributions=known,
+        values=values if state == optuna.trial.TrialState.COMPLETE else None,
+        intermediate_values={}
+        if several
+        else {report["samples"]: report["figures"][sweep.main] for report in trial.reports},
+        user_attrs={"number": trial.number, "outcome": trial.outcome},
+    )
