@@ -51,7 +51,9 @@ def pods() -> list[tuple[str, dict[str, Any]]]:
         for group in groups(spec)
     ]
     found.append(("submitter", JOB_FILE["spec"]["submitterPodTemplate"]))
-    found += [(item["metadata"]["name"], item["spec"]["template"]) for item in CORE if "template" in item["spec"]]
+    found += [
+        (item["metadata"]["name"], item["spec"]["template"]) for item in CORE if "template" in item["spec"]
+    ]
     return found
 
 
@@ -82,9 +84,9 @@ def test_ray_manifest_fits_the_operators_own_schema(kind):
     file = os.environ.get(FULL)
     if not file:
         pytest.skip(f"{FULL} names no file with the schemas of KubeRay's resources, by kind (JSON, or .gz)")
-    opened = gzip.open(file) if file.endswith(".gz") else open(file, "rb")
-    with opened as stream:
-        schema = closed(json.load(stream)[kind]["properties"]["spec"])
+    data = Path(file).read_bytes()
+    schemas = json.loads(gzip.decompress(data) if file.endswith(".gz") else data)
+    schema = closed(schemas[kind]["properties"]["spec"])
     jsonschema.validate(RAY_FILES[kind]["spec"], schema)
 
 
@@ -98,7 +100,9 @@ def closed(schema: Any) -> Any:
     return {"additionalProperties": False, **inner} if isinstance(schema.get("properties"), dict) else inner
 
 
-@pytest.mark.parametrize(("name", "template"), pods(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "template"), pods(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_pod_is_one_that_kubernetes_takes(name, template):
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": template["metadata"], "spec": template["spec"]}
     kubernetes_validate.validate(pod, KUBERNETES, strict=True)
@@ -109,12 +113,16 @@ def test_core_manifest_is_one_that_kubernetes_takes(item):
     kubernetes_validate.validate(item, KUBERNETES, strict=True)
 
 
-@pytest.mark.parametrize(("name", "template"), pods(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "template"), pods(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_pod_keeps_the_restricted_security_standard_and_its_memory(name, template):
     spec = template["spec"]
     assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] > 0
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert spec.get("automountServiceAccountToken") is False or "head" in name  # its autoscaler asks Kubernetes
+    assert (
+        spec.get("automountServiceAccountToken") is False or "head" in name
+    )  # its autoscaler asks Kubernetes
     volumes = {volume["name"] for volume in spec.get("volumes", [])} | {"data"}
     for container in spec["containers"]:
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
@@ -168,7 +176,7 @@ def test_patch_on_the_page_brings_up_workers_that_hold_the_run():
 
 
 def test_retried_job_goes_on_with_its_run(tmp_path):
-    """The entrypoint is read as on its way: by the submitter's shell, by `ray job submit`, by the job's shell."""
+    """The entrypoint is read as on its way: by the submitter's shell, `ray job submit`, and the job's shell."""
     bash = shutil.which("bash")
     if bash is None:
         pytest.skip("no bash")
@@ -182,7 +190,9 @@ def test_retried_job_goes_on_with_its_run(tmp_path):
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
 
     def begun() -> Any:
-        done = subprocess.run([bash, "-c", submitted], capture_output=True, text=True, env=environment, check=True)
+        done = subprocess.run(
+            [bash, "-c", submitted], capture_output=True, text=True, env=environment, check=True
+        )
         return make_parser().parse_args(done.stdout.splitlines())
 
     first = begun()
