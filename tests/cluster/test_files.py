@@ -12,7 +12,9 @@ import compose_pydantic
 import pytest
 import sqlalchemy
 
+from mmdiff_ray import config as configuration
 from mmdiff_ray.arguments import make_parser
+from mmdiff_ray.distributed.cluster import cpus_needed
 from tests.cluster.files import CLUSTER, COMMANDS, README, ROOT, documents, pairs
 
 (COMPOSE,) = documents("compose.yaml")
@@ -135,6 +137,16 @@ def test_mmdiff_takes_every_command_of_the_page():
             if getattr(parsed, "config", None):
                 assert (ROOT / parsed.config).is_file(), parsed.config
     assert found >= 4
+    makefile = (ROOT / "Makefile").read_text(encoding="utf8")
+    for line in COMMANDS:
+        if line.startswith("make ") and " submit " in known:
+            assert re.search(rf"^{line.split()[1]}:", makefile, re.M), line
+
+
+def test_page_says_what_the_run_needs():
+    workers = configuration.load([ROOT / "pipelines/configs/openmoji_gpu.yaml"]).workers
+    needed = f"{cpus_needed(workers) - 1} CPUs and {workers.count * workers.gpus:g} GPU"
+    assert f"{needed}:" in README
 
 
 def test_every_file_that_the_page_names_is_there():
@@ -150,7 +162,9 @@ def test_every_file_that_the_page_names_is_there():
 def test_every_line_to_change_is_marked():
     for name in ("aws.yaml", "gcp.yaml"):
         for line in (CLUSTER / name).read_text(encoding="utf8").splitlines():
-            placeholder = re.search(r"example\.com|0000000|my-project|10\.0\.0\.2|region:", line)
+            placeholder = re.search(
+                r"example\.com|0000000|my-project|10\.0\.0\.2|region:|_zone:|us-(west|central)", line
+            )
             assert not placeholder or "(yours)" in line or "/mnt/mmdiff" in line, line
     assert "(yours)" in README
 

@@ -176,7 +176,7 @@ def test_patch_on_the_page_brings_up_workers_that_hold_the_run():
 
 
 def test_retried_job_goes_on_with_its_run(tmp_path):
-    """The entrypoint is read as on its way: by the submitter's shell, `ray job submit`, and the job's shell."""
+    """The entrypoint is read as on its way: the submitter's shell, `ray job submit`, the job's shell."""
     bash = shutil.which("bash")
     if bash is None:
         pytest.skip("no bash")
