@@ -31,5 +31,9 @@ def test_experiment_runs_to_its_page(folder, ray_cluster, capsys, file):
     for method in experiment.methods.values():
         for measure in experiment.measures_of(method):
             assert (measure.name, method.name) in measured
+    told = {line["figure"] for line in found["figures"]}
+    for matrix in experiment.matrices:
+        assert set(matrix["rows"]) <= {measure for measure, _ in measured}
+        assert set(matrix["columns"]) <= told
     assert all(line["mean"] == line["mean"] for line in found["figures"]), "a figure is not a number"
     assert experiment.title in capsys.readouterr().out
