@@ -138,16 +138,22 @@ def _tune(sweep: Sweep, folder: Path, parent: str, begun: float, say: Say, stopp
     first = sweep.config({})
     asks, at_once = resources_of(sweep, first)
     function = partial(run_trial, sweep=sweep, folder=folder, parent=parent, where=os.getcwd())
+    pbt = sweep.scheduler.name == "pbt"
+    if pbt and first.workers.count > 1 and at_once < sweep.budget.trials:
+        raise ConfigError(
+            f"budget.trials ({sweep.budget.trials}): a population of trials with several workers each has to "
+            f"fit into the cluster, which holds {at_once}"
+        )
+    chosen: dict[str, Any] = {"num_samples": -1, "search_alg": searcher, "max_concurrent_trials": at_once}
     tuner = tune.Tuner(
         tune.with_resources(function, asks),
+        param_space=_population(searcher) if pbt else None,
         tune_config=tune.TuneConfig(
             metric=SCORE,
             mode="max",
-            num_samples=-1,
-            search_alg=searcher,
             scheduler=make_scheduler(sweep, make, known),
-            max_concurrent_trials=at_once,
             reuse_actors=False,
+            **({} if pbt else chosen),
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -162,6 +168,19 @@ def _tune(sweep: Sweep, folder: Path, parent: str, begun: float, say: Say, stopp
         tuner.fit()
     watch.close()
     return "stopped" if stopped.is_set() else "finished"
+
+
+def _population(searcher: SpaceSearcher) -> dict[str, Any]:
+    """Return the trials of a population as Ray Tune takes them, which knows no searcher there."""
+    from ray import tune
+
+    points = {}
+    while isinstance(point := searcher.suggest(f"member {len(points)}"), dict):
+        points[point["number"]] = point["values"]
+    return {
+        "number": tune.grid_search(list(points)),
+        "values": tune.sample_from(lambda spec: dict(points[spec.config.number])),  # type: ignore[attr-defined]
+    }
 
 
 def resources_of(sweep: Sweep, config: Config) -> tuple[dict[str, float], int]:

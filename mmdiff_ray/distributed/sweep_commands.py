@@ -91,12 +91,11 @@ def _say_where(out: Path) -> None:
 
 
 def _with_overrides(file: str, overrides: Sequence[str]) -> str:
-    """Return a sweep's YAML with overrides in it, so that the file alone tells what was done."""
+    """Return a sweep's YAML with its name and overrides in it, so that it alone tells what was done."""
     text = Path(file).read_text(encoding="utf8")
+    plain, spec = configuration.read_yaml(file), load_sweep(file, overrides)
     if not overrides:
-        return text
-    spec = load_sweep(file, overrides)
-    plain = configuration.read_yaml(file)
+        return text if "name" in plain else f"{text.rstrip()}\nname: {spec.name}\n"
     plain |= {
         "overrides": spec.overrides,
         "seed": spec.seed,

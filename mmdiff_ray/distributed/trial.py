@@ -111,7 +111,8 @@ def trial_config(sweep: Sweep, trial: Trial, folder: Path) -> Config:
     if workers.count <= 1:
         threads = workers.threads or max(1, int(workers.cpus))
         workers = dataclasses.replace(workers, count=0, threads=threads)
-    keep = 0 if sweep.scheduler.name == "pbt" else 1  # another trial may want to copy any of them
+    # Of a population, another trial may want to copy any checkpoint.
+    keep = sweep.budget.reports + 1 if sweep.scheduler.name == "pbt" else 1
     return dataclasses.replace(
         config,
         name=f"{trial.number:04d}",

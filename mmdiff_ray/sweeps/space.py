@@ -188,13 +188,13 @@ def inert(
 
 
 def _changes(dimension: Dimension, values: Mapping[str, Any], make: Make) -> bool:
-    """Return whether two values of a dimension give different training, all else as it is."""
+    """Return whether two values of a dimension give different training, or one is refused."""
     seen = set()
     for end in dimension.ends:
         try:
             seen.add(effect(make({**values, dimension.key: end})))
-        except ConfigError:
-            continue
+        except ConfigError as error:
+            seen.add(str(error))
         if len(seen) > 1:
             return True
     return False

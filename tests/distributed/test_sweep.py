@@ -1,0 +1,276 @@
+"""Sweeps for real: on two nodes, cut short and gone on with, populations, larger trials, reports."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mmdiff_ray.cli import main
+from mmdiff_ray.sweeps.journal import read_trials
+from mmdiff_ray.sweeps.record import read_record
+from mmdiff_ray.training.checkpoint import complete
+from tests.sweeps import tiny
+from tests.sweeps.tiny import WEIGHTS
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[str]:
+    """Return the address of a cluster of two nodes of two CPUs each."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster.add_node(num_cpus=2)
+    yield cluster.address
+    cluster.shutdown()
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "mmdiff_ray.cli", "sweep", *words]
+
+
+def run(address: str, *words: str, code: int = 0) -> str:
+    """Run `mmdiff sweep` on a cluster and return what it printed."""
+    ended = subprocess.run(
+        command(*words),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RAY_ADDRESS": address},
+        timeout=400,
+    )
+    assert ended.returncode == code, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def done(nodes, sprites, tmp_path_factory) -> tuple[Path, str]:
+    """Return the folder of a finished sweep on two nodes, and what it printed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    file = tiny.write(folder, sprites, budget__trials=6)
+    out = run(nodes, str(file), "--runs", str(folder / "runs"))
+    return folder / "runs" / "sweeps" / "tiny", out
+
+
+def test_all_trials_end_and_the_best_is_told(done):
+    folder, out = done
+    trials = list(read_trials(folder))
+    assert [trial.number for trial in trials] == list(range(6))
+    assert {trial.outcome for trial in trials} <= {"finished", "stopped"}
+    finished = [trial for trial in trials if trial.outcome == "finished"]
+    assert all([r["samples"] for r in trial.reports] == [16, 32, 48, 64] for trial in finished)
+    assert all(trial.samples < 64 for trial in trials if trial.outcome == "stopped")
+    best = min(finished, key=lambda trial: trial.reports[-1]["figures"]["shape/head_nll"])
+    assert f"Best: trial {best.number} with shape/head_nll" in out
+
+
+def test_a_stopped_trial_was_worse_than_half_of_those_before_it(done):
+    stopped = [trial for trial in read_trials(done[0]) if trial.outcome == "stopped"]
+    for trial in stopped:
+        at = trial.samples
+        others = [
+            report["figures"]["shape/head_nll"]
+            for other in read_trials(done[0])
+            for report in other.reports
+            if report["samples"] == at and other.number != trial.number
+        ]
+        assert any(value < trial.reports[-1]["figures"]["shape/head_nll"] for value in others)
+
+
+def test_trials_are_child_runs_that_mlflow_can_compare(done):
+    folder, _ = done
+    facts = json.loads((folder / "sweep.json").read_text())
+    record = read_record(facts["tracking_uri"], "tiny")
+    assert record.run_id == facts["run_id"] and len(record.trials) == 6
+    for ours, theirs in zip(read_trials(folder), record.trials, strict=True):
+        assert (ours.number, ours.values, ours.outcome) == (theirs.number, theirs.values, theirs.outcome)
+        for mine, other in zip(ours.reports, theirs.reports, strict=True):
+            assert mine["samples"] == other["samples"]
+            assert other["figures"]["shape/head_nll"] == pytest.approx(mine["figures"]["shape/head_nll"])
+    from mmdiff_ray.tracking import queries
+
+    parent = queries.find_run(facts["tracking_uri"], facts["run_id"])
+    assert parent.info.status == "FINISHED" and "best/shape/head_nll" in parent.data.metrics
+    for child in queries.children(facts["tracking_uri"], parent):
+        assert child.info.status == "FINISHED" and f"{WEIGHTS}.scale" in child.data.params
+
+
+def test_the_report_is_made_again_from_mlflow_alone(done, tmp_path, monkeypatch, capsys):
+    folder, _ = done
+    uri = json.loads((folder / "sweep.json").read_text())["tracking_uri"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert main(["sweep", "report", "tiny", "--runs", str(tmp_path / "elsewhere")]) == 0
+    again = tmp_path / "elsewhere" / "sweeps" / "tiny" / "report"
+    assert json.loads((again / "results.json").read_text()) == json.loads(
+        (folder / "report" / "results.json").read_text()
+    )
+    page = (again / "report.html").read_text()
+    assert "<h1>Tiny</h1>" in page and "cdn" not in re.sub(r"<script.*?</script>", "", page, flags=re.S)
+    assert {path.name for path in again.glob("*.png")} >= {"trials.png", "timeline.png", "b-shape.png"}
+    assert "Best: trial" in capsys.readouterr().out
+
+
+def test_the_best_configuration_trains(done, tmp_path, capsys):
+    best = sorted((done[0] / "report" / "best").glob("*.yaml"))[0]
+    assert main(["train", str(best), f"runs={tmp_path / 'runs'}", "workers.count=0"]) == 0
+    assert "shape/head_nll" in capsys.readouterr().out
+
+
+def test_a_driver_that_is_killed_in_mid_sweep_loses_nothing_that_ended(nodes, sprites, tmp_path):
+    file = tiny.write(tmp_path, sprites, budget__trials=5, budget__concurrent=2)
+    runs = tmp_path / "runs"
+    folder = runs / "sweeps" / "tiny"
+    process = subprocess.Popen(
+        command(str(file), "--runs", str(runs)), env={**os.environ, "RAY_ADDRESS": nodes},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while sum(trial.outcome is not None for trial in read_trials(folder)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {trial.number: trial for trial in read_trials(folder) if trial.outcome is not None}
+    out = run(nodes, "--resume", "tiny", "--runs", str(runs))
+    after = {trial.number: trial for trial in read_trials(folder)}
+    assert sorted(after) == list(range(5)) and all(trial.outcome for trial in after.values())
+    for number, trial in before.items():
+        assert after[number] == trial, "an ended trial was done again"
+        assert f"trial {number}:" not in out
+    for trial in after.values():
+        samples = [report["samples"] for report in trial.reports]
+        assert samples == sorted(set(samples))
+    facts = json.loads((folder / "sweep.json").read_text())
+    assert len(read_record(facts["tracking_uri"], facts["run_id"]).trials) == 5
+
+
+def test_an_interrupted_sweep_ends_cleanly_with_what_is_known(nodes, sprites, tmp_path):
+    file = tiny.write(tmp_path, sprites, budget__trials=50, budget__concurrent=1, scheduler__name="fifo")
+    runs = tmp_path / "runs"
+    process = subprocess.Popen(
+        command(str(file), "--runs", str(runs)), env={**os.environ, "RAY_ADDRESS": nodes},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not any(trial.outcome == "finished" for trial in read_trials(runs / "sweeps" / "tiny")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, out
+    assert "Traceback" not in out and "Best: trial" in out and "Go on with: mmdiff sweep --resume" in out
+
+
+def test_a_population_copies_checkpoints_and_its_schedule_can_be_trained_again(nodes, sprites, tmp_path):
+    space = {
+        f"{WEIGHTS}.scale": {"loguniform": [0.02, 0.5]},
+        "loss.modalities.shape": {"loguniform": [0.01, 1]},
+    }
+    file = tiny.write(
+        tmp_path, sprites, space=space, scheduler={"name": "pbt", "grace": 0.2, "quantile": 0.5},
+        budget={"trials": 4, "samples": 96, "reports": 6},
+    )  # fmt: skip
+    run(nodes, str(file), "--runs", str(tmp_path / "runs"))
+    folder = tmp_path / "runs" / "sweeps" / "tiny"
+    trials = {trial.number: trial for trial in read_trials(folder)}
+    assert {trial.outcome for trial in trials.values()} == {"finished"}
+    copied = [
+        (trial, change)
+        for trial in trials.values()
+        for change in trial.changes
+        if change["source"] != trial.number
+    ]
+    assert copied, "nothing was copied"
+    for trial, change in copied:
+        donor = trials[change["source"]]
+        shared = [report for report in trial.reports if report["samples"] <= change["at"]]
+        if donor.changes == [] or donor.changes[-1]["at"] < change["at"]:
+            assert shared == [report for report in donor.reports if report["samples"] <= change["at"]]
+        assert complete(folder / "trials" / f"{trial.number:04d}" / "checkpoints")
+    changed = [
+        sorted((folder / "report" / "best").glob(f"*-trial-{trial.number}.yaml")) for trial, _ in copied
+    ]
+    files = [path for paths in changed for path in paths]
+    assert files and main(["train", str(files[0]), f"runs={tmp_path / 'again'}", "workers.count=0"]) == 0
+    number = int(files[0].stem.split("-")[-1])
+    (evaluated,) = (tmp_path / "again").glob("*/evaluation.json")
+    found = {figure["key"]: figure["value"] for figure in json.loads(evaluated.read_text())["figures"]}
+    told = trials[number].reports[-1]["figures"]["shape/head_nll"]
+    assert found["shape/head_nll"] == pytest.approx(told, rel=1e-5)
+
+
+def test_trials_of_two_workers_leave_nothing_behind_when_they_are_stopped(nodes, sprites, tmp_path):
+    file = tiny.write(
+        tmp_path, sprites, budget={"trials": 3, "samples": 32, "reports": 2},
+        base__workers={"count": 2, "cpus": 1, "data_workers": 1, "threads": 1}, scheduler__grace=0.5,
+        base__train={**tiny.PLAIN["base"]["train"], "global_batch": 16},
+    )  # fmt: skip
+    out = run(nodes, str(file), "--runs", str(tmp_path / "runs"))
+    outcomes = [trial.outcome for trial in read_trials(tmp_path / "runs" / "sweeps" / "tiny")]
+    assert len(outcomes) == 3 and set(outcomes) <= {"finished", "stopped"}, out
+    free = subprocess.run(
+        [sys.executable, "-c", FREE, nodes], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert json.loads(free.stdout.splitlines()[-1]) == [4.0, 4.0]
+
+
+FREE = """
+import json, sys, time, ray
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+for _ in range(100):
+    if ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]:
+        break
+    time.sleep(0.2)
+print(json.dumps([ray.available_resources().get("CPU"), ray.cluster_resources()["CPU"]]))
+"""
+
+
+def test_several_metrics_give_a_front(nodes, sprites, tmp_path):
+    file = tiny.write(
+        tmp_path, sprites, metrics={"shape/head_nll": "min", "shapes/joint_iou": "max"},
+        searcher={"name": "tpe", "startup": 2}, base__evaluate__evaluators=["calibration", "joint"],
+        budget={"trials": 4, "samples": 32, "reports": 2}, scheduler__name="fifo",
+    )  # fmt: skip
+    out = run(nodes, str(file), "--runs", str(tmp_path / "runs"))
+    report = tmp_path / "runs" / "sweeps" / "tiny" / "report"
+    results = json.loads((report / "results.json").read_text())
+    assert results["front"] and (report / "pareto.png").is_file()
+    assert "lie on the front" in out
+    assert len(list((report / "best").glob("*.yaml"))) == len(results["front"])
+
+
+def test_a_trial_that_diverges_is_told_and_stops_nothing(nodes, sprites, tmp_path):
+    space = {"train.learning_rate": {"grid": [1e-3, 1e30]}}
+    file = tiny.write(
+        tmp_path, sprites, space=space, searcher__name="grid", scheduler__name="fifo",
+        budget={"trials": 2, "samples": 64, "reports": 2},
+    )  # fmt: skip
+    out = run(nodes, str(file), "--runs", str(tmp_path / "runs"))
+    trials = list(read_trials(tmp_path / "runs" / "sweeps" / "tiny"))
+    assert [trial.outcome for trial in trials] == ["finished", "diverged"]
+    assert "not finite" in trials[1].why and "trial 1: diverged" in out
+
+
+def test_what_would_fail_later_is_told_before_anything_starts(sprites, tmp_path, capsys):
+    for changes, words in (
+        (
+            {"metrics": {"shape/acuracy": "max"}},
+            "metrics.shape/acuracy: no evaluator finds it; there are: shape/",
+        ),
+        ({"space": {f"{WEIGHTS}.kappa": {"uniform": [1, 2]}}}, "no value of it changes anything"),
+        ({"base__workers": {"count": 99}}, "data.lanes"),
+    ):
+        file = tiny.write(tmp_path, sprites, **changes)
+        assert main(["sweep", str(file), "--runs", str(tmp_path / "runs")]) == 2
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "runs").exists()
+    assert main(["sweep", str(tiny.write(tmp_path, sprites)), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "0 refused" in out and "nothing was started" in out and not (tmp_path / "runs").exists()

@@ -1,0 +1,69 @@
+"""Sweeps as they are written: what is read, and mistakes by their name."""
+
+import pytest
+
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.sweeps.spec import load_sweep
+from tests.sweeps import tiny
+from tests.sweeps.tiny import WEIGHTS
+
+
+def test_a_trial_trains_with_its_values_and_the_budget(tmp_path):
+    sweep = tiny.sweep(tmp_path)
+    config = sweep.config({f"{WEIGHTS}.family": "linear", f"{WEIGHTS}.scale": 0.1})
+    assert config.modalities["shape"].weights.family == "linear"
+    assert config.modalities["shape"].weights.scale == 0.1
+    assert config.train.samples == 64 and config.train.max_minutes is None
+    assert sweep.period == 16 and config.checkpoint.every_samples == 16
+    assert sweep.period % config.train.log_every_samples == 0
+
+
+def test_overrides_reach_the_sweep_and_the_configuration(tmp_path):
+    file = tiny.write(tmp_path)
+    sweep = load_sweep(
+        file, ["budget.trials=9", "scheduler.name=median", "seed=3", "train.learning_rate=0.5"]
+    )
+    assert (sweep.budget.trials, sweep.scheduler.name, sweep.seed) == (9, "median", 3)
+    assert sweep.config({}).train.learning_rate == 0.5 and sweep.budget.samples == 64
+
+
+@pytest.mark.parametrize("metric", ["loss/total", "val/loss/total", "val/loss/l2/shape"])
+def test_a_sweep_is_not_judged_by_a_loss_that_its_space_scales(tmp_path, metric):
+    with pytest.raises(ConfigError, match=f"metrics.{metric}: .* is in the space and changes what this loss"):
+        tiny.sweep(tmp_path, metrics={metric: "min"})
+
+
+def test_a_loss_may_judge_what_does_not_scale_it(tmp_path):
+    space = {"train.learning_rate": {"loguniform": [1e-4, 1e-2]}}
+    assert tiny.sweep(tmp_path, space=space, metrics={"val/loss/total": "min"}).main == "val/loss/total"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"spaces": {}}, "sweep: unknown key 'spaces'.*did you mean 'space'"),
+        ({"space": None}, "space is missing"),
+        ({"metrics": {"shape/head_nll": "down"}}, "metrics.shape/head_nll: unknown 'down'; known: min, max"),
+        ({"searcher__name": "tpa"}, "searcher.name: unknown 'tpa'.*did you mean 'tpe'"),
+        ({"scheduler__name": "asah"}, "scheduler.name: unknown 'asah'.*did you mean 'asha'"),
+        ({"scheduler__grace": 0}, r"scheduler.grace \(0\) must lie above 0"),
+        ({"budget__trials": 0}, r"budget.trials \(0\) must be at least 1"),
+        ({"budget__trails": 5}, "budget.trails: unknown key 'trails'"),
+        ({"searcher__name": "nsga2"}, "nsga2 is for two metrics and more"),
+        ({"searcher__name": "grid"}, "the grid searcher needs a list of values"),
+        ({"space": {"a.b": {"uniform": [1, 0]}}}, r"space.a.b.uniform: got \[1, 0\], want \[low, high\]"),
+        ({"space": {"a.b": {"loguniform": [0, 1]}}}, r"low \(0\) must be above 0"),
+        ({"space": {"a.b": {"normal": [0, 1]}}}, "want one of uniform, loguniform"),
+        ({"space": {"a.b": {"choice": []}}}, "the list is empty"),
+        ({"space": {"a.b": {"choice": [1], "when": {"c": [1]}}}}, "c must be a choice that stands before it"),
+        ({"scheduler__name": "pbt"}, "a condition does not go with population based training"),
+        (
+            {"scheduler__name": "pbt", "space": {"model.preset": {"choice": ["nano", "tiny"]}}},
+            "space.model.preset: population based training changes values while a model trains",
+        ),
+    ],
+)
+def test_mistakes_are_named_with_file_and_key(tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        tiny.sweep(tmp_path, **changes)
+    assert "tiny.yaml" in str(caught.value)
