@@ -174,7 +174,7 @@ def _population(searcher: SpaceSearcher) -> dict[str, Any]:
     """Return the trials of a population as Ray Tune takes them, which knows no searcher there."""
     from ray import tune
 
-    points = {}
+    points: dict[int, dict[str, Any]] = {}
     while isinstance(point := searcher.suggest(f"member {len(points)}"), dict):
         points[point["number"]] = point["values"]
     return {
