@@ -24,6 +24,7 @@ from mmdiff_ray.evaluation.gallery import free_folder, parse_given, write_galler
 from mmdiff_ray.evaluation.run import tables
 from mmdiff_ray.tracking.store import tracking_uri, ui_command
 from mmdiff_ray.training.export import load_export
+from mmdiff_ray.training.parallel import choose_device
 
 TIMED_STEPS = 6
 """Steps that a dry run measures; the first does not count."""
@@ -163,10 +164,9 @@ def _modality_table(job: Job, denoiser: Denoiser) -> Table:
     return shown
 
 
-def _cost(job: Job, denoiser: Denoiser) -> str:
-    """Return what a step costs: floating-point operations, and the time of one measured here."""
+def rows_per_s(job: Job, denoiser: Denoiser) -> tuple[float, int, torch.device]:
+    """Return how many rows a second one worker trains with, measured here, of how many a step, and on what."""
     from mmdiff_ray.data.batches import split_batches
-    from mmdiff_ray.training.parallel import choose_device
     from mmdiff_ray.training.trainer import Trainer
 
     config = job.config
@@ -183,14 +183,21 @@ def _cost(job: Job, denoiser: Denoiser) -> str:
         trainer.step(batch)
         trainer.report()
         times.append(time.perf_counter() - begun)
-    rate = size / statistics.median(times[1:])
+    return size / statistics.median(times[1:]), size, trainer.device
+
+
+def _cost(job: Job, denoiser: Denoiser) -> str:
+    """Return what a step costs, and the run: the time of a step measured here."""
+    config = job.config
+    rate, size, device = rows_per_s(job, denoiser)
+    workers = max(1, config.workers.count)
     minutes = config.train.samples / (rate * workers) / 60
     limit = config.train.max_minutes
     length = f"about {minutes:.3g} minutes" + (
         f", shortened to {limit:g} (train.max_minutes)" if limit and limit < minutes else ""
     )
     return (
-        f"a step      {size} rows in {size / rate:.2g} s on {trainer.device} here ({rate:.0f} rows/s)\n"
+        f"a step      {size} rows in {size / rate:.2g} s on {device} here ({rate:.0f} rows/s)\n"
         f"the run     {length} at that speed with {workers} worker{'s' if workers > 1 else ''}, if each has "
         "its own cores, and reading keeps up"
     )

@@ -19,6 +19,7 @@ from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed.cluster import cluster
+from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.schedulers import Deadline, make_scheduler
 from mmdiff_ray.distributed.searcher import SpaceSearcher
 from mmdiff_ray.distributed.trial import SCORE, run_trial, score
@@ -33,6 +34,8 @@ from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.inference import Generator
 
 Say = Callable[[str], None]
+FEW = 16
+"""Rows that an untrained model is judged on, to see which figures there are."""
 DRIVER_CPUS = 0.05
 """What a trial asks for that only leads the workers of its own Ray Train run."""
 
@@ -43,8 +46,8 @@ def make_configs(sweep: Sweep) -> Make:
     return lambda values: resolve_modalities(sweep.config(values), manifests)
 
 
-def check_sweep(sweep: Sweep) -> tuple[Look, Config]:
-    """Return what the space holds, and a configuration in it. Raises ConfigError for what would fail later.
+def check_sweep(sweep: Sweep) -> tuple[Look, Job]:
+    """Return what the space holds, and the job of a point in it. Raises ConfigError for what would fail later.
 
     Looks at the corners of the space, at dimensions that change nothing, at the data, and at whether the
     evaluators find the metrics: an untrained model is judged on a few rows.
@@ -57,15 +60,15 @@ def check_sweep(sweep: Sweep) -> tuple[Look, Config]:
     job = jobs.prepare(config, Path("unused"))
     few = configuration.load(
         (),
-        ["evaluate.rows=4", "evaluate.steps=1", "evaluate.grid_rows=2"],
+        [f"evaluate.rows={FEW}", "evaluate.steps=1", "evaluate.grid_rows=2"],
         configuration.to_plain(job.config),
     )
     splits = [manifest.splits[few.evaluate.split] for manifest in job.manifests]
-    batches = list(split_batches(job.reader(job.denoiser()), splits, 4, 4))
+    batches = list(split_batches(job.reader(job.denoiser()), splits, FEW, FEW))
     findings = evaluate(Generator(few, job.denoiser()), batches, job.columns)
     found = {key.removeprefix("eval/"): value for key, value in metrics_of(findings.figures).items()}
     score(sweep, found)
-    return seen, job.config
+    return seen, job
 
 
 def sweep_folder(name: str, runs: str = "runs") -> Path:

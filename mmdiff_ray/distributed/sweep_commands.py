@@ -1,6 +1,7 @@
 """The commands around sweeps, with what they print."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from rich.table import Table
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.distributed.commands import make_console
+from mmdiff_ray.distributed.commands import make_console, rows_per_s
+from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.sweep import begin_sweep, check_sweep, run_sweep, sweep_folder
 from mmdiff_ray.sweeps.findings import figures_of
 from mmdiff_ray.sweeps.record import Record, read_record
@@ -108,7 +110,7 @@ def _with_overrides(file: str, overrides: Sequence[str]) -> str:
 def dry_run(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
     """Check a sweep and say what it would do; start nothing."""
     console = make_console()
-    seen, config = check_sweep(spec)
+    seen, job = check_sweep(spec)
     shown = Table(title=f"{spec.title}: space", title_justify="left")
     for heading in ("key", "values", "when"):
         shown.add_column(heading)
@@ -122,16 +124,28 @@ def dry_run(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
     console.print(f"points     {seen.tried} looked at (corners and inside), {refused} refused")
     for why, count in sorted(seen.refused.items(), key=lambda item: -item[1])[:3]:
         console.print(f"           {count} times: {why}", soft_wrap=True)
-    workers, budget = config.workers, spec.budget
-    gpus = f", {workers.gpus:g} GPUs" if workers.gpus else ""
-    console.print(
-        f"a trial    {max(1, workers.count)} x {workers.cpus:g} CPUs{gpus}; judged {budget.reports} times"
-    )
-    limit = f", at most {budget.hours:g} h" if budget.hours else ""
-    most = budget.trials * budget.samples
-    console.print(
-        f"the sweep  {spec.searcher.name} and {spec.scheduler.name}: {budget.trials} trials of "
-        f"{budget.samples:,} samples, {most:,} at most{limit}"
-    )
+    for line in _cost(spec, job):
+        console.print(line, soft_wrap=True)
     console.print("nothing was started; run it with the same command without --dry-run")
     return 0
+
+
+def _cost(spec: Sweep, job: Job) -> list[str]:
+    """Return what a trial asks for and what it all costs, with the speed measured here."""
+    workers, budget = job.config.workers, spec.budget
+    count = max(1, workers.count)
+    gpus = f", {count * workers.gpus:g} GPUs" if workers.gpus else ""
+    rate, _, device = rows_per_s(job, job.denoiser())
+    minutes = budget.samples / (rate * count) / 60
+    limit = f", at most {budget.hours:g} h" if budget.hours else ""
+    here = max(1, int((os.cpu_count() or 1) // (count * workers.cpus)))
+    at_once = min(here, budget.concurrent or here)
+    total = budget.trials * minutes / at_once
+    return [
+        f"a trial    asks for {count * workers.cpus:g} CPUs{gpus}; trains about {minutes:.2g} minutes ({rate:.0f} "
+        f"rows/s a worker on {device} here); is judged {budget.reports} times",
+        f"the sweep  {spec.searcher.name} and {spec.scheduler.name}: {budget.trials} trials of "
+        f"{budget.samples:,} samples, {budget.trials * budget.samples:,} at most{limit}",
+        f"the cost   at most {total:.2g} minutes of training with {at_once} at once, as many as this machine "
+        "holds, beside what judging takes; a cluster runs as many as it holds",
+    ]

@@ -20,7 +20,7 @@ from mmdiff_ray.distributed.evaluate import measure, measure_on_ray
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.evaluation.grids import to_png
 from mmdiff_ray.evaluation.run import metrics_of
-from mmdiff_ray.sweeps.journal import Trial, read_trial, trial_folder, write_trial
+from mmdiff_ray.sweeps.journal import Trial, number_of, read_trial, trial_folder, write_trial
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.tracker import Tracker
@@ -35,8 +35,9 @@ def score(sweep: Sweep, figures: Mapping[str, float]) -> float:
     """Return the leading metric so that larger is better. Raises ConfigError where no evaluator found it."""
     missing = [metric for metric in sweep.metrics if metric not in figures]
     if missing:
+        known = sorted(key for key in figures if "/floor/" not in key)
         raise ConfigError(
-            f"metrics.{missing[0]}: no evaluator finds it; there are: {', '.join(sorted(figures)) or 'none'}"
+            f"metrics.{missing[0]}: no evaluator finds it; there are: {', '.join(known) or 'none'}"
         )
     return figures[sweep.main] * (1 if sweep.metrics[sweep.main] == "max" else -1)
 
@@ -51,7 +52,11 @@ def run_trial(config: dict[str, Any], sweep: Sweep, folder: Path, parent: str, w
     from ray import tune
 
     os.chdir(where)
-    trial, fresh = _known(config, folder), tune.get_checkpoint() is None
+    number = number_of(folder, tune.get_context().get_trial_id(), config["number"])
+    trial = read_trial(folder, number) or Trial(number, dict(config["values"]))
+    fresh = tune.get_checkpoint() is None
+    if trial.outcome is not None and not fresh:
+        return  # a member of a population that had come to its end when it was told to copy another
     try:
         if not fresh:
             _adopt(folder, trial, _pointer(tune.get_checkpoint()), config["values"])
@@ -70,10 +75,6 @@ def run_trial(config: dict[str, Any], sweep: Sweep, folder: Path, parent: str, w
             _tell(sweep, trial, report)
     except (TrainingError, ConfigError) as error:  # to try again would end in the same way
         give_up(folder, trial, "diverged" if isinstance(error, TrainingError) else "failed", str(error))
-
-
-def _known(config: Mapping[str, Any], folder: Path) -> Trial:
-    return read_trial(folder, config["number"]) or Trial(config["number"], dict(config["values"]))
 
 
 def _job(sweep: Sweep, folder: Path, trial: Trial, parent: str) -> Job:
@@ -186,6 +187,8 @@ def _adopt(folder: Path, trial: Trial, pointer: Mapping[str, int], values: Mappi
         trial.reports = [report for report in donor.reports if report["samples"] <= at]
     changed = {key: value for key, value in values.items() if trial.now.get(key) != value}
     if changed or donor is not trial:
+        same = trial.changes.pop() if trial.changes and trial.changes[-1]["at"] == at else {"values": {}}
+        changed = {**same["values"], **changed}
         trial.changes.append({"at": at, "values": changed, "source": donor.number})
     write_trial(folder, trial)
 

@@ -10,7 +10,7 @@ from ray.tune import Callback
 from mmdiff_ray.distributed.display import duration
 from mmdiff_ray.distributed.searcher import SpaceSearcher
 from mmdiff_ray.distributed.trial import SCORE, give_up
-from mmdiff_ray.sweeps.journal import Trial, read_trial, read_trials
+from mmdiff_ray.sweeps.journal import Trial, number_of, read_trial, read_trials
 from mmdiff_ray.sweeps.spec import Sweep
 
 Say = Callable[[str], None]
@@ -33,11 +33,14 @@ class Watch(Callback):
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Be told by Ray Tune that a trial ended, or was ended."""
-        self.ended(trial.config["number"], None)
+        self.ended(self._number(trial), None)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Be told by Ray Tune that a trial failed for the last time."""
-        self.ended(trial.config["number"], str(trial.error_file or "its process died"))
+        self.ended(self._number(trial), str(trial.error_file or "its process died"))
+
+    def _number(self, trial: Any) -> int:
+        return number_of(self.folder, trial.trial_id, trial.config["number"])
 
     def reported(self, result: Mapping[str, Any]) -> None:
         """Say what a trial reported."""

@@ -59,6 +59,17 @@ def write_trial(sweep: Path, trial: Trial) -> None:
     write_json(trial_folder(sweep, trial.number) / "trial.json", asdict(trial))
 
 
+def number_of(sweep: Path, tune_id: str, number: int) -> int:
+    """Return the number of the trial that Ray Tune calls `tune_id`; the one given counts where it is new.
+
+    A member of a population that copies another is told the other's configuration, number and all.
+    """
+    file = sweep / "ids" / tune_id
+    if not file.is_file():
+        write_json(file, number)
+    return int(json.loads(file.read_text(encoding="utf8")))
+
+
 def read_trials(sweep: Path) -> Iterator[Trial]:
     """Yield the trials that have begun, by number."""
     for file in sorted(sweep.glob("trials/*/trial.json")):

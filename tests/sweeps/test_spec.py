@@ -1,11 +1,15 @@
 """Sweeps as they are written: what is read, and mistakes by their name."""
 
+from pathlib import Path
+
 import pytest
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.sweeps.spec import load_sweep
 from tests.sweeps import tiny
 from tests.sweeps.tiny import WEIGHTS
+
+FILES = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
 
 
 def test_a_trial_trains_with_its_values_and_the_budget(tmp_path):
@@ -67,3 +71,12 @@ def test_mistakes_are_named_with_file_and_key(tmp_path, changes, words):
     with pytest.raises(ConfigError, match=words) as caught:
         tiny.sweep(tmp_path, **changes)
     assert "tiny.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_shipped_sweeps_load_and_say_how_they_are_run(file):
+    sweep = load_sweep(file)
+    assert f"# command: mmdiff sweep sweeps/{file.name}\n" in file.read_text()
+    config = sweep.config({})
+    assert config.workers.count == 1 and sweep.budget.trials * sweep.budget.samples <= 1_000_000
+    assert sweep.data["uri"] == config.data.sources[0].uri
