@@ -165,7 +165,7 @@ def _modality_table(job: Job, denoiser: Denoiser) -> Table:
 
 
 def rows_per_s(job: Job, denoiser: Denoiser) -> tuple[float, int, torch.device]:
-    """Return how many rows a second one worker trains with, measured here, of how many a step, and on what."""
+    """Return how many rows a second one worker trains on, measured here; rows a step; the device."""
     from mmdiff_ray.data.batches import split_batches
     from mmdiff_ray.training.trainer import Trainer
 

@@ -47,7 +47,9 @@ def make_configs(sweep: Sweep) -> Make:
 
 
 def check_sweep(sweep: Sweep) -> tuple[Look, Job]:
-    """Return what the space holds, and the job of a point in it. Raises ConfigError for what would fail later.
+    """Return what the space holds, and the job of a point in it.
+
+    Raises ConfigError for what would fail later.
 
     Looks at the corners of the space, at dimensions that change nothing, at the data, and at whether the
     evaluators find the metrics: an untrained model is judged on a few rows.

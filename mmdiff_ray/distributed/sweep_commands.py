@@ -142,8 +142,8 @@ def _cost(spec: Sweep, job: Job) -> list[str]:
     at_once = min(here, budget.concurrent or here)
     total = budget.trials * minutes / at_once
     return [
-        f"a trial    asks for {count * workers.cpus:g} CPUs{gpus}; trains about {minutes:.2g} minutes ({rate:.0f} "
-        f"rows/s a worker on {device} here); is judged {budget.reports} times",
+        f"a trial    asks for {count * workers.cpus:g} CPUs{gpus}; trains about {minutes:.2g} minutes "
+        f"({rate:.0f} rows/s a worker on {device} here); is judged {budget.reports} times",
         f"the sweep  {spec.searcher.name} and {spec.scheduler.name}: {budget.trials} trials of "
         f"{budget.samples:,} samples, {budget.trials * budget.samples:,} at most{limit}",
         f"the cost   at most {total:.2g} minutes of training with {at_once} at once, as many as this machine "
