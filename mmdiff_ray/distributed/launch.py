@@ -77,7 +77,10 @@ def run(job: Job, display: Display) -> Path:
         with display:
             state = work(job, display)
         return job.folder
-    except KeyboardInterrupt:
+    except (
+        KeyboardInterrupt,
+        SystemExit,
+    ):  # the latter: SIGTERM where Ray's handler takes it, as at the start
         state = "stopped"
         raise
     finally:
