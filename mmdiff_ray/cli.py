@@ -231,6 +231,13 @@ def _cluster_up(given: argparse.Namespace) -> int:
 def _cluster_down(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed import local_cluster
 
+    known = local_cluster.read()
+    if known is not None and local_cluster.nodes(known):
+        from mmdiff_ray.distributed.commands import make_console
+        from mmdiff_ray.distributed.job_commands import stop_all
+        from mmdiff_ray.distributed.job_server import find_place
+
+        stop_all(find_place(known.address), make_console())
     ended = local_cluster.down()
     print("the cluster is down" if ended else "there is no cluster in this folder")
     return 0

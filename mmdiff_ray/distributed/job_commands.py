@@ -54,8 +54,9 @@ def show_job(address: str | None, job_id: str, console: Console) -> int:
         lines["reason"] = without_secrets(job.message or "", job).strip()
     for run in runs_of_job((job.metadata or {}).get("mmdiff.tracking_uri", ""), job_id):
         lines[f"run {run.name}"] = f"{run.status}, {run.page}"
+    width = max(map(len, lines)) + 2
     for key, value in lines.items():
-        console.print(f"{key:10}{value}", soft_wrap=True)
+        console.print(f"{key:{width}}{value}", soft_wrap=True)
     return 0
 
 
@@ -102,6 +103,15 @@ def stop_job(address: str | None, job_id: str, wait: bool, console: Console) -> 
     job = _when(client, place, job_id, lambda status: status in EXIT, limit_s + SPARE_S)
     console.print(f"{job_id}: {job.status.value}")
     return 0 if job.status.value in EXIT else 1
+
+
+def stop_all(place: Place, console: Console) -> None:
+    """Let every job of a cluster that is about to end save and end first."""
+    client = connect(place)
+    with server_errors(place):
+        running = [job.submission_id for job in client.list_jobs() if job.status.value not in EXIT]
+    for job_id in filter(None, running):
+        stop_job(place.url, job_id, True, console)
 
 
 def without_secrets(text: str, job: Any) -> str:
