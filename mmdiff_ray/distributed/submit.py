@@ -119,7 +119,7 @@ def _named(words: Sequence[str], known: argparse.Namespace) -> dict[str, tuple[s
     found: dict[str, tuple[str, Path]] = {}
     for word in words:
         before, _, value = word.partition("=")
-        if known.run == "train" and Path(word) == known.config:
+        if known.run == "train" and not known.resume and Path(word) == known.config:
             found[word] = ("", known.config)
         elif known.run == "experiment" and word == known.name:
             file = Path(word) if word.endswith(".yaml") else EXPERIMENTS / f"{word}.yaml"
