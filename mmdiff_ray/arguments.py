@@ -247,17 +247,8 @@ def _add_submit(commands: argparse._SubParsersAction) -> None:  # type: ignore[t
     submit.add_argument(
         "--env", action="append", default=[], metavar="NAME[=VALUE]", help="one more variable for the job"
     )
-    submit.add_argument(
-        "--pip",
-        action="store_true",
-        help="install requirements.lock on the cluster first; else it has it all",
-    )
-    submit.add_argument(
-        "words",
-        nargs=argparse.REMAINDER,
-        metavar="-- COMMAND ...",
-        help="train, evaluate, generate, data ...",
-    )
+    submit.add_argument("--pip", action="store_true", help="install requirements.lock on the cluster first")
+    submit.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="train, data, ...")
 
 
 def _add_jobs(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
@@ -278,22 +269,22 @@ def _add_jobs(commands: argparse._SubParsersAction) -> None:  # type: ignore[typ
         if name == "stop":
             action.add_argument("--no-wait", action="store_true", help="do not wait until it has ended")
         if name != "list":
-            action.add_argument(
-                "job", metavar="ID", help="as `mmdiff submit` and `mmdiff jobs list` print it"
-            )
+            action.add_argument("job", metavar="ID", help="as `mmdiff jobs list` prints it")
 
 
 def _add_cluster(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
     cluster = commands.add_parser("cluster", help="start and end a real Ray cluster on this machine")
     actions = cluster.add_subparsers(required=True, metavar="ACTION")
-    text = "start a head and workers on this machine, with a dashboard and a token; noted in .cluster/"
-    up = _command(actions, "up", "cluster_up", text, "mmdiff cluster up --workers 2 --cpus 4")
-    up.add_argument("--workers", type=int, default=2, help="nodes beside the head, which does no work")
-    up.add_argument("--cpus", type=int, default=4, help="CPUs that each worker claims to have")
-    text = "end the cluster of this folder, and no other Ray"
-    _command(actions, "down", "cluster_down", text, "mmdiff cluster down")
-    text = "say whether the cluster of this folder is up"
-    _command(actions, "status", "cluster_status", text, "mmdiff cluster status")
+    shown = {
+        "up": ("start a head and workers on this machine, noted in .cluster/", " --workers 2 --cpus 4"),
+        "down": ("end the cluster of this folder, and no other Ray", ""),
+        "status": ("say whether the cluster of this folder is up", ""),
+    }
+    for name, (text, options) in shown.items():
+        action = _command(actions, name, f"cluster_{name}", text, f"mmdiff cluster {name}{options}")
+        if name == "up":
+            action.add_argument("--workers", type=int, default=2, help="nodes beside the head")
+            action.add_argument("--cpus", type=int, default=4, help="CPUs that each worker claims to have")
 
 
 def _add_ui(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmdiff_ray.config import Config, ConfigError, UnreachableError
+from mmdiff_ray.config import Config, ConfigError, UnreachableError, check_changes
 from mmdiff_ray.data.manifest import Manifest, read_manifest
 from mmdiff_ray.distributed import job as jobs
 
@@ -24,6 +24,7 @@ def check_ahead(config: Config, here: bool) -> list[str]:
     from mmdiff_ray.evaluation.run import known_evaluators
 
     known_evaluators(config)
+    check_changes(config)
     if not config.data.sources:
         jobs.read_sources(config)  # says so
     found, notes = [], []

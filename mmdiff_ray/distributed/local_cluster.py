@@ -29,7 +29,8 @@ TOKEN = "token"
 MARK = "MMDIFF_CLUSTER"
 """The variable that all processes of a cluster inherit, with the cluster's name."""
 HOST = "127.0.0.1"
-UP_S = 180.0
+UP_S = 120.0
+ATTEMPTS = 3
 END_S = 15.0
 POLL_S = 0.5
 STORE_BYTES = 512 * 2**20
@@ -145,11 +146,9 @@ def _start(workers: int, cpus: int, folder: Path) -> LocalCluster:
     _write(cluster, folder)
     try:
         cluster = _with_node(cluster, folder, "head", _head_options(cluster))
-        _wait(cluster, folder, 1)
         for number in range(1, workers + 1):
             options = [f"--address={cluster.gcs}", f"--num-cpus={cpus}"]
             cluster = _with_node(cluster, folder, f"worker-{number}", options)
-        _wait(cluster, folder, 1 + workers)
     except BaseException:
         _clear(cluster, folder)
         raise
@@ -185,7 +184,22 @@ def _head_options(cluster: LocalCluster) -> list[str]:
 
 
 def _with_node(cluster: LocalCluster, folder: Path, name: str, options: Sequence[str]) -> LocalCluster:
-    """Start a node and return the cluster with it, noted on the disk at once so that it can be ended."""
+    """Start one more node and return the cluster with it once it is alive.
+
+    On a busy machine a node gives up after 30 s, which Ray fixes: it gets more attempts. Raises RunError with
+    the last words of the last one.
+    """
+    for _ in range(ATTEMPTS):
+        grown = _spawned(cluster, folder, name, options)
+        if _comes_up(grown):
+            return grown
+    log = folder / f"{name}.log"
+    raise RunError(f"the local cluster did not come up: {_last_words(log)} ({log})")
+
+
+def _spawned(cluster: LocalCluster, folder: Path, name: str, options: Sequence[str]) -> LocalCluster:
+    """Start a node's process and return the cluster with it, noted on the disk at once so that it can be
+    ended."""
     (agent,) = _free_ports(1)
     common = [f"--node-ip-address={HOST}", f"--dashboard-agent-listen-port={agent}", "--block"]
     common += ["--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={STORE_BYTES}"]
@@ -216,15 +230,18 @@ def _environment(cluster: LocalCluster) -> dict[str, str]:
     }
 
 
-def _wait(cluster: LocalCluster, folder: Path, count: int) -> None:
-    """Wait until so many nodes are alive. Raises RunError where one ended, or none of it happens in time."""
-    deadline = time.monotonic() + UP_S
-    while nodes(cluster) < count:
-        ended = [place for place, known in enumerate(cluster.processes) if processes.find(known) is None]
-        if ended or time.monotonic() > deadline:
-            log = folder / (f"worker-{ended[0]}.log" if ended and ended[0] else "head.log")
-            raise RunError(f"the local cluster did not come up: {_last_words(log)} ({log})")
+def _comes_up(cluster: LocalCluster) -> bool:
+    """Wait for the cluster's last node; return whether it is alive. What is left of a dead one is ended."""
+    deadline, family = time.monotonic() + UP_S, []
+    while node := processes.find(cluster.processes[-1]):
+        if nodes(cluster) >= len(cluster.processes):
+            return True
+        family = processes.descendants(node)
+        if time.monotonic() > deadline:
+            break
         time.sleep(POLL_S)
+    processes.end([*family, *([node] if node else [])], END_S)
+    return False
 
 
 def _last_words(log: Path) -> str:

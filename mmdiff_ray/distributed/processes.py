@@ -26,6 +26,14 @@ def find(wanted: Known) -> psutil.Process | None:
         return None
 
 
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    """Return what a process started, and what that started; nothing where it has ended."""
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
+
+
 def family(roots: Iterable[Known], variable: str, value: str) -> list[psutil.Process]:
     """Return the known processes, all that they started, and all that have the value in their environment.
 
@@ -33,9 +41,8 @@ def family(roots: Iterable[Known], variable: str, value: str) -> list[psutil.Pro
     """
     found: set[psutil.Process] = set()
     for root in roots:
-        with contextlib.suppress(psutil.Error):
-            if process := find(root):
-                found |= {process, *process.children(recursive=True)}
+        if process := find(root):
+            found |= {process, *descendants(process)}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(variable) == value:

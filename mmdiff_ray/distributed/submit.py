@@ -21,7 +21,16 @@ from mmdiff_ray.tracking.jobs import JOB_VARIABLE, REVISION_VARIABLE, page_of_jo
 from mmdiff_ray.tracking.provenance import git_revision
 from mmdiff_ray.tracking.store import shown, tracking_uri
 
-COMMANDS = ("train", "evaluate", "generate", "experiment", "data_build", "data_inspect", "data_embed")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "generate",
+    "experiment",
+    "sweep",
+    "data_build",
+    "data_inspect",
+    "data_embed",
+)
 EXPERIMENTS = Path("pipelines/configs/experiments")
 PASSED_ON = ("MLFLOW_", "AWS_")
 OF_THIS_MACHINE = (
@@ -124,6 +133,8 @@ def _named(words: Sequence[str], known: argparse.Namespace) -> dict[str, tuple[s
         elif known.run == "experiment" and word == known.name:
             file = Path(word) if word.endswith(".yaml") else EXPERIMENTS / f"{word}.yaml"
             found |= {word: ("", file)} if file.is_file() else {}
+        elif known.run == "sweep" and not known.resume and word == known.file and Path(word).is_file():
+            found[word] = ("", Path(word))
         elif word in getattr(known, "given", []) and Path(value).is_file():
             found[word] = (f"{before}=", Path(value))
     return found
@@ -211,7 +222,12 @@ def requirements(stage: Path) -> list[str]:
 def _name(known: argparse.Namespace, config: Config | None) -> str:
     if config is not None:
         return config.name
-    named = getattr(known, "resume", None) or getattr(known, "model", None) or getattr(known, "name", None)
+    named = (
+        getattr(known, "resume", None)
+        or getattr(known, "model", None)
+        or getattr(known, "name", None)
+        or getattr(known, "file", None)
+    )
     return Path(named).stem if named else known.run
 
 

@@ -290,6 +290,7 @@ def test_token_file_that_is_not_there_is_told(dead_url, monkeypatch):
         (("--", "evaluate", "x"), "give --folder DIR"),
         (("--folder", "here", "--", "evaluate", "x"), "--folder (here) must be an absolute path"),
         (("--", "experiment", "nothing"), "experiment: unknown 'nothing'"),
+        (("--", "sweep", "nothing.yaml"), "nothing.yaml"),
     ],
 )
 def test_wrong_command_is_refused_before_a_cluster_is_asked(capsys, dead_url, words, message):
