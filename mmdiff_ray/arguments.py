@@ -244,9 +244,7 @@ def _add_submit(commands: argparse._SubParsersAction) -> None:  # type: ignore[t
         help="a folder that all nodes of the cluster share, where relative paths (runs/, data/) start "
         "(default on this machine's cluster: this folder)",
     )
-    submit.add_argument(
-        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="one more variable for the job"
-    )
+    submit.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="a variable")
     submit.add_argument("--pip", action="store_true", help="install requirements.lock on the cluster first")
     submit.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="train, data, ...")
 

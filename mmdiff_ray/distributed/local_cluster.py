@@ -29,6 +29,7 @@ TOKEN = "token"
 MARK = "MMDIFF_CLUSTER"
 """The variable that all processes of a cluster inherit, with the cluster's name."""
 HOST = "127.0.0.1"
+NOT_INHERITED = ("RAY_", "MLFLOW_", "AWS_", "PYTHONPATH")
 UP_S = 120.0
 ATTEMPTS = 3
 END_S = 15.0
@@ -218,9 +219,9 @@ def _spawned(cluster: LocalCluster, folder: Path, name: str, options: Sequence[s
 
 
 def _environment(cluster: LocalCluster) -> dict[str, str]:
-    """Return the environment of the cluster's processes: this one's, without what leads to another Ray or to
-    this folder's code."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTHONPATH"))}
+    """Return the environment of the cluster's processes: this one's, without what leads to another Ray, and
+    without what each job brings along."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(NOT_INHERITED)}
     return kept | {
         MARK: cluster.name,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),

@@ -69,7 +69,9 @@ def submit(
     size = package.check_size(files)
     client = connect(place)
     job = f"{_slug(given.name or _name(known, config))}-{secrets.token_hex(3)}"
-    store, experiment = _store(known, config, folder), config.tracking.experiment if config else "mmdiff"
+    store = _store(known, config, variables, folder if place.local else None)
+    experiment = config.tracking.experiment if config else "mmdiff"
+    page = page_of_job(store, experiment, job)  # first: an experiment that was deleted is told here
     with tempfile.TemporaryDirectory(prefix="mmdiff-") as stage, server_errors(place):
         package.stage(files, Path(stage))
         _send(
@@ -77,7 +79,7 @@ def submit(
         )
     console.print(f"sent      {len(files)} files, {size / 2**20:.1f} MiB")
     console.print(f"job       {job}, at {place.url}", soft_wrap=True)
-    console.print(f"MLflow    {page_of_job(store, experiment, job)}", soft_wrap=True)
+    console.print(f"MLflow    {page}", soft_wrap=True)
     return job
 
 
@@ -183,9 +185,16 @@ def _checked(config: Config | None, here: bool) -> list[str]:
     return [f"config    {config.name}: {first}", *(f"note      {note}" for note in notes)]
 
 
-def _store(known: argparse.Namespace, config: Config | None, folder: str | None) -> str:
+def _store(
+    known: argparse.Namespace, config: Config | None, variables: Mapping[str, str], folder: str | None
+) -> str:
+    """Return where the job's runs will be recorded; nothing where only the cluster knows.
+
+    folder: where relative paths start, on a cluster of this machine; None elsewhere.
+    """
+    named = (config.tracking.uri if config else None) or variables.get("MLFLOW_TRACKING_URI")
     runs = config.runs if config else getattr(known, "runs", "runs")
-    return tracking_uri(config.tracking.uri if config else None, Path(folder or ".") / runs)
+    return tracking_uri(named, Path(folder or ".") / runs) if named or folder else ""
 
 
 def _facts(words: Sequence[str], store: str) -> dict[str, str]:

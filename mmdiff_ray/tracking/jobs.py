@@ -34,13 +34,17 @@ def condition(job: str) -> str:
 
 
 def page_of_job(uri: str, experiment: str, job: str) -> str:
-    """Return the address of MLflow's page with a job's runs alone, or how to find them where this machine
-    cannot ask the store."""
+    """Return the address of MLflow's page with a job's runs alone, or how to find them.
+
+    uri: nothing where only the cluster knows its store. Raises ConfigError where the experiment was deleted.
+    """
+    if not uri:
+        return f"where MLFLOW_TRACKING_URI of the cluster says (search there: {condition(job)})"
     if not _is_server(uri):
         return store.ui_command(uri)
-    if not reachable(uri):
+    number = _experiment(uri, experiment) if reachable(uri) else None
+    if number is None:
         return f"{store.shown(uri)} (search there: {condition(job)})"
-    number = store.get_or_create_experiment(uri, experiment)
     return f"{_base(uri)}/experiments/{number}/runs?searchFilter={quote(condition(job), safe='')}"
 
 
@@ -75,6 +79,17 @@ def reachable(uri: str) -> bool:
         return True
     except (OSError, ValueError):
         return False
+
+
+def _experiment(uri: str, name: str) -> str | None:
+    """Return an experiment's id; None where the server refuses to tell it."""
+    store.prepare(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return store.get_or_create_experiment(uri, name)
+    except MlflowException:
+        return None
 
 
 def _page(uri: str, run: Any) -> str:

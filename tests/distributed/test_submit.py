@@ -230,6 +230,8 @@ def test_page_of_a_server_that_is_not_there_is_told_at_once_and_without_its_pass
     page = jobs.page_of_job(uri, "mmdiff", "demo-1a2b3c")
     assert page == f"{dead_url} (search there: tags.`mmdiff.job_id` = 'demo-1a2b3c')"
     assert jobs.runs_of_job(uri, "demo-1a2b3c") == []
+    assert "MLFLOW_TRACKING_URI of the cluster" in jobs.page_of_job("", "mmdiff", "demo-1a2b3c")
+    assert jobs.runs_of_job("", "demo-1a2b3c") == []
 
 
 # --- what is refused here ----------------------------------------------------------------------------------
