@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from mmdiff_ray.cli import main
 from mmdiff_ray.distributed.job import read_run
 from mmdiff_ray.distributed.job_server import connect, find_place
 from mmdiff_ray.tracking import jobs, store
@@ -206,25 +207,24 @@ def test_stopped_job_keeps_a_checkpoint_closes_its_run_and_goes_on_by_another_jo
     assert services.run_of(found[1]).info.status == "FINISHED"
 
 
-def test_mistakes_are_told_with_what_to_do(services):
-    (url,) = re.findall(r"dashboard +(http://\S+)", services.mmdiff("cluster", "status")[1])
-    for words, variables, message in (
-        (["status", "nothing"], {}, "there is no job 'nothing' at"),
-        (["logs", "--follow", "nothing"], {}, "there is no job 'nothing' at"),
-        (["stop", "nothing"], {}, "there is no job 'nothing' at"),
-        (
-            ["list", "--address", url.replace("127.0.0.1", "localhost")],
-            {},
-            "it asks for a token; set RAY_AUTH_",
-        ),
-        (
-            ["list", "--address", url.replace("127.0.0.1", "localhost")],
-            {"RAY_AUTH_TOKEN": "wrong"},
-            "the token is not that of the cluster",
-        ),
+def test_mistakes_are_told_with_what_to_do(services, monkeypatch, capsys):
+    monkeypatch.chdir(services.folder)
+    elsewhere = ["--address", find_place(None).url.replace("127.0.0.1", "localhost")]  # no token is known for
+    for words, message in (
+        (["status", "nothing"], "there is no job 'nothing' at"),
+        (["logs", "--follow", "nothing"], "there is no job 'nothing' at"),
+        (["stop", "nothing"], "there is no job 'nothing' at"),
+        (["list", *elsewhere], "it asks for a token; set RAY_AUTH_TOKEN_PATH"),
     ):
-        code, said = services.mmdiff("jobs", *words, **variables)
-        assert code == 2 and message in said and len(said.splitlines()) == 1, said
+        assert main(["jobs", *words]) == 2
+        said = capsys.readouterr().err
+        assert message in said and len(said.splitlines()) == 1
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    assert main(["jobs", "list", *elsewhere]) == 2
+    assert "the token is not that of the cluster" in capsys.readouterr().err
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(services.folder / ".cluster" / "token"))
+    assert main(["jobs", "list", *elsewhere]) == 0
 
 
 def test_failed_job_is_told_with_its_reason_and_exit_code(services):
