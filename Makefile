@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA := data/openmoji
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast ui bench lint lock clean
+.PHONY: help install demo test test-fast ui cluster cluster-down bench lint lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | column -t -s '	'
@@ -34,6 +34,12 @@ test-fast: install ## the tests that take seconds
 
 ui: install ## open MLflow on the runs of this folder
 	@$(BIN)/mmdiff ui
+
+cluster: install ## start a Ray cluster of three nodes on this machine
+	@$(BIN)/mmdiff cluster up
+
+cluster-down: install ## end that cluster, and no other Ray
+	@$(BIN)/mmdiff cluster down
 
 bench: install ## measure speed against named alternatives
 	@for file in benchmarks/*.py; do $(BIN)/python $$file; done

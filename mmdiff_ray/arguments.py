@@ -12,6 +12,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="mmdiff", description="Train multi-modal, multi-task diffusion models on Ray."
     )
     parser.add_argument("--version", action="version", version=f"mmdiff {__version__}")
+    parser.add_argument("-C", dest="working_folder", metavar="DIR", help="work in this folder")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_data(commands)
     _add_train(commands)
@@ -20,6 +21,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_experiment(commands)
     _add_sweep(commands)
+    _add_submit(commands)
+    _add_jobs(commands)
+    _add_cluster(commands)
     _add_ui(commands)
     _add_doctor(commands)
     return parser
@@ -206,6 +210,79 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:  # type: ignore[ty
     sweep.add_argument("--dry-run", action="store_true", help="check it, print space and cost, start nothing")
     sweep.add_argument("--resume", metavar="SWEEP", help="go on with a sweep that was cut short")
     sweep.add_argument("--runs", default="runs", help="where runs lie")
+
+
+ADDRESS = (
+    "the cluster's dashboard, http://HEAD:8265 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or the cluster "
+    "of `mmdiff cluster up` in this folder)"
+)
+TOKEN = (
+    "A cluster with token authentication (RAY_AUTH_MODE=token) is asked with the token in RAY_AUTH_TOKEN\n"
+    "or in the file RAY_AUTH_TOKEN_PATH; that of `mmdiff cluster up` is found by itself."
+)
+
+
+def _add_submit(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    submit = _command(
+        commands,
+        "submit",
+        "submit",
+        "run a command on a Ray cluster, with the code of this folder",
+        "mmdiff submit --follow -- train pipelines/configs/demo.yaml train.samples=500000",
+    )
+    submit.epilog += (
+        f"\n\n{TOKEN}\nVariables that begin with MLFLOW_ or AWS_ go with the job. Ray keeps them and shows\n"
+        "them to everyone who has the token of the cluster: there, give the nodes a role instead."
+    )
+    submit.add_argument("--address", metavar="URL", help=ADDRESS)
+    submit.add_argument("--name", help="how the job's id begins (default: the run's name)")
+    submit.add_argument("--follow", action="store_true", help="print the job's output until it ends")
+    submit.add_argument("--num-workers", type=int, metavar="N", help="for train: the same as workers.count=N")
+    submit.add_argument(
+        "--folder",
+        metavar="DIR",
+        help="a folder that all nodes of the cluster share, where relative paths (runs/, data/) start "
+        "(default on this machine's cluster: this folder)",
+    )
+    submit.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="a variable")
+    submit.add_argument("--pip", action="store_true", help="install requirements.lock on the cluster first")
+    submit.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="train, data, ...")
+
+
+def _add_jobs(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    jobs = commands.add_parser("jobs", help="list, follow and stop submitted jobs")
+    actions = jobs.add_subparsers(required=True, metavar="ACTION")
+    shown = {
+        "list": ("list the jobs of a cluster", "mmdiff jobs list"),
+        "status": ("show a job and its runs in MLflow", "mmdiff jobs status demo-1a2b3c"),
+        "logs": ("print a job's output", "mmdiff jobs logs --follow demo-1a2b3c"),
+        "stop": ("let a job save a checkpoint and end", "mmdiff jobs stop demo-1a2b3c"),
+    }
+    for name, (text, example) in shown.items():
+        action = _command(actions, name, f"jobs_{name}", text, example)
+        action.epilog += f"\n\n{TOKEN}"
+        action.add_argument("--address", metavar="URL", help=ADDRESS)
+        if name == "logs":
+            action.add_argument("--follow", action="store_true", help="go on until the job ends")
+        if name == "stop":
+            action.add_argument("--no-wait", action="store_true", help="do not wait until it has ended")
+        if name != "list":
+            action.add_argument("job", metavar="ID", help="as `mmdiff jobs list` prints it")
+
+
+def _add_cluster(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    cluster = commands.add_parser("cluster", help="start and end a real Ray cluster on this machine")
+    actions = cluster.add_subparsers(required=True, metavar="ACTION")
+    shown = {
+        "up": ("start a head and workers on this machine, noted in .cluster/", " --workers 2 --cpus 4"),
+        "down": ("end the cluster of this folder, and no other Ray", ""),
+        "status": ("say whether the cluster of this folder is up", ""),
+    }
+    for name, (text, options) in shown.items():
+        action = _command(actions, name, f"cluster_{name}", text, f"mmdiff cluster {name}{options}")
+        if name == "up":
+            action.add_argument("--workers", type=int, default=2, help="nodes beside the head")
+            action.add_argument("--cpus", type=int, default=4, help="CPUs that each worker claims to have")
 
 
 def _add_ui(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]

@@ -13,15 +13,10 @@ from mmdiff_ray.config import ConfigError, RunError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 well, 1 failed, 2 wrong input, 130 interrupted."""
-    parser = make_parser()
-    known, extra = parser.parse_known_args(arguments)
-    known.extra = extra
-    if hasattr(known, "overrides"):  # argparse gives up on positional words behind an option
-        known.overrides += [word for word in extra if not word.startswith("-")]
-        extra = [word for word in extra if word.startswith("-")]
-    if extra and known.run != "data_build":
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    known = parse(arguments)
     try:
+        if known.working_folder:
+            _go_to(known.working_folder)
         return RUNS[known.run](known)
     except ConfigError as error:
         print(f"mmdiff: {error}", file=sys.stderr)
@@ -35,6 +30,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of a command; ends the program with 2 where they are none."""
+    parser = make_parser()
+    known, extra = parser.parse_known_args(arguments)
+    known.extra = extra
+    if hasattr(known, "overrides"):  # argparse gives up on positional words behind an option
+        known.overrides += [word for word in extra if not word.startswith("-")]
+        extra = [word for word in extra if word.startswith("-")]
+    if extra and known.run != "data_build":
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    return known
+
+
+def _go_to(folder: str) -> None:
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        raise ConfigError(f"-C: cannot work in {folder}: {error.strerror}") from None
 
 
 def _data_build(given: argparse.Namespace) -> int:
@@ -151,6 +166,95 @@ def _sweep(given: argparse.Namespace) -> int:
     return (dry_run if given.dry_run else sweep)(spec, given.file, given.overrides, given.runs)
 
 
+def _submit(given: argparse.Namespace) -> int:
+    from mmdiff_ray.distributed.commands import make_console
+    from mmdiff_ray.distributed.job_commands import show_logs
+    from mmdiff_ray.distributed.submit import submit
+
+    words = given.words[1:] if given.words[:1] == ["--"] else given.words
+    if not words:
+        raise ConfigError("submit needs a command: mmdiff submit -- train pipelines/configs/demo.yaml")
+    known = parse(words)
+    if known.run == "experiment":
+        from mmdiff_ray.experiments.spec import load_experiment
+
+        load_experiment(known.name, known.preset)
+    if known.run == "sweep" and known.file and known.file != "report" and not known.resume:
+        from mmdiff_ray.sweeps.spec import load_sweep
+
+        load_sweep(known.file, known.overrides)
+    console = make_console()
+    job = submit(given, words, known, console)
+    if given.follow:
+        return show_logs(given.address, job, True, console)
+    for action in ("logs --follow", "stop"):
+        console.print(f"next      mmdiff jobs {action} {job}", soft_wrap=True)
+    return 0
+
+
+def _jobs_list(given: argparse.Namespace) -> int:
+    from mmdiff_ray.distributed.commands import make_console
+    from mmdiff_ray.distributed.job_commands import list_jobs
+
+    return list_jobs(given.address, make_console())
+
+
+def _jobs_status(given: argparse.Namespace) -> int:
+    from mmdiff_ray.distributed.commands import make_console
+    from mmdiff_ray.distributed.job_commands import show_job
+
+    return show_job(given.address, given.job, make_console())
+
+
+def _jobs_logs(given: argparse.Namespace) -> int:
+    from mmdiff_ray.distributed.commands import make_console
+    from mmdiff_ray.distributed.job_commands import show_logs
+
+    return show_logs(given.address, given.job, given.follow, make_console())
+
+
+def _jobs_stop(given: argparse.Namespace) -> int:
+    from mmdiff_ray.distributed.commands import make_console
+    from mmdiff_ray.distributed.job_commands import stop_job
+
+    return stop_job(given.address, given.job, not given.no_wait, make_console())
+
+
+def _cluster_up(given: argparse.Namespace) -> int:
+    from mmdiff_ray.distributed import local_cluster
+
+    known = local_cluster.read()
+    if known is None or not local_cluster.is_up(known):
+        print("starting a head and workers; this takes half a minute ...", flush=True)
+    cluster, new = local_cluster.up(given.workers, given.cpus)
+    print("the cluster is up" if new else "the cluster is up already")
+    print(local_cluster.describe(cluster))
+    return 0
+
+
+def _cluster_down(given: argparse.Namespace) -> int:
+    from mmdiff_ray.distributed import local_cluster
+
+    known = local_cluster.read()
+    if known is not None and local_cluster.nodes(known):
+        from mmdiff_ray.distributed.commands import make_console
+        from mmdiff_ray.distributed.job_commands import stop_all
+        from mmdiff_ray.distributed.job_server import find_place
+
+        stop_all(find_place(known.address), make_console())
+    ended = local_cluster.down()
+    print("the cluster is down" if ended else "there is no cluster in this folder")
+    return 0
+
+
+def _cluster_status(given: argparse.Namespace) -> int:
+    from mmdiff_ray.distributed import local_cluster
+
+    words, fine = local_cluster.state()
+    print(words)
+    return 0 if fine else 1
+
+
 def _ui(given: argparse.Namespace) -> int:
     from mmdiff_ray.tracking.ui import serve
 
@@ -173,6 +277,14 @@ RUNS: dict[str, Callable[[argparse.Namespace], int]] = {
     "evaluate": _evaluate,
     "experiment": _experiment,
     "sweep": _sweep,
+    "submit": _submit,
+    "jobs_list": _jobs_list,
+    "jobs_status": _jobs_status,
+    "jobs_logs": _jobs_logs,
+    "jobs_stop": _jobs_stop,
+    "cluster_up": _cluster_up,
+    "cluster_down": _cluster_down,
+    "cluster_status": _cluster_status,
     "ui": _ui,
     "doctor": _doctor,
 }

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from mmdiff_ray import __version__
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, UnreachableError
 from mmdiff_ray.data.storage import exists, filesystem, read_bytes
 
 FORMAT_VERSION = 1
@@ -96,7 +96,7 @@ def read_manifest(uri: str) -> Manifest:
     except FileNotFoundError:
         raise ConfigError(_missing(uri, unfinished=exists(fs, f"{root}/{JOURNAL}"))) from None
     except OSError as error:
-        raise ConfigError(f"data.sources: cannot read {uri}: {error}") from None
+        raise UnreachableError(f"data.sources: cannot read {uri}: {error}") from None
     try:
         return from_json(text)
     except ConfigError as error:

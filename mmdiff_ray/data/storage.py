@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, UnreachableError
 
 CHUNK_BYTES = 1 << 20
 PART = ".part"
@@ -114,9 +114,8 @@ def _remote(uri: str) -> tuple[FileSystem, str]:
     try:
         fs, path = FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError) as error:
-        raise ConfigError(
-            f"cannot open {uri}: {error}; want a path or file://, s3://, gs:// or hdfs://"
-        ) from None
+        kind = UnreachableError if isinstance(error, OSError) else ConfigError
+        raise kind(f"cannot open {uri}: {error}; want a path or file://, s3://, gs:// or hdfs://") from None
     return fs, path.rstrip("/")
 
 

@@ -119,6 +119,16 @@ def prepare(config: Config, folder: Path) -> Job:
         choose_device(config.train)
     check_changes(config)
     manifests = read_sources(config)
+    config, denoiser = fit(config, manifests)
+    reader = make_reader(config, denoiser)
+    splits = [manifest.splits["train"] for manifest in manifests]
+    calibrate(denoiser.modalities, split_batches(reader, splits, CALIBRATION_ROWS, 64))
+    return Job(config, manifests, folder, _fixed_scales(denoiser))
+
+
+def fit(config: Config, manifests: list[Manifest]) -> tuple[Config, Denoiser]:
+    """Return the configuration with all that the data's manifests decide, and its model. Raises ConfigError
+    where they do not go together; no row is read."""
     if config.evaluate.evaluators != [] and not sum(m.splits[config.evaluate.split].rows for m in manifests):
         raise ConfigError(
             f"evaluate.split: the data have no rows in {config.evaluate.split}; build them with a larger "
@@ -130,11 +140,7 @@ def prepare(config: Config, folder: Path) -> Job:
     cutout = config.train.cutout
     if cutout is not None and denoiser.modalities[cutout].made_from is None:
         raise ConfigError(f"train.cutout ({cutout}) hides nothing; name an instance with holes")
-    config = _with_sizes(config, denoiser)
-    reader = make_reader(config, denoiser)
-    splits = [manifest.splits["train"] for manifest in manifests]
-    calibrate(denoiser.modalities, split_batches(reader, splits, CALIBRATION_ROWS, 64))
-    return Job(config, manifests, folder, _fixed_scales(denoiser))
+    return _with_sizes(config, denoiser), denoiser
 
 
 def _check_phases(config: Config) -> None:

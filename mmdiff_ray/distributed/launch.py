@@ -77,7 +77,7 @@ def run(job: Job, display: Display) -> Path:
         with display:
             state = work(job, display)
         return job.folder
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter: SIGTERM while Ray's own handler takes it
         state = "stopped"
         raise
     finally:

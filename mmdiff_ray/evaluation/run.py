@@ -1,6 +1,7 @@
 """Run the configured evaluators on a model and held-out rows."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,12 +19,19 @@ from mmdiff_ray.training.inference import Generator
 
 def check_evaluators(config: Config) -> None:
     """Raise ConfigError for an evaluator that is not registered, or whose weights are not on this machine."""
+    for evaluator in known_evaluators(config):
+        getattr(evaluator, "check", lambda config: None)(config)
+
+
+def known_evaluators(config: Config) -> list[Any]:
+    """Return the evaluators of a configuration. Raises ConfigError for one that is not registered."""
+    found = []
     for name in chosen(config):
         try:
-            evaluator = look_up("evaluator", name)
+            found.append(look_up("evaluator", name))
         except KeyError as error:
             raise ConfigError(f"evaluate.evaluators: {error.args[0]}") from None
-        getattr(evaluator, "check", lambda config: None)(config)
+    return found
 
 
 def chosen(config: Config) -> list[str]:

@@ -1,12 +1,14 @@
 """What made a run: the revision of the code and the versions of what it stands on."""
 
 import getpass
+import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 
 import mmdiff_ray
+from mmdiff_ray.tracking.jobs import JOB_TAG, JOB_VARIABLE, REVISION_VARIABLE
 
 PACKAGES = ("mmdiff-ray", "torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
 
@@ -15,10 +17,17 @@ def tags(git_folder: str | Path | None = None) -> dict[str, str]:
     """Return the tags of a run that say where it comes from. git_folder: of the code, else this package's."""
     found = {f"version.{name}": version for name, version in versions().items()}
     found |= {"mlflow.source.name": "mmdiff", "mlflow.user": _user()}
-    revision = git_revision(git_folder or Path(mmdiff_ray.__file__).parent)
-    if revision is not None:
+    if revision := _sent_revision() or git_revision(git_folder or Path(mmdiff_ray.__file__).parent):
         found |= {"mlflow.source.git.commit": revision[0], "git.changed_files": str(revision[1])}
+    if job := os.environ.get(JOB_VARIABLE):
+        found[JOB_TAG] = job
     return found
+
+
+def _sent_revision() -> tuple[str, int] | None:
+    """Return the revision of a submitted job's code, which lies outside any checkout on the cluster."""
+    commit, _, changed = os.environ.get(REVISION_VARIABLE, "").partition(" ")
+    return (commit, int(changed or 0)) if commit else None
 
 
 def versions() -> dict[str, str]:

@@ -133,6 +133,15 @@ def test_second_signal_ends_at_once(sprites, runs):
     assert tiny.same(resume(job.folder).weights, train(sprites, runs).weights)
 
 
+def test_end_by_rays_own_handler_of_signals_closes_the_run(sprites, runs):
+    """Where Ray has the signal, as while the workers are being asked for, the driver is told to exit."""
+    job = prepared(sprites, runs)
+    with pytest.raises(SystemExit):
+        launch.train(job, Watching(64, lambda: sys.exit(signal.SIGTERM)))
+    ended = Ended(job.folder, Watching())
+    assert ended.facts["state"] == "stopped" and ended.status == "KILLED"
+
+
 def test_failure_is_marked_and_raised(sprites, runs):
     job = prepared(sprites, runs, "train.learning_rate=1e30")
     with pytest.raises(TrainingError, match=r"not finite: .* at step"):

@@ -54,13 +54,16 @@ def mute_uri():
 
 
 class Server:
-    """An `mlflow server` on loopback; its store and its port stay the same from start to start."""
+    """An `mlflow server` on loopback; its store and its port stay the same from start to start.
 
-    def __init__(self, folder: Path, port: int):
+    artifacts: where it keeps them, if not in the folder.
+    """
+
+    def __init__(self, folder: Path, port: int, artifacts: str = ""):
         self.uri = f"http://127.0.0.1:{port}"
         self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
         self._command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/server.db"]
-        self._command += ["--artifacts-destination", str(folder / "artifacts")]
+        self._command += ["--artifacts-destination", artifacts or str(folder / "artifacts")]
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:

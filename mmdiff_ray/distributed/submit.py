@@ -1,0 +1,244 @@
+"""Run a command on a cluster: check it here, pack the code, hand both to the cluster's job server."""
+
+import argparse
+import os
+import re
+import secrets
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mmdiff_ray import config as configuration
+from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.distributed import package
+from mmdiff_ray.distributed.ahead import check_ahead, check_paths
+from mmdiff_ray.distributed.job_server import Place, connect, find_place, server_errors
+from mmdiff_ray.tracking.jobs import JOB_VARIABLE, REVISION_VARIABLE, page_of_job
+from mmdiff_ray.tracking.provenance import git_revision
+from mmdiff_ray.tracking.store import shown, tracking_uri
+
+COMMANDS = (
+    "train",
+    "evaluate",
+    "generate",
+    "experiment",
+    "sweep",
+    "data_build",
+    "data_inspect",
+    "data_embed",
+)
+EXPERIMENTS = Path("pipelines/configs/experiments")
+PASSED_ON = ("MLFLOW_", "AWS_")
+OF_THIS_MACHINE = (
+    "AWS_CA_BUNDLE",
+    "AWS_CONFIG_FILE",
+    "AWS_DEFAULT_PROFILE",
+    "AWS_PROFILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+)
+"""Variables that name files here; a cluster elsewhere gets them by --env alone."""
+STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
+STOP_S = 120
+"""How long a job that is stopped may take for its checkpoint before Ray kills it (Ray's own: 3 s)."""
+
+
+def submit(
+    given: argparse.Namespace, words: Sequence[str], known: argparse.Namespace, console: Console
+) -> str:
+    """Hand a command to a cluster and return the job's id.
+
+    given: the arguments of `mmdiff submit`; words: the command; known: the command's own arguments. Raises
+    ConfigError for all that is wrong with it before anything is uploaded.
+    """
+    if known.run not in COMMANDS:
+        names = ", ".join(name.replace("_", " ") for name in COMMANDS)
+        raise ConfigError(f"submit runs one of {names}; got {' '.join(words[:2])}")
+    words = _with_workers(words, known, given.num_workers)
+    place = find_place(given.address)
+    config = _config(known)
+    folder = _folder(given.folder, place, config)
+    here = place.local is not None and folder == str(Path.cwd())
+    for sentence in _checked(config, here):
+        console.print(sentence, soft_wrap=True)
+    variables = environment(given.env, here=place.local is not None)
+    files = package.contents(Path.cwd(), [file for _, file in _named(words, known).values()])
+    size = package.check_size(files)
+    client = connect(place)
+    job = f"{_slug(given.name or _name(known, config))}-{secrets.token_hex(3)}"
+    store = _store(known, config, variables, folder if place.local else None)
+    experiment = config.tracking.experiment if config else "mmdiff"
+    page = page_of_job(store, experiment, job)  # first: an experiment that was deleted is told here
+    with tempfile.TemporaryDirectory(prefix="mmdiff-") as stage, server_errors(place):
+        package.stage(files, Path(stage))
+        _send(
+            client, job, stage, entrypoint(words, known, folder), variables, given.pip, _facts(words, store)
+        )
+    console.print(f"sent      {len(files)} files, {size / 2**20:.1f} MiB")
+    console.print(f"job       {job}, at {place.url}", soft_wrap=True)
+    console.print(f"MLflow    {page}", soft_wrap=True)
+    return job
+
+
+def environment(given: Sequence[str], here: bool, around: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the variables that a job gets: MLFLOW_*, AWS_*, and those of --env, which go before.
+
+    given: NAME=VALUE, or NAME for the value here. here: whether the cluster is this machine.
+    """
+    found = {
+        name: value
+        for name, value in around.items()
+        if name.startswith(PASSED_ON) and (here or name not in OF_THIS_MACHINE)
+    }
+    if uri := found.get("MLFLOW_TRACKING_URI"):
+        found["MLFLOW_TRACKING_URI"] = tracking_uri(uri, ".")
+    found[STOP_VARIABLE] = str(STOP_S)
+    for word in given:
+        name, equals, value = word.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ConfigError("--env wants NAME=VALUE or NAME, a name of letters, digits and _")
+        if not equals and name not in around:
+            raise ConfigError(f"--env {name}: there is no such variable here; write --env {name}=VALUE")
+        found[name] = value if equals else around[name]
+    return found
+
+
+def entrypoint(words: Sequence[str], known: argparse.Namespace, folder: str | None) -> str:
+    """Return the shell command of a job, which starts in the package and goes to the folder.
+
+    `exec` leaves no shell between Ray and the driver, which gets Ray's SIGTERM itself.
+    """
+    named = _named(words, known)
+    at = ["-C", shlex.quote(folder)] if folder else []
+    shell = [_shell(word, named) for word in words]
+    return " ".join(["exec python -m mmdiff_ray.cli", *at, *shell])
+
+
+def _shell(word: str, named: Mapping[str, tuple[str, Path]]) -> str:
+    """Return a word for the shell; a file of the package by its place there."""
+    if word not in named:
+        return shlex.quote(word)
+    before, file = named[word]
+    return f'{shlex.quote(before) if before else ""}"$PWD"/{shlex.quote(package.place(file, Path.cwd()))}'
+
+
+def _named(words: Sequence[str], known: argparse.Namespace) -> dict[str, tuple[str, Path]]:
+    """Return the words that name a file which the job needs: word -> (what stands before the name, file)."""
+    found: dict[str, tuple[str, Path]] = {}
+    for word in words:
+        before, _, value = word.partition("=")
+        if known.run == "train" and not known.resume and Path(word) == known.config:
+            found[word] = ("", known.config)
+        elif known.run == "experiment" and word == known.name:
+            file = Path(word) if word.endswith(".yaml") else EXPERIMENTS / f"{word}.yaml"
+            found |= {word: ("", file)} if file.is_file() else {}
+        elif known.run == "sweep" and not known.resume and word == known.file and Path(word).is_file():
+            found[word] = ("", Path(word))
+        elif word in getattr(known, "given", []) and Path(value).is_file():
+            found[word] = (f"{before}=", Path(value))
+    return found
+
+
+def _with_workers(words: Sequence[str], known: argparse.Namespace, count: int | None) -> list[str]:
+    if count is None:
+        return list(words)
+    if known.run != "train":
+        raise ConfigError("--num-workers is for train; other commands have --workers of their own")
+    known.overrides = [*known.overrides, f"workers.count={count}"]
+    return [*words, f"workers.count={count}"]
+
+
+def _config(known: argparse.Namespace) -> Config | None:
+    """Return the configuration that would be trained; None for what has none here."""
+    if known.run != "train" or known.resume:
+        return None
+    if known.config is None:
+        raise ConfigError(
+            "train needs a config file, for example pipelines/configs/demo.yaml, or --resume RUN"
+        )
+    return configuration.load([known.config], known.overrides, {"name": known.config.stem})
+
+
+def _folder(given: str | None, place: Place, config: Config | None) -> str | None:
+    """Return the folder of the cluster that relative paths start from; None where there are none."""
+    if given is not None:
+        if not Path(given).is_absolute():
+            raise ConfigError(f"--folder ({given}) must be an absolute path, on the cluster")
+        return given
+    if place.local is not None:
+        return str(Path.cwd())
+    if config is None:
+        raise ConfigError(
+            "give --folder DIR: the folder, shared by all nodes of the cluster, where runs/ and data/ are"
+        )
+    check_paths(config)
+    return None
+
+
+def _checked(config: Config | None, here: bool) -> list[str]:
+    if config is None:
+        return []
+    first, *notes = check_ahead(config, here)
+    return [f"config    {config.name}: {first}", *(f"note      {note}" for note in notes)]
+
+
+def _store(
+    known: argparse.Namespace, config: Config | None, variables: Mapping[str, str], folder: str | None
+) -> str:
+    """Return where the job's runs will be recorded; nothing where only the cluster knows.
+
+    folder: where relative paths start, on a cluster of this machine; None elsewhere.
+    """
+    named = (config.tracking.uri if config else None) or variables.get("MLFLOW_TRACKING_URI")
+    runs = config.runs if config else getattr(known, "runs", "runs")
+    return tracking_uri(named, Path(folder or ".") / runs) if named or folder else ""
+
+
+def _facts(words: Sequence[str], store: str) -> dict[str, str]:
+    """Return what a job carries for those who look at it; no secret."""
+    return {"mmdiff.command": shlex.join(words), "mmdiff.tracking_uri": shown(store)}
+
+
+def _send(
+    client: Any,
+    job: str,
+    stage: str,
+    command: str,
+    variables: Mapping[str, str],
+    pip: bool,
+    facts: Mapping[str, str],
+) -> None:
+    revision = git_revision(package.code_folder() / package.CODE[0])
+    own = {JOB_VARIABLE: job, **({REVISION_VARIABLE: f"{revision[0]} {revision[1]}"} if revision else {})}
+    runtime: dict[str, Any] = {"working_dir": stage, "env_vars": {**variables, **own}}
+    if pip:
+        runtime["pip"] = requirements(Path(stage))
+    client.submit_job(entrypoint=command, submission_id=job, runtime_env=runtime, metadata=dict(facts))
+
+
+def requirements(stage: Path) -> list[str]:
+    """Return what a job with --pip installs first. Raises ConfigError where nothing says it."""
+    lock = stage / package.LOCK
+    if not lock.is_file():
+        raise ConfigError(f"--pip installs from {package.LOCK}, which is not in this folder")
+    lines = (line.partition("#")[0].strip() for line in lock.read_text(encoding="utf8").splitlines())
+    return [line for line in lines if line]
+
+
+def _name(known: argparse.Namespace, config: Config | None) -> str:
+    if config is not None:
+        return config.name
+    named = (
+        getattr(known, "resume", None)
+        or getattr(known, "model", None)
+        or getattr(known, "name", None)
+        or getattr(known, "file", None)
+    )
+    return Path(named).stem if named else known.run
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-") or "job"

@@ -1,0 +1,362 @@
+"""Commands for a cluster: what is packed, what is passed on, what is refused here."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mmdiff_ray.cli import main, parse
+from mmdiff_ray.config import ConfigError, UnreachableError
+from mmdiff_ray.distributed import package
+from mmdiff_ray.distributed.ahead import check_ahead, within
+from mmdiff_ray.distributed.job_commands import without_secrets
+from mmdiff_ray.distributed.job_server import Place, connect, find_place
+from mmdiff_ray.distributed.submit import entrypoint, environment, requirements
+from mmdiff_ray.tracking import jobs, provenance
+from tests import sprites as tiny
+
+SECRET = "a-very-long-secret"
+
+
+@pytest.fixture(autouse=True)
+def nothing_around(tmp_path, monkeypatch):
+    """Work in an empty folder, with no address, token or store in the environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith(("RAY_", "MLFLOW_", "AWS_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def dead_url() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def refused(capsys, *words: str) -> str:
+    """Return why a command is refused as wrong input."""
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1
+    return said.err
+
+
+# --- what is packed ----------------------------------------------------------------------------------------
+
+
+def fill(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+GO = ("mine.yaml", "plugins/mine.py", "notes.txt")
+STAY = (
+    "data/a.parquet",
+    "runs/x/run.json",
+    ".venv/lib/x.py",
+    ".env",
+    "plugins/__pycache__/mine.pyc",
+    "big.bin",
+)
+
+
+@pytest.mark.parametrize("with_git", [True, False])
+def test_package_holds_the_code_and_the_folder_without_data_runs_hidden_files_and_caches(tmp_path, with_git):
+    fill(tmp_path, *GO, *STAY)
+    if with_git:
+        fill(tmp_path, ".gitignore", "gone.txt")
+        (tmp_path / ".gitignore").write_text("big.bin\n")
+        subprocess.run(["git", "init", "-q"], check=True)
+        subprocess.run(["git", "add", "mine.yaml", "gone.txt"], check=True)
+        (tmp_path / "gone.txt").unlink()
+    found = package.contents(tmp_path)
+    stays = STAY if with_git else STAY[:-1]
+    assert {*GO, "mmdiff_ray/cli.py", "pipelines/configs/demo.yaml", package.LOCK} <= set(found)
+    assert not set(found) & {*stays, ".gitignore", "gone.txt"}
+    assert not [name for name in found if "__pycache__" in name or name.startswith((".", "tests/"))]
+
+
+def test_code_of_a_checkout_is_taken_from_it_and_its_tests_and_results_stay(tmp_path):
+    found = package.contents(package.code_folder())
+    assert found["mmdiff_ray/cli.py"].is_file()
+    assert "pyproject.toml" in found and "README.md" in found
+    assert not [name for name in found if name.startswith(("tests/", "results/", "data/", "runs/"))]
+
+
+def test_named_file_goes_along_from_wherever_it_is(tmp_path, tmp_path_factory):
+    there = tmp_path_factory.mktemp("there") / "far.yaml"
+    fill(there.parent, "far.yaml")
+    fill(tmp_path, "data/near.yaml")
+    found = package.contents(tmp_path, [there, Path("data/near.yaml")])
+    assert found["submitted/far.yaml"] == there
+    assert found["data/near.yaml"] == Path("data/near.yaml")
+
+
+def test_staged_package_is_what_python_imports_there(tmp_path):
+    fill(tmp_path, "mine.py")
+    stage = tmp_path / "stage"
+    package.stage(package.contents(tmp_path), stage)
+    program = "import mmdiff_ray.arguments, pipelines; print(mmdiff_ray.__file__, pipelines.__file__)"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=stage, env=environment, capture_output=True, text=True
+    )
+    assert all(path.startswith(str(stage)) for path in done.stdout.split()), done.stderr
+    assert (stage / "mine.py").read_text() == "mine.py"
+
+
+def test_package_that_is_too_large_is_told_with_its_largest_files(tmp_path):
+    for number in range(8):
+        (tmp_path / f"{number}.bin").write_bytes(bytes(number * 2**20 // 4))
+    found = {name: file for name, file in package.contents(tmp_path).items() if name.endswith(".bin")}
+    assert package.check_size(found, 7 * 2**20) == 7 * 2**20
+    with pytest.raises(
+        ConfigError, match=r"7.0 MiB, more than 6.0 MiB; .*: 7.bin \(1.8 MiB\), 6.bin .*gitignore"
+    ):
+        package.check_size(found, 6 * 2**20)
+
+
+# --- what is passed on -------------------------------------------------------------------------------------
+
+
+def test_settings_of_stores_go_with_the_job_and_files_of_this_machine_do_not():
+    around = {
+        "MLFLOW_TRACKING_URI": "http://tracking:5000",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_PROFILE": "me",
+        "HOME": "/home/me",
+        "MINE": "1",
+    }
+    found = environment(["MINE", "OTHER=a=b", "EMPTY="], here=False, around=around)
+    assert found == {
+        "MLFLOW_TRACKING_URI": "http://tracking:5000",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",
+        "MINE": "1",
+        "OTHER": "a=b",
+        "EMPTY": "",
+    }
+    assert "AWS_PROFILE" in environment([], here=True, around=around)
+    assert environment(["AWS_PROFILE"], here=False, around=around)["AWS_PROFILE"] == "me"
+
+
+def test_given_variable_goes_before_ours_and_an_sqlite_path_is_made_absolute(tmp_path):
+    around = {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
+    found = environment(["RAY_JOB_STOP_WAIT_TIME_S=5"], here=True, around=around)
+    assert found["RAY_JOB_STOP_WAIT_TIME_S"] == "5"
+    assert found["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.mark.parametrize("word", ["NOT_THERE", f"9={SECRET}", f"A B={SECRET}", "="])
+def test_wrong_variable_is_told_without_its_value(word):
+    with pytest.raises(ConfigError) as error:
+        environment([word], here=True, around={})
+    assert SECRET not in str(error.value)
+
+
+def test_text_of_ray_is_shown_without_secrets_but_with_all_else():
+    variables = {
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "MY_TOKEN": "t0ken",
+        "EMPTY_KEY": "",
+        "MLFLOW_TRACKING_URI": "https://me:pa55word@host/x",
+        "MODE": "fast",
+    }
+    job = SimpleNamespace(runtime_env={"env_vars": variables})
+    text = f"fast: {variables} at https://me:pa55word@host/x"
+    shown = without_secrets(text, job)
+    assert not [secret for secret in (SECRET, "t0ken", "pa55word") if secret in shown]
+    assert shown.startswith("fast: {") and shown.endswith("at https://me:***@host/x")
+    assert without_secrets(text, SimpleNamespace(runtime_env=None)) == text
+
+
+def words_in_a_shell(command: str, cwd: Path) -> list[str]:
+    """Return the words that a shell makes of a job's command, without running it."""
+    assert command.startswith("exec python -m mmdiff_ray.cli ")
+    program = command.replace("exec python -m mmdiff_ray.cli", r"printf '%s\0'", 1)
+    done = subprocess.run(["/bin/sh", "-c", program], cwd=cwd, capture_output=True, text=True, check=True)
+    return done.stdout.split("\0")[:-1]
+
+
+def test_command_comes_through_the_shell_word_by_word_with_its_config_from_the_package(tmp_path):
+    fill(tmp_path, "my configs/a.yaml")
+    words = ["train", "my configs/a.yaml", "evaluate.evaluators=[joint, bound]", "name=it's $HOME"]
+    package_folder = tmp_path / "unpacked"
+    package_folder.mkdir()
+    shell = words_in_a_shell(entrypoint(words, parse(words), "/mnt/a b"), package_folder)
+    assert shell == ["-C", "/mnt/a b", "train", f"{package_folder}/my configs/a.yaml", *words[2:]]
+
+
+def test_override_behind_resume_is_no_config(tmp_path):
+    words = ["train", "--resume", "mine", "train.samples=9"]
+    assert words_in_a_shell(entrypoint(words, parse(words), None), tmp_path) == words
+
+
+def test_given_picture_and_shipped_experiment_come_from_the_package(tmp_path):
+    fill(tmp_path, "hole.png", "pipelines/configs/experiments/mine.yaml")
+    words = ["generate", "hole.png", "--given", "masked=hole.png", "--given", "category=cats", "--out", "x"]
+    shell = words_in_a_shell(entrypoint(words, parse(words), None), tmp_path)
+    assert shell == [*words[:3], f"masked={tmp_path}/hole.png", *words[4:]]
+    words = ["experiment", "mine"]
+    shell = words_in_a_shell(entrypoint(words, parse(words), None), tmp_path)
+    assert shell == ["experiment", f"{tmp_path}/pipelines/configs/experiments/mine.yaml"]
+
+
+def test_requirements_are_the_lines_of_the_lock(tmp_path):
+    with pytest.raises(ConfigError, match=r"--pip installs from requirements.lock, which is not"):
+        requirements(tmp_path)
+    (tmp_path / package.LOCK).write_text("# all\na==1 ; python_version < '3.12'\n\nb==2  # why\n")
+    assert requirements(tmp_path) == ["a==1 ; python_version < '3.12'", "b==2"]
+
+
+def test_run_of_a_job_is_tagged_with_it_and_with_the_revision_that_was_sent(monkeypatch, tmp_path):
+    assert jobs.JOB_TAG not in provenance.tags(tmp_path)
+    monkeypatch.setenv(jobs.JOB_VARIABLE, "demo-1a2b3c")
+    monkeypatch.setenv(jobs.REVISION_VARIABLE, "0123abc 4")
+    tags = provenance.tags(tmp_path)
+    assert tags[jobs.JOB_TAG] == "demo-1a2b3c"
+    assert (tags["mlflow.source.git.commit"], tags["git.changed_files"]) == ("0123abc", "4")
+
+
+def test_page_of_a_server_that_is_not_there_is_told_at_once_and_without_its_password(dead_url):
+    uri = dead_url.replace("://", f"://me:{SECRET}@")
+    page = jobs.page_of_job(uri, "mmdiff", "demo-1a2b3c")
+    assert page == f"{dead_url} (search there: tags.`mmdiff.job_id` = 'demo-1a2b3c')"
+    assert jobs.runs_of_job(uri, "demo-1a2b3c") == []
+    assert "MLFLOW_TRACKING_URI of the cluster" in jobs.page_of_job("", "mmdiff", "demo-1a2b3c")
+    assert jobs.runs_of_job("", "demo-1a2b3c") == []
+
+
+# --- what is refused here ----------------------------------------------------------------------------------
+
+
+def test_place_is_the_given_one_or_the_environments_or_this_folders(monkeypatch):
+    with pytest.raises(ConfigError, match=r"no cluster is named: give --address .* mmdiff cluster up"):
+        find_place(None)
+    note = {
+        "name": "x",
+        "address": "http://127.0.0.1:7",
+        "gcs": "",
+        "token_path": "t",
+        "temp": "",
+        "workers": 1,
+    }
+    fill(Path.cwd(), ".cluster/cluster.json")
+    Path(".cluster/cluster.json").write_text(json.dumps(note | {"processes": []}))
+    assert find_place(None).local is not None and find_place(None).url == "http://127.0.0.1:7"
+    assert find_place("http://127.0.0.1:7/").local is not None
+    monkeypatch.setenv("RAY_ADDRESS", "http://b:1")
+    assert find_place(None) == Place("http://b:1", "RAY_ADDRESS")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://c:1")
+    assert find_place(None) == Place("http://c:1", "RAY_API_SERVER_ADDRESS")
+    assert find_place("http://d:1") == Place("http://d:1", "--address")
+
+
+@pytest.mark.parametrize("address", ["auto", "head:6379", "ray://head:10001"])
+def test_address_that_is_no_dashboard_is_refused(capsys, address):
+    assert f"--address ({address}) must be the address of" in refused(
+        capsys, "jobs", "list", "--address", address
+    )
+
+
+def test_cluster_that_does_not_answer_is_told_and_the_environment_stays(dead_url, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:1")
+    with pytest.raises(ConfigError, match=rf"no cluster answers at {dead_url} \(--address\)"):
+        connect(Place(dead_url, "--address"))
+    assert os.environ["RAY_ADDRESS"] == "http://elsewhere:1" and "RAY_API_SERVER_ADDRESS" not in os.environ
+
+
+def test_token_file_that_is_not_there_is_told(dead_url, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/no/token")
+    with pytest.raises(ConfigError, match=r"RAY_AUTH_TOKEN_PATH: no token in /no/token: No such file"):
+        connect(Place(dead_url, "--address"))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ((), "submit needs a command"),
+        (("--",), "submit needs a command"),
+        (("--", "sample", "x"), "submit runs one of train, evaluate"),
+        (("--", "ui"), "submit runs one of train, evaluate"),
+        (("--", "train"), "train needs a config file"),
+        (("--", "train", "nowhere.yaml"), "no config file nowhere.yaml"),
+        (("--num-workers", "2", "--", "evaluate", "x"), "--num-workers is for train"),
+        (("--", "evaluate", "x"), "give --folder DIR"),
+        (("--folder", "here", "--", "evaluate", "x"), "--folder (here) must be an absolute path"),
+        (("--", "experiment", "nothing"), "experiment: unknown 'nothing'"),
+        (("--", "sweep", "nothing.yaml"), "nothing.yaml"),
+    ],
+)
+def test_wrong_command_is_refused_before_a_cluster_is_asked(capsys, dead_url, words, message):
+    assert message in refused(capsys, "submit", "--address", dead_url, *words)
+
+
+def test_unknown_option_of_the_command_is_refused_by_its_parser(capsys, dead_url):
+    with pytest.raises(SystemExit) as stop:
+        main(["submit", "--address", dead_url, "--", "train", "x.yaml", "--sideways"])
+    assert stop.value.code == 2 and "--sideways" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["trian.samples=9"], "trian: unknown key"),
+        (["evaluate.evaluators=[joints]"], "evaluate.evaluators: "),
+        (["modalities.color={type: label}"], "modalities.color needs the column 'color'"),
+        (["data.lanes=7", "workers.count=2"], "data.lanes (7) must be a multiple of workers.count (2)"),
+    ],
+)
+def test_config_that_cannot_run_fails_before_a_cluster_is_asked(capsys, dead_url, sprites, words, message):
+    file = tiny.write_config(Path.cwd(), sprites)
+    error = refused(
+        capsys, "submit", "--address", dead_url, "--folder", "/mnt", "--", "train", str(file), *words
+    )
+    assert message in error
+
+
+def test_num_workers_is_checked_as_workers_count(capsys, dead_url, sprites):
+    file = tiny.write_config(Path.cwd(), sprites)
+    words = ["submit", "--address", dead_url, "--num-workers", "3", "--", "train", str(file)]
+    assert "data.lanes (8) must be a multiple of workers.count (3)" in refused(capsys, *words)
+
+
+def test_good_config_comes_as_far_as_the_cluster(capsys, dead_url, sprites):
+    file = tiny.write_config(Path.cwd(), sprites)
+    assert main(["submit", "--address", dead_url, "--", "train", str(file)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "config    tiny: checked against its data\n"
+    assert f"no cluster answers at {dead_url}" in said.err
+
+
+def test_path_of_this_machine_is_refused_where_no_folder_of_the_cluster_is_named(capsys, dead_url, sprites):
+    file = tiny.write_config(Path.cwd(), sprites)
+    for word in ("runs=runs", "data.sources=[{uri: data/x}]"):
+        error = refused(capsys, "submit", "--address", dead_url, "--", "train", str(file), word)
+        assert "is a path of this machine; give --folder DIR" in error
+
+
+def test_data_of_the_cluster_alone_are_no_error_and_it_is_said(dead_url):
+    host = dead_url.removeprefix("http://")
+    bucket = f"s3://toys/x?scheme=http&region=us-east-1&endpoint_override={host}"
+    for uri in ("data/x", "/mnt/nowhere/x", bucket):
+        first, note = check_ahead(tiny.config(uri), here=False)
+        assert first.startswith("checked without its data") and note.startswith("not checked: ")
+        assert uri in note
+
+
+def test_answer_that_takes_too_long_is_not_waited_for():
+    import threading
+
+    with pytest.raises(UnreachableError, match=r"the store is silent within 0.05 s"):
+        within(0.05, threading.Event().wait, "the store is silent")
+    assert within(5.0, lambda: 3, "") == 3
+    with pytest.raises(KeyError):
+        within(5.0, {}.popitem, "")

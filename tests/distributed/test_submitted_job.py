@@ -1,0 +1,235 @@
+"""The whole way of a submitted job with real services: a cluster of three nodes, an MLflow server with a
+database, shards and artifacts on an S3 server."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmdiff_ray.cli import main
+from mmdiff_ray.distributed.job import read_run
+from mmdiff_ray.distributed.job_server import connect, find_place
+from mmdiff_ray.tracking import jobs, store
+from pipelines.base import build
+from tests import sprites as tiny
+from tests.tracking.conftest import Server
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
+
+ROOT = Path(__file__).parents[2]
+SECRET = "a-very-long-secret"
+PLUGIN = "print('the plug-in is', __file__)\n"
+DEADLINE_S = 300.0
+
+
+@dataclass(frozen=True)
+class Services:
+    """Where everything is. folder: from which commands are given; shared: a folder of the cluster."""
+
+    folder: Path
+    shared: Path
+    tracking: str
+    s3: Any
+    environment: dict[str, str]
+
+    def mmdiff(self, *words: str, **variables: str) -> tuple[int, str]:
+        """Run a command as a person does and return its exit code and all that it said."""
+        done = subprocess.run(
+            [sys.executable, "-m", "mmdiff_ray.cli", *words],
+            cwd=self.folder,
+            env=self.environment | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=600,
+        )
+        assert SECRET not in done.stdout
+        return done.returncode, done.stdout
+
+    def submit(self, *words: str) -> str:
+        """Return the id of a submitted job."""
+        code, said = self.mmdiff("submit", *words)
+        assert code == 0, said
+        found = re.search(r"^job +(\S+), at http", said, re.MULTILINE)
+        assert found, said
+        return found[1]
+
+    def run_of(self, job: str) -> Any:
+        """Return the one run that MLflow has of a job."""
+        (found,) = jobs.runs_of_job(self.tracking, job)
+        return store.client(self.tracking).get_run(found.run_id)
+
+
+@contextmanager
+def s3_server(patch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run an S3 server on the loopback, with its keys in the environment; yield its host and port."""
+    from moto.server import ThreadedMotoServer
+
+    for name in list(os.environ):
+        if name.startswith(("RAY_", "MLFLOW_", "AWS_")):
+            patch.delenv(name)
+    patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        yield "{}:{}".format(*server.get_host_and_port())
+    finally:
+        server.stop()
+
+
+@contextmanager
+def mlflow_server(folder: Path, endpoint: str) -> Iterator[str]:
+    """Run MLflow with a database in a folder and artifacts on S3, which it alone knows; yield its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        server = Server(folder, probe.getsockname()[1], artifacts="s3://toys/artifacts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://{endpoint}")
+        server.start()
+    try:
+        yield server.uri
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory) -> Iterator[Services]:
+    """Start all services, the cluster as the README says; write a plug-in, and a config that needs it."""
+    import boto3
+
+    folder, shared = tmp_path_factory.mktemp("here"), tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch) as endpoint:
+        s3 = boto3.client("s3", endpoint_url=f"http://{endpoint}", region_name="us-east-1")
+        s3.create_bucket(Bucket="toys")
+        data = f"s3://toys/sprites?scheme=http&region=us-east-1&endpoint_override={endpoint}"
+        build("sprites", data, {"count": 200, "size": 16}, workers=0, progress=False)
+        with mlflow_server(tmp_path_factory.mktemp("server"), endpoint) as tracking:
+            around = {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": tracking}
+            here = Services(folder, shared, tracking, s3, os.environ | around)
+            (folder / "my_plugin.py").write_text(PLUGIN)
+            file = tiny.write_config(folder, data, "runs=runs", "workers.data_workers=1")
+            file.write_text(file.read_text().replace("plugins: []", "plugins: [my_plugin]"))
+            try:
+                code, said = here.mmdiff("cluster", "up", "--workers", "2", "--cpus", "3")
+                assert code == 0 and "mmdiff submit -- train" in said, said
+                yield here
+            finally:
+                assert here.mmdiff("cluster", "down")[0] == 0
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Return what a condition says once it holds."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not (said := condition()):
+        assert time.monotonic() < deadline, f"no {what} within {DEADLINE_S:g} s"
+        time.sleep(1.0)
+    return said
+
+
+def last_checkpoint(folder: Path) -> int:
+    """Return after how many samples the last complete checkpoint of a run is; 0 where there is none."""
+    found = (folder / "checkpoints").glob("[0-9]*")
+    return max((int(path.name) for path in found if path.name.isdigit()), default=0)
+
+
+def test_job_trains_on_shards_in_s3_by_the_code_that_was_sent_and_its_run_is_in_mlflow(services):
+    words = ["--folder", str(services.shared), "--num-workers", "2", "--env", f"MY_SECRET={SECRET}"]
+    job = services.submit(*words, "--", "train", "tiny.yaml")
+    assert job.startswith("tiny-")
+
+    code, said = services.mmdiff("jobs", "logs", "--follow", job)
+    assert code == 0, said
+    assert said.splitlines()[-1].startswith(f"{job}: SUCCEEDED")
+    assert "training on 2 workers" in said
+    assert re.search(r"the plug-in is /\S*/working_dir_files/_ray_pkg_\w+/my_plugin.py", said)
+
+    run = services.run_of(job)
+    assert (run.info.status, run.data.params["workers.count"]) == ("FINISHED", "2")
+    assert len(run.data.tags["mlflow.source.git.commit"]) == 40
+    kept = {item.path for item in store.client(services.tracking).list_artifacts(run.info.run_id)}
+    assert "config.yaml" in kept
+    listed = services.s3.list_objects_v2(Bucket="toys", Prefix="artifacts/")["Contents"]
+    assert any(entry["Key"].endswith(f"{run.info.run_id}/artifacts/config.yaml") for entry in listed)
+    assert read_run(services.shared / "runs" / "tiny")["run_id"] == run.info.run_id
+    assert (services.shared / "runs" / "tiny" / "export" / "facts.json").is_file()
+
+    code, said = services.mmdiff("jobs", "status", job)
+    assert code == 0 and "SUCCEEDED" in said and f"runs/{run.info.run_id}" in said
+    code, said = services.mmdiff("jobs", "list")
+    assert code == 0 and job in said
+
+
+def test_stopped_job_keeps_a_checkpoint_closes_its_run_and_goes_on_by_another_job(services, monkeypatch):
+    monkeypatch.chdir(services.folder)
+    words = ["train.samples=10000000", "evaluate.evaluators=[]", "checkpoint.every_samples=100000"]
+    job = services.submit("--name", "long", "--num-workers", "1", "--", "train", "tiny.yaml", *words)
+    client = connect(find_place(None))
+    until(lambda: "samples " in client.get_job_logs(job), "progress")
+    folder = services.folder / "runs" / "tiny"
+    assert last_checkpoint(folder) == 0
+
+    code, said = services.mmdiff("jobs", "stop", job)
+    assert code == 0 and said.splitlines()[-1] == f"{job}: STOPPED"
+    assert "stopped with a checkpoint" in client.get_job_logs(job)
+    reached = last_checkpoint(folder)
+    assert reached > 0 and read_run(folder)["state"] == "stopped"
+    stopped = services.run_of(job)
+    assert stopped.info.status == "KILLED"
+    assert services.mmdiff("jobs", "stop", job) == (0, f"{job} has ended already: STOPPED\n")
+
+    end = reached + 64
+    code, said = services.mmdiff(
+        "submit",
+        "--follow",
+        "--",
+        "train",
+        "--resume",
+        "tiny",
+        f"train.samples={end}",
+        "train.decay=constant",
+    )
+    assert code == 0, said
+    assert f"from the checkpoint at {reached:,} samples" in said
+    assert last_checkpoint(folder) == end
+    found = re.search(r"^job +(\S+), at http", said, re.MULTILINE)
+    assert found and found[1] != job
+    assert services.run_of(found[1]).info.run_id == stopped.info.run_id
+    assert services.run_of(found[1]).info.status == "FINISHED"
+
+
+def test_mistakes_are_told_with_what_to_do(services, monkeypatch, capsys):
+    monkeypatch.chdir(services.folder)
+    elsewhere = ["--address", find_place(None).url.replace("127.0.0.1", "localhost")]  # no token is known for
+    for words, message in (
+        (["status", "nothing"], "there is no job 'nothing' at"),
+        (["logs", "--follow", "nothing"], "there is no job 'nothing' at"),
+        (["stop", "nothing"], "there is no job 'nothing' at"),
+        (["list", *elsewhere], "it asks for a token; set RAY_AUTH_TOKEN_PATH"),
+    ):
+        assert main(["jobs", *words]) == 2
+        said = capsys.readouterr().err
+        assert message in said and len(said.splitlines()) == 1
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    assert main(["jobs", "list", *elsewhere]) == 2
+    assert "the token is not that of the cluster" in capsys.readouterr().err
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(services.folder / ".cluster" / "token"))
+    assert main(["jobs", "list", *elsewhere]) == 0
+
+
+def test_failed_job_is_told_with_its_reason_and_exit_code(services):
+    code, said = services.mmdiff("submit", "--follow", "--", "evaluate", "nothing")
+    assert code == 1 and "no run 'nothing' in runs/" in said
+    job = re.search(r"^job +(\S+), at http", said, re.MULTILINE)[1]  # type: ignore[index]
+    code, said = services.mmdiff("jobs", "status", job)
+    assert code == 0 and "FAILED" in said and "exit code  2" in said and "no run 'nothing'" in said
