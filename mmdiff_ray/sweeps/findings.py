@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import optuna
 
+from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ChangeConfig, Config
 from mmdiff_ray.sweeps.journal import Trial
 from mmdiff_ray.sweeps.record import Record
-from mmdiff_ray.sweeps.spec import Sweep
+from mmdiff_ray.sweeps.spec import Sweep, yaml_value
 from mmdiff_ray.sweeps.study import as_frozen
 
 RESAMPLED = 24
@@ -61,6 +62,9 @@ def trained_config(record: Record, trial: Trial) -> Config | None:
     config = record.configs.get(trial.number)
     if config is None:
         return None
+    # A member of a population that copied another began as that one did.
+    words = [f"{key}={yaml_value(value)}" for key, value in trial.values.items()]
+    config = configuration.load((), words, configuration.to_plain(config))
     changes = [ChangeConfig(change["at"], change["values"]) for change in trial.changes if change["values"]]
     defaults = Config()
     return dataclasses.replace(

@@ -175,7 +175,7 @@ def test_a_population_copies_checkpoints_and_its_schedule_can_be_trained_again(n
     }
     file = tiny.write(
         tmp_path, sprites, space=space, scheduler={"name": "pbt", "grace": 0.2, "quantile": 0.5},
-        budget={"trials": 4, "samples": 96, "reports": 6},
+        budget={"trials": 3, "samples": 64, "reports": 4},
     )  # fmt: skip
     run(nodes, str(file), "--runs", str(tmp_path / "runs"))
     folder = tmp_path / "runs" / "sweeps" / "tiny"
