@@ -167,7 +167,10 @@ def measure_on_ray(folder: Path, config: Config) -> Findings:
     import ray
 
     workers = config.workers
-    task = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(_with_all_threads)
+    # Outside of the placement group of a sweep's trial, which holds its driver alone.
+    task = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus, scheduling_strategy="DEFAULT")(
+        _with_all_threads
+    )
     try:
         return ray.get(task.remote(folder, config, os.getcwd()))
     except ray.exceptions.RayTaskError as error:

@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def run_sweep(sweep: Sweep, folder: Path, say: Say) -> str:
     Every trial is closed in MLflow whatever happens to it; what was known before is not done again.
     """
     facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
-    with cluster(_cpus_wanted(sweep)), _signals() as stopped:
+    with sweep_cluster(sweep), _signals() as stopped:
         state = _tune(sweep, folder, facts["run_id"], facts["begun"], say, stopped)
     return state
 
@@ -212,11 +212,11 @@ def resources_of(sweep: Sweep, config: Config) -> tuple[dict[str, float], int]:
     return asks, min(min(fits), sweep.budget.concurrent or min(fits))
 
 
-def _cpus_wanted(sweep: Sweep) -> int:
-    """Return the CPUs of a local cluster, where none is in use: one trial fits in any case."""
+def sweep_cluster(sweep: Sweep) -> AbstractContextManager[None]:
+    """Provide a Ray cluster: the one in use or at RAY_ADDRESS, or a local one that holds a trial."""
     workers = sweep.config({}).workers
     count = max(1, workers.count)
-    return max(2, int(count * (workers.cpus + workers.data_workers * (count > 1))) + 1)
+    return cluster(max(2, int(count * (workers.cpus + workers.data_workers * (count > 1))) + 1))
 
 
 def _said(dimension: Any) -> str:

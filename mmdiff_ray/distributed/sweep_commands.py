@@ -11,7 +11,14 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.distributed.commands import make_console, rows_per_s
 from mmdiff_ray.distributed.job import Job
-from mmdiff_ray.distributed.sweep import begin_sweep, check_sweep, run_sweep, sweep_folder
+from mmdiff_ray.distributed.sweep import (
+    begin_sweep,
+    check_sweep,
+    resources_of,
+    run_sweep,
+    sweep_cluster,
+    sweep_folder,
+)
 from mmdiff_ray.sweeps.findings import figures_of
 from mmdiff_ray.sweeps.record import Record, read_record
 from mmdiff_ray.sweeps.report import chosen, verdict, write_report
@@ -24,10 +31,12 @@ from mmdiff_ray.tracking.tracker import Tracker
 def sweep(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
     """Run a new sweep and write its report."""
     console = make_console()
-    seen, _ = check_sweep(spec)
-    folder = begin_sweep(spec, seen, _with_overrides(file, overrides), runs)
-    console.print(f"{spec.title}: up to {spec.budget.trials} trials of {spec.budget.samples:,} samples")
-    return _run(spec, folder)
+    seen, job = check_sweep(spec)
+    with sweep_cluster(spec):
+        resources_of(spec, job.config)
+        folder = begin_sweep(spec, seen, _with_overrides(file, overrides), runs)
+        console.print(f"{spec.title}: up to {spec.budget.trials} trials of {spec.budget.samples:,} samples")
+        return _run(spec, folder)
 
 
 def resume(name: str, runs: str, overrides: Sequence[str]) -> int:

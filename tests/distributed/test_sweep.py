@@ -208,13 +208,13 @@ def test_a_population_copies_checkpoints_and_its_schedule_can_be_trained_again(n
 
 def test_trials_of_two_workers_leave_nothing_behind_when_they_are_stopped(nodes, sprites, tmp_path):
     file = tiny.write(
-        tmp_path, sprites, budget={"trials": 3, "samples": 32, "reports": 2},
-        base__workers={"count": 2, "cpus": 1, "data_workers": 1, "threads": 1}, scheduler__grace=0.5,
+        tmp_path, sprites, budget={"trials": 2, "samples": 32, "reports": 2, "retries": 0},
+        base__workers={"count": 2, "cpus": 0.5, "data_workers": 1, "threads": 1}, scheduler__grace=0.5,
         base__train={**tiny.PLAIN["base"]["train"], "global_batch": 16},
     )  # fmt: skip
     out = run(nodes, str(file), "--runs", str(tmp_path / "runs"))
     outcomes = [trial.outcome for trial in read_trials(tmp_path / "runs" / "sweeps" / "tiny")]
-    assert len(outcomes) == 3 and set(outcomes) <= {"finished", "stopped"}, out
+    assert len(outcomes) == 2 and set(outcomes) <= {"finished", "stopped"}, out
     free = subprocess.run(
         [sys.executable, "-c", FREE, nodes], capture_output=True, text=True, timeout=120, check=True
     )
@@ -234,7 +234,7 @@ print(json.dumps([ray.available_resources().get("CPU"), ray.cluster_resources()[
 
 def test_several_metrics_give_a_front(nodes, sprites, tmp_path):
     file = tiny.write(
-        tmp_path, sprites, metrics={"shape/head_nll": "min", "shapes/joint_iou": "max"},
+        tmp_path, sprites, metrics={"shape/head_nll": "min", "shapes/code_agreement": "max"},
         searcher={"name": "tpe", "startup": 2}, base__evaluate__evaluators=["calibration", "joint"],
         budget={"trials": 4, "samples": 32, "reports": 2}, scheduler__name="fifo",
     )  # fmt: skip
@@ -256,6 +256,16 @@ def test_a_trial_that_diverges_is_told_and_stops_nothing(nodes, sprites, tmp_pat
     trials = list(read_trials(tmp_path / "runs" / "sweeps" / "tiny"))
     assert [trial.outcome for trial in trials] == ["finished", "diverged"]
     assert "not finite" in trials[1].why and "trial 1: diverged" in out
+
+
+def test_a_trial_that_does_not_fit_is_told_before_the_sweep_begins(nodes, sprites, tmp_path):
+    file = tiny.write(tmp_path, sprites, base__workers={"count": 1, "cpus": 64})
+    ended = subprocess.run(
+        command(str(file), "--runs", str(tmp_path / "runs")), capture_output=True, text=True,
+        env={**os.environ, "RAY_ADDRESS": nodes}, timeout=200,
+    )  # fmt: skip
+    assert ended.returncode == 2 and "workers: a trial needs 64 CPUs; the cluster has less" in ended.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_would_fail_later_is_told_before_anything_starts(sprites, tmp_path, capsys):
