@@ -210,14 +210,10 @@ def _check_metric(sweep: Sweep, metric: str) -> None:
 
 def _check_pbt(sweep: Sweep) -> None:
     for key, dimension in sweep.space.items():
-        if not key.startswith(LIVE):
+        if not configuration.is_live(key):
             raise ConfigError(
-                f"space.{key}: population based training changes values while a model trains; that goes for "
-                f"{', '.join(LIVE)} only"
+                f"space.{key}: population based training changes values while a model trains, which goes for "
+                "the loss' coefficients, modalities' weights and train.learning_rate alone"
             )
         if dimension.when:
             raise ConfigError(f"space.{key}.when: a condition does not go with population based training")
-
-
-LIVE = ("loss.coefficients.", "loss.modalities.", "loss.channels.", "modalities.", "train.learning_rate")
-"""Beginnings of keys that may change while a model trains (of modalities, the weights alone)."""
