@@ -40,14 +40,20 @@ class SpaceSearcher(Searcher):
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune keeps a copy that nothing is ever restored from: the journals are
 
+    @property
+    def has_more(self) -> bool:
+        """Return whether there is a trial left to train."""
+        limit = self.sweep.budget.trials if self.points is None else len(self.points)
+        late = self.deadline is not None and time.time() > self.deadline
+        return bool(self.waiting) or (self.next < limit and not late)
+
     def suggest(self, trial_id: str) -> Any:
         """Return the next trial's `number` and `values`, or FINISHED."""
         if self.waiting:
             trial = self.waiting.pop(0)
             self.numbers[trial_id] = trial.number
             return {"number": trial.number, "values": trial.now}
-        limit = self.sweep.budget.trials if self.points is None else len(self.points)
-        if self.next >= limit or (self.deadline is not None and time.time() > self.deadline):
+        if not self.has_more:
             return self.FINISHED
         values = self._draw() if self.points is None else self.points[self.next]
         self.numbers[trial_id], number = self.next, self.next

@@ -139,7 +139,9 @@ def _tune(sweep: Sweep, folder: Path, parent: str, begun: float, say: Say, stopp
     deadline = None if sweep.budget.hours is None else begun + 3600 * sweep.budget.hours
     make = make_configs(sweep)
     searcher = SpaceSearcher(sweep, make, known, deadline)
-    watch = Watch(sweep, folder, searcher, say)
+    watch = Watch(sweep, folder, searcher, say, stopped)
+    if not searcher.has_more:
+        return "finished"
     first = sweep.config({})
     asks, at_once = resources_of(sweep, first)
     function = partial(run_trial, sweep=sweep, folder=folder, parent=parent, where=os.getcwd())

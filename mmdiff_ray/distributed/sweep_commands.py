@@ -45,6 +45,8 @@ def resume(name: str, runs: str, overrides: Sequence[str]) -> int:
         if not word.startswith("budget."):
             raise ConfigError(f"{word}: a sweep goes on as it began, but for its budget (budget.*)")
     folder = sweep_folder(name, runs)
+    facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
+    run_life.resume_run(facts["tracking_uri"], facts["run_id"], folder / "tracking")
     return _run(load_sweep(folder / "sweep.yaml", overrides), folder)
 
 

@@ -193,6 +193,14 @@ def _adopt(folder: Path, trial: Trial, pointer: Mapping[str, int], values: Mappi
     write_trial(folder, trial)
 
 
+def interrupt(folder: Path, trial: Trial) -> None:
+    """Close the run of a trial that goes on when the sweep does."""
+    place = trial_folder(folder, trial.number)
+    if trial.run_id:
+        facts = jobs.read_run(place)
+        run_life.end_run(facts["tracking_uri"], facts["run_id"], "KILLED", place / "tracking")
+
+
 def give_up(folder: Path, trial: Trial, outcome: str, why: str = "") -> None:
     """Note how a trial ended that did not come to its end, and close its run."""
     trial.outcome, trial.why = outcome, why

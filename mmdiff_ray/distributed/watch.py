@@ -1,5 +1,6 @@
 """What a person sees of a sweep's trials, and what is done with each that ends."""
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from ray.tune import Callback
 
 from mmdiff_ray.distributed.display import duration
 from mmdiff_ray.distributed.searcher import SpaceSearcher
-from mmdiff_ray.distributed.trial import SCORE, give_up
+from mmdiff_ray.distributed.trial import SCORE, give_up, interrupt
 from mmdiff_ray.sweeps.journal import Trial, number_of, read_trial, read_trials
 from mmdiff_ray.sweeps.spec import Sweep
 
@@ -19,8 +20,11 @@ Say = Callable[[str], None]
 class Watch(Callback):
     """Says what happens to trials, closes their journals and runs, and tells the searcher."""
 
-    def __init__(self, sweep: Sweep, folder: Path, searcher: SpaceSearcher, say: Say) -> None:
+    def __init__(
+        self, sweep: Sweep, folder: Path, searcher: SpaceSearcher, say: Say, stopped: threading.Event
+    ) -> None:
         self.sweep, self.folder, self.searcher, self.say = sweep, folder, searcher, say
+        self.stopped = stopped
         self.begun = time.monotonic()
         self.best: float | None = None
 
@@ -60,6 +64,10 @@ class Watch(Callback):
         trial = read_trial(self.folder, number)
         if trial is None:
             trial = Trial(number, {}, why="it died before it began")
+        if trial.outcome is None and error is None and self.stopped.is_set():
+            interrupt(self.folder, trial)
+            self.say(f"trial {number}: interrupted at {trial.samples:,} samples")
+            return
         if trial.outcome is None:
             if error is None:
                 give_up(self.folder, trial, "stopped")

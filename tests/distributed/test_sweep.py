@@ -166,6 +166,13 @@ def test_an_interrupted_sweep_ends_cleanly_with_what_is_known(nodes, sprites, tm
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130, out
     assert "Traceback" not in out and "Best: trial" in out and "Go on with: mmdiff sweep --resume" in out
+    open_ones = [trial for trial in read_trials(runs / "sweeps" / "tiny") if trial.outcome is None]
+    begun = len(list(read_trials(runs / "sweeps" / "tiny")))
+    run(nodes, "--resume", "tiny", f"budget.trials={begun}", "--runs", str(runs))
+    after = {trial.number: trial for trial in read_trials(runs / "sweeps" / "tiny")}
+    assert len(after) == begun and {trial.outcome for trial in after.values()} == {"finished"}
+    for trial in open_ones:  # went on from what it had
+        assert after[trial.number].reports[: len(trial.reports)] == trial.reports
 
 
 def test_a_population_copies_checkpoints_and_its_schedule_can_be_trained_again(nodes, sprites, tmp_path):
