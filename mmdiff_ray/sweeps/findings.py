@@ -93,10 +93,10 @@ class Importance:
 def importances(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int = 0) -> list[Importance]:
     """Return the importance of every dimension for a metric, the largest first; none for too few trials.
 
-    By fANOVA (Hutter et al., ICML 2014, as Optuna computes it) over the trials that finished or were stopped
-    at the last report that each gave; the interval is over bootstrap resamples of the trials.
+    By fANOVA (Hutter et al., ICML 2014, as Optuna computes it), with all trials judged after the same number
+    of samples: the largest that half of them came to. The interval is over bootstrap resamples of the trials.
     """
-    judged = [trial for trial in trials if metric in figures_of(trial)]
+    judged = at_same_samples([trial for trial in trials if metric in figures_of(trial)])
     if len(judged) < FEWEST or len(sweep.space) < 2:
         return []
     whole = _shares(sweep, judged, metric, seed)
@@ -111,6 +111,22 @@ def importances(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int = 
         low, high = np.quantile(drawn[key], [0.05, 0.95]) if drawn[key] else (0.0, 1.0)
         found.append(Importance(key, share, float(low), float(high)))
     return sorted(found, key=lambda importance: -importance.share)
+
+
+def at_same_samples(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that came to the largest number of samples that half of them came to, as they were
+    there."""
+    counts: dict[int, int] = {}
+    for trial in trials:
+        for report in trial.reports:
+            counts[report["samples"]] = counts.get(report["samples"], 0) + 1
+    common = max((samples for samples, count in counts.items() if 2 * count >= len(trials)), default=None)
+    found = []
+    for trial in trials:
+        reports = [report for report in trial.reports if common is not None and report["samples"] <= common]
+        if reports and reports[-1]["samples"] == common:
+            found.append(dataclasses.replace(trial, reports=reports))
+    return found
 
 
 def _shares(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int) -> dict[str, float]:

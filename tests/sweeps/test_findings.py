@@ -1,0 +1,53 @@
+"""What is made of a sweep's trials: order, front, importances at the same samples."""
+
+import numpy as np
+
+from mmdiff_ray.sweeps.findings import at_same_samples, best_first, front, importances
+from mmdiff_ray.sweeps.journal import Trial
+from tests.sweeps import tiny
+from tests.sweeps.tiny import WEIGHTS
+
+SPACE = {f"{WEIGHTS}.scale": {"uniform": [0, 1]}, "loss.modalities.shape": {"uniform": [0, 1]}}
+
+
+def trial(number: int, values: list[float], outcome: str = "finished", metric: str = "m", **swept) -> Trial:
+    reports = [{"samples": 10 * (i + 1), "figures": {metric: value}} for i, value in enumerate(values)]
+    return Trial(number, swept, reports=reports, outcome=outcome)
+
+
+def test_the_best_that_finished_stand_before_those_that_came_far(tmp_path):
+    trials = [trial(0, [3.0, 2.0]), trial(1, [0.1], "stopped"), trial(2, [2.0, 1.0]), trial(3, [], "failed")]
+    for way, order in (("min", [2, 0, 1, 3]), ("max", [0, 2, 1, 3])):
+        sweep = tiny.sweep(tmp_path, metrics={"m": way})
+        assert [one.number for one in best_first(sweep, trials)] == order
+
+
+def test_the_front_holds_what_nothing_beats_in_every_metric(tmp_path):
+    sweep = tiny.sweep(tmp_path, metrics={"a": "min", "b": "max"})
+    points = [(1.0, 1.0), (2.0, 2.0), (2.0, 1.5), (3.0, 3.0)]
+    trials = [
+        Trial(i, {}, reports=[{"samples": 1, "figures": {"a": a, "b": b}}], outcome="finished")
+        for i, (a, b) in enumerate(points)
+    ]
+    assert [one.number for one in front(sweep, trials)] == [0, 1, 3]
+
+
+def test_trials_are_compared_where_half_of_them_came_to():
+    trials = [trial(0, [1, 2, 3]), trial(1, [4, 5, 6]), trial(2, [7, 8], "stopped"), trial(3, [9], "stopped")]
+    assert {one.number: one.reports[-1]["figures"]["m"] for one in at_same_samples(trials)} == {0: 3, 1: 6}
+    assert [one.number for one in at_same_samples([*trials[:1], *trials[2:]])] == [0, 2]
+
+
+def test_what_the_metric_depends_on_is_found_and_early_ends_do_not_hide_it(tmp_path):
+    sweep = tiny.sweep(tmp_path, space=SPACE, metrics={"m": "max"})
+    rng = np.random.default_rng(0)
+    trials = []
+    for number in range(30):
+        scale, other = rng.uniform(size=2)
+        values = [scale, scale + 10] if number % 2 else [scale]  # later reports are larger for all
+        swept = {f"{WEIGHTS}.scale": scale, "loss.modalities.shape": other}
+        trials.append(trial(number, values, "finished" if number % 2 else "stopped", **swept))
+    first, second = importances(sweep, trials, "m")
+    assert first.key == f"{WEIGHTS}.scale" and first.share > 0.9 > 0.3 > second.share
+    assert first.low <= first.share <= 1 and first.low > second.high
+    assert importances(sweep, trials[:3], "m") == []
