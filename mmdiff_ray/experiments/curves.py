@@ -71,7 +71,7 @@ def draw_watched(values: Mapping[str, Any], out: Path) -> list[Path]:
     if main not in watched:
         return []
     tasks = list(watched[main][0]["losses"])
-    figure = Figure(figsize=(3.6 * len(tasks), 3.6), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(tasks), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for method, points in watched.items():
@@ -83,7 +83,9 @@ def draw_watched(values: Mapping[str, Any], out: Path) -> list[Path]:
         axes.set(title=task, xlabel="samples seen", ylabel="held-out loss")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-        axes.legend(fontsize=7, frameon=False)
+        axes.tick_params(axis="x", labelsize=7)
+    handles = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
     files = [out.with_name(f"{out.stem}-tasks.png")]
     figure.savefig(files[0], dpi=110)
     if watched[main][0]["cosines"]:
