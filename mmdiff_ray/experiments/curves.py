@@ -77,15 +77,16 @@ def draw_watched(values: Mapping[str, Any], out: Path) -> list[Path]:
         for method, points in watched.items():
             known = [(point["samples"], point["losses"][task]) for point in points if task in point["losses"]]
             if known:
-                axes.plot(
-                    *zip(*known, strict=True), marker="o", markersize=3, label=values["methods"][method]
-                )
-        axes.set(title=task, xlabel="samples seen", ylabel="held-out loss")
+                color, label = f"C{list(watched).index(method) % 10}", values["methods"][method]
+                samples, losses = zip(*known, strict=True)
+                x = [count / 1000 for count in samples]
+                axes.plot(x, losses, marker="o", markersize=3, color=color, label=label)
+        axes.set(title=task, xlabel="thousand samples seen", ylabel="held-out loss")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-        axes.tick_params(axis="x", labelsize=7)
     handles = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=8)
+    words = [str(label) for label in handles]
+    figure.legend(list(handles.values()), words, loc="outside lower center", ncols=2, fontsize=8)
     files = [out.with_name(f"{out.stem}-tasks.png")]
     figure.savefig(files[0], dpi=110)
     if watched[main][0]["cosines"]:
