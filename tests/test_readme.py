@@ -40,14 +40,17 @@ def test_readme_quotes_the_figure_and_its_best_rule_from_the_results(key):
 
 def test_readme_says_of_the_sweep_what_it_found():
     found = json.loads((ROOT / "results/modality_weights/results.json").read_text(encoding="utf8"))
-    part = " ".join(README.split("`modality_weights` was run for real")[1].split("\n## ")[0].split())
+    part = " ".join(README.split(f"`{found['command']}` was run for real")[1].split("\n## ")[0].split())
     best = found["trials"][0]["figures"]["palette/miou"]
     assert f"palette mIoU of {best:.3f}" in part and f"({len(found['trials'])} trials" in part
     assert f"{found['samples']:,} samples" in part and f"{found['outcomes']['stopped']} trials were" in part
     first, second = (one["key"] for one in found["importances"]["palette/miou"][:2])
     assert {first, second} == {"modalities.alpha.weights.scale", "modalities.palette.weights.scale"}
-    for key in (first, second):
-        assert all(0.18 < end < 0.34 for end in found["best_quarter"][key])
+    assert len(found["top"]["trials"]) == 3 and "the best three trials" in part
+    ends = [end for key in (first, second) for end in found["top"]["ranges"][key]]
+    assert "scales of 0.18 to 0.29" in part and 0.18 < min(ends) < 0.19 and 0.28 < max(ends) < 0.29
+    best_file = f"results/modality_weights/1-trial-{found['trials'][0]['number']}.yaml"
+    assert best_file in part and (ROOT / best_file).is_file()
 
 
 def test_every_picture_that_the_readme_shows_is_there():

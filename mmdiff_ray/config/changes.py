@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from mmdiff_ray.config.errors import ConfigError
-from mmdiff_ray.config.loading import load, to_plain
+from mmdiff_ray.config.loading import load, override, to_plain
 from mmdiff_ray.config.schema import Config
 
 LIVE = ("loss.coefficients.", "loss.modalities.", "loss.channels.", "train.learning_rate")
@@ -20,14 +20,14 @@ def is_live(key: str) -> bool:
 
 def in_force(config: Config, samples_seen: int) -> Config:
     """Return the configuration that training goes on with after so many samples, itself without changes."""
-    plain: dict[str, Any] = to_plain(dataclasses.replace(config, train=_without(config)))
+    plain = dataclasses.replace(config, train=_without(config))
     words = [
-        f"{key}={'null' if value is None else value}"
+        override(key, value)
         for change in config.train.changes
         if change.at <= samples_seen
         for key, value in change.values.items()
     ]
-    return load((), words, plain) if words else dataclasses.replace(config, train=_without(config))
+    return load((), words, to_plain(plain)) if words else plain
 
 
 def next_change(config: Config, samples_seen: int) -> int | None:

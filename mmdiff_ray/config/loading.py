@@ -93,6 +93,11 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     return dict(_section(plain, str(file)))
 
 
+def override(key: str, value: Any) -> str:
+    """Return a value of a key as an override that `load` reads back."""
+    return f"{key}={'null' if value is None else value}"
+
+
 def parse_value(text: str) -> Any:
     """Return what a text behind `key=` means: a number, a word, a list."""
     with _as_config_errors(repr(text)):

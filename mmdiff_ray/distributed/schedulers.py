@@ -1,7 +1,7 @@
 """Which trials of a sweep go on: Ray Tune's schedulers, told what earlier drivers' trials reported."""
 
-import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -85,7 +85,7 @@ def _mutation(dimension: Any) -> Any:
 class Deadline(Stopper):
     """Ends trials at their next report: once the wall clock has run out, or somebody asked for the end."""
 
-    def __init__(self, deadline: float | None, stopped: threading.Event) -> None:
+    def __init__(self, deadline: float | None, stopped: Callable[[], bool]) -> None:
         self.deadline, self.stopped = deadline, stopped
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,8 +93,8 @@ class Deadline(Stopper):
 
     def __call__(self, trial_id: str, result: Any) -> bool:
         """Return whether a trial ends at this report."""
-        return self.stopped.is_set() or (self.deadline is not None and time.time() > self.deadline)
+        return self.stopped() or (self.deadline is not None and time.time() > self.deadline)
 
     def stop_all(self) -> bool:
         """Return whether everything ends now."""
-        return self.stopped.is_set()
+        return self.stopped()

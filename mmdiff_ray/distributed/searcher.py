@@ -30,7 +30,6 @@ class SpaceSearcher(Searcher):
         self.waiting = [trial for trial in known if trial.outcome is None]
         self.next = 1 + max((trial.number for trial in known), default=-1)
         self.asked: dict[int, Any] = {}
-        self.numbers: dict[str, int] = {}
         self.study = make_study(sweep)
         for trial in known:
             if trial.outcome is not None:
@@ -51,12 +50,11 @@ class SpaceSearcher(Searcher):
         """Return the next trial's `number` and `values`, or FINISHED."""
         if self.waiting:
             trial = self.waiting.pop(0)
-            self.numbers[trial_id] = trial.number
             return {"number": trial.number, "values": trial.now}
         if not self.has_more:
             return self.FINISHED
         values = self._draw() if self.points is None else self.points[self.next]
-        self.numbers[trial_id], number = self.next, self.next
+        number = self.next
         self.next += 1
         return {"number": number, "values": values}
 

@@ -3,8 +3,7 @@
 import json
 import logging
 import os
-import signal
-import threading
+import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed.cluster import cluster
 from mmdiff_ray.distributed.job import Job
+from mmdiff_ray.distributed.launch import stop_requests
 from mmdiff_ray.distributed.schedulers import Deadline, make_scheduler
 from mmdiff_ray.distributed.searcher import SpaceSearcher
 from mmdiff_ray.distributed.trial import SCORE, run_trial, score
@@ -82,10 +82,10 @@ def sweep_folder(name: str, runs: str = "runs") -> Path:
     raise ConfigError(f"no sweep {name!r} in {runs}/sweeps; there are: {', '.join(known) or 'none yet'}")
 
 
-def begin_sweep(sweep: Sweep, seen: Look, text: str, runs: str) -> Path:
+def begin_sweep(sweep: Sweep, seen: Look, text: str, command: str, runs: str) -> Path:
     """Return the folder of a new sweep, with its run in MLflow begun.
 
-    seen: what `check_sweep` found; text: the sweep's YAML, overrides applied.
+    seen: what `check_sweep` found; text: the sweep's YAML, overrides applied; command: what was typed.
     """
     root = Path(runs).absolute() / "sweeps"
     numbers = range(1, 10_000)
@@ -109,7 +109,12 @@ def begin_sweep(sweep: Sweep, seen: Look, text: str, runs: str) -> Path:
         folder / "tracking",
         settings,
         configuration.to_yaml(first),
-        tags={"mmdiff.sweep": sweep.name, "mmdiff.run_folder": str(folder)},
+        tags={
+            "mmdiff.sweep": sweep.name,
+            "mmdiff.run_folder": str(folder),
+            "mmdiff.command": command,
+            "mmdiff.machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        },
         texts={"sweep.yaml": text},
     )
     (folder / "sweep.yaml").write_text(text, encoding="utf8")
@@ -123,13 +128,16 @@ def run_sweep(sweep: Sweep, folder: Path, say: Say) -> str:
     Every trial is closed in MLflow whatever happens to it; what was known before is not done again.
     """
     facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
-    with sweep_cluster(sweep), _signals() as stopped:
+    with sweep_cluster(sweep), stop_requests() as stopped:
         state = _tune(sweep, folder, facts["run_id"], facts["begun"], say, stopped)
     return state
 
 
-def _tune(sweep: Sweep, folder: Path, parent: str, begun: float, say: Say, stopped: threading.Event) -> str:
+def _tune(
+    sweep: Sweep, folder: Path, parent: str, begun: float, say: Say, stopped: Callable[[], bool]
+) -> str:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours says what is left open
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that diverges ends without a score
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
@@ -146,11 +154,6 @@ def _tune(sweep: Sweep, folder: Path, parent: str, begun: float, say: Say, stopp
     asks, at_once = resources_of(sweep, first)
     function = partial(run_trial, sweep=sweep, folder=folder, parent=parent, where=os.getcwd())
     pbt = sweep.scheduler.name == "pbt"
-    if pbt and first.workers.count > 1 and at_once < sweep.budget.trials:
-        raise ConfigError(
-            f"budget.trials ({sweep.budget.trials}): a population of trials with several workers each has to "
-            f"fit into the cluster, which holds {at_once}"
-        )
     chosen: dict[str, Any] = {"num_samples": -1, "search_alg": searcher, "max_concurrent_trials": at_once}
     tuner = tune.Tuner(
         tune.with_resources(function, asks),
@@ -174,7 +177,7 @@ def _tune(sweep: Sweep, folder: Path, parent: str, begun: float, say: Say, stopp
     with _quiet():
         tuner.fit()
     watch.close()
-    return "stopped" if stopped.is_set() else "finished"
+    return "stopped" if stopped() else "finished"
 
 
 def _population(searcher: SpaceSearcher) -> dict[str, Any]:
@@ -195,7 +198,7 @@ def resources_of(sweep: Sweep, config: Config) -> tuple[dict[str, float], int]:
 
     A trial of one worker is that worker. A larger one asks for next to nothing and starts a Ray Train run of
     its own; only as many as fit at once may begin, or they would wait for each other for ever. Raises
-    ConfigError where not even one fits.
+    ConfigError where not even one fits, or not all of a population.
     """
     import ray
 
@@ -210,6 +213,11 @@ def resources_of(sweep: Sweep, config: Config) -> tuple[dict[str, float], int]:
     if min(fits) < 1:
         said = ", ".join(f"{need:g} {kind}s" for kind, need in needs.items() if need)
         raise ConfigError(f"workers: a trial needs {said}; the cluster has less")
+    if nested and sweep.scheduler.name == "pbt" and min(fits) < sweep.budget.trials:
+        raise ConfigError(
+            f"budget.trials ({sweep.budget.trials}): a population of trials with several workers each has to "
+            f"fit into the cluster, which holds {min(fits)}"
+        )
     asks = {"cpu": DRIVER_CPUS} if nested else {"cpu": workers.cpus, "gpu": workers.gpus}
     return asks, min(min(fits), sweep.budget.concurrent or min(fits))
 
@@ -225,28 +233,6 @@ def _said(dimension: Any) -> str:
     what = dimension.values if dimension.values else f"{dimension.low:g} to {dimension.high:g}"
     when = f" when {dimension.when}" if dimension.when else ""
     return f"{dimension.kind} {what}{when}"
-
-
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into a wish to stop, for the block; a second one ends at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.distributed.commands import make_console, rows_per_s
 from mmdiff_ray.distributed.job import Job
+from mmdiff_ray.distributed.launch import STATUS
 from mmdiff_ray.distributed.sweep import (
     begin_sweep,
     check_sweep,
@@ -34,7 +36,8 @@ def sweep(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
     seen, job = check_sweep(spec)
     with sweep_cluster(spec):
         resources_of(spec, job.config)
-        folder = begin_sweep(spec, seen, _with_overrides(file, overrides), runs)
+        command = shlex.join(["mmdiff", "sweep", file, *overrides])
+        folder = begin_sweep(spec, seen, _with_overrides(file, overrides), command, runs)
         console.print(f"{spec.title}: up to {spec.budget.trials} trials of {spec.budget.samples:,} samples")
         return _run(spec, folder)
 
@@ -53,14 +56,16 @@ def resume(name: str, runs: str, overrides: Sequence[str]) -> int:
 def _run(spec: Sweep, folder: Path) -> int:
     """Run what is left of a sweep, and write its report, whatever ended it."""
     console = make_console()
-    state = "stopped"
+    state = "failed"
     try:
         state = run_sweep(spec, folder, lambda line: console.print(line, soft_wrap=True))
+    except KeyboardInterrupt:
+        state = "stopped"
+        raise
     finally:
         facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
-        status = "FINISHED" if state == "finished" else "KILLED"
         record = _report(facts["tracking_uri"], facts["run_id"], folder / "report", folder / "tracking")
-        run_life.end_run(facts["tracking_uri"], facts["run_id"], status, folder / "tracking")
+        run_life.end_run(facts["tracking_uri"], facts["run_id"], STATUS[state], folder / "tracking")
     for line in verdict(record):
         console.print(line, soft_wrap=True)
     _say_where(folder / "report")

@@ -1,6 +1,5 @@
 """What a person sees of a sweep's trials, and what is done with each that ends."""
 
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ class Watch(Callback):
     """Says what happens to trials, closes their journals and runs, and tells the searcher."""
 
     def __init__(
-        self, sweep: Sweep, folder: Path, searcher: SpaceSearcher, say: Say, stopped: threading.Event
+        self, sweep: Sweep, folder: Path, searcher: SpaceSearcher, say: Say, stopped: Callable[[], bool]
     ) -> None:
         self.sweep, self.folder, self.searcher, self.say = sweep, folder, searcher, say
         self.stopped = stopped
@@ -64,7 +63,7 @@ class Watch(Callback):
         trial = read_trial(self.folder, number)
         if trial is None:
             trial = Trial(number, {}, why="it died before it began")
-        if trial.outcome is None and error is None and self.stopped.is_set():
+        if trial.outcome is None and error is None and self.stopped():
             interrupt(self.folder, trial)
             self.say(f"trial {number}: interrupted at {trial.samples:,} samples")
             return

@@ -12,7 +12,7 @@ from mmdiff_ray.sweeps.findings import Importance, best_first, figures_of
 from mmdiff_ray.sweeps.journal import Trial
 from mmdiff_ray.sweeps.record import Record
 from mmdiff_ray.sweeps.spec import Sweep
-from mmdiff_ray.sweeps.study import distribution, hashable
+from mmdiff_ray.sweeps.study import distribution, hashable, plain_study
 
 
 def draw(record: Record, importance: dict[str, list[Importance]]) -> list[Drawn]:
@@ -102,9 +102,7 @@ def _history(record: Record) -> Drawn:
 def _study(sweep: Sweep, trials: Sequence[Trial]) -> optuna.Study:
     """Return the judged trials as an Optuna study with short names, all as complete, at their last report."""
     names = short(list(sweep.space))
-    directions: Any = ["maximize" if way == "max" else "minimize" for way in sweep.metrics.values()]
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(directions=directions)
+    study = plain_study(sweep.metrics)
     for trial in trials:
         known = {key: value for key, value in trial.values.items() if key in sweep.space}
         study.add_trial(

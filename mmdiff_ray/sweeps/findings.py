@@ -13,8 +13,8 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ChangeConfig, Config
 from mmdiff_ray.sweeps.journal import Trial
 from mmdiff_ray.sweeps.record import Record
-from mmdiff_ray.sweeps.spec import Sweep, yaml_value
-from mmdiff_ray.sweeps.study import as_frozen
+from mmdiff_ray.sweeps.spec import Sweep
+from mmdiff_ray.sweeps.study import as_frozen, plain_study
 
 RESAMPLED = 24
 """Times that the trials are resampled for the interval of an importance."""
@@ -63,7 +63,7 @@ def trained_config(record: Record, trial: Trial) -> Config | None:
     if config is None:
         return None
     # A member of a population that copied another began as that one did.
-    words = [f"{key}={yaml_value(value)}" for key, value in trial.values.items()]
+    words = [configuration.override(key, value) for key, value in trial.values.items()]
     config = configuration.load((), words, configuration.to_plain(config))
     changes = [ChangeConfig(change["at"], change["values"]) for change in trial.changes if change["values"]]
     defaults = Config()
@@ -132,7 +132,7 @@ def at_same_samples(trials: Sequence[Trial]) -> list[Trial]:
 def _shares(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int) -> dict[str, float]:
     """Return dimension -> share, for those that every trial has (Optuna's fANOVA knows no others)."""
     single = dataclasses.replace(sweep, metrics={metric: sweep.metrics[metric]})
-    study = optuna.create_study(direction="maximize" if sweep.metrics[metric] == "max" else "minimize")
+    study = plain_study(single.metrics)
     for trial in trials:
         ended = dataclasses.replace(trial, outcome="finished")
         study.add_trial(as_frozen(single, ended))
@@ -147,14 +147,17 @@ def _shares(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int) -> di
             return {}
 
 
-def ranges(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, list[Any]]:
-    """Return dimension -> the values at the two ends of the best quarter of the finished trials (at least
-    three): lowest and highest, or those of a list."""
+def top(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
+    """Return the best quarter of the finished trials, at least three of them."""
     done = [trial for trial in best_first(sweep, trials) if trial.outcome == "finished"]
-    top = done[: max(3, len(done) // 4)]
+    return done[: max(3, len(done) // 4)]
+
+
+def ranges(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, list[Any]]:
+    """Return dimension -> the lowest and the highest value of some trials, or those of a list."""
     found: dict[str, list[Any]] = {}
     for key, dimension in sweep.space.items():
-        values = [trial.values[key] for trial in top if key in trial.values]
+        values = [trial.values[key] for trial in trials if key in trial.values]
         if values and not dimension.values:
             found[key] = [min(values), max(values)]
         elif values:

@@ -8,9 +8,6 @@ from typing import Any
 
 from mmdiff_ray.training.checkpoint import write_json
 
-OUTCOMES = ("finished", "stopped", "diverged", "failed")
-"""finished: trained with all its samples; stopped: by the scheduler or the budget; diverged: not finite."""
-
 
 @dataclass
 class Trial:
@@ -18,7 +15,8 @@ class Trial:
 
     number: from 0. values: swept key -> value, as it began. reports: `samples` and `figures`, in order.
     changes: `at`, `values` and `source`, the trial that the state before was copied from (population based
-    training). outcome: None while it trains. why: in words, where it went wrong.
+    training). outcome: None while it trains; finished, with all its samples; stopped, by the scheduler or the
+    budget; diverged, not finite; failed. why: in words, where it went wrong.
     """
 
     number: int

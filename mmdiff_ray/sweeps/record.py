@@ -2,8 +2,10 @@
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import Config, ConfigError
@@ -18,7 +20,7 @@ class Record:
 
     run_id: of the sweep's own run. trials: those that reported anything, by number. configs: number -> the
     configuration that a trial began with. times: number -> when it began and ended, in seconds since the
-    epoch (None: it has not).
+    epoch (None: it has not). made: how it was made: command, machine, versions, revision of the code.
     """
 
     sweep: Sweep
@@ -27,6 +29,7 @@ class Record:
     trials: list[Trial]
     configs: dict[int, Config]
     times: dict[int, tuple[float, float | None]]
+    made: dict[str, Any]
 
 
 def read_record(uri: str, reference: str) -> Record:
@@ -49,7 +52,19 @@ def read_record(uri: str, reference: str) -> Record:
             end = run.info.end_time
             times[number] = (run.info.start_time / 1000, end / 1000 if end else None)
     trials.sort(key=lambda trial: trial.number)
-    return Record(sweep, parent.info.run_id, parent.info.run_name, trials, configs, times)
+    name, made = parent.info.run_name, _made(parent.data.tags)
+    return Record(sweep, parent.info.run_id, name, trials, configs, times, made)
+
+
+def _made(tags: Mapping[str, str]) -> dict[str, Any]:
+    versions = {key.removeprefix("version."): tags[key] for key in sorted(tags) if key.startswith("version.")}
+    known = {
+        "command": "mmdiff.command",
+        "machine": "mmdiff.machine",
+        "revision": "mlflow.source.git.commit",
+        "changed_files": "git.changed_files",
+    }
+    return {name: tags[tag] for name, tag in known.items() if tag in tags} | {"versions": versions}
 
 
 def _trial(uri: str, run: queries.Run, number: int, sweep: Sweep) -> Trial:

@@ -10,7 +10,15 @@ from typing import Any
 from mmdiff_ray import config as configuration
 from mmdiff_ray.sweeps.drawing import Drawn, short
 from mmdiff_ray.sweeps.figures import draw
-from mmdiff_ray.sweeps.findings import best_first, figures_of, front, importances, ranges, trained_config
+from mmdiff_ray.sweeps.findings import (
+    best_first,
+    figures_of,
+    front,
+    importances,
+    ranges,
+    top,
+    trained_config,
+)
 from mmdiff_ray.sweeps.record import Record
 
 KEPT = 5
@@ -44,6 +52,7 @@ def summary(record: Record) -> dict[str, Any]:
     return {
         "sweep": sweep.name,
         "title": sweep.title,
+        **record.made,
         "metrics": sweep.metrics,
         "samples": sum(trial.samples for trial in record.trials),
         "searcher": sweep.searcher.name,
@@ -51,7 +60,10 @@ def summary(record: Record) -> dict[str, Any]:
         "seed": sweep.seed,
         "outcomes": _counts(record),
         "front": [trial.number for trial in front(sweep, record.trials)],
-        "best_quarter": ranges(sweep, record.trials),
+        "top": {
+            "trials": [trial.number for trial in top(sweep, record.trials)],
+            "ranges": ranges(sweep, top(sweep, record.trials)),
+        },
         "trials": [
             {
                 "number": trial.number,
@@ -111,14 +123,13 @@ def verdict(record: Record) -> list[str]:
     else:
         second = f"; the next: {figures_of(best[1])[sweep.main]:.4g}" if len(best) > 1 else ""
         lines.append(f"Best: trial {best[0].number} with {figures}{second}.")
-    for key, ends in ranges(sweep, record.trials).items():
-        if sweep.space[key].values:
-            lines.append(f"{names[key]} of the best quarter: {', '.join(map(str, ends))}.")
-        else:
-            lines.append(f"{names[key]} of the best quarter: {ends[0]:.3g} to {ends[1]:.3g}.")
+    leading = top(sweep, record.trials)
+    for key, ends in ranges(sweep, leading).items():
+        said = ", ".join(map(str, ends)) if sweep.space[key].values else f"{ends[0]:.3g} to {ends[1]:.3g}"
+        lines.append(f"{names[key]} of the best {len(leading)} by {sweep.main}: {said}.")
     lines.append(
-        "Trials differ in seeds of nothing but their settings: how large chance is, is told by training the "
-        "best configurations again with other seeds."
+        "All trials had one seed: how much is chance, other seeds of the best configurations would tell, on "
+        "rows that they were not chosen by."
     )
     return lines
 

@@ -99,7 +99,7 @@ class Sweep:
         """Return the configuration of a trial. values: swept key -> value. Raises ConfigError."""
         files = [self.base] if isinstance(self.base, str) else []
         base = None if isinstance(self.base, str) else self.base
-        swept = [f"{key}={yaml_value(value)}" for key, value in values.items()]
+        swept = [configuration.override(key, value) for key, value in values.items()]
         budget = [f"train.samples={self.budget.samples}", "train.max_minutes=null"]
         config = configuration.load(files, [*self.overrides, *budget, *swept], base)
         # Reports fall on log lines: a segment of training ends where the trainer looks up anyway.
@@ -111,11 +111,6 @@ class Sweep:
             checkpoint=dataclasses.replace(config.checkpoint, every_samples=period),
             evaluate=dataclasses.replace(config.evaluate, every_samples=0),
         )
-
-
-def yaml_value(value: Any) -> str:
-    """Return a value as it stands behind `key=`."""
-    return "null" if value is None else str(value)
 
 
 def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> Sweep:

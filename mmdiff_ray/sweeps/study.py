@@ -1,6 +1,7 @@
 """A sweep as Optuna sees it: its space, its sampler, its trials."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
@@ -34,7 +35,6 @@ def hashable(value: Any) -> Any:
 
 def make_study(sweep: Sweep) -> optuna.Study:
     """Return an empty study of a sweep's metrics, with its sampler."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     samplers = {
         "random": lambda: optuna.samplers.RandomSampler(seed=sweep.seed),
@@ -45,8 +45,14 @@ def make_study(sweep: Sweep) -> optuna.Study:
         ),
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=sweep.seed, population_size=10),
     }  # fmt: skip
-    directions: Any = ["maximize" if way == "max" else "minimize" for way in sweep.metrics.values()]
-    return optuna.create_study(directions=directions, sampler=samplers[sweep.searcher.name]())
+    return plain_study(sweep.metrics, samplers[sweep.searcher.name]())
+
+
+def plain_study(metrics: Mapping[str, str], sampler: Any = None) -> optuna.Study:
+    """Return an empty study of metrics, metric -> min or max, that says nothing of what it does."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    directions: Any = ["maximize" if way == "max" else "minimize" for way in metrics.values()]
+    return optuna.create_study(directions=directions, sampler=sampler)
 
 
 def as_frozen(sweep: Sweep, trial: Trial) -> optuna.trial.FrozenTrial:
