@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +14,8 @@ from mmdiff_ray.data.storage import filesystem
 
 FOOTERS_KEPT = 256
 TAIL_BYTES = 1 << 16
+Tables = Callable[[str, RowGroup, Sequence[str]], pa.Table]
+"""(data set's URI, row group, columns) -> its table, as `read_table` returns it."""
 
 
 def encode(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Column], rows_per_group: int) -> bytes:
@@ -46,16 +48,20 @@ def footer_crc32(data: bytes) -> int:
 
 
 def read_row_group(
-    uri: str, row_group: RowGroup, columns: Sequence[str], take: Sequence[int] | None = None
+    uri: str,
+    row_group: RowGroup,
+    columns: Sequence[str],
+    take: Sequence[int] | None = None,
+    tables: Tables | None = None,
 ) -> dict[str, list[Any]]:
     """Return rows of one row group as column -> list of values; always with "id".
 
-    take: the rows wanted, in this order (all by default). image, mask: PNG bytes; label: int; embedding:
-    float32 array (D,); text: str; None where the row lacks one. Raises OSError or ValueError if a column is
-    missing or the bytes are not those that were written.
+    take: the rows wanted, in this order (all by default). tables: who reads, else this process. image, mask:
+    PNG bytes; label: int; embedding: float32 array (D,); text: str; None where the row lacks one. Raises
+    OSError or ValueError if a column is missing or the bytes are not those that were written.
     """
     wanted = list(dict.fromkeys(("id", *columns)))
-    table = _read_table(uri, row_group, wanted)
+    table = (tables or read_table)(uri, row_group, wanted)
     if table.num_rows != row_group.rows or set(table.column_names) != set(wanted):
         raise ValueError(
             f"got {table.num_rows} rows of {', '.join(table.column_names)}; "
@@ -75,7 +81,7 @@ def _values(array: pa.Array) -> list[Any]:
     return [None if lacks else vector for lacks, vector in zip(absent, vectors, strict=True)]
 
 
-def _read_table(uri: str, row_group: RowGroup, columns: Sequence[str]) -> pa.Table:
+def read_table(uri: str, row_group: RowGroup, columns: Sequence[str]) -> pa.Table:
     """Return a row group as written, or raise: the pages have checksums, the manifest has the footer's."""
     fs, root = filesystem(uri)
     try:

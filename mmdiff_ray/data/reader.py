@@ -8,7 +8,7 @@ import numpy as np
 
 from mmdiff_ray.config import ConfigError, DataConfig
 from mmdiff_ray.data.manifest import RowGroup, read_manifest
-from mmdiff_ray.data.parquet import read_row_group
+from mmdiff_ray.data.parquet import Tables, read_row_group
 from mmdiff_ray.data.plan import Window
 from mmdiff_ray.data.storage import absolute
 from mmdiff_ray.modalities.base import Modality, RowContext
@@ -26,11 +26,17 @@ class RowReader:
     """Read windows of rows, in data workers. It can be pickled if its modalities can.
 
     modalities: instance -> modality. uris: one per data set, in the plan's order. data: what is read and how.
-    seed: keys all that is random about reading a row, with its visit and id.
+    seed: keys all that is random about reading a row, with its visit and id. tables: who reads row groups
+    from storage, else this process.
     """
 
     def __init__(
-        self, modalities: Mapping[str, Modality], uris: Sequence[str], data: DataConfig, seed: int
+        self,
+        modalities: Mapping[str, Modality],
+        uris: Sequence[str],
+        data: DataConfig,
+        seed: int,
+        tables: Tables | None = None,
     ) -> None:
         self.uris = [absolute(uri) for uri in uris]
         self.bad_row_limit = data.bad_row_limit
@@ -39,6 +45,7 @@ class RowReader:
         self._columns = [_has(wanted, read_manifest(uri).columns) for uri in self.uris]
         self._size = next(iter(modalities.values())).size
         self._seed, self._backgrounds, self._flip = seed, data.backgrounds, data.flip
+        self._tables = tables
 
     @property
     def row_bytes(self) -> int:
@@ -70,7 +77,8 @@ class RowReader:
     def _rows(self, source: int, row_group: RowGroup, take: list[int]) -> list[dict[str, Any]]:
         """Return rows of a row group; a column that the whole data set lacks is None."""
         has = self._columns[source]
-        columns = read_row_group(self.uris[source], row_group, [name for name in has if has[name]], take)
+        wanted = [name for name in has if has[name]]
+        columns = read_row_group(self.uris[source], row_group, wanted, take, self._tables)
         lacking = {name: None for name in has if not has[name]}
         return [
             lacking | dict(zip(columns, values, strict=True))

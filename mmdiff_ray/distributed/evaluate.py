@@ -18,6 +18,7 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.config import Config, ConfigError, RunError
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
+from mmdiff_ray.data.parquet import Tables
 from mmdiff_ray.distributed import flow
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed.cluster import check_resources, cluster, cpus_needed
@@ -84,16 +85,17 @@ def measure(
     drawer: Drawer | None = None,
     kept: Path | None = None,
     progress: bool = False,
+    tables: Tables | None = None,
 ) -> Findings:
     """Return what the configured evaluators find for the exported model.
 
     drawer: who samples, the model in this process where None. kept: a folder for what was drawn, which goes
-    on from what is there. progress: whether a bar is shown.
+    on from what is there. progress: whether a bar is shown. tables: as of `Job`.
     """
     model = load_export(folder / "export", str(choose_device(config.train)), config)
     manifests = read_sources(config)
     resolve_modalities(config, manifests)
-    reader = jobs.make_reader(config, model.denoiser)
+    reader = jobs.make_reader(config, model.denoiser, tables)
     splits = [manifest.splits[config.evaluate.split] for manifest in manifests]
     batches = split_batches(reader, splits, config.evaluate.rows, min(64, config.evaluate.rows))
     drawer = drawer or draw_here(model)
@@ -162,7 +164,7 @@ def _mark(folder: Path, config: Config) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:12]
 
 
-def measure_on_ray(folder: Path, config: Config) -> Findings:
+def measure_on_ray(folder: Path, config: Config, tables: Tables | None = None) -> Findings:
     """Return what `measure` finds, as a task that asks for what one training worker has."""
     import ray
 
@@ -172,15 +174,15 @@ def measure_on_ray(folder: Path, config: Config) -> Findings:
         _with_all_threads
     )
     try:
-        return ray.get(task.remote(folder, config, os.getcwd()))
+        return ray.get(task.remote(folder, config, os.getcwd(), tables))
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, ConfigError | RunError) else error) from None
 
 
-def _with_all_threads(folder: Path, config: Config, working_folder: str) -> Findings:
+def _with_all_threads(folder: Path, config: Config, working_folder: str, tables: Tables | None) -> Findings:
     os.chdir(working_folder)
     torch.set_num_threads(os.cpu_count() or 1)
-    return measure(folder, config)
+    return measure(folder, config, tables=tables)
 
 
 def _record(folder: Path, place: Path, findings: Findings) -> None:

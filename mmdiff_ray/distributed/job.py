@@ -15,6 +15,7 @@ from mmdiff_ray.config import Config, ConfigError, check_changes, in_force
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.data.manifest import Manifest
+from mmdiff_ray.data.parquet import Tables
 from mmdiff_ray.data.plan import Plan
 from mmdiff_ray.data.reader import RowReader
 from mmdiff_ray.denoiser import Denoiser, build_denoiser, build_modalities, build_process
@@ -57,6 +58,7 @@ class Job:
 
     folder: where everything of the run lies. calibration: the modalities' fixed scales. pause_at: where
     training ends for now, with a checkpoint, at the first report after so many samples; None: at its end.
+    tables: who reads row groups from storage, else every reader for itself.
     """
 
     config: Config
@@ -66,6 +68,7 @@ class Job:
     tracking_uri: str = ""
     run_id: str = ""
     pause_at: int | None = None
+    tables: Tables | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -86,7 +89,7 @@ class Job:
         return denoiser
 
     def reader(self, denoiser: Denoiser) -> RowReader:
-        return make_reader(self.config, denoiser)
+        return make_reader(self.config, denoiser, self.tables)
 
     def plan(self) -> Plan:
         sources = [
@@ -102,13 +105,13 @@ class Job:
         return self.manifests[0].columns
 
 
-def make_reader(config: Config, denoiser: Denoiser) -> RowReader:
+def make_reader(config: Config, denoiser: Denoiser, tables: Tables | None = None) -> RowReader:
     """Return the reader of a configuration's data sets."""
     uris = [source.uri for source in config.data.sources]
-    return RowReader(dict(denoiser.modalities.items()), uris, config.data, config.seed)
+    return RowReader(dict(denoiser.modalities.items()), uris, config.data, config.seed, tables)
 
 
-def prepare(config: Config, folder: Path) -> Job:
+def prepare(config: Config, folder: Path, tables: Tables | None = None) -> Job:
     """Check a configuration against its data and return the job. Raises ConfigError; nothing is started or
     written."""
     if config.evaluate.evaluators != []:
@@ -120,10 +123,10 @@ def prepare(config: Config, folder: Path) -> Job:
     check_changes(config)
     manifests = read_sources(config)
     config, denoiser = fit(config, manifests)
-    reader = make_reader(config, denoiser)
+    reader = make_reader(config, denoiser, tables)
     splits = [manifest.splits["train"] for manifest in manifests]
     calibrate(denoiser.modalities, split_batches(reader, splits, CALIBRATION_ROWS, 64))
-    return Job(config, manifests, folder, _fixed_scales(denoiser))
+    return Job(config, manifests, folder, _fixed_scales(denoiser), tables=tables)
 
 
 def fit(config: Config, manifests: list[Manifest]) -> tuple[Config, Denoiser]:

@@ -22,6 +22,7 @@ from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.launch import stop_requests
 from mmdiff_ray.distributed.schedulers import Deadline, make_scheduler
 from mmdiff_ray.distributed.searcher import SpaceSearcher
+from mmdiff_ray.distributed.shelf import SharedTables, make_shelf, read_once
 from mmdiff_ray.distributed.trial import SCORE, run_trial, score
 from mmdiff_ray.distributed.watch import Watch
 from mmdiff_ray.evaluation.run import evaluate, metrics_of
@@ -152,7 +153,15 @@ def _tune(
         return "finished"
     first = sweep.config({})
     asks, at_once = resources_of(sweep, first)
-    function = partial(run_trial, sweep=sweep, folder=folder, parent=parent, where=os.getcwd())
+    shelf = make_shelf()
+    function = partial(
+        run_trial,
+        sweep=sweep,
+        folder=folder,
+        parent=parent,
+        where=os.getcwd(),
+        tables=SharedTables(shelf),
+    )
     pbt = sweep.scheduler.name == "pbt"
     chosen: dict[str, Any] = {"num_samples": -1, "search_alg": searcher, "max_concurrent_trials": at_once}
     tuner = tune.Tuner(
@@ -162,7 +171,7 @@ def _tune(
             metric=SCORE,
             mode="max",
             scheduler=make_scheduler(sweep, make, known),
-            reuse_actors=False,
+            reuse_actors=not pbt,  # a member that copies another has to begin anew
             **({} if pbt else chosen),
         ),
         run_config=tune.RunConfig(
@@ -177,6 +186,7 @@ def _tune(
     with _quiet():
         tuner.fit()
     watch.close()
+    say("data: " + read_once(shelf))
     return "stopped" if stopped() else "finished"
 
 

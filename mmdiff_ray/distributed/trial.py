@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from mmdiff_ray.config import ChangeConfig, Config, ConfigError
+from mmdiff_ray.data.parquet import Tables
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import launch
 from mmdiff_ray.distributed.display import Display
@@ -42,12 +43,14 @@ def score(sweep: Sweep, figures: Mapping[str, float]) -> float:
     return figures[sweep.main] * (1 if sweep.metrics[sweep.main] == "max" else -1)
 
 
-def run_trial(config: dict[str, Any], sweep: Sweep, folder: Path, parent: str, where: str) -> None:
+def run_trial(
+    config: dict[str, Any], sweep: Sweep, folder: Path, parent: str, where: str, tables: Tables
+) -> None:
     """Be a trial of Ray Tune: train, judge and report until the samples are used up or Tune ends it.
 
     config: `number` and `values`. folder: the sweep's. parent: the sweep's run in MLflow. where: the working
-    folder of the driver. Goes on from what its own folder holds, or, after population based training copied
-    another trial into this one, from that trial's checkpoint.
+    folder of the driver. tables: what all trials read row groups through. Goes on from what its own folder
+    holds, or, after population based training copied another trial into this one, from that checkpoint.
     """
     from ray import tune
 
@@ -60,7 +63,7 @@ def run_trial(config: dict[str, Any], sweep: Sweep, folder: Path, parent: str, w
     try:
         if not fresh:
             _adopt(folder, trial, _pointer(tune.get_checkpoint()), config["values"])
-        job = _job(sweep, folder, trial, parent)
+        job = _job(sweep, folder, trial, parent, tables)
         if fresh:
             for report in list(trial.reports):  # Tune knows nothing of what was before it began
                 _tell(sweep, trial, report)
@@ -77,12 +80,12 @@ def run_trial(config: dict[str, Any], sweep: Sweep, folder: Path, parent: str, w
         give_up(folder, trial, "diverged" if isinstance(error, TrainingError) else "failed", str(error))
 
 
-def _job(sweep: Sweep, folder: Path, trial: Trial, parent: str) -> Job:
+def _job(sweep: Sweep, folder: Path, trial: Trial, parent: str, tables: Tables) -> Job:
     """Return the trial's job with its run in MLflow, begun or gone on with, set back to its last report."""
     place = trial_folder(folder, trial.number)
     config = trial_config(sweep, trial, folder)
     if trial.run_id:
-        job = jobs.prepare(config, place)
+        job = jobs.prepare(config, place, tables)
         facts = jobs.read_run(place)
         for checkpoint in complete(job.checkpoints):
             if int(checkpoint.name) > trial.samples:
@@ -98,7 +101,7 @@ def _job(sweep: Sweep, folder: Path, trial: Trial, parent: str) -> Job:
         "mmdiff.trial": trial.number,
         "mmdiff.values": json.dumps(trial.values),
     }
-    job = launch.begin(jobs.prepare(config, place), tags)
+    job = launch.begin(jobs.prepare(config, place, tables), tags)
     trial.run_id = job.run_id
     write_trial(folder, trial)
     return job
@@ -138,7 +141,7 @@ def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
     launch.work(dataclasses.replace(job, pause_at=pause), Display(Console(quiet=True)))
     seen = json.loads((job.export / "facts.json").read_text(encoding="utf8"))["progress"]["samples_seen"]
     nested = job.config.workers.count > 0
-    findings = (measure_on_ray if nested else measure)(job.folder, job.config)
+    findings = (measure_on_ray if nested else measure)(job.folder, job.config, tables=job.tables)
     figures = {key.removeprefix("eval/"): value for key, value in metrics_of(findings.figures).items()}
     tracker = Tracker(job.tracking_uri, job.run_id, job.spool)
     tracker.metrics({f"eval/{key}": value for key, value in figures.items()}, seen)

@@ -10,9 +10,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mmdiff_ray.cli import main
+from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.sweeps.journal import read_trials
 from mmdiff_ray.sweeps.record import read_record
 from mmdiff_ray.training.checkpoint import complete
@@ -69,6 +71,13 @@ def test_all_trials_end_and_the_best_is_told(done):
     assert all(trial.samples < 64 for trial in trials if trial.outcome == "stopped")
     best = min(finished, key=lambda trial: trial.reports[-1]["figures"]["shape/head_nll"])
     assert f"Best: trial {best.number} with shape/head_nll" in out
+
+
+def test_trials_read_the_data_from_storage_once_together(done, sprites):
+    manifest = read_manifest(sprites)
+    groups = sum(len(shard.row_groups) for split in manifest.splits.values() for shard in split.shards)
+    reads = int(re.search(r"data: (\d+) row groups read from storage for all trials", done[1])[1])
+    assert 0 < reads <= groups
 
 
 def test_a_stopped_trial_was_worse_than_half_of_those_before_it(done):
@@ -149,6 +158,84 @@ def test_a_driver_that_is_killed_in_mid_sweep_loses_nothing_that_ended(nodes, sp
         assert samples == sorted(set(samples))
     facts = json.loads((folder / "sweep.json").read_text())
     assert len(read_record(facts["tracking_uri"], facts["run_id"]).trials) == 5
+
+
+def test_a_trial_whose_process_is_killed_goes_on_from_its_last_report(nodes, sprites, tmp_path):
+    file = tiny.write(
+        tmp_path, sprites, budget={"trials": 2, "samples": 320, "reports": 10}, scheduler__name="fifo"
+    )
+    runs = tmp_path / "runs"
+    folder = runs / "sweeps" / "tiny"
+    process = subprocess.Popen(
+        command(str(file), "--runs", str(runs)), env={**os.environ, "RAY_ADDRESS": nodes},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not any(len(trial.reports) > 1 for trial in read_trials(folder)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    mine = psutil.Process().children(recursive=True)
+    trainers = [one for one in mine if one.name().startswith("ray::Implicit")]
+    before = {trial.number: trial.reports for trial in read_trials(folder)}
+    assert trainers
+    for one in trainers:
+        one.kill()
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    after = list(read_trials(folder))
+    assert [trial.outcome for trial in after] == ["finished", "finished"], out
+    for trial in after:
+        kept = before.get(trial.number, [])
+        assert trial.reports[: len(kept)] == kept
+        assert [report["samples"] for report in trial.reports] == list(range(32, 321, 32))
+
+
+def test_a_sweep_whose_head_node_died_goes_on_on_another_cluster(sprites, tmp_path):
+    from ray.cluster_utils import Cluster
+
+    file = tiny.write(tmp_path, sprites, budget__trials=4, scheduler__name="fifo")
+    runs = tmp_path / "runs"
+    folder = runs / "sweeps" / "tiny"
+    head = {"num_cpus": 2, "include_dashboard": False}
+    first = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        quick = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3", "RAY_ADDRESS": first.address}
+        process = subprocess.Popen(
+            command(str(file), "--runs", str(runs)), env={**os.environ, **quick},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.monotonic() + 240
+        while not any(trial.outcome for trial in read_trials(folder)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        first.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        assert process.wait(timeout=120) != 0
+    finally:
+        first.shutdown()
+    before = {trial.number: trial for trial in read_trials(folder) if trial.outcome == "finished"}
+    second = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        run(second.address, "--resume", "tiny", "--runs", str(runs))
+    finally:
+        second.shutdown()
+    after = {trial.number: trial for trial in read_trials(folder)}
+    assert before and {trial.outcome for trial in after.values()} == {"finished"} and len(after) == 4
+    assert all(after[number] == trial for number, trial in before.items())
+
+
+def test_the_quickstart_finds_a_classifier_on_two_nodes(nodes, tmp_path):
+    file = Path(__file__).parents[2] / "sweeps" / "quickstart.yaml"
+    ended = subprocess.run(
+        command(str(file), "--runs", str(tmp_path / "runs")), capture_output=True, text=True,
+        env={**os.environ, "RAY_ADDRESS": nodes}, cwd=tmp_path, timeout=500,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    folder = tmp_path / "runs" / "sweeps" / "quickstart"
+    results = json.loads((folder / "report" / "results.json").read_text())
+    trials = list(read_trials(folder))
+    assert len(trials) == 12 and any(trial.outcome == "stopped" for trial in trials)
+    best = max(trial.reports[-1]["figures"]["label/head_accuracy"] for trial in trials)
+    assert best > 0.6 and results["front"] and (folder / "report" / "report.html").is_file()
 
 
 def test_an_interrupted_sweep_ends_cleanly_with_what_is_known(nodes, sprites, tmp_path):

@@ -1,0 +1,119 @@
+"""Row groups kept in Ray's object store: the trials of a sweep read each from storage once, together."""
+
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from mmdiff_ray.data.manifest import RowGroup
+from mmdiff_ray.data.parquet import read_table
+
+_log = logging.getLogger(__name__)
+
+SHARE = 0.3
+"""The part of a node's object store that a shelf may fill."""
+READERS = 4
+Key = tuple[str, RowGroup, tuple[str, ...]]
+
+
+class Shelf:
+    """The actor that reads row groups and keeps those that fit; what came first stays.
+
+    limit: in bytes; None: a part of the object store of the node that it runs on. Every epoch asks for all
+    row groups: to put the newest in the place of the oldest would keep none until it is asked for again.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = int(SHARE * _store_bytes()) if limit is None else limit
+        self.bytes = self.reads = 0
+        self._kept: dict[Key, Future] = {}
+        self._lock = threading.Lock()
+
+    def table(self, key: Key) -> list[Any]:
+        """Return a reference to a row group's table, or None where there is no room for it; in a list, for
+        Ray would resolve it."""
+        with self._lock:
+            mine = key not in self._kept
+            found = self._kept.setdefault(key, Future())
+            full = self.bytes >= self.limit
+        if mine:
+            try:
+                found.set_result(None if full else self._put(read_table(*key)))
+            except Exception as error:
+                found.set_exception(error)
+                with self._lock:
+                    del self._kept[key]
+        return [found.result()]
+
+    def _put(self, table: Any) -> Any:
+        import ray
+
+        with self._lock:
+            self.reads += 1
+            if self.bytes + table.nbytes > self.limit:
+                return None
+            self.bytes += table.nbytes
+        return ray.put(table)
+
+    def facts(self) -> dict[str, int]:
+        """Return how many row groups were read from storage, and how many bytes are kept."""
+        return {"reads": self.reads, "bytes": self.bytes}
+
+
+class SharedTables:
+    """What reads row groups through a shelf: `RowReader` takes it in place of `read_table`.
+
+    Where the shelf has no room, cannot read, or is gone, its reader reads from storage itself.
+    """
+
+    def __init__(self, shelf: Any) -> None:
+        self.shelf = shelf
+        self._known: dict[Key, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"shelf": self.shelf, "_known": {}}
+
+    def __call__(self, uri: str, row_group: RowGroup, columns: Sequence[str]) -> Any:
+        """Return the table of a row group (pyarrow), as `read_table` does."""
+        import ray
+
+        key = (uri, row_group, tuple(columns))
+        try:
+            if key not in self._known:
+                (self._known[key],) = ray.get(self.shelf.table.remote(key))
+            if self._known[key] is not None:
+                return ray.get(self._known[key])
+        except Exception as error:  # corrupt data too: who reads it says so
+            _log.info("%s is read from storage: %s", row_group.path, error)
+        return read_table(uri, row_group, columns)
+
+
+def make_shelf(limit: int | None = None) -> Any:
+    """Start a shelf that lives as long as its handle. limit: as of `Shelf`."""
+    import ray
+
+    made: Any = ray.remote(Shelf)
+    return made.options(num_cpus=0, max_concurrency=READERS).remote(limit)
+
+
+def read_once(shelf: Any) -> str:
+    """Return in words what a shelf has read."""
+    import ray
+
+    try:
+        facts = ray.get(shelf.facts.remote())
+    except ray.exceptions.RayError:
+        return "the actor that shared it between trials is gone"
+    return (
+        f"{facts['reads']} row groups read from storage for all trials ({facts['bytes'] / 1e6:.3g} MB kept)"
+    )
+
+
+def _store_bytes() -> float:
+    """Return the size of this node's object store."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == here]
+    return node["Resources"].get("object_store_memory", 0)
