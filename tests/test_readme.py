@@ -53,6 +53,16 @@ def test_readme_says_of_the_sweep_what_it_found():
     assert best_file in part and (ROOT / best_file).is_file()
 
 
+@pytest.mark.parametrize("file", sorted(ROOT.glob("results/*.discussion.md")), ids=lambda file: file.name)
+def test_a_discussion_quotes_its_own_table_and_stands_in_the_page(file):
+    name = file.name.removesuffix(".discussion.md")
+    values = json.loads((file.parent / f"{name}.json").read_text(encoding="utf8"))
+    text = file.read_text(encoding="utf8")
+    known = {f"{line['mean']:.3f}" for line in values["figures"]}
+    assert set(re.findall(r"\b\d\.\d{3}\b", text)) <= known
+    assert text.strip() in (file.parent / f"{name}.md").read_text(encoding="utf8")
+
+
 def test_every_picture_that_the_readme_shows_is_there():
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
         assert (ROOT / path).is_file(), path

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 
 
-def markdown(values: Mapping[str, Any]) -> str:
-    """Return a result as a page: a table for every measure, methods in rows and figures in columns."""
+def markdown(values: Mapping[str, Any], discussion: str = "") -> str:
+    """Return a result as a page: a table for every measure, methods in rows and figures in columns.
+
+    discussion: what people have to say about it, shown before the tables.
+    """
     lines = [f"# {values['title']}", "", values["question"], ""]
     seeds = sorted({cell["seed"] for cell in values["cells"]})
     main = values["methods"][values["main"]]
@@ -24,6 +27,8 @@ def markdown(values: Mapping[str, Any]) -> str:
         lines += [f"Refused: {values['methods'][name]}. {why}", ""]
     for name, sentences in values["notes"].items():
         lines += [f"Inert: {values['methods'][name]}. {' '.join(sentences)}", ""]
+    if discussion:
+        lines += [discussion.strip(), ""]
     by_measure: dict[str, list[Mapping[str, Any]]] = {}
     for line in values["figures"]:
         by_measure.setdefault(line["measure"], []).append(line)
