@@ -18,6 +18,7 @@ def check(config: Config) -> None:
     one_of("given.input", config.given.input, ("u_plus_code", "z_plus_code", "z_only"))
     one_of("loss.prediction", config.loss.prediction, ("v", "eps", "x0"))
     one_of("loss.weighting", config.loss.weighting, ("v", "eps", "x0", "min_snr", "elbo"))
+    one_of("workers.strategy", config.workers.strategy, ("ddp", "fsdp"))
     one_of("data.backgrounds", config.data.backgrounds, ("random", "white"))
     one_of("schedule.family", config.schedule.family, registry.names("schedule"))
     one_of("model.backbone", config.model.backbone, registry.names("backbone"))
