@@ -92,7 +92,8 @@ class WorkerHooks:
 
     def _emit(self, kind: str, progress: Progress, metrics: dict[str, float]) -> None:
         if self.first:
-            self.emit({"kind": kind, "progress": vars(progress).copy(), "metrics": metrics})
+            now = vars(progress).copy()
+            self.emit({"kind": kind, "progress": now, "metrics": metrics, "workers": world()[1]})
 
 
 Stream = Callable[[Job, Any, int, int, int], Iterator[Batch]]
@@ -154,7 +155,9 @@ def ray_stream(job: Job, reader: Any, rank: int, world: int, start: int) -> Iter
     from mmdiff_ray.distributed.stream import stream_batches
 
     stop = -(-job.config.train.samples // job.config.train.global_batch)
-    return stream_batches(job.plan(), reader, rank, world, start, stop, job.config.workers.data_workers)
+    workers = job.config.workers
+    beside = workers.least is not None
+    return stream_batches(job.plan(), reader, rank, world, start, stop, workers.data_workers, beside)
 
 
 def ray_train_loop(settings: dict[str, Any]) -> None:

@@ -47,13 +47,13 @@ def parallelize(losses: Losses, config: Config, device: torch.device) -> nn.Modu
     shared out by the configured strategy where there are workers. A model that is not trained is never
     compiled."""
     trained = any(parameter.requires_grad for parameter in losses.parameters())
-    several, sharded = world()[1] > 1, config.workers.strategy == "fsdp"
-    if several and sharded:
-        shard(losses, device)
+    sharded = dist.is_initialized() and config.workers.strategy == "fsdp"
+    if sharded:
+        _shard(losses, device)
     losses.to(device)
     if trained and config.train.compile:
-        _compile(losses.denoiser, layers_apart=several and sharded)
-    if not trained or not several or sharded:
+        _compile(losses.denoiser, layers_apart=sharded)
+    if not trained or sharded or world()[1] == 1:
         return losses
     devices = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(
@@ -61,7 +61,7 @@ def parallelize(losses: Losses, config: Config, device: torch.device) -> nn.Modu
     )
 
 
-def shard(losses: Losses, device: torch.device) -> None:
+def _shard(losses: Losses, device: torch.device) -> None:
     """Leave every worker a part of each parameter, on its device; the backbone is gathered layer by layer.
 
     Arithmetic stays in the parameters' float32 (under autocast as ever), so losses are those of one process.
@@ -93,7 +93,10 @@ def _compile(denoiser: Denoiser, layers_apart: bool) -> None:
     if not layers_apart:
         denoiser.compile()
         return
-    for layer in _layers(denoiser) or [denoiser.backbone]:
+    layers = _layers(denoiser) or [denoiser.backbone]
+    limits: Any = torch._dynamo.config  # one code serves layers of several sizes
+    limits.recompile_limit = max(limits.recompile_limit, 2 * len(layers))
+    for layer in layers:
         layer.forward = torch.compile(layer.forward)
 
 
