@@ -1,7 +1,7 @@
 """One batch of multi-modal rows, keyed by modality instance."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,3 +47,11 @@ class Batch:
             data={name: function(value) for name, value in self.data.items()},
             present={name: function(value) for name, value in self.present.items()},
         )
+
+
+def share(batches: Sequence[Batch], rank: int, world: int) -> list[Batch]:
+    """Return a worker's share of batches that all workers have: as many for each, filled up with padding."""
+    own = list(batches[rank::world])
+    if len(own) < -(-len(batches) // world):
+        own.append(replace(batches[0], real=torch.zeros_like(batches[0].real)))
+    return own

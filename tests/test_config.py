@@ -271,6 +271,29 @@ def test_values_that_cannot_be_are_refused_with_key_and_value(base, overrides, e
             "data.lanes (8) must be a multiple of workers.count (3); try 6 or 9",
         ),
         (
+            ["workers.count=3", "workers.least=1"],
+            "data.lanes (8) must be a multiple of every number of workers from workers.least (1) to "
+            "workers.count (3); try 6 or 12",
+        ),
+        (
+            [
+                "data.lanes=12",
+                "train.global_batch=60",
+                "workers.count=3",
+                "workers.least=2",
+                "train.micro_batch=4",
+            ],
+            "train.global_batch (60) must be a multiple of micro_batch x workers (4 x 6 = 24, of which 2 "
+            "to 3 workers can each have a share); try 48 or 72",
+        ),
+        (["workers.count=2", "workers.least=4"], "workers.least (4) must be at most workers.count (2)"),
+        (["workers.least=0"], "workers.least (0) must be at least 1"),
+        (["workers.least=1"], "workers.least (1) must be at most workers.count (0)"),
+        (
+            ["workers.strategy=fsd"],
+            "workers.strategy: unknown 'fsd'; known: ddp, fsdp; did you mean 'fsdp'?",
+        ),
+        (
             ["train.global_batch=96", "data.lanes=2", "workers.count=2", "train.micro_batch=16"],
             None,
         ),

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdiff_ray.config import CheckpointConfig
+from mmdiff_ray.distributed.job import Job, prepare
 from mmdiff_ray.training.checkpoint import CheckpointStore, complete, restore
 from mmdiff_ray.training.inference import Generator
+from mmdiff_ray.training.parallel import is_sharded
 from mmdiff_ray.training.trainer import Trainer
 from tests import sprites as tiny
 
@@ -23,12 +26,17 @@ ROWS, STEPS = 256, 20
 FAST = (
     "space.height=16",
     "space.width=16",
-    "model={backbone: unet, preset: tiny, options: null}",
     "train.precision=bfloat16",
     "train.compile=true",
     f"train.global_batch={ROWS}",
     "train.samples=1000000",
 )
+
+
+def fast_job(data: str, *overrides: str) -> Job:
+    """Return the job of a U-Net that is worth a GPU."""
+    plain = {**tiny.PLAIN, "model": {"backbone": "unet", "preset": "tiny"}}
+    return prepare(tiny.config(data, *FAST, *overrides, plain=plain), Path("unused"))
 
 
 @pytest.fixture
@@ -42,7 +50,7 @@ def one_process(tmp_path) -> Iterator[None]:
 
 
 def test_gpu_trains_compiled_in_bfloat16_and_data_parallel(sprites, one_process, tmp_path, capsys):
-    job = tiny.job(sprites, *FAST)
+    job = fast_job(sprites)
     device = torch.device("cuda", 0)
     trainer = Trainer(job.config, job.denoiser(), device)
     trainer.model = DistributedDataParallel(trainer.model, device_ids=[0], broadcast_buffers=False)
@@ -66,6 +74,25 @@ def test_gpu_trains_compiled_in_bfloat16_and_data_parallel(sprites, one_process,
     assert tiny.same(tiny.weights(again.denoiser), tiny.weights(trainer.denoiser))
     drawn = Generator(job.config, trainer.ema.model).draw({}, 4, steps=4)
     assert drawn.data["pixels"].device.type == "cuda" and drawn.data["pixels"].shape == (4, 3, 16, 16)
+
+
+def test_gpu_trains_a_shared_model_to_the_losses_of_a_whole_one(sprites, one_process, tmp_path):
+    """All of fsdp but a second worker: blocks compiled each for itself, gathered and scattered by nccl."""
+    device = torch.device("cuda", 0)
+    last = {}
+    for strategy in ("ddp", "fsdp"):
+        job = fast_job(sprites, f"workers.strategy={strategy}")
+        trainer = Trainer(job.config, job.denoiser(), device)
+        last[strategy] = trainer.advance(tiny.batches(job), 5 * ROWS)["loss/total"]
+    assert is_sharded(trainer.denoiser) and last["fsdp"] == pytest.approx(last["ddp"], rel=2e-2)
+    store = CheckpointStore(tmp_path / "checkpoints", CheckpointConfig())
+    store.save(trainer, {})
+    store.wait()
+    whole = Trainer(fast_job(sprites).config, job.denoiser(), device)
+    restore(whole, complete(tmp_path / "checkpoints")[0])
+    assert tiny.same(tiny.weights(whole.ema.model), tiny.weights(trainer.averaged()))
+    drawn = Generator(job.config, trainer.averaged()).draw({}, 4, steps=4)
+    assert drawn.data["pixels"].device.type == "cuda"
 
 
 def test_gpu_gives_the_losses_of_the_cpu(sprites):

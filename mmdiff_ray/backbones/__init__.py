@@ -3,5 +3,7 @@
 A backbone is built by `Backbone(in_channels, size, preset, **options)` and called by `backbone(x, embedding,
 tokens=None) -> Features`. It tells its denoiser three sizes: `embedding_channels` of the embedding of time
 and roles, `feature_channels` of the map and `pooled_channels` of the pooled features it returns. Height and
-width are those of x. One sample's features never depend on the other samples of the batch.
+width are those of x. One sample's features never depend on the other samples of the batch. It may name its
+`layers`, parts that are each called as a whole: workers that share a model out then hold one of them at a
+time, else all of it.
 """

@@ -75,6 +75,11 @@ class DiT(nn.Module):
         self.modulation = zeroed(nn.Linear(sizes.embedding_channels, 2 * sizes.width))
         self.out = nn.Linear(sizes.width, sizes.patch**2 * sizes.feature_channels)
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Return the blocks."""
+        return list(self.blocks)
+
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None = None) -> Features:
         """Return the features of a noisy code.
 
@@ -125,6 +130,11 @@ class DiTTokens(nn.Module):
         self.blocks = nn.ModuleList(_Block(sizes) for _ in range(sizes.depth))
         self.modulation = zeroed(nn.Linear(sizes.embedding_channels, 2 * sizes.width))
         self.out = nn.Linear(sizes.width, sizes.patch**2 * sizes.feature_channels)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Return the blocks."""
+        return list(self.blocks)
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None = None) -> dict[str, Features]:
         """Return the features of every modality, by instance. Arguments and errors as of `DiT`."""

@@ -98,6 +98,12 @@ class UNet(nn.Module):
             _Level(sizes, level, 2 * channels[level]) for level in range(len(channels) - 1)
         )
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Return the residual blocks and attentions of all levels."""
+        levels: Any = [*self.down, self.bottom, *self.up]
+        return [part for level in levels for part in (*level.blocks, *level.attentions)]
+
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None = None) -> Features:
         """Return the features of a noisy code.
 

@@ -1,6 +1,7 @@
 """What a configuration must fulfil, and the words of the errors where it does not."""
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ def check(config: Config) -> None:
     one_of("given.input", config.given.input, ("u_plus_code", "z_plus_code", "z_only"))
     one_of("loss.prediction", config.loss.prediction, ("v", "eps", "x0"))
     one_of("loss.weighting", config.loss.weighting, ("v", "eps", "x0", "min_snr", "elbo"))
+    one_of("workers.strategy", config.workers.strategy, ("ddp", "fsdp"))
     one_of("data.backgrounds", config.data.backgrounds, ("random", "white"))
     one_of("schedule.family", config.schedule.family, registry.names("schedule"))
     one_of("model.backbone", config.model.backbone, registry.names("backbone"))
@@ -33,11 +35,18 @@ def check(config: Config) -> None:
 
 def check_batch(config: Config) -> None:
     """Raise ConfigError where the global batch cannot be dealt to lanes, workers and micro-batches."""
-    workers, batch, lanes = max(1, config.workers.count), config.train.global_batch, config.data.lanes
+    most, batch, lanes = max(1, config.workers.count), config.train.global_batch, config.data.lanes
+    least = config.workers.least or most
+    if (config.workers.least or 0) > config.workers.count:
+        raise ConfigError(f"workers.least ({least}) must be at most workers.count ({config.workers.count})")
+    workers = math.lcm(*range(least, most + 1))
+    counted, elastic = f"workers.count ({most})", ""
+    if least < most:
+        counted = f"every number of workers from workers.least ({least}) to workers.count ({most})"
+        elastic = f", of which {least} to {most} workers can each have a share"
     if lanes % workers:
         raise ConfigError(
-            f"data.lanes ({lanes}) must be a multiple of workers.count ({workers}); "
-            f"try {_near(lanes, workers)}"
+            f"data.lanes ({lanes}) must be a multiple of {counted}; try {_near(lanes, workers)}"
         )
     if batch % lanes:
         raise ConfigError(
@@ -48,7 +57,7 @@ def check_batch(config: Config) -> None:
     if micro is not None and batch % (micro * workers):
         raise ConfigError(
             f"train.global_batch ({batch}) must be a multiple of micro_batch x workers "
-            f"({micro} x {workers} = {micro * workers}); try {_near(batch, micro * workers)}"
+            f"({micro} x {workers} = {micro * workers}{elastic}); try {_near(batch, micro * workers)}"
         )
 
 
@@ -76,6 +85,7 @@ def _check_numbers(config: Config) -> None:
         ("checkpoint.every_samples", config.checkpoint.every_samples, 1),
         ("checkpoint.keep_last", config.checkpoint.keep_last, 1),
         ("workers.count", workers.count, 0),
+        ("workers.least", 1 if workers.least is None else workers.least, 1),
         ("evaluate.rows", evaluate.rows, 1),
         ("evaluate.steps", evaluate.steps, 1),
         ("evaluate.every_samples", evaluate.every_samples, 0),

@@ -211,14 +211,20 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class WorkersConfig:
-    """The workers. count: their number, 0 = in this process.
+    """The workers. count: their number, 0 = in this process. least: where set, a run starts with fewer, down
+    to this, if the cluster holds no more, goes on with fewer where a node is lost and with more where one
+    comes; a worker then reads on its own node.
 
     cpus, gpus: what each asks the cluster for. data_workers: processes that read rows for each of them (in
     this process: threads). threads: torch's in each (null: one per cpu where there are several workers).
-    max_failures: restarts from the last checkpoint before the run gives up.
+    max_failures: restarts from the last checkpoint before the run gives up. strategy: how they share the
+    model: ddp, each holds all of it; fsdp, each a part of its parameters, their average and the optimizer's
+    state, for models that are too large for one.
     """
 
     count: int = 0
+    least: int | None = None
+    strategy: str = "ddp"
     cpus: float = 1.0
     gpus: float = 0.0
     data_workers: int = 1

@@ -79,18 +79,18 @@ def check_resources(workers: WorkersConfig) -> None:
     asked for."""
     import ray
 
-    total = ray.cluster_resources()
+    total, count = ray.cluster_resources(), workers.least or workers.count
     for key, resource, wanted in (
         (
             "workers.cpus and workers.data_workers",
             "CPU",
-            workers.count * (workers.cpus + workers.data_workers),
+            count * (workers.cpus + workers.data_workers),
         ),
-        ("workers.gpus", "GPU", workers.count * workers.gpus),
+        ("workers.gpus", "GPU", count * workers.gpus),
     ):
         if wanted > total.get(resource, 0):
             raise ConfigError(
-                f"{key}: {workers.count} workers need {wanted:g} {resource}s, the cluster has "
+                f"{key}: {count} workers need {wanted:g} {resource}s, the cluster has "
                 f"{total.get(resource, 0):g}; try fewer workers (workers.count={max(1, workers.count // 2)})"
             )
 
@@ -101,3 +101,10 @@ def log_folder() -> str:
 
     node = ray._private.worker._global_node
     return os.path.join(node.get_session_dir_path(), "logs") if node else ""
+
+
+def this_node() -> dict[str, str]:
+    """Return the label by which Ray places an actor on the node of this process."""
+    import ray
+
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}

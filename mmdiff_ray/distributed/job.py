@@ -21,7 +21,7 @@ from mmdiff_ray.data.reader import RowReader
 from mmdiff_ray.denoiser import Denoiser, build_denoiser, build_modalities, build_process
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.fit import calibrate
-from mmdiff_ray.training.parallel import choose_device
+from mmdiff_ray.training.parallel import check_strategy, choose_device
 
 CALIBRATION_ROWS = 512
 MAY_CHANGE = (
@@ -139,6 +139,7 @@ def fit(config: Config, manifests: list[Manifest]) -> tuple[Config, Denoiser]:
         )
     config = resolve_modalities(config, manifests)
     denoiser = build_denoiser(config)
+    check_strategy(config, denoiser)
     _check_phases(config)
     cutout = config.train.cutout
     if cutout is not None and denoiser.modalities[cutout].made_from is None:

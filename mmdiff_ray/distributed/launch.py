@@ -15,7 +15,7 @@ from typing import Any
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.distributed import job as jobs
-from mmdiff_ray.distributed.cluster import log_folder, resources
+from mmdiff_ray.distributed.cluster import log_folder, resources, this_node
 from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.worker import local_stream, ray_train_loop, train_worker
@@ -24,7 +24,8 @@ from mmdiff_ray.tracking.recorder import DatasetFacts
 from mmdiff_ray.tracking.store import tracking_uri
 
 POLL_S = 0.3
-
+GROW_S = 60.0
+"""How often a run with `workers.least` looks for room for more workers."""
 
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 """How a run ended -> what MLflow calls it."""
@@ -106,7 +107,7 @@ def _run_on_ray(job: Job, display: Display) -> str:
     import ray
 
     display.say(f"Ray's own log files: {log_folder()}")
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    board: Any = ray.remote(num_cpus=0, label_selector=this_node())(Board).remote()
     done: queue.Queue = queue.Queue()
     with stop_requests() as stopped:
         thread = threading.Thread(target=_fit, args=(job, board, done), daemon=True)
@@ -129,20 +130,26 @@ def _fit(job: Job, board: Any, done: queue.Queue) -> None:
 
 
 def make_trainer(job: Job, board: Any) -> Any:
-    """Return Ray Train's trainer of a job: our loop on every worker, restarted after failures."""
+    """Return Ray Train's trainer of a job: our loop on every worker, restarted after failures, and with
+    `workers.least` on as many workers as there is room for."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     workers = job.config.workers
-    resources = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
+    cpus: float = workers.cpus
+    size: dict[str, Any] = {"num_workers": workers.count}
+    if workers.least is not None:
+        # Ray counts how many workers fit by what these ask for: readers' CPUs must be among it.
+        cpus = cpus + workers.data_workers
+        size = {"num_workers": (workers.least, workers.count), "elastic_resize_monitor_interval_s": GROW_S}
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    resources = {"CPU": cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
     return TorchTrainer(
         ray_train_loop,
         train_loop_config={"job": job, "board": board, "working_folder": os.getcwd()},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources
-        ),
+        scaling_config=ScalingConfig(use_gpu=workers.gpus > 0, resources_per_worker=resources, **size),
         run_config=RunConfig(
             name="train",
             storage_path=str(job.folder / "ray"),
@@ -211,7 +218,7 @@ def _listen(
 def _show(event: dict[str, Any], job: Job, display: Display) -> None:
     if event["kind"] == "started":
         seen = event["progress"]["samples_seen"]
-        count = job.config.workers.count
+        count = event["workers"] if job.config.workers.count else 0
         where = f"{count} worker{'s' if count != 1 else ''}" if count else "this process"
         display.say(f"training on {where}" + (f", from the checkpoint at {seen:,} samples" if seen else ""))
     elif event["kind"] == "progress":

@@ -16,6 +16,7 @@ from mmdiff_ray.batch import Batch
 from mmdiff_ray.data.batches import rank_batches
 from mmdiff_ray.data.plan import Plan, Window
 from mmdiff_ray.data.reader import Arrays, RowReader
+from mmdiff_ray.distributed.cluster import this_node
 
 SEGMENT_WINDOWS = 1024
 """Windows handed to Ray Data at once: what the driver of a stream holds does not grow with the run."""
@@ -53,26 +54,40 @@ class WindowReader:
 
 
 def stream_batches(
-    plan: Plan, reader: RowReader, rank: int, world: int, start_batch: int, stop_batch: int, data_workers: int
+    plan: Plan,
+    reader: RowReader,
+    rank: int,
+    world: int,
+    start_batch: int,
+    stop_batch: int,
+    data_workers: int,
+    beside: bool = False,
 ) -> Iterator[Batch]:
     """Yield a rank's rows of global batches start_batch to stop_batch, decoded by `data_workers` Ray actors.
 
+    beside: the actors run on this node with CPUs that their worker has asked for, else wherever CPUs are.
     Every rank runs its own stream over its own list of windows, so what it gets depends on the plan alone.
     """
     windows = plan.rank_windows(rank, world, start_batch, stop_batch)
     lanes = len(plan.lanes_of(rank, world))
-    decoded = _decoded(windows, reader, data_workers, lanes, 2 * lanes * plan.rows_per_lane)
+    decoded = _decoded(windows, reader, data_workers, lanes, 2 * lanes * plan.rows_per_lane, beside)
     return rank_batches(plan, decoded, rank, world, start_batch, stop_batch, reader.bad_row_limit)
 
 
 def _decoded(
-    windows: Iterator[tuple[int, Window]], reader: RowReader, data_workers: int, lanes: int, rows: int
+    windows: Iterator[tuple[int, Window]],
+    reader: RowReader,
+    data_workers: int,
+    lanes: int,
+    rows: int,
+    beside: bool,
 ) -> Iterator[tuple[int, Window, Arrays]]:
     """Yield (lane, window, its rows) for every (lane, window), in order.
 
     About `rows` rows are kept ready, and a window per lane. Left alone, Ray Data would read ahead until its
     object store is full, with cores that training needs.
     """
+    asked: dict[str, Any] = {"num_cpus": 0, "label_selector": this_node()} if beside else {"num_cpus": 1}
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
@@ -92,7 +107,7 @@ def _decoded(
             batch_size=1,
             batch_format="numpy",
             concurrency=data_workers,
-            num_cpus=1,
+            **asked,
         )
         for row in dataset.iter_rows():
             yield *segment[row["number"]], pickle.loads(row["arrays"])

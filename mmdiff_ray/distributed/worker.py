@@ -10,7 +10,7 @@ import torch
 
 from mmdiff_ray import __version__
 from mmdiff_ray import config as configuration
-from mmdiff_ray.batch import Batch
+from mmdiff_ray.batch import Batch, share
 from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.data.batches import local_batches, split_batches
 from mmdiff_ray.distributed.cluster import log_folder
@@ -61,10 +61,13 @@ class WorkerHooks:
             self.tracker.metrics(metrics, progress.samples_seen)
 
     def evaluate(self, trainer: Trainer) -> None:
-        if not self.first or not self.validation:
+        if not self.validation:
+            return
+        model = trainer.averaged()
+        if model is None:
             return
         try:
-            self._draw(Generator(trainer.config, trainer.ema.model))
+            self._draw(Generator(trainer.config, model))
         except Exception:  # a picture is not worth a run
             _log.exception("no pictures at %d samples", self.samples_seen)
 
@@ -89,7 +92,8 @@ class WorkerHooks:
 
     def _emit(self, kind: str, progress: Progress, metrics: dict[str, float]) -> None:
         if self.first:
-            self.emit({"kind": kind, "progress": vars(progress).copy(), "metrics": metrics})
+            now = vars(progress).copy()
+            self.emit({"kind": kind, "progress": now, "metrics": metrics, "workers": world()[1]})
 
 
 Stream = Callable[[Job, Any, int, int, int], Iterator[Batch]]
@@ -117,13 +121,14 @@ def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], boo
             trainer,
             store,
             lambda start: stream(job, reader, rank, count, start),
-            lambda: validation[rank::count],
+            lambda: share(validation, rank, count),
             hooks,
             facts,
         )
-        if rank == 0:
+        model = trainer.averaged()
+        if model is not None:
             known = {"progress": vars(trainer.progress), "version": __version__, "state": ended}
-            save_export(job.export, trainer.config, trainer.ema.model, known)
+            save_export(job.export, trainer.config, model, known)
         return ended
     finally:
         hooks.close()
@@ -150,7 +155,9 @@ def ray_stream(job: Job, reader: Any, rank: int, world: int, start: int) -> Iter
     from mmdiff_ray.distributed.stream import stream_batches
 
     stop = -(-job.config.train.samples // job.config.train.global_batch)
-    return stream_batches(job.plan(), reader, rank, world, start, stop, job.config.workers.data_workers)
+    workers = job.config.workers
+    beside = workers.least is not None
+    return stream_batches(job.plan(), reader, rank, world, start, stop, workers.data_workers, beside)
 
 
 def ray_train_loop(settings: dict[str, Any]) -> None:

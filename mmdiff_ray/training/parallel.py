@@ -1,14 +1,25 @@
-"""One model on one process, or on many: the only place that wraps a model for data parallelism."""
+"""One model on one process, or on many: the only place that wraps a model for data parallelism.
 
+Workers share a model by one of two strategies. ddp: each holds all of it. fsdp: each holds a part of every
+parameter, of its average and of the optimizer's moments, and the rest of a layer only while that computes
+(FSDP2). Both train to the same losses.
+"""
+
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mmdiff_ray.config import ConfigError, TrainConfig
+from mmdiff_ray.config import Config, ConfigError, TrainConfig
+from mmdiff_ray.denoiser import Denoiser
 
 
 def world() -> tuple[int, int]:
@@ -16,21 +27,102 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def parallelize(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
-    """Return the model as the training step calls it: compiled where asked for, wrapped where there are
-    workers."""
-    wrapped: Any = torch.compile(model) if config.compile else model
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return wrapped
+class Losses(nn.Module):
+    """What is computed of a denoiser's parameters, as one module: wrapped, it sees every use of them.
+
+    compute: (denoiser, ...) -> tensors by name.
+    """
+
+    def __init__(self, denoiser: Denoiser, compute: Callable[..., dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.compute = compute
+
+    def forward(self, *given: Any) -> dict[str, Tensor]:
+        return self.compute(self.denoiser, *given)
+
+
+def parallelize(losses: Losses, config: Config, device: torch.device) -> nn.Module:
+    """Return the losses as the training step calls them: on the device, compiled where asked for, the model
+    shared out by the configured strategy where there are workers. A model that is not trained is never
+    compiled."""
+    trained = any(parameter.requires_grad for parameter in losses.parameters())
+    sharded = dist.is_initialized() and config.workers.strategy == "fsdp"
+    if sharded:
+        _shard(losses, device)
+    losses.to(device)
+    if trained and config.train.compile:
+        _compile(losses.denoiser, layers_apart=sharded)
+    if not trained or sharded or world()[1] == 1:
+        return losses
     devices = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(
-        wrapped, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        losses, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
     )
+
+
+def _shard(losses: Losses, device: torch.device) -> None:
+    """Leave every worker a part of each parameter, on its device; the backbone is gathered layer by layer.
+
+    Arithmetic stays in the parameters' float32 (under autocast as ever), so losses are those of one process.
+    """
+    mesh = init_device_mesh(device.type, (world()[1],))
+    for layer in _layers(losses.denoiser):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    fully_shard(losses, mesh=mesh, reshard_after_forward=True)
+
+
+def check_strategy(config: Config, denoiser: Denoiser) -> None:
+    """Raise ConfigError for a model that the configured strategy cannot share out."""
+    scalars = [name for name, parameter in denoiser.named_parameters() if parameter.ndim == 0]
+    if config.workers.strategy == "fsdp" and scalars:
+        raise ConfigError(
+            f"workers.strategy: fsdp cannot share out parameters without a dimension ({', '.join(scalars)}); "
+            "give them one, of size 1, or use workers.strategy=ddp"
+        )
+
+
+def _layers(denoiser: Denoiser) -> list[nn.Module]:
+    """Return the layers that the backbone names; none where it names none."""
+    return list(getattr(denoiser.backbone, "layers", []))
+
+
+def _compile(denoiser: Denoiser, layers_apart: bool) -> None:
+    """Compile a denoiser in place, or each of its layers (else its backbone) for itself, so that what
+    gathers a layer stays between them."""
+    if not layers_apart:
+        denoiser.compile()
+        return
+    layers = _layers(denoiser) or [denoiser.backbone]
+    limits: Any = torch._dynamo.config  # one code serves layers of several sizes
+    limits.recompile_limit = max(limits.recompile_limit, 2 * len(layers))
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward)
 
 
 def without_sync(model: nn.Module, skip: bool) -> AbstractContextManager:
     """Return a context in which gradients stay local, for all micro-batches of a step but the last."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not skip)
     return model.no_sync() if skip and isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def clip_gradients(model: nn.Module, most: float) -> Tensor:
+    """Scale the gradients down to a norm of at most `most`, and return what it was, over all workers."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), most)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether this worker holds only a part of the model."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def gather(model: nn.Module) -> dict[str, Tensor]:
+    """Return the whole state of a sharded model in the first worker's memory, nothing on the others. All
+    call it together."""
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return dict[str, Any](get_model_state_dict(model, options=whole))
 
 
 def add_over_workers(values: Tensor) -> Tensor:
@@ -61,13 +153,20 @@ def same_everywhere(value: float) -> float:
 
 
 def choose_device(config: TrainConfig) -> torch.device:
-    """Return the configured device; `auto` is the first visible GPU, else the CPU."""
+    """Return the configured device; `auto` is the GPU that this process was given (by itself the first),
+    else the CPU."""
     if config.device == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return _numbered(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         device = torch.device(config.device)
     except RuntimeError as error:
         raise ConfigError(f"train.device: {error}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device is cuda, but torch sees no GPU here; use train.device=cpu")
-    return device
+    return _numbered(device)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """Return a GPU with its number: several workers of one machine see all of its GPUs, each has its own."""
+    whole = device.type != "cuda" or device.index is not None
+    return device if whole else torch.device("cuda", torch.cuda.current_device())

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config, RunError, in_force
-from mmdiff_ray.denoiser import Denoiser, build_process
+from mmdiff_ray.denoiser import Denoiser, build_denoiser, build_process
 from mmdiff_ray.diffusion import rng
 from mmdiff_ray.diffusion.ema import Ema
 from mmdiff_ray.diffusion.objective import Objective, Terms
@@ -18,7 +18,11 @@ from mmdiff_ray.diffusion.process import Roles
 from mmdiff_ray.tasks import Tasks
 from mmdiff_ray.training.optim import learning_rate, make_optimizer
 from mmdiff_ray.training.parallel import (
+    Losses,
     add_over_workers,
+    clip_gradients,
+    gather,
+    is_sharded,
     largest_over_workers,
     parallelize,
     same_everywhere,
@@ -59,8 +63,10 @@ class Trainer:
     def __init__(self, config: Config, denoiser: Denoiser, device: torch.device) -> None:
         self.whole, self.config = config, in_force(config, 0)
         self.device = device
-        self.denoiser = denoiser.to(device)
-        self.model = parallelize(self.denoiser, config.train, device)
+        self.denoiser = denoiser
+        self.ema = Ema(denoiser, config.train.ema_samples)
+        self.model = parallelize(Losses(denoiser, self.sums), config, device)
+        self.average = parallelize(Losses(self.ema.model, self.sums), config, device)
         self.tasks = Tasks(
             config.tasks,
             list(denoiser.modalities),
@@ -68,7 +74,6 @@ class Trainer:
         )
         self.objective = Objective(denoiser.process, config.loss, dict(denoiser.modalities.items()))
         self.optimizer = make_optimizer(self.denoiser, config.train)
-        self.ema = Ema(self.denoiser, config.train.ema_samples)
         self.progress = Progress(total_samples=config.train.samples)
         self.terms = sorted(self.objective.counts(self._no_roles(), 1))
         self.meters = self._new_meters()
@@ -125,7 +130,7 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         sums = self._backward(batch, roles, counts)
-        grad_norm = nn.utils.clip_grad_norm_(self.denoiser.parameters(), self.config.train.clip_norm)
+        grad_norm = clip_gradients(self.denoiser, self.config.train.clip_norm)
         self.optimizer.step()
         self.progress.samples_seen += self.config.train.global_batch
         self.progress.steps += 1
@@ -141,15 +146,15 @@ class Trainer:
             part = batch.rows(start, start + size)
             part_roles = {name: role[start : start + size] for name, role in roles.items()}
             with without_sync(self.model, start != starts[-1]):
-                sums = self.sums(self.model, part, part_roles)
+                sums = self.model(part, part_roles)
                 # Workers' gradients are averaged, but counts are global: the factor makes it a sum.
                 (self.objective.total(sums, counts) * world()[1]).backward()
             for key, value in sums.items():
                 totals[key] = totals.get(key, 0) + value.detach().double()
         return totals
 
-    def sums(self, model: nn.Module, batch: Batch, roles: Roles) -> Terms:
-        """Return the loss terms of a micro-batch: draw t and noise, go forward, predict."""
+    def sums(self, model: Denoiser, batch: Batch, roles: Roles) -> Terms:
+        """Return a model's loss terms of a micro-batch: draw t and noise, go forward, predict."""
         seed, steps = self.config.seed, self.denoiser.process.schedule.steps
         low, high = (round(time * steps) for time in self.config.train.times)
         drawn = rng.uniform(seed, "time", batch.visits, batch.ids, 1)[:, 0]
@@ -157,14 +162,15 @@ class Trainer:
         noise = rng.normal(
             seed, "noise", batch.visits, batch.ids, (self.denoiser.process.channels, *self.denoiser.size)
         )
-        codes, conditions = self.denoiser.encode(batch.data), self.denoiser.conditions(batch.data)
+        codes, conditions = model.encode(batch.data), model.conditions(batch.data)
         z_t = self.denoiser.process.marginal(codes, roles, t).sample(noise)
         seen = self._cut_out(z_t, batch)
         if self.config.train.channels_last:
             seen = seen.contiguous(memory_format=torch.channels_last)
         with self.autocast():
             prediction = model(seen, t, roles, codes, conditions)
-        return self.objective.sums(z_t, t, roles, codes, batch.data, prediction.codes, prediction.heads)
+        objective = dataclasses.replace(self.objective, modalities=dict(model.modalities.items()))
+        return objective.sums(z_t, t, roles, codes, batch.data, prediction.codes, prediction.heads)
 
     def _cut_out(self, z_t: Tensor, batch: Batch) -> Tensor:
         """Return what the model sees of z_t: in half of the rows, with `train.cutout`, not what is in the
@@ -231,7 +237,8 @@ class Trainer:
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Return the loss terms of the averaged model on held-out rows, the same on all workers.
 
-        batches: this worker's share. Draws depend on the rows alone, so losses can be compared over time.
+        batches: this worker's share, as many as every worker has (`batch.share`). Draws depend on the rows
+        alone, so losses can be compared over time.
         """
         sums = torch.zeros(len(self.terms), device=self.device, dtype=torch.float64)
         counts = torch.zeros_like(sums)
@@ -239,7 +246,7 @@ class Trainer:
             batch = batch.to(self.device)
             _, roles = self.tasks.draw(batch, self.config.seed)
             cells = self.denoiser.size[0] * self.denoiser.size[1]
-            part, count = self.sums(self.ema.model, batch, roles), self.objective.counts(roles, cells)
+            part, count = self.average(batch, roles), self.objective.counts(roles, cells)
             sums += torch.stack([part[key] for key in self.terms])
             counts += torch.stack([count[key] for key in self.terms])
         both = add_over_workers(torch.stack([sums, counts]))
@@ -253,6 +260,17 @@ class Trainer:
             "val/loss/total": float(total),
             **{f"val/loss/{key}": mean for key, mean in zip(self.terms, means, strict=True)},
         }
+
+    def averaged(self) -> Denoiser | None:
+        """Return the averaged model, whole, on the first worker, None on the others. All call it together."""
+        model = self.ema.model
+        if is_sharded(model):
+            state = gather(model)
+            if world()[0] == 0:
+                model = build_denoiser(self.config)
+                model.load_state_dict(state)
+                model.to(self.device)
+        return model if world()[0] == 0 else None
 
     def _check_finite(self, meters: Meters) -> None:
         age = torch.where(meters.bad_step > 0, self.progress.steps + 1 - meters.bad_step, 0)

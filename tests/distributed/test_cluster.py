@@ -40,6 +40,7 @@ def test_cluster_in_use_is_shared_and_outlives_the_block(ray_cluster):
             r"workers.cpus and workers.data_workers: 40 workers need 120 CPUs, the cluster has \d+; "
             r"try fewer workers \(workers.count=20\)",
         ),
+        (WorkersConfig(count=80, least=40, cpus=2), "40 workers need 120 CPUs, the cluster has"),
         (WorkersConfig(count=1, gpus=64), "workers.gpus: 1 workers need 64 GPUs, the cluster has"),
     ],
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from mmdiff_ray.config import ConfigError, RunError
@@ -309,6 +310,26 @@ def test_worker_that_dies_once_too_often_fails_the_run(ray_cluster, sprites, run
     with pytest.raises(RunError, match=r"^worker 0 failed: "):
         launch.train(job, display)
     assert Ended(job.folder, display).status == "FAILED"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_workers_that_share_the_model_train_draw_export_and_are_evaluated(ray_cluster, sprites, runs, whole):
+    more = ("workers.count=2", "workers.strategy=fsdp", "evaluate.every_samples=64", "evaluate.rows=5")
+    ended = train(sprites, runs, *more)
+    assert ended.facts["state"] == "finished" and ended.status == "FINISHED"
+    for key in ("loss/total", "train/grad_norm"):
+        one, two = whole.history(key), ended.history(key)
+        assert two == [(step, pytest.approx(value, rel=0.05)) for step, value in one]
+    assert {path.stem.split("-")[-1] for path in (ended.folder / "pictures").iterdir()} == {
+        "000000064",
+        "000000128",
+    }
+    assert ended.weights.keys() == whole.weights.keys()
+    for name, value in whole.weights.items():
+        torch.testing.assert_close(ended.weights[name], value, rtol=0.05, atol=1e-3)
+    findings, _ = evaluate_run(ended.folder, [])
+    assert any(figure.key == "shapes/code_agreement" for figure in findings.figures)
 
 
 @pytest.mark.slow

@@ -26,10 +26,10 @@ def same(first: Batch, second: Batch) -> bool:
     return all(plain) and tiny.same(first.data, second.data) and tiny.same(first.present, second.present)
 
 
-def both(job, rank: int, world: int, start: int) -> list[tuple[Batch, Batch]]:
+def both(job, rank: int, world: int, start: int, beside: bool = False) -> list[tuple[Batch, Batch]]:
     """Return a rank's batches as Ray Data and as this process reads them."""
     plan, reader = job.plan(), job.reader(job.denoiser())
-    streamed = stream_batches(plan, reader, rank, world, start, STOP, data_workers=1)
+    streamed = stream_batches(plan, reader, rank, world, start, STOP, 1, beside)
     return list(zip(streamed, local_batches(plan, reader, rank, world, start, STOP), strict=True))
 
 
@@ -43,6 +43,18 @@ def test_stream_is_what_this_process_reads_at_any_world_and_from_any_batch(
     assert all(same(first, second) for first, second in pairs)
     assert len(pairs[0][0]) == 16 // world
     assert int(pairs[-1][0].visits.max()) == 1
+
+
+def test_readers_beside_their_worker_ask_for_nothing_and_read_the_same(ray_cluster, sprites):
+    import ray
+
+    free = ray.available_resources()["CPU"]
+    plan, reader = (job := tiny.job(sprites)).plan(), job.reader(job.denoiser())
+    streamed = stream_batches(plan, reader, 0, 1, 0, STOP, 1, beside=True)
+    next(streamed)
+    assert ray.available_resources()["CPU"] >= free
+    streamed.close()
+    assert all(same(first, second) for first, second in both(job, 0, 2, 5, beside=True))
 
 
 def test_stream_goes_on_where_one_segment_of_windows_ends(ray_cluster, sprites, monkeypatch):

@@ -309,9 +309,9 @@ def seen_by_the_model(
     job = tiny.job(sprites, *overrides)
     trainer, batch = tiny.trainer(job), next(tiny.batches(job))
     seen = []
-    forward = trainer.model.forward
+    forward = trainer.denoiser.forward
     monkeypatch.setattr(
-        trainer.model, "forward", lambda z, t, *rest: seen.append((z, t)) or forward(z, t, *rest)
+        trainer.denoiser, "forward", lambda z, t, *rest: seen.append((z, t)) or forward(z, t, *rest)
     )
     trainer.step(batch)
     return trainer, batch, *seen[0]

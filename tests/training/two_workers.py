@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from mmdiff_ray.batch import Batch
+from mmdiff_ray.batch import Batch, share
 from mmdiff_ray.config import CheckpointConfig
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.training.checkpoint import CheckpointStore, complete, restore
@@ -54,7 +54,7 @@ def reports(job: Job, rank: int) -> dict[str, Any]:
     steps = [trainer.advance(batches, seen) for seen in range(16, 81, 16)]
     return {
         "steps": steps,
-        "validation": trainer.validate(tiny.held_out(job)[rank::WORLD]),
+        "validation": trainer.validate(share(tiny.held_out(job), rank, WORLD)),
         "weights": tiny.weights(trainer.denoiser),
     }
 
@@ -132,7 +132,7 @@ def stopped(job: Job, rank: int, folder: Path) -> tuple[str, int]:
         trainer,
         CheckpointStore(folder, CheckpointConfig()),
         lambda start: tiny.batches(job, start, rank, WORLD),
-        lambda: tiny.held_out(job)[rank::WORLD],
+        lambda: share(tiny.held_out(job), rank, WORLD),
         Diary(stop_at=None if rank else 40),
         {},
     )
