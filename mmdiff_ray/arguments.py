@@ -5,6 +5,8 @@ from pathlib import Path
 
 from mmdiff_ray import __version__
 
+RUNS = "where runs lie: a folder, or any URI of pyarrow (s3://bucket/runs)"
+
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
@@ -104,13 +106,13 @@ def _add_train(commands: argparse._SubParsersAction) -> None:  # type: ignore[ty
         "train a model",
         "mmdiff train pipelines/configs/openmoji.yaml train.samples=500000 workers.count=2",
     )
-    train.add_argument("config", nargs="?", type=Path, help="a YAML file")
+    train.add_argument("config", nargs="?", help="a YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     train.add_argument(
         "--dry-run", action="store_true", help="check everything, print sizes and costs, start nothing"
     )
-    train.add_argument("--resume", metavar="RUN", help="go on with a run, by its name or folder")
-    train.add_argument("--runs", default="runs", help="where runs lie (for --resume)")
+    train.add_argument("--resume", metavar="RUN", help="go on with a run, by its name, folder or URI")
+    train.add_argument("--runs", default="runs", help=f"{RUNS} (for --resume)")
 
 
 def _add_sample(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
@@ -130,7 +132,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:  # type: ignore[t
 
 def _add_drawing(command: argparse.ArgumentParser, num: int) -> None:
     """Add what it takes to draw samples of a run. num: how many, where nobody says."""
-    command.add_argument("model", metavar="RUN", help="a run's name or folder")
+    command.add_argument("model", metavar="RUN", help="a run's name, folder or URI")
     command.add_argument(
         "--given", action="append", default=[], metavar="INSTANCE=VALUE", help="a name, or a file"
     )
@@ -139,7 +141,7 @@ def _add_drawing(command: argparse.ArgumentParser, num: int) -> None:
     command.add_argument("--steps", type=int)
     command.add_argument("--guidance", type=float, default=1.0, help="above 1: closer to what is given")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--runs", default="runs", help="where runs lie")
+    command.add_argument("--runs", default="runs", help=RUNS)
 
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
@@ -164,10 +166,10 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:  # type: ignore
         "measure a trained model on held-out rows, beside the rules that need no model",
         "mmdiff evaluate demo evaluate.rows=64",
     )
-    evaluate.add_argument("model", metavar="RUN", help="a run's name or folder")
+    evaluate.add_argument("model", metavar="RUN", help="a run's name, folder or URI")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="values of evaluate.* and data.*")
     evaluate.add_argument("--workers", type=int, default=0, help="models at once on Ray; 0: in this process")
-    evaluate.add_argument("--runs", default="runs", help="where runs lie")
+    evaluate.add_argument("--runs", default="runs", help=RUNS)
 
 
 def _add_experiment(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
@@ -180,9 +182,7 @@ def _add_experiment(commands: argparse._SubParsersAction) -> None:  # type: igno
     )
     experiment.add_argument("name", help="a name in pipelines/configs/experiments, or a YAML file")
     experiment.add_argument("--preset", default="small", help="how large: smoke, small or gpu")
-    experiment.add_argument(
-        "--runs", type=Path, default=Path("runs/experiments"), help="where cells are kept"
-    )
+    experiment.add_argument("--runs", default="runs/experiments", help="the folder where cells are kept")
     experiment.add_argument(
         "--out", type=Path, help="the result (default: results/NAME, for smoke in --runs)"
     )
@@ -209,7 +209,7 @@ def _add_sweep(commands: argparse._SubParsersAction) -> None:  # type: ignore[ty
     )
     sweep.add_argument("--dry-run", action="store_true", help="check it, print space and cost, start nothing")
     sweep.add_argument("--resume", metavar="SWEEP", help="go on with a sweep that was cut short")
-    sweep.add_argument("--runs", default="runs", help="where runs lie")
+    sweep.add_argument("--runs", default="runs", help="the folder where runs lie")
 
 
 ADDRESS = (
@@ -287,7 +287,7 @@ def _add_cluster(commands: argparse._SubParsersAction) -> None:  # type: ignore[
 
 def _add_ui(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
     ui = _command(commands, "ui", "ui", "open MLflow on the runs of this folder", "mmdiff ui --port 5000")
-    ui.add_argument("--runs", default="runs", help="where runs lie")
+    ui.add_argument("--runs", default="runs", help=RUNS)
     ui.add_argument("--host", default="127.0.0.1")
     ui.add_argument("--port", type=int, default=5000)
 
@@ -296,4 +296,4 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:  # type: ignore[t
     doctor = _command(
         commands, "doctor", "doctor", "check this machine and say what is missing", "mmdiff doctor"
     )
-    doctor.add_argument("--runs", default="runs", help="where runs lie")
+    doctor.add_argument("--runs", default="runs", help=RUNS)

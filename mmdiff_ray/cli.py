@@ -91,13 +91,15 @@ def _train(given: argparse.Namespace) -> int:
         raise ConfigError("--dry-run checks a config file; it does not go with --resume")
     if given.resume:
         if given.config is not None:
-            overrides.insert(0, str(given.config))
-        return train_and_evaluate(None, given.resume, given.runs, overrides)
+            overrides.insert(0, given.config)
+        named = [word.partition("=")[2] for word in overrides if word.startswith("runs=")]
+        overrides = [word for word in overrides if not word.startswith("runs=")]
+        return train_and_evaluate(None, given.resume, (named or [given.runs])[-1], overrides)
     if given.config is None:
         raise ConfigError(
             "train needs a config file, for example pipelines/configs/demo.yaml, or --resume RUN"
         )
-    config = configuration.load([given.config], overrides, {"name": given.config.stem})
+    config = configuration.load([given.config], overrides, {"name": Path(given.config).stem})
     return dry_run(config) if given.dry_run else train_and_evaluate(config, None, config.runs, [])
 
 
@@ -108,11 +110,13 @@ def _sample(given: argparse.Namespace) -> int:
 
 
 def _generate(given: argparse.Namespace) -> int:
+    from mmdiff_ray.data.storage import join
     from mmdiff_ray.distributed.job import find_run
+    from mmdiff_ray.distributed.runs import address
     from pipelines.base import build
 
     options = {
-        "model": str(find_run(given.model, given.runs) / "export"),
+        "model": join(address(find_run(given.model, given.runs)), "export"),
         "given": ";".join(given.given),
         **{key: getattr(given, key) for key in ("num", "sampler", "steps", "guidance", "seed")},
     }
@@ -132,10 +136,16 @@ def _experiment(given: argparse.Namespace) -> int:
     from mmdiff_ray.experiments.command import run
     from mmdiff_ray.experiments.spec import load_experiment
 
+    _check_folder(given.runs, "an experiment")
     experiment = load_experiment(given.name, given.preset)
     if not given.table:
         _build_missing(experiment.data)
-    return run(experiment, given.runs, given.out, given.table, given.cells)
+    return run(experiment, Path(given.runs), given.out, given.table, given.cells)
+
+
+def _check_folder(runs: str, what: str) -> None:
+    if "://" in runs:
+        raise ConfigError(f"--runs ({runs}): {what} needs a folder there, on a disk that all nodes share")
 
 
 def _build_missing(data: Mapping[str, Any]) -> None:
@@ -151,6 +161,7 @@ def _sweep(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed.sweep_commands import dry_run, report, resume, sweep
     from mmdiff_ray.sweeps.spec import load_sweep
 
+    _check_folder(given.runs, "a sweep")
     if given.file == "report":
         if len(given.overrides) != 1:
             raise ConfigError("sweep report needs the name or the id of a sweep's run in MLflow")
@@ -175,6 +186,8 @@ def _submit(given: argparse.Namespace) -> int:
     if not words:
         raise ConfigError("submit needs a command: mmdiff submit -- train pipelines/configs/demo.yaml")
     known = parse(words)
+    if known.run in ("experiment", "sweep"):
+        _check_folder(known.runs, f"a{'n' if known.run == 'experiment' else ''} {known.run}")
     if known.run == "experiment":
         from mmdiff_ray.experiments.spec import load_experiment
 

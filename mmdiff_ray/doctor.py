@@ -29,6 +29,7 @@ def examine(runs: str) -> int:
         "LPIPS weights": _lpips,
         "memory for Ray": _shared_memory,
         "disk": lambda: _disk(runs),
+        "runs": lambda: _runs(runs),
         "MLflow store": lambda: _store(runs),
     }
     broken = 0
@@ -99,19 +100,32 @@ def _shared_memory() -> Check:
 
 
 def _disk(runs: str) -> Check:
-    folder = Path(runs).absolute()
+    from mmdiff_ray.data.mirror import cached
+    from mmdiff_ray.data.storage import is_uri
+
+    folder = cached(runs) if is_uri(runs) else Path(runs).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 2**30
     writable = os.access(folder, os.W_OK)
-    text = f"{free:.1f} GiB free for {runs}/" + ("" if writable else f"; {folder} cannot be written to")
+    where = f" in {folder}" if is_uri(runs) else "/"
+    text = f"{free:.1f} GiB free for {runs}{where}" + ("" if writable else f"; {folder} cannot be written to")
     return writable and free > 1, text
+
+
+def _runs(runs: str) -> Check:
+    from mmdiff_ray.data.storage import is_uri
+    from mmdiff_ray.distributed.runs import check_runs, names_in
+
+    if is_uri(runs):
+        check_runs(runs)
+    return True, f"{len(names_in(runs))} names in {runs}"
 
 
 def _store(runs: str) -> Check:
     from mmdiff_ray.tracking.store import client, shown, sqlite_file, tracking_uri
 
-    uri = tracking_uri(None, Path(runs).absolute())
+    uri = tracking_uri(None, runs)
     if uri.startswith("sqlite") and not sqlite_file(uri).exists():
         return True, f"{shown(uri)} (made by the first run)"
     count = len(client(uri).search_experiments())

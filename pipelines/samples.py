@@ -10,6 +10,8 @@ import torch
 
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.mirror import fetched
+from mmdiff_ray.data.storage import is_uri
 from mmdiff_ray.evaluation.gallery import parse_given
 from mmdiff_ray.training.export import load_export
 from mmdiff_ray.training.inference import Generator, sample
@@ -18,9 +20,10 @@ from pipelines.base import Item, Made, Options, Pipeline
 
 @dataclass(frozen=True)
 class SamplesOptions(Options):
-    """model: the export folder of a run. num: how many samples. given: what all follow, INSTANCE=VALUE, and
-    more of them after a semicolon. sampler: as the model's configuration says where not given. steps: as
-    sampler. guidance: above 1 closer to what is given. seed: of the noise, with the number of the sample.
+    """model: the export folder of a run, or its URI. num: how many samples. given: what all follow,
+    INSTANCE=VALUE, and more of them after a semicolon. sampler: as the model's configuration says where not
+    given. steps: as sampler. guidance: above 1 closer to what is given. seed: of the noise, with the number
+    of the sample.
     """
 
     model: str = ""
@@ -92,7 +95,8 @@ class Samples(Pipeline):
 
     def __init__(self, options: SamplesOptions) -> None:
         super().__init__(options)
-        if not (Path(options.model) / "config.yaml").is_file():
+        here = fetched(options.model) if is_uri(options.model) else Path(options.model)
+        if not (here / "config.yaml").is_file():
             raise ConfigError(f"model: {options.model!r} holds no exported model; name a run's export folder")
         if options.num < 1:
             raise ConfigError(f"num ({options.num}) must be at least 1")

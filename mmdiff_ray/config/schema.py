@@ -279,10 +279,10 @@ class TrackingConfig:
 class Config:
     """The whole configuration of a run.
 
-    name: the run's; a number is added where it is taken. seed: of everything random. runs: the folder that
-    runs are kept in. plugins: modules that register parts of your own, imported first. modalities: instance
-    -> what it is, by its type's own keys (`ModalityConfig`). tasks: name -> a row of roles. All else:
-    sections.
+    name: the run's; a number is added where it is taken. seed: of everything random. runs: the folder or
+    URI (s3://bucket/runs) that runs are kept in. plugins: modules that register parts of your own, imported
+    first. modalities: instance -> what it is, by its type's own keys (`ModalityConfig`). tasks: name -> a row
+    of roles. All else: sections.
     """
 
     name: str = "run"

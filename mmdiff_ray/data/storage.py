@@ -5,10 +5,14 @@ import functools
 import hashlib
 import os
 import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
-from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, S3FileSystem
 
 from mmdiff_ray.config import ConfigError, UnreachableError
 
@@ -27,9 +31,40 @@ def filesystem(uri: str) -> tuple[FileSystem, str]:
     return LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
 
 
+def frugal(fs: FileSystem) -> FileSystem:
+    """Return a file system that holds no more than a part of a file in memory while it writes.
+
+    By itself S3's takes all of a file at once and sends it afterwards, whatever its size.
+    """
+    if not isinstance(fs, S3FileSystem):
+        return fs
+    options = fs.__reduce__()[1][0]
+    return S3FileSystem(**{**options, "background_writes": False})
+
+
 def absolute(uri: str) -> str:
     """Return a URI that means the same in a process with another working directory."""
     return uri if "://" in uri else filesystem(uri)[1]
+
+
+def is_uri(place: str) -> bool:
+    """Return whether a place is named by a URI rather than a path of this machine."""
+    return "://" in place
+
+
+def join(place: str, *names: str) -> str:
+    """Return the path or URI of something inside a place; a URI's options stay behind it."""
+    if not is_uri(place):
+        return os.path.join(place, *names)
+    parts = urlsplit(place)
+    return parts._replace(path="/".join([parts.path.rstrip("/"), *names])).geturl()
+
+
+def parent(uri: str) -> tuple[str, str]:
+    """Return the URI of the folder that something lies in, and its name there."""
+    parts = urlsplit(uri)
+    above, _, name = parts.path.rstrip("/").rpartition("/")
+    return parts._replace(path=above).geturl(), name
 
 
 def read_bytes(fs: FileSystem, path: str) -> bytes:
@@ -44,12 +79,24 @@ def write_bytes_atomic(fs: FileSystem, path: str, data: bytes) -> None:
     Local files are written under a temporary name and renamed; an object store shows an object only when
     complete.
     """
+    write_atomic(fs, path, [data])
+
+
+def write_atomic(fs: FileSystem, path: str, chunks: Iterable[bytes]) -> None:
+    """Write a file in pieces, as `write_bytes_atomic` does."""
     if not isinstance(fs, LocalFileSystem):
-        _write(fs, path, data)
+        _write(fs, path, chunks)
         return
     fs.create_dir(os.path.dirname(path), recursive=True)
-    _write(fs, path + PART, data)
+    _write(fs, path + PART, chunks)
     fs.move(path + PART, path)
+
+
+def read_chunks(fs: FileSystem, path: str) -> Iterator[bytes]:
+    """Yield a file in pieces. Raises FileNotFoundError or OSError."""
+    with fs.open_input_stream(path, compression=None) as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
 
 
 def check_writable(uri: str) -> None:
@@ -99,14 +146,46 @@ def files_under(fs: FileSystem, path: str) -> list[str]:
     return sorted(info.path for info in found if info.type == FileType.File)
 
 
+def sizes_under(fs: FileSystem, path: str) -> dict[str, int]:
+    """Return the files in a folder and below: path inside it -> bytes; none if there is no such folder."""
+    found = fs.get_file_info(FileSelector(path, recursive=True, allow_not_found=True))
+    return {info.path[len(path) + 1 :]: info.size for info in found if info.type == FileType.File}
+
+
+def folders_in(fs: FileSystem, path: str) -> list[str]:
+    """Return the names of the folders in a folder; none if there is no such folder."""
+    found = fs.get_file_info(FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in found if info.type == FileType.Directory)
+
+
 def checksum(fs: FileSystem, path: str) -> tuple[int, str]:
     """Return a file's size in bytes and its sha256 in hexadecimal, read in pieces."""
     size, digest = 0, hashlib.sha256()
-    with fs.open_input_stream(path, compression=None) as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            size += len(chunk)
-            digest.update(chunk)
+    for chunk in read_chunks(fs, path):
+        size += len(chunk)
+        digest.update(chunk)
     return size, digest.hexdigest()
+
+
+def within(seconds: float, function: Callable[[], Any], words: str) -> Any:
+    """Return what a function returns, or raise what it raises; UnreachableError if that takes too long."""
+    outcome: list[tuple[bool, Any]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((True, function()))
+        except Exception as error:
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise UnreachableError(f"{words} within {seconds:g} s")
+    good, value = outcome[0]
+    if not good:
+        raise value
+    return value
 
 
 @functools.lru_cache(maxsize=32)
@@ -119,6 +198,7 @@ def _remote(uri: str) -> tuple[FileSystem, str]:
     return fs, path.rstrip("/")
 
 
-def _write(fs: FileSystem, path: str, data: bytes) -> None:
+def _write(fs: FileSystem, path: str, chunks: Iterable[bytes]) -> None:
     with fs.open_output_stream(path, compression=None) as stream:
-        stream.write(data)
+        for chunk in chunks:
+            stream.write(chunk)

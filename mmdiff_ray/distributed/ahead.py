@@ -1,13 +1,12 @@
 """Check on this machine what a cluster is about to run, as far as it can be known here."""
 
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from mmdiff_ray.config import Config, ConfigError, UnreachableError, check_changes
 from mmdiff_ray.data.manifest import Manifest, read_manifest
+from mmdiff_ray.data.storage import is_uri, within
 from mmdiff_ray.distributed import job as jobs
+from mmdiff_ray.distributed import runs
 
 ANSWER_S = 20.0
 
@@ -16,27 +15,37 @@ def check_ahead(config: Config, here: bool) -> list[str]:
     """Check a configuration by the code of `--dry-run` and return what was checked, and what could not be.
 
     here: whether the cluster is this machine, so that paths and weights here are those there. Raises
-    ConfigError for what cannot run; data that cannot be reached from here are no error.
+    ConfigError for what cannot run; data and runs that cannot be reached from here are no error.
     """
+    notes = _look_at_runs(config.runs) if is_uri(config.runs) else []
     if here:
         jobs.prepare(config, Path("unused"))
-        return ["checked against its data"]
+        return ["checked against its data", *notes]
     from mmdiff_ray.evaluation.run import known_evaluators
 
     known_evaluators(config)
     check_changes(config)
     if not config.data.sources:
         jobs.read_sources(config)  # says so
-    found, notes = [], []
+    found = []
     for source in config.data.sources:
         try:
             found.append(_look(source.uri))
         except UnreachableError as error:
             notes.append(f"not checked: {error}")
-    if not notes:
+    if len(found) == len(config.data.sources):
         jobs.fit(config, found)
-        return ["checked against its data"]
+        return ["checked against its data", *notes]
     return ["checked without its data: names, numbers, tasks", *notes]
+
+
+def _look_at_runs(where: str) -> list[str]:
+    """Return why the storage of runs could not be looked at. Raises ConfigError for a URI that is none."""
+    try:
+        within(ANSWER_S, lambda: runs.opened(where), f"runs: {where} does not answer this machine")
+    except UnreachableError as error:
+        return [f"not checked: {error}"]
+    return []
 
 
 def _look(uri: str) -> Manifest:
@@ -44,32 +53,11 @@ def _look(uri: str) -> Manifest:
 
     Raises UnreachableError where that cannot be done from here, and ConfigError where there surely is none.
     """
-    if "://" in uri:
+    if is_uri(uri):
         return within(ANSWER_S, lambda: read_manifest(uri), f"{uri} does not answer this machine")
     if not Path(uri).is_absolute() or not Path(uri).exists():
         raise UnreachableError(f"{uri} is a folder of the cluster")
     return read_manifest(uri)
-
-
-def within(seconds: float, function: Callable[[], Any], words: str) -> Any:
-    """Return what a function returns, or raise what it raises; UnreachableError if that takes too long."""
-    outcome: list[tuple[bool, Any]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((True, function()))
-        except Exception as error:
-            outcome.append((False, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise UnreachableError(f"{words} within {seconds:g} s")
-    good, value = outcome[0]
-    if not good:
-        raise value
-    return value
 
 
 def check_paths(config: Config) -> None:
@@ -78,7 +66,7 @@ def check_paths(config: Config) -> None:
         ("runs", config.runs),
         *(("data.sources", source.uri) for source in config.data.sources),
     ]:
-        if "://" not in value and not Path(value).is_absolute():
+        if not is_uri(value) and not Path(value).is_absolute():
             raise ConfigError(
                 f"{key} ({value}) is a path of this machine; give --folder DIR, a folder that all nodes of "
                 "the cluster share and that such paths shall start from, or a path or URI of the cluster"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ from rich.table import Table
 
 from mmdiff_ray.backbones.cost import forward_flops
 from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.data.storage import is_uri, join
 from mmdiff_ray.denoiser import Denoiser, inert_settings
 from mmdiff_ray.distributed import job as jobs
-from mmdiff_ray.distributed import launch
+from mmdiff_ray.distributed import launch, runs
 from mmdiff_ray.distributed.cluster import resources
 from mmdiff_ray.distributed.display import Display, duration
 from mmdiff_ray.distributed.evaluate import evaluate_run, record_model
@@ -25,6 +27,7 @@ from mmdiff_ray.evaluation.run import tables
 from mmdiff_ray.tracking.store import tracking_uri, ui_command
 from mmdiff_ray.training.export import load_export
 from mmdiff_ray.training.parallel import choose_device
+from mmdiff_ray.training.remote import STILL_S
 
 TIMED_STEPS = 6
 """Steps that a dry run measures; the first does not count."""
@@ -33,15 +36,18 @@ LOW_AGREEMENT = 0.9
 
 
 def train_and_evaluate(
-    config: Config | None, resumed: str | None, runs: str, overrides: Sequence[str]
+    config: Config | None, resumed: str | None, where: str, overrides: Sequence[str]
 ) -> int:
-    """Train a new run, or go on with one; evaluate it; record its model; say where everything is."""
+    """Train a new run, or go on with one; evaluate it; record its model; say where everything is.
+
+    where: runs lie, for one that goes on.
+    """
     console = make_console()
     if config is not None:
         job, go = jobs.prepare(config, jobs.new_folder(config)), launch.train
     else:
         assert resumed is not None
-        job, go = jobs.load_job(jobs.find_run(resumed, runs), overrides), launch.resume
+        job, go = jobs.load_job(jobs.find_run(resumed, where), overrides), launch.resume
     for sentence in inert_settings(job.config):
         console.print(f"note: {sentence}")
     if resumed is not None and is_finished(job):
@@ -62,7 +68,7 @@ def train_and_evaluate(
             return 130
         if job.config.evaluate.evaluators == []:
             _say_where(console, folder, run["tracking_uri"])
-            return 0
+            return _all_sent(console, folder)
         rows = min(job.config.evaluate.rows, held_out(job))
         console.print(f"trained in {duration(time.monotonic() - begun)}; evaluating on {rows} rows")
         findings, _ = evaluate_run(folder, on_ray=job.config.workers.count > 0)
@@ -71,7 +77,16 @@ def train_and_evaluate(
     for table in tables(findings.figures):
         console.print(table)
     _say_where(console, folder, run["tracking_uri"])
-    return 0
+    return _all_sent(console, folder)
+
+
+def _all_sent(console: Console, folder: Path) -> int:
+    """Wait until what was made of a run is in storage; return the exit code, 1 where it is not."""
+    mirror = runs.mirror_of(folder)
+    unsent = mirror.flush(STILL_S) if mirror is not None else []
+    if unsent:
+        console.print(runs.not_sent(runs.address(folder), folder, unsent), soft_wrap=True)
+    return 1 if unsent else 0
 
 
 def is_finished(job: Job) -> bool:
@@ -96,23 +111,29 @@ def make_console() -> Console:
 
 
 def _say_where(console: Console, folder: Path, uri: str) -> None:
-    shown = _near(folder)
-    console.print(f"run       {shown}", soft_wrap=True)
-    console.print(f"pictures  {shown}/pictures", soft_wrap=True)
-    console.print(f"MLflow    {_ui(folder.parent, uri)}", soft_wrap=True)
+    console.print(f"run       {_shown(folder, folder)}", soft_wrap=True)
+    console.print(f"pictures  {_shown(folder, folder / 'pictures')}", soft_wrap=True)
+    console.print(f"MLflow    {_ui(folder, uri)}", soft_wrap=True)
     console.print(f"next      mmdiff sample {_called(folder)} --num 16", soft_wrap=True)
 
 
-def _ui(runs: Path, uri: str) -> str:
-    """Return how to look at a store: by our own command where that finds it."""
-    if uri != tracking_uri(None, runs):
+def _ui(folder: Path, uri: str) -> str:
+    """Return how to look at a run's store: by our own command where that finds it."""
+    where = folder.parent
+    if is_uri(runs.address(folder)) or uri != tracking_uri(None, where):
         return ui_command(uri)
-    return "mmdiff ui" if runs == Path("runs").absolute() else f"mmdiff ui --runs {_near(runs)}"
+    return "mmdiff ui" if where == Path("runs").absolute() else f"mmdiff ui --runs {_near(where)}"
 
 
-def _called(folder: Path) -> Path | str:
+def _called(folder: Path) -> str:
     """Return what a person types to name a run from here."""
-    return folder.name if folder.parent == Path("runs").absolute() else _near(folder)
+    return folder.name if folder.parent == Path("runs").absolute() else shlex.quote(_shown(folder, folder))
+
+
+def _shown(folder: Path, path: Path) -> str:
+    """Return where a part of a run lies: its URI, or the path as it is seen from here."""
+    where = runs.address(folder)
+    return join(where, *path.relative_to(folder).parts) if is_uri(where) else str(_near(path))
 
 
 def _near(path: Path) -> Path:
@@ -213,7 +234,7 @@ def sample(given: argparse.Namespace) -> int:
     if given.guidance != 1 and not given.given:
         console.print("note: --guidance changes nothing where nothing is given")
     folder = jobs.find_run(given.model, given.runs)
-    model = load_export(folder / "export")
+    model = load_export(join(runs.address(folder), "export"))
     rows = parse_given(model, given.given, given.hole)
     for sentence in model.untrained(list(rows), given.guidance):
         console.print(f"note: {sentence}")
@@ -242,15 +263,15 @@ def sample(given: argparse.Namespace) -> int:
     return 0
 
 
-def evaluate(run: str, runs: str, overrides: Sequence[str], pool: int) -> int:
-    """Evaluate a run again and print its figures. pool: as of `evaluate_run`."""
+def evaluate(run: str, where: str, overrides: Sequence[str], pool: int) -> int:
+    """Evaluate a run again and print its figures. where: runs lie; pool: as of `evaluate_run`."""
     console = make_console()
     if pool < 0:
         raise ConfigError(f"--workers ({pool}) must be at least 0; 0 samples in this process")
-    folder = jobs.find_run(run, runs)
+    folder = jobs.find_run(run, where)
     findings, place = evaluate_run(folder, overrides, pool=pool, progress=True)
     for table in tables(findings.figures):
         console.print(table)
-    console.print(f"figures   {_near(place)}/evaluation.json", soft_wrap=True)
-    console.print(f"pictures  {_near(place)}/pictures", soft_wrap=True)
-    return 0
+    for what, name in (("figures   ", "evaluation.json"), ("pictures  ", "pictures")):
+        console.print(f"{what}{_shown(folder, place / name)}", soft_wrap=True)
+    return _all_sent(console, folder)

@@ -19,10 +19,12 @@ from mmdiff_ray.config import Config, ConfigError, RunError
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.data.parquet import Tables
-from mmdiff_ray.distributed import flow
+from mmdiff_ray.data.storage import join
+from mmdiff_ray.distributed import flow, runs
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed.cluster import check_resources, cluster, cpus_needed
 from mmdiff_ray.distributed.display import show_progress
+from mmdiff_ray.distributed.worker import go_to
 from mmdiff_ray.evaluation.context import Figure, Findings
 from mmdiff_ray.evaluation.draws import Ask, Drawer, draw, draw_here, kept_in
 from mmdiff_ray.evaluation.gallery import free_folder
@@ -51,6 +53,7 @@ def evaluate_run(
     evaluation is written: after a kill it goes on. progress: whether it is shown. Returns what was found, and
     the folder it is in. Raises ConfigError where there is no model yet, or for any other override.
     """
+    runs.with_export(runs.address(folder))
     file = folder / "export" / "config.yaml"
     if not file.is_file():
         raise ConfigError(
@@ -70,7 +73,7 @@ def evaluate_run(
             findings = measure(folder, config, drawer, kept, progress)
     place = folder
     if overrides:
-        place = free_folder(folder / "evaluations" / "evaluation")
+        place = free_folder(folder / "evaluations" / "evaluation", _evaluations(folder))
         place.mkdir(parents=True)
         (place / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf8")
     _record(folder, place, findings)
@@ -109,16 +112,16 @@ def measure(
 class ModelStage:
     """The exported model of a run in an actor, which draws what is asked of it."""
 
-    def __init__(self, folder: Path, config: Config) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, export: str, config: Config) -> None:
+        self.export, self.config = export, config
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "config": self.config}  # every actor loads the model itself
+        return {"export": self.export, "config": self.config}  # every actor loads the model itself
 
     @cached_property
     def model(self) -> Generator:
         """Return the model, on a GPU where this actor has one."""
-        return load_export(self.folder / "export", str(choose_device(self.config.train)), self.config)
+        return load_export(self.export, str(choose_device(self.config.train)), self.config)
 
     def __call__(self, ask: Ask) -> Samples:
         """Return what was asked."""
@@ -127,7 +130,7 @@ class ModelStage:
 
 def pooled(folder: Path, config: Config, workers: int) -> Drawer:
     """Return what draws by a pool of actors with the exported model of a run, as a Ray Data program."""
-    stage = ModelStage(folder.absolute(), config)
+    stage = ModelStage(join(runs.address(folder.absolute()), "export"), config)
 
     def drawer(name: str, asks: Sequence[Ask]) -> Iterator[Samples]:
         return flow.run(None, [stage], [_on_cpu(ask) for ask in asks], min(workers, len(asks)))
@@ -174,15 +177,15 @@ def measure_on_ray(folder: Path, config: Config, tables: Tables | None = None) -
         _with_all_threads
     )
     try:
-        return ray.get(task.remote(folder, config, os.getcwd(), tables))
+        return ray.get(task.remote(runs.address(folder), config, os.getcwd(), tables))
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, ConfigError | RunError) else error) from None
 
 
-def _with_all_threads(folder: Path, config: Config, working_folder: str, tables: Tables | None) -> Findings:
-    os.chdir(working_folder)
+def _with_all_threads(where: str, config: Config, working_folder: str, tables: Tables | None) -> Findings:
+    go_to(working_folder)
     torch.set_num_threads(os.cpu_count() or 1)
-    return measure(folder, config, tables=tables)
+    return measure(runs.with_export(where), config, tables=tables)
 
 
 def _record(folder: Path, place: Path, findings: Findings) -> None:
@@ -206,6 +209,18 @@ def _record(folder: Path, place: Path, findings: Findings) -> None:
             tracker.image(f"evaluation/{name}", png, seen)
         tracker.artifact(pictures / f"{name}.png", where)
     tracker.close(timeout_s=30)
+    if (mirror := runs.mirror_of(folder)) is not None:
+        made = [f"pictures/{name}.png" for name in findings.pictures]
+        mirror.send(*([*made, "evaluation.json"] if own else [place.relative_to(folder).as_posix()]))
+
+
+def _evaluations(folder: Path) -> list[str]:
+    """Return the names of the evaluations that a run has in storage."""
+    mirror = runs.mirror_of(folder)
+    try:
+        return [] if mirror is None else [name.partition("/")[0] for name in mirror.names("evaluations")]
+    except OSError as error:
+        raise RunError(f"cannot look into {runs.address(folder)}: {error}") from None
 
 
 def record_model(folder: Path) -> None:

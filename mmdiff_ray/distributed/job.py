@@ -15,10 +15,14 @@ from mmdiff_ray.config import Config, ConfigError, check_changes, in_force
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.data.manifest import Manifest
+from mmdiff_ray.data.mirror import Mirror, mirror
 from mmdiff_ray.data.parquet import Tables
 from mmdiff_ray.data.plan import Plan
 from mmdiff_ray.data.reader import RowReader
+from mmdiff_ray.data.storage import is_uri, join, parent
 from mmdiff_ray.denoiser import Denoiser, build_denoiser, build_modalities, build_process
+from mmdiff_ray.distributed import runs
+from mmdiff_ray.tracking.store import tracking_uri
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.fit import calibrate
 from mmdiff_ray.training.parallel import check_strategy, choose_device
@@ -59,6 +63,7 @@ class Job:
     folder: where everything of the run lies. calibration: the modalities' fixed scales. pause_at: where
     training ends for now, with a checkpoint, at the first report after so many samples; None: at its end.
     tables: who reads row groups from storage, else every reader for itself.
+    uri: of a run in storage; the folder is then of this machine alone.
     """
 
     config: Config
@@ -69,6 +74,16 @@ class Job:
     run_id: str = ""
     pause_at: int | None = None
     tables: Tables | None = None
+    uri: str = ""
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """Return what brings the folder to storage, if the run is kept there."""
+        return mirror(self.uri, self.folder) if self.uri else None
+
+    def here(self) -> "Job":
+        """Return the job with its folder on the machine that asks."""
+        return dataclasses.replace(self, folder=runs.make(self.uri)) if self.uri else self
 
     @property
     def checkpoints(self) -> Path:
@@ -174,23 +189,40 @@ def _fixed_scales(denoiser: Denoiser) -> dict[str, Tensor]:
 
 
 def new_folder(config: Config) -> Path:
-    """Return the folder of a new run: the configured name, or the next free one after it."""
-    root = Path(config.runs).absolute()
+    """Return the folder of a new run: the configured name, or the next free one after it.
+
+    Raises ConfigError where runs are to be kept in storage and cannot, or MLflow has no store then.
+    """
+    if is_uri(config.runs):
+        tracking_uri(config.tracking.uri, config.runs)
+        runs.check_runs(config.runs)
+    taken = set(runs.names_in(config.runs))
     for number in range(1, 10_000):
-        folder = root / (config.name if number == 1 else f"{config.name}-{number}")
-        if not folder.exists():
-            return folder
-    raise ConfigError(f"name: {root} is full of runs named {config.name}; choose another name")
+        name = config.name if number == 1 else f"{config.name}-{number}"
+        if name not in taken:
+            return runs.folder_of(config.runs, name)
+    raise ConfigError(f"name: {config.runs} is full of runs named {config.name}; choose another name")
 
 
-def find_run(run: str, runs: str = "runs") -> Path:
-    """Return the folder of a run given by its name or its path. Raises ConfigError naming the runs there
-    are."""
-    for folder in (Path(run), Path(runs) / run):
-        if (folder / "run.json").is_file():
-            return folder.absolute()
-    known = sorted(path.parent.name for path in Path(runs).glob("*/run.json"))
-    raise ConfigError(f"no run {run!r} in {runs}/; there are: {', '.join(known) or 'none yet'}")
+def find_run(run: str, where: str = "runs") -> Path:
+    """Return the folder of a run given by its name, its path or its URI; where: of all runs.
+
+    What is small of a run in storage is brought here. Raises ConfigError naming the runs there are.
+    """
+    if is_uri(run):
+        where, run = parent(run)
+    if is_uri(where):
+        known = runs.runs_in(where)
+        if run in known:
+            return runs.open_run(join(where, run))
+    else:
+        for folder in (Path(run), Path(where) / run):
+            if (folder / "run.json").is_file():
+                origin = runs.address(folder.absolute())
+                return runs.open_run(origin) if is_uri(origin) else folder.absolute()
+        known = sorted(path.parent.name for path in Path(where).glob("*/run.json"))
+    shown = where if is_uri(where) else f"{where}/"
+    raise ConfigError(f"no run {run!r} in {shown}; there are: {', '.join(known) or 'none yet'}")
 
 
 def write_run(job: Job, **facts: Any) -> None:
@@ -204,6 +236,8 @@ def write_run(job: Job, **facts: Any) -> None:
         "datasets": [manifest.digest for manifest in job.manifests],
     }
     write_json(job.folder / "run.json", {**known, **facts})
+    if job.mirror is not None:
+        job.mirror.send("config.yaml", "run.json")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -230,7 +264,9 @@ def load_job(folder: Path, overrides: Sequence[str] = ()) -> Job:
             f"data.sources: the data are not those that {folder.name} was trained on (their manifests "
             "differ); start a new run on them"
         )
-    return dataclasses.replace(job, tracking_uri=facts["tracking_uri"], run_id=facts["run_id"])
+    origin = runs.address(folder)
+    uri = origin if is_uri(origin) else ""
+    return dataclasses.replace(job, tracking_uri=facts["tracking_uri"], run_id=facts["run_id"], uri=uri)
 
 
 def check_kept(before: Config, now: Config, allowed: Sequence[str], what: str) -> None:

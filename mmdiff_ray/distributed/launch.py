@@ -4,6 +4,7 @@ it all."""
 import dataclasses
 import os
 import queue
+import secrets
 import shutil
 import signal
 import threading
@@ -14,7 +15,9 @@ from typing import Any
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError, RunError
+from mmdiff_ray.data.storage import is_uri, join
 from mmdiff_ray.distributed import job as jobs
+from mmdiff_ray.distributed import runs
 from mmdiff_ray.distributed.cluster import log_folder, resources, this_node
 from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.distributed.job import Job
@@ -22,6 +25,7 @@ from mmdiff_ray.distributed.worker import local_stream, ray_train_loop, train_wo
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.recorder import DatasetFacts
 from mmdiff_ray.tracking.store import tracking_uri
+from mmdiff_ray.training.remote import STILL_S
 
 POLL_S = 0.3
 GROW_S = 60.0
@@ -47,11 +51,8 @@ def resume(job: Job, display: Display) -> Path:
 
 def begin(job: Job, tags: Mapping[str, Any] | None = None) -> Job:
     """Return the job with its folder and its MLflow run; where that cannot be, nothing is left behind."""
-    uri = tracking_uri(job.config.tracking.uri, Path(job.config.runs).absolute())
-    try:
-        job.folder.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(f"runs: {job.folder} cannot be made: {error.strerror}") from None
+    uri = tracking_uri(job.config.tracking.uri, job.config.runs)
+    job = _with_folder(job)
     try:
         run_id = run_life.start_run(
             uri,
@@ -61,13 +62,28 @@ def begin(job: Job, tags: Mapping[str, Any] | None = None) -> Job:
             configuration.flatten(job.config),
             configuration.to_yaml(job.config),
             datasets=_dataset_facts(job),
-            tags={"mmdiff.run_folder": str(job.folder), **(tags or {})},
+            tags={"mmdiff.run_folder": job.uri or str(job.folder), **(tags or {})},
         )
     except BaseException:
         shutil.rmtree(job.folder, ignore_errors=True)
+        if job.uri:
+            runs.release(job.uri)
         raise
     job = dataclasses.replace(job, tracking_uri=uri, run_id=run_id)
     jobs.write_run(job, state="running")
+    return job
+
+
+def _with_folder(job: Job) -> Job:
+    """Return a job with its folder made; where runs are kept in storage, its name is reserved there."""
+    if is_uri(job.config.runs):
+        uri = join(job.config.runs, job.folder.name)
+        runs.claim(uri)
+        return dataclasses.replace(job, uri=uri).here()
+    try:
+        job.folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"runs: {job.folder} cannot be made: {error.strerror}") from None
     return job
 
 
@@ -88,6 +104,9 @@ def run(job: Job, display: Display) -> Path:
             display.say(
                 f"{left} records wait in {job.spool}; the next command on this run sends them to MLflow"
             )
+        unsent = job.mirror.flush(STILL_S) if job.mirror is not None else []
+        if unsent and state != "finished":  # what follows a finished run tries again, and tells
+            display.say(runs.not_sent(job.uri, job.folder, unsent))
 
 
 def work(job: Job, display: Display) -> str:
@@ -152,10 +171,15 @@ def make_trainer(job: Job, board: Any) -> Any:
         scaling_config=ScalingConfig(use_gpu=workers.gpus > 0, resources_per_worker=resources, **size),
         run_config=RunConfig(
             name="train",
-            storage_path=str(job.folder / "ray"),
+            storage_path=str(job.folder / "ray" if not job.uri else _session_folder(job)),
             failure_config=FailureConfig(max_failures=workers.max_failures),
         ),
     )
+
+
+def _session_folder(job: Job) -> Path:
+    """Return a folder for Ray Train's own notes: below Ray's, which is at the same place on every machine."""
+    return Path(log_folder()).parent / "mmdiff" / f"{job.folder.name}-{secrets.token_hex(4)}"
 
 
 class Board:
@@ -223,6 +247,8 @@ def _show(event: dict[str, Any], job: Job, display: Display) -> None:
         display.say(f"training on {where}" + (f", from the checkpoint at {seen:,} samples" if seen else ""))
     elif event["kind"] == "progress":
         display.show(event)
+    elif event["kind"] == "note":
+        display.say(event["text"])
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.data.storage import is_uri
 from mmdiff_ray.distributed import package
 from mmdiff_ray.distributed.ahead import check_ahead, check_paths
 from mmdiff_ray.distributed.job_server import Place, connect, find_place, server_errors
@@ -60,7 +61,7 @@ def submit(
     words = _with_workers(words, known, given.num_workers)
     place = find_place(given.address)
     config = _config(known)
-    folder = _folder(given.folder, place, config)
+    folder = _folder(given.folder, place, config, known)
     here = place.local is not None and folder == str(Path.cwd())
     for sentence in _checked(config, here):
         console.print(sentence, soft_wrap=True)
@@ -130,8 +131,8 @@ def _named(words: Sequence[str], known: argparse.Namespace) -> dict[str, tuple[s
     found: dict[str, tuple[str, Path]] = {}
     for word in words:
         before, _, value = word.partition("=")
-        if known.run == "train" and not known.resume and Path(word) == known.config:
-            found[word] = ("", known.config)
+        if known.run == "train" and not known.resume and word == known.config:
+            found[word] = ("", Path(word))
         elif known.run == "experiment" and word == known.name:
             file = Path(word) if word.endswith(".yaml") else EXPERIMENTS / f"{word}.yaml"
             found |= {word: ("", file)} if file.is_file() else {}
@@ -159,10 +160,10 @@ def _config(known: argparse.Namespace) -> Config | None:
         raise ConfigError(
             "train needs a config file, for example pipelines/configs/demo.yaml, or --resume RUN"
         )
-    return configuration.load([known.config], known.overrides, {"name": known.config.stem})
+    return configuration.load([known.config], known.overrides, {"name": Path(known.config).stem})
 
 
-def _folder(given: str | None, place: Place, config: Config | None) -> str | None:
+def _folder(given: str | None, place: Place, config: Config | None, known: argparse.Namespace) -> str | None:
     """Return the folder of the cluster that relative paths start from; None where there are none."""
     if given is not None:
         if not Path(given).is_absolute():
@@ -170,11 +171,12 @@ def _folder(given: str | None, place: Place, config: Config | None) -> str | Non
         return given
     if place.local is not None:
         return str(Path.cwd())
-    if config is None:
+    if config is None and not is_uri(str(getattr(known, "runs", ""))):
         raise ConfigError(
             "give --folder DIR: the folder, shared by all nodes of the cluster, where runs/ and data/ are"
         )
-    check_paths(config)
+    if config is not None:
+        check_paths(config)
     return None
 
 
@@ -193,8 +195,10 @@ def _store(
     folder: where relative paths start, on a cluster of this machine; None elsewhere.
     """
     named = (config.tracking.uri if config else None) or variables.get("MLFLOW_TRACKING_URI")
-    runs = config.runs if config else getattr(known, "runs", "runs")
-    return tracking_uri(named, Path(folder or ".") / runs) if named or folder else ""
+    runs = str(config.runs if config else getattr(known, "runs", "runs"))
+    if named or (folder and not is_uri(runs)):
+        return tracking_uri(named, Path(folder or ".") / runs)
+    return ""
 
 
 def _facts(words: Sequence[str], store: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What one training worker does, in this process or under Ray Train: build, stream, fit, record."""
 
+import contextlib
 import logging
 import os
 import warnings
@@ -15,6 +16,7 @@ from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.data.batches import local_batches, split_batches
 from mmdiff_ray.distributed.cluster import log_folder
 from mmdiff_ray.distributed.job import Job
+from mmdiff_ray.distributed.runs import not_sent
 from mmdiff_ray.evaluation.grids import to_png
 from mmdiff_ray.evaluation.run import sample_pictures
 from mmdiff_ray.tracking.system import SystemMonitor
@@ -25,6 +27,7 @@ from mmdiff_ray.training.fit import fit
 from mmdiff_ray.training.inference import Generator
 from mmdiff_ray.training.parallel import choose_device, world
 from mmdiff_ray.training.progress import Progress
+from mmdiff_ray.training.remote import STILL_S, RemoteCheckpoints
 from mmdiff_ray.training.trainer import Trainer, TrainingError
 
 _log = logging.getLogger(__name__)
@@ -77,6 +80,8 @@ class WorkerHooks:
             path = self.job.folder / "pictures" / f"{name}-{self.samples_seen:09d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png)
+            if self.job.mirror is not None:
+                self.job.mirror.send(f"pictures/{path.name}")
             if self.tracker is not None:
                 self.tracker.image(f"samples/{name}", png, self.samples_seen)
 
@@ -88,7 +93,7 @@ class WorkerHooks:
         if self.monitor is not None:
             self.monitor.stop()
         if self.tracker is not None:
-            self.tracker.close(timeout_s=5)
+            self.tracker.close(timeout_s=30 if self.job.uri else 5)  # with no shared disk, no other can send
 
     def _emit(self, kind: str, progress: Progress, metrics: dict[str, float]) -> None:
         if self.first:
@@ -114,7 +119,7 @@ def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], boo
     trainer = Trainer(config, denoiser, device)
     validation = _validation(job, reader)
     hooks = WorkerHooks(job, validation, emit, stopped)
-    store = CheckpointStore(job.checkpoints, config.checkpoint)
+    store = CheckpointStore(job.checkpoints, config.checkpoint, remote=_remote(job, emit))
     facts = {"config": configuration.to_plain(config), "version": __version__, "torch": torch.__version__}
     try:
         ended = fit(
@@ -129,9 +134,29 @@ def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], boo
         if model is not None:
             known = {"progress": vars(trainer.progress), "version": __version__, "state": ended}
             save_export(job.export, trainer.config, model, known)
+            _bring(job, store.unsent, emit)
         return ended
     finally:
         hooks.close()
+
+
+def _remote(job: Job, emit: Emit) -> RemoteCheckpoints | None:
+    """Return the checkpoints in storage of a run that is kept there; the first worker tells of trouble."""
+    if job.mirror is None:
+        return None
+    if world()[0] == 0:
+        job.mirror.uploader.say = lambda text: emit({"kind": "note", "text": text})
+    return RemoteCheckpoints(job.mirror, job.run_id, job.config.checkpoint.keep_last)
+
+
+def _bring(job: Job, unsent: list[str], emit: Emit) -> None:
+    """Bring the export to storage, and tell what of the run is not there."""
+    if job.mirror is not None:
+        if unsent:
+            emit({"kind": "note", "text": not_sent(job.uri, job.folder, unsent, "training that goes on")})
+        job.mirror.send(job.export.name)
+        if left := job.mirror.flush(STILL_S):
+            emit({"kind": "note", "text": not_sent(job.uri, job.folder, left)})
 
 
 def _validation(job: Job, reader: Any) -> list[Batch]:
@@ -160,15 +185,21 @@ def ray_stream(job: Job, reader: Any, rank: int, world: int, start: int) -> Iter
     return stream_batches(job.plan(), reader, rank, world, start, stop, workers.data_workers, beside)
 
 
+def go_to(folder: str) -> None:
+    """Work in the driver's working folder where this machine has it, so that relative paths mean the same."""
+    with contextlib.suppress(FileNotFoundError):
+        os.chdir(folder)
+
+
 def ray_train_loop(settings: dict[str, Any]) -> None:
     """Be one worker of Ray Train. settings: the job, and the actor that the driver listens to."""
     import ray
 
-    job, board = settings["job"], settings["board"]
+    job, board = settings["job"].here(), settings["board"]
     if ray.get(board.failure.remote()) is not None:
         return  # a worker of an earlier attempt met what no restart mends
     logging.basicConfig(level=logging.WARNING)
-    os.chdir(settings["working_folder"])
+    go_to(settings["working_folder"])
     asked: list[Any] = []
 
     def stopped() -> bool:

@@ -1,7 +1,7 @@
 """Samples of a trained model as files: one picture of them all, and the data of every sample."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,10 +88,10 @@ def write_gallery(
     return Gallery(out, out / "grid.png", sum(len(paths) for paths in files.values()), samples)
 
 
-def free_folder(out: Path) -> Path:
-    """Return a folder's path, or the next one with a number that is not there."""
+def free_folder(out: Path, taken: Collection[str] = ()) -> Path:
+    """Return a folder's path, or the next one with a number that is not there, nor its name taken."""
     numbered = (out.with_name(f"{out.name}-{number}") for number in range(2, 100_000))
-    return out if not out.exists() else next(path for path in numbered if not path.exists())
+    return next(path for path in (out, *numbered) if not path.exists() and path.name not in taken)
 
 
 def picture(model: Generator, samples: Samples, given: list[str], num: int) -> Image.Image:

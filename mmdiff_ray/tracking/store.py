@@ -26,11 +26,16 @@ def tracking_uri(explicit: str | None, runs: str | Path) -> str:
     """Return the store's address: the explicit one, else MLFLOW_TRACKING_URI, else SQLite beside the runs.
 
     The path of an SQLite file is made absolute, since workers have working folders of their own.
-    Raises ConfigError for a plain folder, which MLflow no longer records into.
+    Raises ConfigError for a plain folder, which MLflow no longer records into, and where runs lie in storage
+    (s3://...) and no store is named.
     """
-    uri = (
-        explicit or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{Path(runs).absolute() / 'mlflow.db'}"
-    )
+    named = explicit or os.environ.get("MLFLOW_TRACKING_URI")
+    if not named and "://" in str(runs):
+        raise ConfigError(
+            f"tracking.uri: runs in {runs} have no folder for MLflow's own file; name a store, "
+            "tracking.uri=http://host:5000 or sqlite:////path/to/mlflow.db, or set MLFLOW_TRACKING_URI"
+        )
+    uri = named or f"{SQLITE}{Path(runs).absolute() / 'mlflow.db'}"
     if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
         raise ConfigError(
             f"tracking.uri ({uri}) is a folder, which MLflow no longer records into; "

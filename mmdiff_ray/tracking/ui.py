@@ -20,7 +20,7 @@ def serve(runs: str | Path, host: str, port: int) -> int:
     All of the server's processes end with this one. Raises ConfigError where there is nothing yet, and for a
     port that is taken.
     """
-    uri = tracking_uri(None, Path(runs).absolute())
+    uri = tracking_uri(None, runs)
     if not uri.startswith(SQLITE):
         print(f"the runs are on a server: open {uri}")
         return 0

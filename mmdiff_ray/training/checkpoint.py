@@ -2,16 +2,19 @@
 
 A checkpoint is a folder named by samples_seen with PyTorch's distributed checkpoint in it (one file per
 worker) and `state.json`: format version, progress, configuration, metric. It is written under a `.partial`
-name and renamed when every worker is done, so a folder with its final name is complete.
+name and renamed when every worker is done, so a folder with its final name is complete. Where the run is kept
+in storage (see `remote`), its files lie in a folder inside it, the state's `mark`, and `files` lists them.
 """
 
 import json
 import math
 import shutil
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import Future
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,21 +24,34 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from mmdiff_ray.config import CheckpointConfig, ConfigError
 from mmdiff_ray.training.parallel import world
 
+if TYPE_CHECKING:
+    from mmdiff_ray.training.remote import RemoteCheckpoints
+
 FORMAT_VERSION = 1
 MIGRATIONS: dict[int, Any] = {}
 """version -> a function from the `state.json` of that version to the next one's."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run in a folder that all workers see.
+    """The checkpoints of one run in a folder that all workers see, or on several disks and in storage.
 
     Workers call its methods together. better: "min" or "max", which metric value counts as the best.
+    remote: the run's checkpoints in storage; then workers on several machines have a folder each.
+    unsent: after `close`, what did not reach storage.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, better: str = "min") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        better: str = "min",
+        remote: "RemoteCheckpoints | None" = None,
+    ) -> None:
         self.folder = folder
         self.keep_last = config.keep_last
         self.better = better
+        self.remote = remote
+        self.unsent: list[str] = []
         self._pending: tuple[Future, int, dict[str, Any]] | None = None
         # Two groups of its own: the thread that writes sends messages while training, and this store in the
         # training thread, send theirs. In one group they would meet in another order on every worker.
@@ -49,7 +65,8 @@ class CheckpointStore:
         self.wait()
         samples = trainer.progress.samples_seen
         partial = self.folder / f"{samples:012d}.partial"
-        if world()[0] == 0:
+        mark = self.remote.mark() if self.remote is not None else ""
+        if self._first_here:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         if self._group is not None:
@@ -60,10 +77,12 @@ class CheckpointStore:
             "metric": metric,
             **facts,
         }
+        if self.remote is not None:
+            state |= {"run": self.remote.run, "mark": mark}
         future = _quietly(
             dcp.async_save,
             _tensors(trainer),
-            checkpoint_id=str(partial),
+            checkpoint_id=str(partial / mark),
             process_group=self._writer_group,
             no_dist=self._writer_group is None,
         )
@@ -77,8 +96,10 @@ class CheckpointStore:
         future, samples, state = self._pending
         self._pending = None
         future.result()
-        if world()[0] == 0:
-            partial = self.folder / f"{samples:012d}.partial"
+        partial = self.folder / f"{samples:012d}.partial"
+        if self.remote is not None:
+            state["files"] = self.remote.files_everywhere(partial, self._first_here)
+        if self._first_here:
             write_json(partial / "state.json", state)
             final = partial.with_suffix("")
             shutil.rmtree(final, ignore_errors=True)
@@ -86,34 +107,54 @@ class CheckpointStore:
             self._drop_old()
         if self._group is not None:
             dist.barrier(self._group)
+        if self.remote is not None:
+            self.remote.add(partial.with_suffix("").name, state)
 
     def poll(self) -> None:
-        """Finish the checkpoint begun last if it is written on every worker (one small message between
-        them)."""
-        if self._pending is None:
+        """Finish the checkpoint begun last if it is written on every worker, and the one on its way to
+        storage if it is there (one small message between them)."""
+        remote = self.remote if self.remote is not None and self.remote.busy else None
+        if self._pending is None and remote is None:
             return
-        done = torch.tensor(int(self._pending[0].done()))
+        written = self._pending is not None and self._pending[0].done()
+        done = torch.tensor([int(written), int(remote is not None and remote.sent())])
         if self._group is not None:
             dist.all_reduce(done, dist.ReduceOp.MIN, group=self._group)
-        if done:
+        if done[0]:
             self.wait()
+        if done[1] and remote is not None:
+            remote.go_on()
+
+    def close(self) -> None:
+        """Wait until the checkpoint begun last is complete, also in storage if that can be reached."""
+        self.wait()
+        if self.remote is not None:
+            self.unsent = self.remote.close()
+
+    @cached_property
+    def _first_here(self) -> bool:
+        return self.remote.is_first_here() if self.remote is not None else world()[0] == 0
 
     def _drop_old(self) -> None:
-        kept = complete(self.folder)
-        best = self.best()
-        for path in kept[: -self.keep_last] if self.keep_last else []:
-            if path != best:
+        states = {path: read_state(path) for path in written(self.folder)}
+        kept = worth_keeping(
+            {path.name: state.get("metric") for path, state in states.items()}, self.keep_last, self.better
+        )
+        held = self.remote.held if self.remote is not None else set()
+        for path in states:
+            if path.name not in kept | held:
                 shutil.rmtree(path, ignore_errors=True)
 
     def best(self) -> Path | None:
         """Return the complete checkpoint of the best metric, or None where none has one."""
-        scored = [(read_state(path).get("metric"), path) for path in complete(self.folder)]
-        scored = [(metric, path) for metric, path in scored if metric is not None and math.isfinite(metric)]
-        pick = min if self.better == "min" else max
-        return pick(scored)[1] if scored else None
+        metrics = {path.name: read_state(path).get("metric") for path in complete(self.folder)}
+        name = best_of(metrics, self.better)
+        return None if name is None else self.folder / name
 
     def latest(self) -> Path | None:
-        """Return the newest complete checkpoint, or None."""
+        """Return the newest complete checkpoint, or None; from storage it is brought here."""
+        if self.remote is not None:
+            return self.remote.latest()
         found = complete(self.folder)
         return found[-1] if found else None
 
@@ -126,7 +167,8 @@ def restore(trainer: Any, path: Path) -> None:
     """Set a trainer to the state in a checkpoint; the number of workers may differ from when it was
     written."""
     tensors = _tensors(trainer)
-    _quietly(dcp.load, tensors, checkpoint_id=str(path), no_dist=world()[1] == 1)
+    files = path / read_state(path).get("mark", "")
+    _quietly(dcp.load, tensors, checkpoint_id=str(files), no_dist=world()[1] == 1)
     set_state_dict(
         trainer.denoiser,
         trainer.optimizer,
@@ -139,11 +181,44 @@ def restore(trainer: Any, path: Path) -> None:
 
 def complete(folder: Path) -> list[Path]:
     """Return the complete checkpoints in a folder, oldest first."""
+    return [path for path in written(folder) if _has_all(path)]
+
+
+def written(folder: Path) -> list[Path]:
+    """Return the checkpoints of which a folder has what the workers that see it wrote, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(
         path for path in folder.iterdir() if path.name.isdigit() and (path / "state.json").is_file()
     )
+
+
+def _has_all(path: Path) -> bool:
+    state = json.loads((path / "state.json").read_text(encoding="utf8"))
+    return len(files_of(path, state)) == len(state.get("files", {}))
+
+
+def files_of(path: Path, state: Mapping[str, Any]) -> set[str]:
+    """Return which files that a state lists are there in full."""
+    return {
+        name
+        for name, size in state.get("files", {}).items()
+        if (path / name).is_file() and (path / name).stat().st_size == size
+    }
+
+
+def worth_keeping(metrics: Mapping[str, float | None], keep_last: int, better: str) -> set[str]:
+    """Return which checkpoints to keep, the last and the best. metrics: name -> metric, if it has one."""
+    return {*sorted(metrics)[-keep_last:], *filter(None, [best_of(metrics, better)])}
+
+
+def best_of(metrics: Mapping[str, float | None], better: str) -> str | None:
+    """Return the name of the best metric, or None where there is no metric."""
+    scored = [
+        (metric, name) for name, metric in metrics.items() if metric is not None and math.isfinite(metric)
+    ]
+    pick = min if better == "min" else max
+    return pick(scored)[1] if scored else None
 
 
 def read_state(path: Path) -> dict[str, Any]:

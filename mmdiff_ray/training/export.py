@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.data.mirror import fetched
+from mmdiff_ray.data.storage import is_uri
 from mmdiff_ray.denoiser import Denoiser, build_denoiser
 from mmdiff_ray.training.inference import Generator
 
@@ -29,11 +31,11 @@ def save_export(folder: Path, config: Config, denoiser: Denoiser, facts: Mapping
 
 
 def load_export(folder: str | Path, device: str = "cpu", config: Config | None = None) -> Generator:
-    """Return the model in an export folder. Raises ConfigError if it is none.
+    """Return the model in an export folder, or at the URI of one. Raises ConfigError if it is none.
 
     config: in place of its own, one that differs in nothing that the weights depend on.
     """
-    folder = Path(folder)
+    folder = fetched(str(folder)) if is_uri(str(folder)) else Path(folder)
     if not (folder / "model.safetensors").is_file() or not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder} holds no exported model (model.safetensors and config.yaml)")
     config = config or configuration.load([folder / "config.yaml"])

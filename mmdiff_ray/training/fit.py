@@ -52,9 +52,9 @@ def fit(
             stopped = _advance(trainer, store, stream, validation, hooks, facts)
     except Exception as error:
         if isinstance(error, TrainingError) or world()[1] == 1:  # else the other workers know nothing of it
-            store.wait()
+            store.close()
         raise
-    store.wait()
+    store.close()
     return "stopped" if stopped else "finished"
 
 

@@ -10,31 +10,24 @@ from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.data.plan import Plan
 from mmdiff_ray.data.shards import verify
 from mmdiff_ray.data.storage import files_under, filesystem, read_bytes, write_bytes_atomic
+from tests import s3
 from tests.data.samples import interrupted, pairs, reader, write
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def bucket(monkeypatch) -> Iterator[str]:
-    """Yield a template of URIs in an empty bucket: `bucket.format("folder")`."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1").create_bucket(
-        Bucket="toys"
-    )
-    yield "s3://toys/{}?scheme=http&region=us-east-1&endpoint_override=" + f"{host}:{port}"
-    server.stop()
+def bucket(monkeypatch) -> Iterator[s3.Bucket]:
+    for name, value in s3.KEYS.items():
+        monkeypatch.setenv(name, value)
+    with s3.serve() as bucket:
+        yield bucket
 
 
-def test_a_data_set_on_an_object_store_is_written_taken_up_read_and_checked(bucket: str, tmp_path) -> None:
-    uri, local = bucket.format("some/toy"), str(tmp_path / "toy")
+def test_a_data_set_on_an_object_store_is_written_taken_up_read_and_checked(
+    bucket: s3.Bucket, tmp_path
+) -> None:
+    uri, local = bucket.uri("some/toy"), str(tmp_path / "toy")
     with pytest.raises(ConfigError, match="no data set at s3://toys/some/toy"):
         read_manifest(uri)
     for number in interrupted(uri, range(60)):

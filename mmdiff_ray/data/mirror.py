@@ -1,0 +1,256 @@
+"""A folder of this machine with its copy in storage: what is made here is brought there, and back elsewhere.
+
+The folder lies in a cache: `MMDIFF_CACHE`, else `mmdiff_ray` in `XDG_CACHE_HOME` or `~/.cache`. What is not
+brought to storage yet is noted in its folder `.unsent`, and so survives the process.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from pyarrow.fs import FileSystem
+
+from mmdiff_ray.config import RunError
+from mmdiff_ray.data.storage import (
+    CHUNK_BYTES,
+    PART,
+    exists,
+    filesystem,
+    frugal,
+    join,
+    parent,
+    read_bytes,
+    read_chunks,
+    remove,
+    sizes_under,
+    write_atomic,
+    write_bytes_atomic,
+)
+from mmdiff_ray.data.uploader import Errand, Uploader
+
+CACHE_VARIABLE = "MMDIFF_CACHE"
+FILES = "files.json"
+"""Lists the files of a folder in storage with their sizes; written last: what has none is no whole."""
+UNSENT = ".unsent"
+
+Went = Callable[[int], None]
+
+
+def cached(uri: str) -> Path:
+    """Return the folder of this machine for what lies at a URI."""
+    parts = urlsplit(uri)
+    server = parse_qs(parts.query).get("endpoint_override", [""])[0]
+    first = f"{parts.scheme}@{server}" if server else parts.scheme
+    names = [first, parts.netloc.rpartition("@")[2], *unquote(parts.path).split("/")]
+    return _cache().joinpath(*(quote(name, safe="@ ") for name in names if name not in ("", ".", "..")))
+
+
+def _cache() -> Path:
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named).absolute()
+    above = os.environ.get("XDG_CACHE_HOME")
+    return (Path(above) if above else Path("~/.cache").expanduser()) / "mmdiff_ray"
+
+
+class Mirror:
+    """A local folder and its copy at a URI. One for both in each process: `mirror`."""
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        self.uri = uri
+        self.folder = folder
+        fs, self.root = filesystem(uri)
+        self.fs = frugal(fs)
+        self.uploader = Uploader(uri)
+
+    def path(self, name: str) -> str:
+        """Return the path in the file system of a name inside the folder."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def send(self, *names: str) -> None:
+        """Bring files, or folders as wholes, to storage in the background."""
+        for name in names:
+            self._note(name).parent.mkdir(parents=True, exist_ok=True)
+            self._note(name).touch()
+            self._queue(name)
+
+    def resend(self) -> None:
+        """Send what another process could not, but for what another machine has brought there since.
+
+        Raises OSError where storage does not answer.
+        """
+        for name in self.unsent():
+            listed = f"{name}/{FILES}" if (self.folder / name).is_dir() else name
+            there = self.fs.get_file_info(self.path(listed)).mtime_ns
+            if there is not None and there > self._note(name).stat().st_mtime_ns:
+                self._note(name).unlink(missing_ok=True)
+            else:
+                self._queue(name)
+
+    def _queue(self, name: str) -> None:
+        send = self._send_folder if (self.folder / name).is_dir() else self._send_file
+        self.uploader.add(name, functools.partial(send, name))
+
+    def send_file(self, name: str, above: str = "") -> Errand:
+        """Bring one file in the background, without a note that outlives the process."""
+        return self.uploader.add(above or name, functools.partial(self._upload, name))
+
+    def flush(self, still_s: float) -> list[str]:
+        """Wait for what is on its way, as long as something moves; return what is not in storage then."""
+        self.uploader.flush(still_s)
+        return self.unsent()
+
+    def unsent(self) -> list[str]:
+        """Return the names of what was to be sent, by this process or another, and is not in storage yet."""
+        notes = self.folder / UNSENT
+        return sorted(unquote(note.name) for note in notes.iterdir()) if notes.is_dir() else []
+
+    def names(self, below: str = "") -> dict[str, int]:
+        """Return the files in storage: name inside `below` -> bytes. Raises OSError."""
+        return sizes_under(self.fs, self.path(below))
+
+    def fetch(self, name: str) -> bool:
+        """Bring a file from storage, or remove it where storage has none; return whether it is here.
+
+        A file here that storage does not have yet stays. Raises RunError where storage does not answer.
+        """
+        if any(name == unsent or name.startswith(f"{unsent}/") for unsent in self.unsent()):
+            return (self.folder / name).is_file()
+        with _said(self.uri):
+            if not exists(self.fs, self.path(name)):
+                (self.folder / name).unlink(missing_ok=True)
+                return False
+            download(self.fs, self.path(name), self.folder / name)
+        return True
+
+    def fetch_folder(self, name: str) -> bool:
+        """Bring a folder that was sent as a whole, unless it is here; return whether it is.
+
+        Raises RunError where storage does not answer, or the folder changes while it is read.
+        """
+        here = self.folder / name
+        if name in self.unsent():
+            return here.is_dir()
+        with _said(self.uri):
+            if not exists(self.fs, self.path(f"{name}/{FILES}")):
+                return False
+            listed = read_bytes(self.fs, self.path(f"{name}/{FILES}"))
+            if not _is_whole(here, listed):
+                self._fetch_files(name, listed)
+        return True
+
+    def _fetch_files(self, name: str, listed: bytes) -> None:
+        here = self.folder / name
+        partial = here.with_name(f"{here.name}.{secrets.token_hex(4)}.partial")
+        try:
+            for file, size in json.loads(listed)["files"].items():
+                download(self.fs, self.path(f"{name}/{file}"), partial / file, size)
+            (partial / FILES).write_bytes(listed)
+            if read_bytes(self.fs, self.path(f"{name}/{FILES}")) != listed:
+                raise RunError(f"{join(self.uri, name)} changed while it was read; try again")
+            shutil.rmtree(here, ignore_errors=True)
+            partial.rename(here)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _note(self, name: str) -> Path:
+        return self.folder / UNSENT / quote(name, safe="")
+
+    def _send_file(self, name: str, went: Went) -> None:
+        self._upload(name, went)
+        self._sent(name)
+
+    def _send_folder(self, name: str, went: Went) -> None:
+        """Send the list last, and take an older one away first: what is between is no whole."""
+        here = self.folder / name
+        files = sorted(path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file())
+        files = [file for file in files if file != FILES]
+        remove(self.fs, self.path(f"{name}/{FILES}"))
+        gone = 0
+        for file in files:
+            self._upload(f"{name}/{file}", functools.partial(_behind, went, gone))
+            gone += (here / file).stat().st_size
+        sizes = {file: (here / file).stat().st_size for file in files}
+        data = json.dumps({"mark": secrets.token_hex(8), "files": sizes}, indent=1).encode()
+        write_bytes_atomic(self.fs, self.path(f"{name}/{FILES}"), data)
+        (here / FILES).write_bytes(data)
+        self._sent(name)
+
+    def _upload(self, name: str, went: Went) -> None:
+        """Bring a file; one that is gone by now need not go."""
+        file = self.folder / name
+        if file.is_file():
+            write_atomic(self.fs, self.path(name), _counted(file, went))
+
+    def _sent(self, name: str) -> None:
+        if self.uploader.count(name) < 2:  # else it has changed since, and goes again
+            self._note(name).unlink(missing_ok=True)
+
+
+@functools.cache
+def mirror(uri: str, folder: Path) -> Mirror:
+    """Return this process's mirror of a folder at a URI."""
+    return Mirror(uri, folder)
+
+
+def fetched(uri: str) -> Path:
+    """Return the folder of this machine with what lies at a URI, brought here where it is not.
+
+    Raises RunError where storage does not answer.
+    """
+    place, (above, name) = cached(uri), parent(uri)
+    mirror(above, place.parent).fetch_folder(name)
+    return place
+
+
+def download(fs: FileSystem, path: str, file: Path, size: int | None = None) -> None:
+    """Write a file of storage to this machine, as a whole or not at all.
+
+    Raises OSError, also for one that has another size in bytes than the given one.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{secrets.token_hex(4)}{PART}")
+    try:
+        with part.open("wb") as out:
+            for chunk in read_chunks(fs, path):
+                out.write(chunk)
+        if size is not None and part.stat().st_size != size:
+            raise OSError(f"{path} has {part.stat().st_size} bytes, {size} were written")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _counted(file: Path, went: Went) -> Iterator[bytes]:
+    gone = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
+            gone += len(chunk)
+            went(gone)
+
+
+def _behind(went: Went, before: int, sent: int) -> None:
+    went(before + sent)
+
+
+def _is_whole(here: Path, listed: bytes) -> bool:
+    """Return whether a folder of this machine has what a list says, and is of the same making."""
+    if not (here / FILES).is_file() or (here / FILES).read_bytes() != listed:
+        return False
+    files = json.loads(listed)["files"]
+    return all((here / file).is_file() and (here / file).stat().st_size == files[file] for file in files)
+
+
+@contextlib.contextmanager
+def _said(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot read from {uri}: {error}") from None
