@@ -21,12 +21,12 @@ from mmdiff_ray.distributed.job_server import connect, find_place
 from mmdiff_ray.tracking import jobs, store
 from pipelines.base import build
 from tests import sprites as tiny
+from tests.services import SECRET, s3_server
 from tests.tracking.conftest import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
-SECRET = "a-very-long-secret"
 PLUGIN = "print('the plug-in is', __file__)\n"
 DEADLINE_S = 300.0
 
@@ -70,32 +70,15 @@ class Services:
 
 
 @contextmanager
-def s3_server(patch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run an S3 server on the loopback, with its keys in the environment; yield its host and port."""
-    from moto.server import ThreadedMotoServer
-
-    for name in list(os.environ):
-        if name.startswith(("RAY_", "MLFLOW_", "AWS_")):
-            patch.delenv(name)
-    patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        yield "{}:{}".format(*server.get_host_and_port())
-    finally:
-        server.stop()
-
-
-@contextmanager
 def mlflow_server(folder: Path, endpoint: str) -> Iterator[str]:
     """Run MLflow with a database in a folder and artifacts on S3, which it alone knows; yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        server = Server(folder, probe.getsockname()[1], artifacts="s3://toys/artifacts")
+        port = probe.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://{endpoint}")
-        server.start()
+        server = Server(folder, port, artifacts="s3://toys/artifacts")
+    server.start()
     try:
         yield server.uri
     finally:
