@@ -25,6 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_jobs(commands)
     _add_cluster(commands)
     _add_ui(commands)
+    _add_sync(commands)
     _add_doctor(commands)
     return parser
 
@@ -290,6 +291,15 @@ def _add_ui(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-
     ui.add_argument("--runs", default="runs", help="where runs lie")
     ui.add_argument("--host", default="127.0.0.1")
     ui.add_argument("--port", type=int, default=5000)
+
+
+def _add_sync(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    sync = _command(
+        commands, "sync", "sync", "send what runs recorded while MLflow was away", "mmdiff sync runs/demo"
+    )
+    sync.add_argument(
+        "folder", nargs="?", type=Path, default=Path("runs"), help="a run's, or that of all runs (runs)"
+    )
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]

@@ -261,6 +261,12 @@ def _ui(given: argparse.Namespace) -> int:
     return serve(given.runs, given.host, given.port)
 
 
+def _sync(given: argparse.Namespace) -> int:
+    from mmdiff_ray.tracking.sync import sync
+
+    return sync(given.folder)
+
+
 def _doctor(given: argparse.Namespace) -> int:
     from mmdiff_ray.doctor import examine
 
@@ -286,6 +292,7 @@ RUNS: dict[str, Callable[[argparse.Namespace], int]] = {
     "cluster_down": _cluster_down,
     "cluster_status": _cluster_status,
     "ui": _ui,
+    "sync": _sync,
     "doctor": _doctor,
 }
 """What runs each command (`run` of its parser)."""

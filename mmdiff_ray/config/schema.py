@@ -260,10 +260,13 @@ class EvaluateConfig:
 class TrackingConfig:
     """Where the run is recorded. uri: MLflow's; else MLFLOW_TRACKING_URI; else SQLite beside the runs.
 
-    experiment: MLflow's. log_model, system_metrics: whether the model, and the machines' load, are logged.
+    required: whether MLflow must answer when a run begins; if not, what is recorded waits on disk until it
+    does. experiment: MLflow's. log_model, system_metrics: whether the model, and the machines' load, are
+    logged.
     """
 
     uri: str | None = None
+    required: bool = True
     experiment: str = "mmdiff"
     log_model: bool = True
     system_metrics: bool = True

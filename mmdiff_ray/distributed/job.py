@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "workers.",
     "evaluate.",
     "data.bad_row_limit",
+    "tracking.required",
     "tracking.log_model",
     "tracking.system_metrics",
 )
