@@ -76,6 +76,9 @@ def _add_data(commands: argparse._SubParsersAction) -> None:  # type: ignore[typ
         "--workers", type=int, default=1, help="Ray actors per embedding model; 0: without Ray"
     )
     build.add_argument(
+        "--label", action="append", default=[], metavar="KEY=VALUE", help="of the Ray nodes to run on"
+    )
+    build.add_argument(
         "options", nargs="*", metavar="key=value", help="the pipeline's options; --key value works too"
     )
     inspect = _command(
@@ -109,6 +112,12 @@ def _add_train(commands: argparse._SubParsersAction) -> None:  # type: ignore[ty
     train.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     train.add_argument(
         "--dry-run", action="store_true", help="check everything, print sizes and costs, start nothing"
+    )
+    train.add_argument(
+        "--continue",
+        action="store_true",
+        dest="go_on",
+        help="go on with the run of this name if it has begun, else begin it: for jobs that may be restarted",
     )
     train.add_argument("--resume", metavar="RUN", help="go on with a run, by its name or folder")
     train.add_argument("--runs", default="runs", help="where runs lie (for --resume)")

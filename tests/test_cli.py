@@ -262,6 +262,35 @@ def test_finished_run_can_be_made_longer(capsys, config_file):
     assert code == 2 and "seed: a run that goes on keeps 0, got 5" in errors
 
 
+def test_command_with_continue_begins_its_run_and_goes_on_with_it_as_often_as_it_is_given(
+    capsys, config_file
+):
+    runs = config_file.parent / "runs"
+    cut_short = runs / "tiny" / "tracking" / "0-1-a"  # a driver that was killed before its run had a name
+    cut_short.mkdir(parents=True)
+    words = ["train", str(config_file), "--continue", "evaluate.evaluators=[joint]", "train.decay=constant"]
+    code, out, _ = run(capsys, *words, "train.samples=64")
+    assert code == 0 and "from the checkpoint" not in out
+    first = json.loads((runs / "tiny" / "run.json").read_text())
+    code, out, _ = run(capsys, *words, "train.samples=128")
+    assert code == 0 and "from the checkpoint at 64 samples" in out
+    code, out, _ = run(capsys, *words, "train.samples=128")
+    assert code == 0 and "is finished at 128 samples" in out
+    assert json.loads((runs / "tiny" / "run.json").read_text())["run_id"] == first["run_id"]
+    assert len(list(runs.glob("*/run.json"))) == 1
+    code, _, errors = run(capsys, *words, "seed=5")
+    assert code == 2 and "seed: a run that goes on keeps 0, got 5" in errors
+
+
+def test_continue_takes_no_folder_for_a_run_that_holds_anything_else(capsys, config_file):
+    other = config_file.parent / "runs" / "tiny" / "checkpoints"
+    other.mkdir(parents=True)
+    code, _, errors = run(capsys, "train", str(config_file), "--continue")
+    assert code == 2 and "tiny is there and is no run; choose another name" in errors and other.is_dir()
+    code, _, errors = run(capsys, "train", str(config_file), "--continue", "--dry-run")
+    assert code == 2 and "--continue" in errors
+
+
 # --- evaluate --------------------------------------------------------------------------------------------
 
 

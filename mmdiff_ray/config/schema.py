@@ -215,7 +215,8 @@ class WorkersConfig:
 
     cpus, gpus: what each asks the cluster for. data_workers: processes that read rows for each of them (in
     this process: threads). threads: torch's in each (null: one per cpu where there are several workers).
-    max_failures: restarts from the last checkpoint before the run gives up.
+    max_failures: restarts from the last checkpoint before the run gives up. labels, data_labels: what the
+    nodes must be labelled with that the workers, and the processes that read for them, run on.
     """
 
     count: int = 0
@@ -224,6 +225,8 @@ class WorkersConfig:
     data_workers: int = 1
     threads: int | None = None
     max_failures: int = 3
+    labels: dict[str, str] = field(default_factory=dict)
+    data_labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

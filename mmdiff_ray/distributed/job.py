@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from mmdiff_ray.training.fit import calibrate
 from mmdiff_ray.training.parallel import choose_device
 
 CALIBRATION_ROWS = 512
+CUT_SHORT = {"tracking", "config.yaml", "run.json.partial"}
+"""What a run has in its folder before its run.json."""
 MAY_CHANGE = (
     "train.samples",
     "train.max_minutes",
@@ -181,6 +184,22 @@ def new_folder(config: Config) -> Path:
         if not folder.exists():
             return folder
     raise ConfigError(f"name: {root} is full of runs named {config.name}; choose another name")
+
+
+def begun(config: Config) -> Path | None:
+    """Return the folder of the run of a configuration's name; None where it has not begun.
+
+    What a beginning that was cut short has left is removed, so that the name is free. Raises ConfigError for
+    a folder of that name that is no run's.
+    """
+    folder = Path(config.runs).absolute() / config.name
+    if (folder / "run.json").is_file():
+        return folder
+    if folder.exists():
+        if not folder.is_dir() or {path.name for path in folder.iterdir()} - CUT_SHORT:
+            raise ConfigError(f"name: {folder} is there and is no run; choose another name")
+        shutil.rmtree(folder)
+    return None
 
 
 def find_run(run: str, runs: str = "runs") -> Path:

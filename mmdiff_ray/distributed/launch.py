@@ -151,8 +151,11 @@ def make_trainer(job: Job, board: Any) -> Any:
         ray_train_loop,
         train_loop_config={"job": job, "board": board, "working_folder": os.getcwd()},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=workers.count,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker=resources,
+            label_selector=workers.labels or None,
         ),
         run_config=RunConfig(
             name="train",

@@ -150,7 +150,10 @@ def ray_stream(job: Job, reader: Any, rank: int, world: int, start: int) -> Iter
     from mmdiff_ray.distributed.stream import stream_batches
 
     stop = -(-job.config.train.samples // job.config.train.global_batch)
-    return stream_batches(job.plan(), reader, rank, world, start, stop, job.config.workers.data_workers)
+    workers = job.config.workers
+    return stream_batches(
+        job.plan(), reader, rank, world, start, stop, workers.data_workers, workers.data_labels
+    )
 
 
 def ray_train_loop(settings: dict[str, Any]) -> None:
