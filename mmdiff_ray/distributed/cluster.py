@@ -81,27 +81,29 @@ def check_resources(workers: WorkersConfig) -> None:
 
     Where an autoscaler can start the nodes that are lacking, print so and wait for them.
     """
-    readers = workers.count * workers.data_workers
+    count = workers.count
+    readers = count * workers.data_workers
     each = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
-    bundles = [each] * workers.count + [{"CPU": 1.0}] * readers
-    labels = [workers.labels] * workers.count + [workers.data_labels] * readers
+    bundles = [each] * count + [{"CPU": 1.0}] * readers
+    labels = [workers.labels] * count + [workers.data_labels] * readers
     wanted: list[tuple[str, str, float, Labels]] = [
-        ("workers.labels", "GPU", workers.count * workers.gpus, workers.labels),
-        ("workers.labels", "CPU", workers.count * workers.cpus, workers.labels),
+        ("workers.labels", "GPU", count * workers.gpus, workers.labels),
+        ("workers.labels", "CPU", count * workers.cpus, workers.labels),
         ("workers.data_labels", "CPU", readers, workers.data_labels),
         ("workers.cpus and workers.data_workers", "CPU", sum(bundle["CPU"] for bundle in bundles), {}),
-        ("workers.gpus", "GPU", workers.count * workers.gpus, {}),
+        ("workers.gpus", "GPU", count * workers.gpus, {}),
     ]
-    lacks = {
-        key: lack
+    lacks = [
+        (key, lack)
         for key, resource, amount, where in wanted
         if (where or "labels" not in key) and (lack := _lack(resource, amount, where))
-    }
-    need = f"{workers.count} workers need "
-    if lacks and not start_nodes(bundles, labels, need + "; ".join(lacks.values())):
-        key, lack = next(iter(lacks.items()))
+    ]
+    need = f"{count} workers need "
+    if lacks and not start_nodes(bundles, labels, need + "; ".join(lack for _, lack in lacks)):
+        key, lack = lacks[0]
+        more = ", and can start no nodes for them" if autoscales() else ""
         raise ConfigError(
-            f"{key}: {need}{lack}; try fewer workers (workers.count={max(1, workers.count // 2)})"
+            f"{key}: {need}{lack}{more}; try fewer workers (workers.count={max(1, count // 2)})"
         )
 
 
