@@ -27,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_jobs(commands)
     _add_cluster(commands)
     _add_ui(commands)
+    _add_sync(commands)
     _add_doctor(commands)
     return parser
 
@@ -77,6 +78,9 @@ def _add_data(commands: argparse._SubParsersAction) -> None:  # type: ignore[typ
         "--workers", type=int, default=1, help="Ray actors per embedding model; 0: without Ray"
     )
     build.add_argument(
+        "--label", action="append", default=[], metavar="KEY=VALUE", help="of the Ray nodes to run on"
+    )
+    build.add_argument(
         "options", nargs="*", metavar="key=value", help="the pipeline's options; --key value works too"
     )
     inspect = _command(
@@ -110,6 +114,12 @@ def _add_train(commands: argparse._SubParsersAction) -> None:  # type: ignore[ty
     train.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     train.add_argument(
         "--dry-run", action="store_true", help="check everything, print sizes and costs, start nothing"
+    )
+    train.add_argument(
+        "--continue",
+        action="store_true",
+        dest="go_on",
+        help="go on with the run of this name if it has begun, else begin it: for jobs that may be restarted",
     )
     train.add_argument("--resume", metavar="RUN", help="go on with a run, by its name, folder or URI")
     train.add_argument("--runs", default="runs", help=f"{RUNS} (for --resume)")
@@ -290,6 +300,15 @@ def _add_ui(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-
     ui.add_argument("--runs", default="runs", help=RUNS)
     ui.add_argument("--host", default="127.0.0.1")
     ui.add_argument("--port", type=int, default=5000)
+
+
+def _add_sync(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+    sync = _command(
+        commands, "sync", "sync", "send what runs recorded while MLflow was away", "mmdiff sync runs/demo"
+    )
+    sync.add_argument(
+        "folder", nargs="?", type=Path, default=Path("runs"), help="a run's, or that of all runs (runs)"
+    )
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]

@@ -57,7 +57,10 @@ def _data_build(given: argparse.Namespace) -> int:
     from pipelines.options import pipeline_options
 
     options = pipeline_options([*given.options, *given.extra])
-    built = build(given.pipeline, given.out, options, force=given.force, workers=given.workers)
+    labels = {key: value for key, _, value in (word.partition("=") for word in given.label)}
+    if not all(labels.values()):
+        raise ConfigError(f"--label ({', '.join(given.label)}) wants KEY=VALUE")
+    built = build(given.pipeline, given.out, options, force=given.force, workers=given.workers, labels=labels)
     for key, reason in list(built.bad.items())[:10]:
         print(f"left out {key}: {reason}")
     for note in built.notes:
@@ -85,8 +88,13 @@ def _data_embed(given: argparse.Namespace) -> int:
 def _train(given: argparse.Namespace) -> int:
     from mmdiff_ray import config as configuration
     from mmdiff_ray.distributed.commands import dry_run, train_and_evaluate
+    from mmdiff_ray.distributed.job import begun
 
     overrides = list(given.overrides)
+    if given.go_on and (given.resume or given.dry_run):
+        raise ConfigError(
+            "--continue begins a run or goes on with it; it goes with no --resume, no --dry-run"
+        )
     if given.resume and given.dry_run:
         raise ConfigError("--dry-run checks a config file; it does not go with --resume")
     if given.resume:
@@ -100,6 +108,8 @@ def _train(given: argparse.Namespace) -> int:
             "train needs a config file, for example pipelines/configs/demo.yaml, or --resume RUN"
         )
     config = configuration.load([given.config], overrides, {"name": Path(given.config).stem})
+    if given.go_on and (folder := begun(config)):
+        return train_and_evaluate(None, str(folder), config.runs, overrides)
     return dry_run(config) if given.dry_run else train_and_evaluate(config, None, config.runs, [])
 
 
@@ -274,6 +284,12 @@ def _ui(given: argparse.Namespace) -> int:
     return serve(given.runs, given.host, given.port)
 
 
+def _sync(given: argparse.Namespace) -> int:
+    from mmdiff_ray.tracking.sync import sync
+
+    return sync(given.folder)
+
+
 def _doctor(given: argparse.Namespace) -> int:
     from mmdiff_ray.doctor import examine
 
@@ -299,6 +315,7 @@ RUNS: dict[str, Callable[[argparse.Namespace], int]] = {
     "cluster_down": _cluster_down,
     "cluster_status": _cluster_status,
     "ui": _ui,
+    "sync": _sync,
     "doctor": _doctor,
 }
 """What runs each command (`run` of its parser)."""

@@ -154,12 +154,14 @@ def build(
     *,
     force: bool = False,
     workers: int = 1,
+    labels: Mapping[str, str] | None = None,
     progress: bool = True,
 ) -> Build:
     """Build the data set of a registered pipeline into the folder URI `out`.
 
     options: the pipeline's own, as values or text. workers: Ray actors per embedding stage; 0 runs in this
-    process without Ray and gives the same rows (embeddings up to rounding). An interrupted build continues
+    process without Ray and gives the same rows (embeddings up to rounding). labels: of the nodes of the
+    cluster that it runs on. An interrupted build continues
     where it stopped; a finished one is replaced only with `force`.
     Raises ConfigError for what the user can mend.
     """
@@ -177,7 +179,7 @@ def build(
         force=force,
     )
     with show_progress(f"{name} -> {out}", len(items), progress) as advance:
-        return _write(pipeline, stages, items, writer, workers, advance)
+        return _write(pipeline, stages, items, writer, workers, labels, advance)
 
 
 def _write(
@@ -186,6 +188,7 @@ def _write(
     items: Sequence[Item],
     writer: ShardWriter,
     workers: int,
+    labels: Mapping[str, str] | None,
     advance: Callable[[int], None],
 ) -> Build:
     """Make the rows of the items that the writer lacks and write them, in the items' order."""
@@ -195,7 +198,7 @@ def _write(
     chunks = [chunk for chunk in chunks if any(item.key not in writer.done for item in chunk)]
     bad: dict[str, str] = {}
     written = 0
-    with closing(flow.run(partial(render, pipeline), stages, chunks, workers)) as stream:
+    with closing(flow.run(partial(render, pipeline), stages, chunks, workers, labels)) as stream:
         for made in stream:
             bad |= made.bad
             _check_bad(bad, pipeline.options.bad_limit)

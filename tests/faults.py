@@ -17,7 +17,8 @@ class Faults:
 
     down: connections are ended at once, those that are open too. delay_s: before every chunk to the server.
     fail_next: so many of the next connections are answered with HTTP 503. cut_after: connections end in the
-    middle, when the client has sent so many bytes (a half-written upload).
+    middle, when the client has sent so many bytes (a half-written upload). held: nothing is passed on to the
+    server until it ends. lose_answer: the answer to the next request with these bytes never arrives.
     """
 
     port: int = 0
@@ -25,6 +26,8 @@ class Faults:
     delay_s: float = 0.0
     fail_next: int = 0
     cut_after: int | None = None
+    held: bool = False
+    lose_answer: bytes | None = None
     connections: int = 0
     cut: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -32,6 +35,12 @@ class Faults:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def _loses_answer(self, chunk: bytes) -> bool:
+        with self._lock:
+            losing = self.lose_answer is not None and self.lose_answer in chunk
+            self.lose_answer = None if losing else self.lose_answer
+            return losing
 
     def _takes_failure(self) -> bool:
         with self._lock:
@@ -78,14 +87,18 @@ def _serve(client: socket.socket, server_port: int, faults: Faults) -> None:
         except OSError:
             return
         with server:
-            back = threading.Thread(target=_copy, args=(server, client, faults, False), daemon=True)
+            mute = threading.Event()
+            back = threading.Thread(target=_copy, args=(server, client, faults, False, mute), daemon=True)
             back.start()
-            _copy(client, server, faults, True)
+            _copy(client, server, faults, True, mute)
             back.join()
 
 
-def _copy(source: socket.socket, target: socket.socket, faults: Faults, upload: bool) -> None:
-    """Copy until an end or a fault; then end both, so that the other direction ends too."""
+def _copy(
+    source: socket.socket, target: socket.socket, faults: Faults, upload: bool, mute: threading.Event
+) -> None:
+    """Copy until an end or a fault; then end both, so that the other direction ends too. mute: set where the
+    next answer shall be lost."""
     sent = 0
     source.settimeout(0.2)
     try:
@@ -98,6 +111,12 @@ def _copy(source: socket.socket, target: socket.socket, faults: Faults, upload: 
                 break
             if upload and faults.delay_s:
                 time.sleep(faults.delay_s)
+            while upload and faults.held and not faults.down:
+                time.sleep(0.02)
+            if upload and faults._loses_answer(chunk):
+                mute.set()
+            if not upload and mute.is_set():
+                break
             if upload and faults.cut_after is not None and sent + len(chunk) > faults.cut_after:
                 target.sendall(chunk[: max(0, faults.cut_after - sent)])
                 faults.cut += 1

@@ -215,7 +215,7 @@ def test_store_that_does_not_answer_is_told_and_no_run_is_left(capsys, config_fi
         dead_uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
     code, _, errors = run(capsys, "train", str(config_file), f"tracking.uri={dead_uri}")
     assert code == 2 and f"tracking.uri ({dead_uri}): the run cannot be recorded there" in errors
-    assert list((config_file.parent / "runs").iterdir()) == []
+    assert not (config_file.parent / "runs").exists()
 
 
 # --- dry run, training, going on -------------------------------------------------------------------------
@@ -260,6 +260,35 @@ def test_finished_run_can_be_made_longer(capsys, config_file):
     assert (runs / "tiny" / "evaluation.json").stat().st_mtime_ns == written
     code, _, errors = run(capsys, "train", "--resume", str(runs / "tiny"), "seed=5")
     assert code == 2 and "seed: a run that goes on keeps 0, got 5" in errors
+
+
+def test_command_with_continue_begins_its_run_and_goes_on_with_it_as_often_as_it_is_given(
+    capsys, config_file
+):
+    runs = config_file.parent / "runs"
+    cut_short = runs / "tiny" / "tracking" / "0-1-a"  # a driver that was killed before its run had a name
+    cut_short.mkdir(parents=True)
+    words = ["train", str(config_file), "--continue", "evaluate.evaluators=[joint]", "train.decay=constant"]
+    code, out, _ = run(capsys, *words, "train.samples=64")
+    assert code == 0 and "from the checkpoint" not in out
+    first = json.loads((runs / "tiny" / "run.json").read_text())
+    code, out, _ = run(capsys, *words, "train.samples=128")
+    assert code == 0 and "from the checkpoint at 64 samples" in out
+    code, out, _ = run(capsys, *words, "train.samples=128")
+    assert code == 0 and "is finished at 128 samples" in out
+    assert json.loads((runs / "tiny" / "run.json").read_text())["run_id"] == first["run_id"]
+    assert len(list(runs.glob("*/run.json"))) == 1
+    code, _, errors = run(capsys, *words, "seed=5")
+    assert code == 2 and "seed: a run that goes on keeps 0, got 5" in errors
+
+
+def test_continue_takes_no_folder_for_a_run_that_holds_anything_else(capsys, config_file):
+    other = config_file.parent / "runs" / "tiny" / "checkpoints"
+    other.mkdir(parents=True)
+    code, _, errors = run(capsys, "train", str(config_file), "--continue")
+    assert code == 2 and "tiny is there and is no run; choose another name" in errors and other.is_dir()
+    code, _, errors = run(capsys, "train", str(config_file), "--continue", "--dry-run")
+    assert code == 2 and "--continue" in errors
 
 
 # --- evaluate --------------------------------------------------------------------------------------------

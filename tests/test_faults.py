@@ -6,6 +6,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 
@@ -13,8 +14,11 @@ from tests.faults import Faults, faulty
 
 
 class _Echo(http.server.BaseHTTPRequestHandler):
+    seen: ClassVar[list[bytes]] = []
+
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.seen.append(body)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -66,6 +70,26 @@ def test_an_upload_is_cut_in_the_middle(faults: Faults) -> None:
         _post(faults, b"x" * 200_000)
     assert faults.cut == 1
     assert _post(faults, b"x" * 1000) == b"x" * 1000
+
+
+def test_an_answer_is_lost_though_the_server_did_what_was_asked(faults: Faults) -> None:
+    faults.lose_answer = b"POST"
+    with pytest.raises(OSError):
+        _post(faults, b"x")
+    assert _post(faults, b"y") == b"y"
+    assert _Echo.seen[-2:] == [b"x", b"y"]
+
+
+def test_a_held_network_passes_nothing_on_until_it_is_let_go(faults: Faults) -> None:
+    faults.held = True
+    answers: list[bytes] = []
+    asking = threading.Thread(target=lambda: answers.append(_post(faults, b"held")))
+    asking.start()
+    asking.join(0.3)
+    assert answers == [] and b"held" not in _Echo.seen
+    faults.held = False
+    asking.join(5)
+    assert answers == [b"held"]
 
 
 def test_a_slow_network_is_slow(faults: Faults) -> None:

@@ -39,6 +39,11 @@ def check_batch(config: Config) -> None:
     least = config.workers.least or most
     if (config.workers.least or 0) > config.workers.count:
         raise ConfigError(f"workers.least ({least}) must be at most workers.count ({config.workers.count})")
+    if config.workers.least is not None and config.workers.data_labels:
+        raise ConfigError(
+            "workers.data_labels: with workers.least a worker's readers run beside it, on its own CPUs; set one "
+            "of the two"
+        )
     workers = math.lcm(*range(least, most + 1))
     counted, elastic = f"workers.count ({most})", ""
     if least < most:

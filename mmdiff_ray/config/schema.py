@@ -217,9 +217,10 @@ class WorkersConfig:
 
     cpus, gpus: what each asks the cluster for. data_workers: processes that read rows for each of them (in
     this process: threads). threads: torch's in each (null: one per cpu where there are several workers).
-    max_failures: restarts from the last checkpoint before the run gives up. strategy: how they share the
-    model: ddp, each holds all of it; fsdp, each a part of its parameters, their average and the optimizer's
-    state, for models that are too large for one.
+    max_failures: restarts from the last checkpoint before the run gives up. labels, data_labels: what the
+    nodes must be labelled with that the workers, and the processes that read for them, run on. strategy: how
+    workers share the model: ddp, each holds all of it; fsdp, each a part of its parameters, their average and
+    the optimizer's state, for models that are too large for one.
     """
 
     count: int = 0
@@ -230,6 +231,8 @@ class WorkersConfig:
     data_workers: int = 1
     threads: int | None = None
     max_failures: int = 3
+    labels: dict[str, str] = field(default_factory=dict)
+    data_labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -266,10 +269,13 @@ class EvaluateConfig:
 class TrackingConfig:
     """Where the run is recorded. uri: MLflow's; else MLFLOW_TRACKING_URI; else SQLite beside the runs.
 
-    experiment: MLflow's. log_model, system_metrics: whether the model, and the machines' load, are logged.
+    required: whether MLflow must answer when a run begins; if not, what is recorded waits on disk until it
+    does. experiment: MLflow's. log_model, system_metrics: whether the model, and the machines' load, are
+    logged.
     """
 
     uri: str | None = None
+    required: bool = True
     experiment: str = "mmdiff"
     log_model: bool = True
     system_metrics: bool = True

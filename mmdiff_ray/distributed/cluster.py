@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mmdiff_ray.config import ConfigError, WorkersConfig
+from mmdiff_ray.distributed.nodes import Labels, alive, autoscales, fitting, start_nodes
 
 _log = logging.getLogger(__name__)
 
@@ -76,23 +77,61 @@ def cpus_needed(workers: WorkersConfig) -> int:
 
 def check_resources(workers: WorkersConfig) -> None:
     """Raise ConfigError if the cluster has too little for the workers and their readers, before they are
-    asked for."""
-    import ray
+    asked for.
 
-    total, count = ray.cluster_resources(), workers.least or workers.count
-    for key, resource, wanted in (
-        (
-            "workers.cpus and workers.data_workers",
-            "CPU",
-            count * (workers.cpus + workers.data_workers),
-        ),
-        ("workers.gpus", "GPU", count * workers.gpus),
-    ):
-        if wanted > total.get(resource, 0):
-            raise ConfigError(
-                f"{key}: {count} workers need {wanted:g} {resource}s, the cluster has "
-                f"{total.get(resource, 0):g}; try fewer workers (workers.count={max(1, workers.count // 2)})"
+    Where an autoscaler can start the nodes that are lacking, print so and wait for them.
+    """
+    count = workers.least or workers.count
+    readers = count * workers.data_workers
+    each = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
+    bundles = [each] * count + [{"CPU": 1.0}] * readers
+    labels = [workers.labels] * count + [workers.data_labels] * readers
+    wanted: list[tuple[str, str, float, Labels]] = [
+        ("workers.labels", "GPU", count * workers.gpus, workers.labels),
+        ("workers.labels", "CPU", count * workers.cpus, workers.labels),
+        ("workers.data_labels", "CPU", readers, workers.data_labels),
+        ("workers.cpus and workers.data_workers", "CPU", sum(bundle["CPU"] for bundle in bundles), {}),
+        ("workers.gpus", "GPU", count * workers.gpus, {}),
+    ]
+    lacks = [
+        (key, lack)
+        for key, resource, amount, where in wanted
+        if (where or "labels" not in key) and (lack := _lack(resource, amount, where))
+    ]
+    need = f"{count} workers need "
+    if lacks and not start_nodes(bundles, labels, need + "; ".join(lack for _, lack in lacks)):
+        key, lack = lacks[0]
+        more = ", and can start no nodes for them" if autoscales() else ""
+        raise ConfigError(
+            f"{key}: {need}{lack}{more}; try fewer workers (workers.count={max(1, count // 2)})"
+        )
+
+
+def check_labels(labels: Labels) -> None:
+    """Raise ConfigError if no node has these labels, and no autoscaler could start one."""
+    if labels and not fitting(labels) and not autoscales():
+        told = ", ".join(
+            sorted(
+                {
+                    f"{key}={value}"
+                    for node in alive()
+                    for key, value in node["Labels"].items()
+                    if not key.startswith("ray.io/node")
+                }
             )
+        )
+        raise ConfigError(f"--label: no node of the cluster has all of {dict(labels)}; there are {told}")
+
+
+def _lack(resource: str, amount: float, labels: Labels) -> str:
+    """Return in words what the nodes with some labels lack of a resource; nothing where they have enough."""
+    there = sum(node["Resources"].get(resource, 0.0) for node in fitting(labels))
+    if amount <= there:
+        return ""
+    if not labels:
+        return f"{amount:g} {resource}s, the cluster has {there:g}"
+    told = ", ".join(f"{name}={value}" for name, value in labels.items())
+    return f"{amount:g} {resource}s on nodes with the labels {told}, the cluster has {there:g} there"
 
 
 def log_folder() -> str:

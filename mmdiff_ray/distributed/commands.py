@@ -56,6 +56,8 @@ def train_and_evaluate(
             f"mmdiff train --resume {_called(job.folder)} train.samples=N"
         )
         return 0
+    if config is not None:
+        launch.check_tracking(job)
     begun = time.monotonic()
     with resources(job.config.workers):
         folder = go(job, Display(console))

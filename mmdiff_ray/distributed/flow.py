@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.distributed.cluster import cluster
+from mmdiff_ray.distributed.cluster import check_labels, cluster
+from mmdiff_ray.distributed.nodes import fitting
 
 Step = Callable[[Any], Any]
 """A function from a chunk to a chunk; what travels must be picklable."""
@@ -20,16 +21,22 @@ MOST_BLOCKS = 1000
 
 
 def run(
-    first: Step | None, stages: Sequence[Step], chunks: Sequence[Any], workers: int
+    first: Step | None,
+    stages: Sequence[Step],
+    chunks: Sequence[Any],
+    workers: int,
+    labels: Mapping[str, str] | None = None,
 ) -> Generator[Any, None, None]:
     """Yield what each chunk becomes, in order.
 
     first: a cheap step, many tasks at a time, if any. stages: steps that hold a model; each gets `workers`
-    Ray actors of its own. workers = 0 runs everything in this process, without Ray.
+    Ray actors of its own. workers = 0 runs everything in this process, without Ray. labels: of the nodes that
+    all of it runs on. Raises ConfigError where there are none.
     """
     if workers > 0 and chunks:
-        with caught_noise(), cluster(), ordered_and_silent():
-            yield from _run_on_ray(first, stages, chunks, workers)
+        with caught_noise(), cluster(), ordered_and_silent(labels):
+            check_labels(labels or {})
+            yield from _run_on_ray(first, stages, chunks, workers, labels or {})
         return
     for chunk in chunks:
         made = chunk if first is None else first(chunk)
@@ -49,14 +56,18 @@ class StageActor:
 
 
 def _run_on_ray(
-    first: Step | None, stages: Sequence[Step], chunks: Sequence[Any], workers: int
+    first: Step | None,
+    stages: Sequence[Step],
+    chunks: Sequence[Any],
+    workers: int,
+    labels: Mapping[str, str],
 ) -> Iterator[Any]:
     """Yield the chunks of a Ray Data program. A chunk travels as one pickled value, whatever it holds."""
     import ray
 
     packed = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
     dataset: Any = ray.data.from_items(packed, override_num_blocks=min(len(packed), MOST_BLOCKS))
-    task, actor = _shares(workers * len(stages))
+    task, actor = _shares(workers * len(stages), labels)
     if first is not None:
         dataset = dataset.map(lambda row: {"chunk": _apply(first, row["chunk"])}, **task)
     for stage in stages:
@@ -94,29 +105,30 @@ def shares(cpus: float, gpus: float, nodes: int, actors: int) -> tuple[dict[str,
     return task, actor
 
 
-def _shares(actors: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def _shares(actors: int, labels: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    nodes = [node["Resources"] for node in fitting(labels)]
     nodes = [resources for resources in nodes if resources.get("CPU")]
     cpus, gpus = (sum(resources.get(kind, 0) for resources in nodes) for kind in ("CPU", "GPU"))
     return shares(cpus, gpus, len(nodes), actors)
 
 
 @contextmanager
-def ordered_and_silent() -> Iterator[None]:
-    """Make Ray Data keep the order of its rows, and draw no progress bars of its own, for the block."""
+def ordered_and_silent(labels: Mapping[str, str] | None) -> Iterator[None]:
+    """Make Ray Data keep the order of its rows, run on nodes with these labels, and draw no progress bars of
+    its own, for the block."""
     from ray.data import DataContext
 
     logger, context = logging.getLogger("ray.data"), DataContext.get_current()
-    kept = logger.level, context.enable_progress_bars, context.execution_options.preserve_order
+    options = context.execution_options
+    kept = logger.level, context.enable_progress_bars, options.preserve_order, options.label_selector
     logger.setLevel(logging.ERROR)
-    context.enable_progress_bars, context.execution_options.preserve_order = False, True
+    context.enable_progress_bars, options.preserve_order = False, True
+    options.label_selector = dict(labels) if labels else None
     try:
         yield
     finally:
         logger.setLevel(kept[0])
-        context.enable_progress_bars, context.execution_options.preserve_order = kept[1:]
+        context.enable_progress_bars, options.preserve_order, options.label_selector = kept[1:]
 
 
 @contextmanager

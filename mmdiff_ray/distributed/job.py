@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from mmdiff_ray.training.fit import calibrate
 from mmdiff_ray.training.parallel import check_strategy, choose_device
 
 CALIBRATION_ROWS = 512
+CUT_SHORT = {"tracking", "config.yaml", "run.json.partial"}
+"""What a run has in its folder before its run.json."""
 MAY_CHANGE = (
     "train.samples",
     "train.max_minutes",
@@ -50,6 +53,7 @@ MAY_CHANGE = (
     "workers.",
     "evaluate.",
     "data.bad_row_limit",
+    "tracking.required",
     "tracking.log_model",
     "tracking.system_metrics",
 )
@@ -202,6 +206,24 @@ def new_folder(config: Config) -> Path:
         if name not in taken:
             return runs.folder_of(config.runs, name)
     raise ConfigError(f"name: {config.runs} is full of runs named {config.name}; choose another name")
+
+
+def begun(config: Config) -> Path | None:
+    """Return the folder of the run of a configuration's name; None where it has not begun.
+
+    What a beginning that was cut short has left is removed, so that the name is free. Raises ConfigError for
+    a folder of that name that is no run's.
+    """
+    if is_uri(config.runs):
+        return runs.begun(join(config.runs, config.name))
+    folder = Path(config.runs).absolute() / config.name
+    if (folder / "run.json").is_file():
+        return folder
+    if folder.exists():
+        if not folder.is_dir() or {path.name for path in folder.iterdir()} - CUT_SHORT:
+            raise ConfigError(f"name: {folder} is there and is no run; choose another name")
+        shutil.rmtree(folder)
+    return None
 
 
 def find_run(run: str, where: str = "runs") -> Path:

@@ -24,7 +24,7 @@ from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.worker import local_stream, ray_train_loop, train_worker
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.recorder import DatasetFacts
-from mmdiff_ray.tracking.store import tracking_uri
+from mmdiff_ray.tracking.store import shown, tracking_uri
 from mmdiff_ray.training.remote import STILL_S
 
 POLL_S = 0.3
@@ -38,7 +38,10 @@ STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 def train(job: Job, display: Display) -> Path:
     """Train a new run to its end and return its folder. Raises ConfigError before anything is started."""
     with resources(job.config.workers):
-        return run(begin(job), display)
+        job = begin(job, job.config.tracking.required)
+        if run_life.is_local(job.run_id):
+            display.say(f"MLflow at {shown(job.tracking_uri)} does not answer; records wait in {job.spool}")
+        return run(job, display)
 
 
 def resume(job: Job, display: Display) -> Path:
@@ -49,8 +52,17 @@ def resume(job: Job, display: Display) -> Path:
         return run(job, display)
 
 
-def begin(job: Job, tags: Mapping[str, Any] | None = None) -> Job:
-    """Return the job with its folder and its MLflow run; where that cannot be, nothing is left behind."""
+def check_tracking(job: Job) -> None:
+    """Raise ConfigError where a new run needs MLflow and it does not answer, before anything is started."""
+    if job.config.tracking.required:
+        run_life.check_store(tracking_uri(job.config.tracking.uri, job.config.runs))
+
+
+def begin(job: Job, required: bool, tags: Mapping[str, Any] | None = None) -> Job:
+    """Return the job with its folder and its MLflow run; where that cannot be, nothing is left behind.
+
+    required: whether MLflow must answer.
+    """
     uri = tracking_uri(job.config.tracking.uri, job.config.runs)
     job = _with_folder(job)
     try:
@@ -63,6 +75,7 @@ def begin(job: Job, tags: Mapping[str, Any] | None = None) -> Job:
             configuration.to_yaml(job.config),
             datasets=_dataset_facts(job),
             tags={"mmdiff.run_folder": job.uri or str(job.folder), **(tags or {})},
+            required=required,
         )
     except BaseException:
         shutil.rmtree(job.folder, ignore_errors=True)
@@ -101,9 +114,7 @@ def run(job: Job, display: Display) -> Path:
         jobs.write_run(job, state=state)
         left = run_life.end_run(job.tracking_uri, job.run_id, STATUS[state], job.spool)
         if left:
-            display.say(
-                f"{left} records wait in {job.spool}; the next command on this run sends them to MLflow"
-            )
+            display.say(f"{left} records wait for MLflow; send them with: mmdiff sync {job.folder}")
         unsent = job.mirror.flush(STILL_S) if job.mirror is not None else []
         if unsent and state != "finished":  # what follows a finished run tries again, and tells
             display.say(runs.not_sent(job.uri, job.folder, unsent))
@@ -168,7 +179,12 @@ def make_trainer(job: Job, board: Any) -> Any:
         ray_train_loop,
         train_loop_config={"job": job, "board": board, "working_folder": os.getcwd()},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.gpus else "gloo"),
-        scaling_config=ScalingConfig(use_gpu=workers.gpus > 0, resources_per_worker=resources, **size),
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            use_gpu=workers.gpus > 0,
+            resources_per_worker=resources,
+            label_selector=workers.labels or None,
+            **size,
+        ),
         run_config=RunConfig(
             name="train",
             storage_path=str(job.folder / "ray" if not job.uri else _session_folder(job)),

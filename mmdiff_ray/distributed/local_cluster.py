@@ -148,8 +148,10 @@ def _start(workers: int, cpus: int, folder: Path) -> LocalCluster:
     try:
         cluster = _with_node(cluster, folder, "head", _head_options(cluster))
         for number in range(1, workers + 1):
-            options = [f"--address={cluster.gcs}", f"--num-cpus={cpus}"]
-            cluster = _with_node(cluster, folder, f"worker-{number}", options)
+            name = f"worker-{number}"
+            # A folder of its own: Ray unpacks a job's code anew on every node, over what others run from.
+            options = [f"--address={cluster.gcs}", f"--num-cpus={cpus}", f"--temp-dir={cluster.temp}/{name}"]
+            cluster = _with_node(cluster, folder, name, options)
     except BaseException:
         _clear(cluster, folder)
         raise

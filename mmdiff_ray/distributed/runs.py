@@ -19,6 +19,7 @@ from mmdiff_ray.data.storage import (
     folders_in,
     is_uri,
     join,
+    parent,
     remove,
     within,
     write_bytes_atomic,
@@ -141,6 +142,21 @@ def claim(uri: str) -> None:
     if set(mirror(uri, cached(uri)).names()) != {note}:
         remove(fs, f"{root}/{note}")
         raise ConfigError(f"name: {uri} was taken by another run in this moment; try again")
+
+
+def begun(uri: str) -> Path | None:
+    """Return the folder of this machine for the run at a URI; None where it has not begun.
+
+    What a beginning that was cut short has left is removed. Raises ConfigError for what is no run's.
+    """
+    where, name = parent(uri)
+    if name in runs_in(where):
+        return open_run(uri)
+    if name in names_in(where):
+        if any(not file.startswith(f"{CLAIMS}/") for file in mirror(uri, cached(uri)).names()):
+            raise ConfigError(f"name: {uri} is there and is no run; choose another name")
+        release(uri)
+    return None
 
 
 def release(uri: str) -> None:

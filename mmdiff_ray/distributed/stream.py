@@ -5,7 +5,7 @@ import itertools
 import logging
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -62,12 +62,16 @@ def stream_batches(
     stop_batch: int,
     data_workers: int,
     beside: bool = False,
+    labels: Mapping[str, str] | None = None,
 ) -> Iterator[Batch]:
     """Yield a rank's rows of global batches start_batch to stop_batch, decoded by `data_workers` Ray actors.
 
     beside: the actors run on this node with CPUs that their worker has asked for, else wherever CPUs are.
     Every rank runs its own stream over its own list of windows, so what it gets depends on the plan alone.
+    labels: of the nodes that the actors run on.
     """
+    context = ray.data.DataContext.get_current()
+    context.execution_options.label_selector = dict(labels) if labels else None
     windows = plan.rank_windows(rank, world, start_batch, stop_batch)
     lanes = len(plan.lanes_of(rank, world))
     decoded = _decoded(windows, reader, data_workers, lanes, 2 * lanes * plan.rows_per_lane, beside)

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
@@ -67,6 +68,8 @@ def submit(
         console.print(sentence, soft_wrap=True)
     variables = environment(given.env, here=place.local is not None)
     files = package.contents(Path.cwd(), [file for _, file in _named(words, known).values()])
+    if place.local is None and (warning := _loopback(config, variables)):
+        console.print(f"warning   {warning}", soft_wrap=True)
     size = package.check_size(files)
     client = connect(place)
     job = f"{_slug(given.name or _name(known, config))}-{secrets.token_hex(3)}"
@@ -198,6 +201,25 @@ def _store(
     runs = str(config.runs if config else getattr(known, "runs", "runs"))
     if named or (folder and not is_uri(runs)):
         return tracking_uri(named, Path(folder or ".") / runs)
+    return ""
+
+
+def _loopback(config: Config | None, variables: Mapping[str, str]) -> str:
+    """Return a warning where a cluster elsewhere would look for MLflow on its own nodes; else nothing."""
+    named = {
+        "tracking.uri": config.tracking.uri if config else None,
+        "MLFLOW_TRACKING_URI": variables.get("MLFLOW_TRACKING_URI"),
+    }
+    for name, uri in named.items():
+        if uri:
+            host = urlsplit(uri).hostname or ""
+            if host != "localhost" and not host.startswith("127.") and host != "::1":
+                return ""
+            return (
+                f"{name} ({shown(uri)}) is this machine alone: on the cluster that address leads each node "
+                "to itself. If MLflow is not there, name it as the nodes reach it, or leave it out (env -u "
+                "MLFLOW_TRACKING_URI)"
+            )
     return ""
 
 

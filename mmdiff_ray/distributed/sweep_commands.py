@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.distributed.commands import make_console, rows_per_s
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.launch import STATUS
@@ -26,7 +26,8 @@ from mmdiff_ray.sweeps.record import Record, read_record
 from mmdiff_ray.sweeps.report import chosen, verdict, write_report
 from mmdiff_ray.sweeps.spec import Sweep, load_sweep
 from mmdiff_ray.tracking import run_life
-from mmdiff_ray.tracking.store import tracking_uri
+from mmdiff_ray.tracking.jobs import is_server, reachable
+from mmdiff_ray.tracking.store import shown, tracking_uri
 from mmdiff_ray.tracking.tracker import Tracker
 
 
@@ -34,6 +35,7 @@ def sweep(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
     """Run a new sweep and write its report."""
     console = make_console()
     seen, job = check_sweep(spec)
+    run_life.check_store(tracking_uri(job.config.tracking.uri, Path(runs).absolute()))
     with sweep_cluster(spec):
         resources_of(spec, job.config)
         command = shlex.join(["mmdiff", "sweep", file, *overrides])
@@ -64,8 +66,8 @@ def _run(spec: Sweep, folder: Path) -> int:
         raise
     finally:
         facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
-        record = _report(facts["tracking_uri"], facts["run_id"], folder / "report", folder / "tracking")
         run_life.end_run(facts["tracking_uri"], facts["run_id"], STATUS[state], folder / "tracking")
+        record = _report(facts["tracking_uri"], facts["run_id"], folder / "report", folder / "tracking")
     for line in verdict(record):
         console.print(line, soft_wrap=True)
     _say_where(folder / "report")
@@ -76,6 +78,11 @@ def _run(spec: Sweep, folder: Path) -> int:
 
 def _report(uri: str, run_id: str, out: Path, spool: Path) -> Record:
     """Write the report of a sweep, from MLflow alone, into a folder and into its run."""
+    if is_server(uri) and not reachable(uri):
+        raise RunError(
+            f"MLflow at {shown(uri)} does not answer, and the report is made of what it holds; later: mmdiff "
+            f"sync {out.parent}, then: mmdiff sweep report {out.parent.name}"
+        )
     record = read_record(uri, run_id)
     files = write_report(record, out)
     tracker = Tracker(uri, record.run_id, spool)

@@ -101,7 +101,8 @@ def _job(sweep: Sweep, folder: Path, trial: Trial, parent: str, tables: Tables) 
         "mmdiff.trial": trial.number,
         "mmdiff.values": json.dumps(trial.values),
     }
-    job = launch.begin(jobs.prepare(config, place, tables), tags)
+    # The sweep's own run has begun: a trial does not wait for the store.
+    job = launch.begin(jobs.prepare(config, place, tables), required=False, tags=tags)
     trial.run_id = job.run_id
     write_trial(folder, trial)
     return job

@@ -181,8 +181,17 @@ def ray_stream(job: Job, reader: Any, rank: int, world: int, start: int) -> Iter
 
     stop = -(-job.config.train.samples // job.config.train.global_batch)
     workers = job.config.workers
-    beside = workers.least is not None
-    return stream_batches(job.plan(), reader, rank, world, start, stop, workers.data_workers, beside)
+    return stream_batches(
+        job.plan(),
+        reader,
+        rank,
+        world,
+        start,
+        stop,
+        workers.data_workers,
+        workers.least is not None,
+        workers.data_labels,
+    )
 
 
 def go_to(folder: str) -> None:

@@ -164,7 +164,8 @@ def _cell_task(experiment: Experiment, cell: Cell, runs: Path, uri: str, parent:
         with log.open("a", encoding="utf8") as file:
             file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
-    tracker = _child(experiment, cell, folder, uri, parent)
+    run_id = _child(experiment, cell, folder, uri, parent)
+    tracker = Tracker(uri, run_id, folder / "tracking")
     status = "FAILED"
     try:
         run_cell(experiment, cell, runs, True, say, CellHooks(say, tracker.metrics))
@@ -175,11 +176,11 @@ def _cell_task(experiment: Experiment, cell: Cell, runs: Path, uri: str, parent:
         status = "FINISHED"
     finally:
         tracker.close(timeout_s=20)
-        run_life.end_run(uri, tracker.run_id, status, folder / "tracking")
+        run_life.end_run(uri, run_id, status, folder / "tracking")
 
 
-def _child(experiment: Experiment, cell: Cell, folder: Path, uri: str, parent: str) -> Tracker:
-    """Return the tracker of a cell's own run, begun or gone on with."""
+def _child(experiment: Experiment, cell: Cell, folder: Path, uri: str, parent: str) -> str:
+    """Return the id of a cell's own run, begun or gone on with."""
     root = folder / "tracking"
     known = root / "run.json"
     if known.is_file():
@@ -196,6 +197,7 @@ def _child(experiment: Experiment, cell: Cell, folder: Path, uri: str, parent: s
             configuration.flatten(config),
             configuration.to_yaml(config),
             tags={"mlflow.parentRunId": parent, "method": cell.method.name, "seed": cell.seed},
+            required=False,  # the experiment's own run has begun
         )
         write_json(known, {"run_id": run_id})
-    return Tracker(uri, run_id, root)
+    return run_id

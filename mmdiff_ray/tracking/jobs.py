@@ -2,6 +2,7 @@
 tag."""
 
 import os
+import ssl
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ def page_of_job(uri: str, experiment: str, job: str) -> str:
     """
     if not uri:
         return f"where MLFLOW_TRACKING_URI of the cluster says (search there: {condition(job)})"
-    if not _is_server(uri):
+    if not is_server(uri):
         return store.ui_command(uri)
     number = _experiment(uri, experiment) if reachable(uri) else None
     if number is None:
@@ -57,7 +58,7 @@ def runs_of_job(uri: str, job: str) -> list[RunOfJob]:
     around = os.environ.get("MLFLOW_TRACKING_URI", "")
     uri = around if around and store.shown(around) == uri else uri
     gone = uri.startswith(store.SQLITE) and not store.sqlite_file(uri).is_file()
-    if not uri or gone or (_is_server(uri) and not reachable(uri)):
+    if not uri or gone or (is_server(uri) and not reachable(uri)):
         return []
     client = store.client(uri)
     from mlflow.exceptions import MlflowException
@@ -70,15 +71,15 @@ def runs_of_job(uri: str, job: str) -> list[RunOfJob]:
     return [RunOfJob(run.info.run_id, run.info.run_name, run.info.status, _page(uri, run)) for run in found]
 
 
-def reachable(uri: str) -> bool:
+def reachable(uri: str, wait_s: float = ANSWER_S) -> bool:
     """Return whether a server answers soon, with whatever: MLflow's own client would wait for minutes."""
     try:
-        with urllib.request.urlopen(f"{store.shown(uri).rstrip('/')}/health", timeout=ANSWER_S):
+        with urllib.request.urlopen(f"{store.shown(uri).rstrip('/')}/health", timeout=wait_s):
             return True
     except urllib.error.HTTPError:
         return True
-    except (OSError, ValueError):
-        return False
+    except (OSError, ValueError) as error:  # whose certificate is to be trusted, MLflow's client knows
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)
 
 
 def _experiment(uri: str, name: str) -> str | None:
@@ -93,7 +94,7 @@ def _experiment(uri: str, name: str) -> str | None:
 
 
 def _page(uri: str, run: Any) -> str:
-    if not _is_server(uri):
+    if not is_server(uri):
         return store.ui_command(uri)
     return f"{_base(uri)}/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
@@ -102,5 +103,6 @@ def _base(uri: str) -> str:
     return f"{store.shown(uri).rstrip('/')}/#"
 
 
-def _is_server(uri: str) -> bool:
+def is_server(uri: str) -> bool:
+    """Return whether a store is asked over the network."""
     return uri.startswith(("http://", "https://"))

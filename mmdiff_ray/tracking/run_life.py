@@ -7,11 +7,13 @@ from typing import Any
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.tracking import provenance, store
+from mmdiff_ray.tracking.jobs import is_server, reachable
 from mmdiff_ray.tracking.recorder import DatasetFacts
 from mmdiff_ray.tracking.sender import LOCAL_PREFIX, RunUnknown, Sender
 from mmdiff_ray.tracking.tracker import Tracker
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
+CHECK_S = 20.0
 
 
 def start_run(
@@ -24,15 +26,15 @@ def start_run(
     datasets: Sequence[DatasetFacts] = (),
     tags: Mapping[str, Any] | None = None,
     texts: Mapping[str, str] | None = None,
-    offline: bool = False,
+    required: bool = True,
     timeout_s: float = 60.0,
 ) -> str:
     """Begin a run and return its id, which the caller keeps: it names the run through all restarts.
 
     root: the folder of the run's spools. settings: the resolved configuration as dotted keys. config_yaml:
     the same as YAML, kept as the artifact `config.yaml`. texts: other files, name -> what is in them.
-    Where the store does not answer: raises ConfigError, or with `offline` returns a local id that every
-    function here takes in place of MLflow's; the run then appears in MLflow when its spools are sent.
+    Where the store does not answer: raises ConfigError, or, if it is not required, returns a local id that
+    every function here takes in place of MLflow's; the run then appears in MLflow when its spools are sent.
     """
     local_id = f"{LOCAL_PREFIX}{uuid.uuid4().hex}"
     tracker = Tracker(uri, local_id, root)
@@ -42,17 +44,25 @@ def start_run(
     tracker.datasets(datasets)
     for name, text in {"config.yaml": config_yaml, **(texts or {})}.items():
         tracker.text(_without_secret(text, uri), name)
-    left = tracker.flush(timeout_s, patient=False)
+    left = tracker.flush(timeout_s, failures=1)
     error = tracker.error or f"no answer within {timeout_s:g} s"
-    if left and not offline:
+    if left and required:
         tracker.discard()
-        raise ConfigError(
-            f"tracking.uri ({store.shown(uri)}): the run cannot be recorded there: {error}; "
-            "start that server, choose another store, or record on this disk first (offline)"
-        )
+        raise _unrecorded(uri, error)
     run_id = local_id if left else tracker.run_id
     tracker.close(timeout_s=0.0)
     return run_id
+
+
+def check_store(uri: str) -> None:
+    """Raise ConfigError where the store is a server that does not answer; quick, and nothing is recorded."""
+    if is_server(uri) and not reachable(uri, CHECK_S):
+        raise _unrecorded(uri, "no server answers")
+
+
+def is_local(run_id: str) -> bool:
+    """Return whether a run began without its store."""
+    return run_id.startswith(LOCAL_PREFIX)
 
 
 def resume_run(uri: str, run_id: str, root: str | Path, timeout_s: float = 30.0) -> int:
@@ -64,7 +74,7 @@ def resume_run(uri: str, run_id: str, root: str | Path, timeout_s: float = 30.0)
     tracker = Tracker(uri, run_id, root)
     tracker.status("RUNNING")
     tracker.tags(provenance.tags())
-    tracker.flush(timeout_s, patient=False)
+    tracker.flush(timeout_s, failures=1)
     if getattr(tracker.problem, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
         tracker.discard()
         raise ConfigError(f"there is no run {run_id} in {store.shown(uri)}; was tracking.uri changed?")
@@ -89,6 +99,13 @@ def run_id_at(uri: str, run_id: str) -> str | None:
         return Sender(uri, run_id).run_id
     except RunUnknown:
         return None
+
+
+def _unrecorded(uri: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"tracking.uri ({store.shown(uri)}): the run cannot be recorded there: {why}; start that server, "
+        "name another store, or train without it for now: tracking.required=false (records wait on disk)"
+    )
 
 
 def _without_secret(value: Any, uri: str) -> Any:

@@ -2,7 +2,8 @@
 
 Everything may be sent twice (a process can die between sending and noting it): MLflow ignores a metric it has
 with the same time, parameters and tags are replaced by themselves, files have names fixed by their record,
-and runs and models are looked up by their record's id before they are made.
+and runs and models are looked up by their record's id before they are made. MLflow's client asks again on its
+own where an answer is lost: what was made twice by that is taken away at once.
 """
 
 import json
@@ -151,8 +152,10 @@ class Sender:
 
     def _start(self, record: Record, files: Path) -> None:
         experiment = store.get_or_create_experiment(self.uri, record.body["experiment"])
-        if self._find_local() is None:
+        if not self._local_runs():
             self.client.create_run(experiment, record.time_ms, {LOCAL_TAG: self._wanted}, record.body["name"])
+        for twin in self._local_runs()[1:]:
+            self.client.delete_run(twin)
 
     def _status(self, record: Record, files: Path) -> None:
         status = record.body["status"]
@@ -195,15 +198,27 @@ class Sender:
         self.client.finalize_logged_model(model.model_id, "READY")
 
     def _logged_model(self, record: Record, experiment: str) -> Any:
+        if not self._models(record, experiment):
+            self.client.create_logged_model(
+                experiment, record.body["name"], source_run_id=self.run_id, tags={RECORD_TAG: record.id}
+            )
+        model, *twins = self._models(record, experiment)
+        for twin in twins:
+            self.client.delete_logged_model(twin.model_id)
+        return model
+
+    def _models(self, record: Record, experiment: str) -> list[Any]:
         found = self.client.search_logged_models([experiment], f"tags.`{RECORD_TAG}` = '{record.id}'")
-        return next(iter(found), None) or self.client.create_logged_model(
-            experiment, record.body["name"], source_run_id=self.run_id, tags={RECORD_TAG: record.id}
-        )
+        return sorted(found, key=lambda model: model.model_id)
 
     def _find_local(self) -> str | None:
+        return next(iter(self._local_runs()), None)
+
+    def _local_runs(self) -> list[str]:
+        """Return the ids of the runs that have this local id, always in the same order."""
         experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
-        found = self.client.search_runs(experiments, f"tags.`{LOCAL_TAG}` = '{self._wanted}'", max_results=1)
-        return found[0].info.run_id if found else None
+        found = self.client.search_runs(experiments, f"tags.`{LOCAL_TAG}` = '{self._wanted}'")
+        return sorted(run.info.run_id for run in found)
 
 
 def _groups(entries: Sequence[Entry]) -> Iterator[list[Entry]]:

@@ -12,6 +12,8 @@ from mmdiff_ray.tracking.spool import Spool, waiting
 POLL_S = 1.0
 LONGEST_PAUSE_S = 30.0
 CLOSING_PAUSE_S = 0.5
+GIVE_UP_FAILURES = 3
+"""Failed attempts in a row after which an end no longer waits for a store that is away."""
 _log = logging.getLogger(__name__)
 
 
@@ -32,6 +34,7 @@ class Tracker(Recorder):
         self._adopted: list[tuple[Spool, Sender]] = []
         self._changed = threading.Condition()
         self._hurry = self._closing = self._discarded = False
+        self._failures, self._away = 0, False
         super().__init__(Spool.create(root, {"uri": uri, "run_id": run_id}))
         self._adopt()
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
@@ -52,17 +55,18 @@ class Tracker(Recorder):
         """The number of records that have not been sent."""
         return len(self._spool) + sum(len(spool) for spool, _ in self._adopted)
 
-    def flush(self, timeout_s: float, patient: bool = True) -> int:
+    def flush(self, timeout_s: float, failures: int = GIVE_UP_FAILURES) -> int:
         """Wait until everything is sent, at most `timeout_s`, and return how many records are not.
 
-        patient: False gives up at the first error, which `problem` then holds.
+        failures: after so many failed attempts in a row it gives up; `problem` holds the last error.
         """
         self._adopt()
         with self._changed:
             self.problem = None
+            self._failures = 0
             self._hurry = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self.waiting or (self.problem and not patient), timeout_s)
+            self._changed.wait_for(lambda: not self.waiting or self._failures >= failures, timeout_s)
             self._hurry = False
         return self.waiting
 
@@ -87,16 +91,13 @@ class Tracker(Recorder):
         self._thread.join(POLL_S)
 
     def _work(self) -> None:
-        failures = 0
         while not self._closing:
             try:
                 self._send_all()
-                self._note(None, failures)
-                failures = 0
+                self._note(None)
             except Exception as problem:
-                failures += 1
-                self._note(problem, failures)
-            self._pause(failures)
+                self._note(problem)
+            self._pause(self._failures)
         for spool, _ in self._adopted:
             spool.close()
         self._spool.close(keep=not self._discarded)
@@ -128,16 +129,19 @@ class Tracker(Recorder):
         for spool in done:
             spool.close()
 
-    def _note(self, problem: Exception | None, failures: int) -> None:
+    def _note(self, problem: Exception | None) -> None:
         uri = store.shown(self._sender.uri)
-        if problem and failures == 1:
+        if problem and not self._away:
             _log.warning(
                 "MLflow at %s: %s; the run goes on, records wait in %s", uri, reason(problem), self._root
             )
-        elif not problem and failures:
+        elif not problem and self._away:
             _log.info("MLflow at %s answers again; nothing was lost", uri)
-        self.problem = problem
-        self._notify()
+        self._away = problem is not None
+        with self._changed:
+            self.problem = problem
+            self._failures = self._failures + 1 if problem else 0
+            self._changed.notify_all()
 
     def _notify(self) -> None:
         with self._changed:

@@ -181,7 +181,7 @@ def test_retried_job_goes_on_with_its_run(tmp_path):
     if bash is None:
         pytest.skip("no bash")
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/mmdiff").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "bin/mmdiff").write_text('#!/bin/sh\npwd\nprintf "%s\\n" "$@"\n')
     (tmp_path / "bin/mmdiff").chmod(0o755)
     entrypoint = JOB_FILE["spec"]["entrypoint"].replace("/mnt/mmdiff", str(tmp_path))
     show = f"{sys.executable} -c 'import sys; print(chr(0).join(sys.argv[1:]), end=str())' {entrypoint}"
@@ -189,20 +189,14 @@ def test_retried_job_goes_on_with_its_run(tmp_path):
     submitted = subprocess.list2cmdline(words)  # what Ray's command line makes of them
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
 
-    def begun() -> Any:
-        done = subprocess.run(
-            [bash, "-c", submitted], capture_output=True, text=True, env=environment, check=True
-        )
-        return make_parser().parse_args(done.stdout.splitlines())
-
-    first = begun()
-    assert first.run == "train" and first.resume is None
-    assert (ROOT / first.config.relative_to("/app")) == ROOT / "pipelines/configs/openmoji_gpu.yaml"
-    file = tmp_path / JOBS_CONFIG.runs / JOBS_CONFIG.name / "run.json"
-    file.parent.mkdir(parents=True)
-    file.write_text("{}")
-    again = begun()
-    assert (again.run, again.resume, again.runs) == ("train", JOBS_CONFIG.name, JOBS_CONFIG.runs)
+    done = subprocess.run(
+        [bash, "-c", submitted], capture_output=True, text=True, env=environment, check=True
+    )
+    folder, *given = done.stdout.splitlines()
+    command = make_parser().parse_args(given)
+    assert folder == str(tmp_path), "where runs/ is"
+    assert command.run == "train" and command.go_on and command.overrides == []
+    assert (ROOT / command.config.relative_to("/app")) == ROOT / "pipelines/configs/openmoji_gpu.yaml"
     assert JOB_FILE["spec"]["backoffLimit"] > 0 and JOB_FILE["spec"]["shutdownAfterJobFinishes"]
 
 

@@ -234,6 +234,31 @@ def test_page_of_a_server_that_is_not_there_is_told_at_once_and_without_its_pass
     assert jobs.runs_of_job("", "demo-1a2b3c") == []
 
 
+@pytest.mark.parametrize(
+    "variable, overrides, named",
+    [
+        ("http://127.0.0.1:5000", [], "MLFLOW_TRACKING_URI (http://127.0.0.1:5000)"),
+        ("http://me:hidden@localhost:5000", [], "MLFLOW_TRACKING_URI (http://localhost:5000)"),
+        ("http://mlflow:5000", ["tracking.uri=http://[::1]:5000"], "tracking.uri (http://[::1]:5000)"),
+        ("http://127.0.0.1:5000", ["tracking.uri=http://mlflow:5000"], None),
+        ("http://mlflow:5000", [], None),
+    ],
+)
+def test_store_that_is_this_machine_alone_is_warned_of_where_the_cluster_is_elsewhere(
+    sprites, tmp_path, monkeypatch, capsys, dead_url, variable, overrides, named
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+    file = tiny.write_config(tmp_path, sprites)
+    words = ["--address", dead_url, "--folder", "/mnt/all", "--", "train", str(file), *overrides]
+    assert main(["submit", *words]) == 2
+    said = capsys.readouterr()
+    assert "no cluster answers" in said.err
+    if named is None:
+        assert "warning" not in said.out
+    else:
+        assert f"warning   {named} is this machine alone" in said.out and "hidden" not in said.out
+
+
 # --- what is refused here ----------------------------------------------------------------------------------
 
 

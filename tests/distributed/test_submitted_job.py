@@ -18,25 +18,28 @@ import pytest
 from mmdiff_ray.cli import main
 from mmdiff_ray.distributed.job import read_run
 from mmdiff_ray.distributed.job_server import connect, find_place
-from mmdiff_ray.tracking import jobs, store
+from mmdiff_ray.tracking import jobs, queries, store
 from pipelines.base import build
 from tests import sprites as tiny
+from tests.services import SECRET, s3_server
+from tests.sweeps import tiny as tiny_sweep
 from tests.tracking.conftest import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).parents[2]
-SECRET = "a-very-long-secret"
 PLUGIN = "print('the plug-in is', __file__)\n"
 DEADLINE_S = 300.0
 
 
 @dataclass(frozen=True)
 class Services:
-    """Where everything is. folder: from which commands are given; shared: a folder of the cluster."""
+    """Where everything is. folder: from which commands are given; shared: a folder of the cluster; data: the
+    shards on S3."""
 
     folder: Path
     shared: Path
+    data: str
     tracking: str
     s3: Any
     environment: dict[str, str]
@@ -70,32 +73,15 @@ class Services:
 
 
 @contextmanager
-def s3_server(patch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run an S3 server on the loopback, with its keys in the environment; yield its host and port."""
-    from moto.server import ThreadedMotoServer
-
-    for name in list(os.environ):
-        if name.startswith(("RAY_", "MLFLOW_", "AWS_")):
-            patch.delenv(name)
-    patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        yield "{}:{}".format(*server.get_host_and_port())
-    finally:
-        server.stop()
-
-
-@contextmanager
 def mlflow_server(folder: Path, endpoint: str) -> Iterator[str]:
     """Run MLflow with a database in a folder and artifacts on S3, which it alone knows; yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        server = Server(folder, probe.getsockname()[1], artifacts="s3://toys/artifacts")
+        port = probe.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://{endpoint}")
-        server.start()
+        server = Server(folder, port, artifacts="s3://toys/artifacts")
+    server.start()
     try:
         yield server.uri
     finally:
@@ -115,7 +101,7 @@ def services(tmp_path_factory) -> Iterator[Services]:
         build("sprites", data, {"count": 200, "size": 16}, workers=0, progress=False)
         with mlflow_server(tmp_path_factory.mktemp("server"), endpoint) as tracking:
             around = {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": tracking}
-            here = Services(folder, shared, tracking, s3, os.environ | around)
+            here = Services(folder, shared, data, tracking, s3, os.environ | around)
             (folder / "my_plugin.py").write_text(PLUGIN)
             file = tiny.write_config(folder, data, "runs=runs", "workers.data_workers=1")
             file.write_text(file.read_text().replace("plugins: []", "plugins: [my_plugin]"))
@@ -205,6 +191,33 @@ def test_stopped_job_keeps_a_checkpoint_closes_its_run_and_goes_on_by_another_jo
     assert found and found[1] != job
     assert services.run_of(found[1]).info.run_id == stopped.info.run_id
     assert services.run_of(found[1]).info.status == "FINISHED"
+
+
+def test_sweep_runs_as_a_job_and_its_report_is_made_by_anyone_from_mlflow_alone(services, tmp_path):
+    (services.folder / "searches").mkdir()
+    budget = {"trials": 2, "samples": 32, "reports": 2}
+    tiny_sweep.write(services.folder / "searches", services.data, budget=budget, base__runs="runs")
+    job = services.submit("--folder", str(services.shared), "--", "sweep", "searches/tiny.yaml")
+    code, said = services.mmdiff("jobs", "logs", "--follow", job)
+    assert code == 0, said
+    assert "up to 2 trials of 32 samples" in said and "Best: trial" in said
+
+    runs = {run.name: run for run in jobs.runs_of_job(services.tracking, job)}
+    assert len(runs) == 1 + 2 and {run.status for run in runs.values()} == {"FINISHED"}
+    parent = queries.find_run(services.tracking, runs["tiny"].run_id)
+    children = queries.children(services.tracking, parent)
+    assert {child.info.run_id for child in children} | {parent.info.run_id} == {
+        run.run_id for run in runs.values()
+    }
+    assert all("eval/shape/head_nll" in child.data.metrics for child in children)
+
+    no_keys = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}  # artifacts come through the server
+    elsewhere = tmp_path / "runs"
+    code, again = services.mmdiff("sweep", "report", "tiny", "--runs", str(elsewhere), **no_keys)
+    assert code == 0, again
+    made, kept = (place / "sweeps" / "tiny" / "report" for place in (elsewhere, services.shared / "runs"))
+    assert (made / "results.json").read_text() == (kept / "results.json").read_text()
+    assert sorted(file.name for file in made.rglob("*")) == sorted(file.name for file in kept.rglob("*"))
 
 
 def test_mistakes_are_told_with_what_to_do(services, monkeypatch, capsys):

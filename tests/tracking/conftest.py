@@ -54,27 +54,33 @@ def mute_uri():
 
 
 class Server:
-    """An `mlflow server` on loopback; its store and its port stay the same from start to start.
+    """An `mlflow server` on loopback; its store, port and environment stay the same from start to start.
 
-    artifacts: where it keeps them, if not in the folder.
+    artifacts, database: where it keeps them and all else, if not in the folder.
     """
 
-    def __init__(self, folder: Path, port: int, artifacts: str = ""):
+    def __init__(self, folder: Path, port: int, artifacts: str = "", database: str = ""):
         self.uri = f"http://127.0.0.1:{port}"
         self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-        self._command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/server.db"]
+        self._command += [
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            database or f"sqlite:///{folder}/server.db",
+        ]
         self._command += ["--artifacts-destination", artifacts or str(folder / "artifacts")]
+        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        self._environment = os.environ | quiet
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         self._process = subprocess.Popen(
             self._command,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env=os.environ | quiet,
+            env=self._environment,
         )
         seen, awaited = (
             "",

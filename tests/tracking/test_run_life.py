@@ -70,7 +70,9 @@ def test_the_end_of_a_run_sends_what_its_dead_workers_left(uri, tmp_path):
 
 def test_a_store_that_is_away_at_the_start_is_an_error_at_once_that_names_the_key(dead_uri, tmp_path):
     start = time.perf_counter()
-    with pytest.raises(ConfigError, match=r"tracking\.uri \(http.*refused; start that server.*offline"):
+    with pytest.raises(
+        ConfigError, match=r"tracking\.uri \(http.*refused; start that server.*tracking\.required=false"
+    ):
         begin(dead_uri, tmp_path)
     assert time.perf_counter() - start < 20
     assert list(tmp_path.iterdir()) == []
@@ -84,7 +86,7 @@ def test_a_server_that_never_answers_is_an_error_in_the_time_given(mute_uri, tmp
 def test_a_run_begun_without_its_store_appears_there_later_as_one_run(
     uri, client, dead_uri, experiment, tmp_path
 ):
-    local = begin(dead_uri, tmp_path / "driver", offline=True)
+    local = begin(dead_uri, tmp_path / "driver", required=False)
     assert local.startswith(LOCAL_PREFIX)
     worker = Tracker(dead_uri, local, tmp_path / "worker")
     worker.metrics({"loss": 0.5}, 100)
@@ -129,7 +131,7 @@ def test_a_status_that_mlflow_does_not_have_is_refused_here(uri, tmp_path):
 def test_the_password_of_the_store_is_not_recorded(dead_uri, uri, client, tmp_path):
     secret = dead_uri.replace("http://", "http://me:hidden@")
     local = run_life.start_run(
-        secret, "tests", "secret", tmp_path, {"tracking.uri": secret}, f"uri: {secret}\n", offline=True
+        secret, "tests", "secret", tmp_path, {"tracking.uri": secret}, f"uri: {secret}\n", required=False
     )
     replay(tmp_path, uri)
     run = queries.find_run(uri, local)

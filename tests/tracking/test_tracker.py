@@ -227,7 +227,7 @@ def test_mlflow_can_be_imported_right_after_a_tracker_was_made(dead_uri, tmp_pat
     program = (
         "import sys; from mmdiff_ray.tracking.tracker import Tracker\n"
         "tracker = Tracker(sys.argv[1], 'a' * 32, sys.argv[2]); tracker.metrics({'loss': 1.0}, 1)\n"
-        "import mlflow.pyfunc; print(tracker.flush(0.1, patient=False))"
+        "import mlflow.pyfunc; print(tracker.flush(0.1, failures=1))"
     )
     done = subprocess.run([sys.executable, "-c", program, dead_uri, tmp_path], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr

@@ -1,0 +1,117 @@
+"""Nodes that an autoscaler starts when a run needs them, and nodes with labels."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from mmdiff_ray.distributed.job import read_run
+from tests import sprites as tiny
+from tests.autoscaling import autoscaling_cluster
+from tests.distributed.placed import placed
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+
+SHORT = ("train.samples=64", "evaluate.evaluators=[]", "workers.count=2", "workers.threads=1")
+
+
+def environment(address: str) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return {**kept, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
+
+
+def mmdiff(address: str, *words: object) -> tuple[int, str, str]:
+    """Run a command on a cluster and return its exit code, what it printed, and its errors."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mmdiff_ray.cli", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=environment(address),
+        timeout=240,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory) -> Iterator[str]:
+    """The address of a cluster without workers whose autoscaler may start two nodes of two CPUs."""
+    node = {"resources": {"CPU": 2}, "min_workers": 0, "max_workers": 2, "labels": {"kind": "small"}}
+    with autoscaling_cluster(tmp_path_factory.mktemp("growing"), {"small": node}) as address:
+        yield address
+
+
+@pytest.mark.parametrize(
+    "wanted, message",
+    [
+        (
+            ["workers.count=4"],
+            "workers.cpus and workers.data_workers: 4 workers need 8 CPUs, the cluster has 0, and can start no "
+            "nodes",
+        ),
+        (
+            ["workers.labels={kind: huge}"],
+            "workers.labels: 2 workers need 2 CPUs on nodes with the labels kind=huge, the cluster",
+        ),
+    ],
+)
+def test_what_no_autoscaler_could_bring_is_told_before_anything_starts(
+    growing, sprites, tmp_path, wanted, message
+):
+    file = tiny.write_config(tmp_path, sprites, *SHORT, *wanted)
+    code, said, errors = mmdiff(growing, "train", file)
+    assert code == 2 and message in errors, said + errors
+    assert "waiting for the cluster to start nodes" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_training_waits_for_the_nodes_that_it_needs_and_finishes(growing, sprites, tmp_path):
+    file = tiny.write_config(tmp_path, sprites, *SHORT)
+    code, said, errors = mmdiff(growing, "train", file)
+    assert code == 0, said + errors
+    assert "waiting for the cluster to start nodes: 2 workers need 4 CPUs, the cluster has 0\n" in said
+    assert "training on 2 workers" in said
+    assert read_run(tmp_path / "runs" / "tiny")["state"] == "finished"
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Iterator[str]:
+    """The address of a cluster of a node that trains and a node that reads."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.add_node(num_cpus=4, labels={"kind": "trainer"})
+    cluster.add_node(num_cpus=4, labels={"kind": "reader"})
+    yield cluster.address
+    cluster.shutdown()
+
+
+def test_workers_and_their_readers_run_on_the_nodes_that_are_labelled_for_them(mixed, sprites, tmp_path):
+    labels = ("workers.labels={kind: trainer}", "workers.data_labels={kind: reader}")
+    found = placed(tiny.write_config(tmp_path, sprites, *SHORT, *labels), environment(mixed))
+    assert where(found, "TrainWorker") == {"trainer"}, found
+    assert where(found, "MapWorker") == {"reader"}, found
+
+
+def where(found: dict[str, set[str | None]], part: str) -> set[str | None]:
+    """Return the kinds of the nodes of all that ran whose class has a part in its name."""
+    return {kind for name, kinds in found.items() if part in name for kind in kinds}
+
+
+def test_data_are_built_on_the_nodes_that_are_labelled_for_it(mixed, tmp_path):
+    words = ["data", "build", "sprites", "--count", "40", "--size", "16", "--out", tmp_path / "sprites"]
+    code, said, errors = mmdiff(mixed, *words, "--label", "kind=reader")
+    assert code == 0 and "train" in said, errors
+    code, said, errors = mmdiff(mixed, *words, "--force", "--label", "kind=nobody")
+    assert code == 2, said + errors
+    assert "--label: no node of the cluster has all of {'kind': 'nobody'}; there are kind=reader" in errors
+
+
+def test_label_that_no_node_has_is_told_before_anything_starts(mixed, sprites, tmp_path):
+    file = tiny.write_config(tmp_path, sprites, *SHORT, "workers.data_labels={kind: fast}")
+    code, said, errors = mmdiff(mixed, "train", file)
+    assert code == 2 and not (tmp_path / "runs").exists(), said + errors
+    assert "workers.data_labels: 2 workers need 2 CPUs on nodes with the labels kind=fast" in errors
+    assert "waiting" not in said
