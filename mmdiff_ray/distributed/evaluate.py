@@ -173,9 +173,9 @@ def measure_on_ray(folder: Path, config: Config, tables: Tables | None = None) -
 
     workers = config.workers
     # Outside of the placement group of a sweep's trial, which holds its driver alone.
-    task = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus, scheduling_strategy="DEFAULT")(
-        _with_all_threads
-    )
+    asks: dict[str, Any] = {"num_cpus": workers.cpus, "num_gpus": workers.gpus}
+    asks |= {"label_selector": workers.labels} if workers.labels else {}
+    task = ray.remote(**asks, scheduling_strategy="DEFAULT")(_with_all_threads)
     try:
         return ray.get(task.remote(runs.address(folder), config, os.getcwd(), tables))
     except ray.exceptions.RayTaskError as error:

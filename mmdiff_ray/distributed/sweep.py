@@ -55,6 +55,12 @@ def check_sweep(sweep: Sweep) -> tuple[Look, Job]:
     Looks at the corners of the space, at dimensions that change nothing, at the data, and at whether the
     evaluators find the metrics: an untrained model is judged on a few rows.
     """
+    workers = sweep.config({}).workers
+    if workers.labels and workers.count < 2:
+        raise ConfigError(
+            "workers.labels: Ray Tune places trials of one worker on any node; leave it out, or let trials "
+            "have two workers"
+        )
     seen = look(sweep.space, make_configs(sweep))
     if seen.inert:
         raise ConfigError("; ".join(seen.inert))

@@ -370,6 +370,7 @@ def test_what_would_fail_later_is_told_before_anything_starts(sprites, tmp_path,
         ),
         ({"space": {f"{WEIGHTS}.kappa": {"uniform": [1, 2]}}}, "no value of it changes anything"),
         ({"base__workers": {"count": 99}}, "data.lanes"),
+        ({"base__workers": {"count": 1, "labels": {"kind": "a"}}}, "workers.labels: Ray Tune places trials"),
     ):
         file = tiny.write(tmp_path, sprites, **changes)
         assert main(["sweep", str(file), "--runs", str(tmp_path / "runs")]) == 2
