@@ -41,7 +41,7 @@ def check_batch(config: Config) -> None:
         raise ConfigError(f"workers.least ({least}) must be at most workers.count ({config.workers.count})")
     if config.workers.least is not None and config.workers.data_labels:
         raise ConfigError(
-            "workers.data_labels: with workers.least a worker's readers run beside it, on its own CPUs; set one "
+            "workers.data_labels: with workers.least readers run beside their worker, on its CPUs; set one "
             "of the two"
         )
     workers = math.lcm(*range(least, most + 1))
