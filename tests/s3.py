@@ -1,10 +1,15 @@
-"""A real S3 server on loopback, for the block, with an empty bucket `toys`."""
+"""A real S3 server on loopback."""
 
 import contextlib
+import os
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pytest
+
+SECRET = "a-very-long-secret"
+"""The key of a server that `s3_server` starts."""
 KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
 
 
@@ -29,20 +34,41 @@ class Bucket:
 
 
 @contextlib.contextmanager
-def serve() -> Iterator[Bucket]:
-    """Serve S3 for the block. The environment must hold `KEYS`."""
-    import boto3
+def _running() -> Iterator[int]:
+    """Run a server; yield its port."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    _, port = server.get_host_and_port()
-    bucket = Bucket(port)
     try:
-        bucket._tell("reset")  # all servers of a process share what they hold
-        client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1")
-        client.create_bucket(Bucket="toys")
-        yield bucket
+        yield server.get_host_and_port()[1]
     finally:
-        bucket._tell("reset-auth", b"inf")
         server.stop()
+
+
+@contextlib.contextmanager
+def s3_server(patch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run an empty server, with its keys in an environment that has no others; yield its host and port."""
+    for name in list(os.environ):
+        if name.startswith(("RAY_", "MLFLOW_", "AWS_")):
+            patch.delenv(name)
+    patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    with _running() as port:
+        yield f"127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def serve() -> Iterator[Bucket]:
+    """Serve S3 for the block, with an empty bucket `toys`. The environment must hold `KEYS`."""
+    import boto3
+
+    with _running() as port:
+        bucket = Bucket(port)
+        try:
+            bucket._tell("reset")  # all servers of a process share what they hold
+            client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1")
+            client.create_bucket(Bucket="toys")
+            yield bucket
+        finally:
+            bucket._tell("reset-auth", b"inf")

@@ -103,6 +103,19 @@ def test_one_name_is_given_to_one_run(made, tmp_path):
     runs.claim(new)
 
 
+def test_to_continue_a_run_finds_it_or_frees_what_a_beginning_that_was_cut_short_left(made, tmp_path):
+    where = f"file://{tmp_path}/storage"
+    assert runs.begun(join(where, "other")) is None
+    assert (runs.begun(made.uri) / "run.json").is_file()
+    runs.claim(join(where, "other"))
+    assert runs.begun(join(where, "other")) is None
+    assert "other" not in runs.names_in(where)
+    (tmp_path / "storage" / "mine").mkdir()
+    (tmp_path / "storage" / "mine" / "letters.txt").touch()
+    with pytest.raises(ConfigError, match=r"^name: file://.*/mine is there and is no run"):
+        runs.begun(join(where, "mine"))
+
+
 def test_a_run_that_cannot_be_recorded_leaves_nothing_in_storage(sprites, tmp_path, cache):
     where = f"file://{tmp_path}/storage"
     config = tiny.config(sprites, f"runs={where}", "tracking.uri=http://127.0.0.1:9")
@@ -110,7 +123,7 @@ def test_a_run_that_cannot_be_recorded_leaves_nothing_in_storage(sprites, tmp_pa
     with pytest.raises(
         ConfigError, match=r"^tracking.uri \(http://127.0.0.1:9\): the run cannot be recorded"
     ):
-        launch.begin(job)
+        launch.begin(job, required=True)
     assert list((tmp_path / "storage").iterdir()) == [] and not job.folder.exists()
 
 

