@@ -53,6 +53,38 @@ def test_readme_says_of_the_sweep_what_it_found():
     assert best_file in part and (ROOT / best_file).is_file()
 
 
+@pytest.mark.parametrize(
+    "name, measure, figure, methods",
+    [
+        (
+            "masked_image",
+            "blocks 30 %",
+            "pixels_from_masked/lpips_hole",
+            ("ours", "restoration", "restoration_half"),
+        ),
+        ("image_label", "labels from images", "label/accuracy", ("ours", "classifier", "classifier_third")),
+        (
+            "image_label",
+            "images from labels",
+            "label/judged",
+            ("ours", "class_conditional", "class_conditional_third"),
+        ),
+        ("image_mask", "masks from images", "alpha/iou", ("ours", "masks", "masks_third")),
+        ("image_mask", "masks from images", "palette/miou", ("ours", "masks", "masks_third")),
+    ],
+)
+def test_readme_quotes_the_experiments_from_their_tables(name, measure, figure, methods):
+    values = json.loads((ROOT / f"results/{name}.json").read_text(encoding="utf8"))
+    means = {
+        line["method"]: line["mean"]
+        for line in values["figures"]
+        if line["measure"] == measure and line["figure"] == figure
+    }
+    assert " | ".join(f"{means[method]:.3f}" for method in methods) in README
+    seeds = {cell["seed"] for cell in values["cells"] if cell["method"] == methods[0]}
+    assert f"(results/{name}.md), {len(seeds)} seed" in README
+
+
 @pytest.mark.parametrize("file", sorted(ROOT.glob("results/*.discussion.md")), ids=lambda file: file.name)
 def test_a_discussion_quotes_its_own_table_and_stands_in_the_page(file):
     name = file.name.removesuffix(".discussion.md")
