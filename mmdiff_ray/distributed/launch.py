@@ -28,7 +28,7 @@ from mmdiff_ray.tracking.store import shown, tracking_uri
 from mmdiff_ray.training.remote import STILL_S
 
 POLL_S = 0.3
-GROW_S = 60.0
+GROW_S = 30.0
 """How often a run with `workers.least` looks for room for more workers."""
 
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}

@@ -1,12 +1,13 @@
 """Run a sweep: Ray Tune over trials, recorded as child runs of one MLflow run, gone on with after any end."""
 
+import dataclasses
 import json
 import logging
 import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,10 @@ from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.distributed import job as jobs
-from mmdiff_ray.distributed.cluster import cluster
+from mmdiff_ray.distributed.cluster import check_resources, cluster
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.launch import stop_requests
+from mmdiff_ray.distributed.nodes import autoscales
 from mmdiff_ray.distributed.schedulers import Deadline, make_scheduler
 from mmdiff_ray.distributed.searcher import SpaceSearcher
 from mmdiff_ray.distributed.shelf import SharedTables, make_shelf, read_once
@@ -210,32 +212,43 @@ def _population(searcher: SpaceSearcher) -> dict[str, Any]:
 
 
 def resources_of(sweep: Sweep, config: Config) -> tuple[dict[str, float], int]:
-    """Return what a trial asks Ray Tune for, and how many trials the cluster holds at once.
+    """Return what a trial asks Ray Tune for, and how many trials may be under way at once.
 
     A trial of one worker is that worker. A larger one asks for next to nothing and starts a Ray Train run of
-    its own; only as many as fit at once may begin, or they would wait for each other for ever. Raises
-    ConfigError where not even one fits, or not all of a population.
+    its own; only as many as fit at once may begin, or they would wait for each other for ever. Where not even
+    one fits, nodes that an autoscaler can start are waited for. Raises ConfigError where none fits then, or
+    not all of a population.
     """
-    import ray
-
-    workers, total = config.workers, ray.cluster_resources()
-    count = max(1, workers.count)
+    workers = config.workers
     nested = workers.count > 1
+    count = max(1, workers.count)
     needs = {
         "CPU": count * (workers.cpus + workers.data_workers * nested) + DRIVER_CPUS * nested,
         "GPU": count * workers.gpus,
     }
-    fits = [int(total.get(kind, 0) / need) for kind, need in needs.items() if need]
-    if min(fits) < 1:
+    grows = autoscales()
+    if grows and _held(needs) < 1:
+        check_resources(workers if nested else dataclasses.replace(workers, count=1, data_workers=0))
+    held = _held(needs)
+    if held < 1:
         said = ", ".join(f"{need:g} {kind}s" for kind, need in needs.items() if need)
         raise ConfigError(f"workers: a trial needs {said}; the cluster has less")
-    if nested and sweep.scheduler.name == "pbt" and min(fits) < sweep.budget.trials:
+    if nested and sweep.scheduler.name == "pbt" and held < sweep.budget.trials:
         raise ConfigError(
             f"budget.trials ({sweep.budget.trials}): a population of trials with several workers each has to "
-            f"fit into the cluster, which holds {min(fits)}"
+            f"fit into the cluster, which holds {held}"
         )
     asks = {"cpu": DRIVER_CPUS} if nested else {"cpu": workers.cpus, "gpu": workers.gpus}
-    return asks, min(min(fits), sweep.budget.concurrent or min(fits))
+    wanted = sweep.budget.concurrent or held
+    return asks, wanted if grows and not nested else min(held, wanted)
+
+
+def _held(needs: Mapping[str, float]) -> int:
+    """Return how many trials with such needs fit into the nodes that are up now."""
+    import ray
+
+    total = ray.cluster_resources()
+    return min(int(total.get(kind, 0) / need) for kind, need in needs.items() if need)
 
 
 def sweep_cluster(sweep: Sweep) -> AbstractContextManager[None]:

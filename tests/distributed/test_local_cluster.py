@@ -130,8 +130,10 @@ def test_cluster_comes_up_once_survives_a_killed_machine_and_ends_alone(bystande
         assert local_cluster.read() == cluster
         assert "the cluster is up already" in capsys.readouterr().out
 
-        for process in members(cluster):
+        killed = members(cluster)
+        for process in killed:
             process.kill()
+        assert psutil.wait_procs(killed, timeout=30)[1] == []
         assert main(["cluster", "status"]) == 1
         assert "has ended without" in capsys.readouterr().out
 

@@ -11,6 +11,7 @@ from mmdiff_ray.distributed.job import read_run
 from tests import sprites as tiny
 from tests.autoscaling import autoscaling_cluster
 from tests.distributed.placed import placed
+from tests.sweeps import tiny as sweeps
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -74,15 +75,25 @@ def test_training_waits_for_the_nodes_that_it_needs_and_finishes(growing, sprite
     assert read_run(tmp_path / "runs" / "tiny")["state"] == "finished"
 
 
+def test_a_sweep_waits_for_the_node_that_a_trial_needs(growing, sprites, tmp_path):
+    file = sweeps.write(tmp_path, sprites, budget={"trials": 1, "samples": 32, "reports": 1})
+    code, said, errors = mmdiff(growing, "sweep", file, "workers.cpus=2", "--runs", tmp_path / "runs")
+    assert code == 0 and "trial 0: finished" in said, said + errors
+
+
 @pytest.fixture(scope="module")
 def mixed() -> Iterator[str]:
     """The address of a cluster of a node that trains and a node that reads."""
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    cluster.add_node(num_cpus=4, labels={"kind": "trainer"})
-    cluster.add_node(num_cpus=4, labels={"kind": "reader"})
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # as its commands have it
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster.add_node(num_cpus=4, labels={"kind": "trainer"})
+        cluster.add_node(num_cpus=4, labels={"kind": "reader"})
     yield cluster.address
     cluster.shutdown()
 
