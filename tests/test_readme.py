@@ -71,6 +71,12 @@ def test_readme_says_of_the_sweep_what_it_found():
         ),
         ("image_mask", "masks from images", "alpha/iou", ("ours", "masks", "masks_third")),
         ("image_mask", "masks from images", "palette/miou", ("ours", "masks", "masks_third")),
+        (
+            "image_embedding",
+            "images from noise",
+            "pixels/frechet_lpips_alex",
+            ("ours", "images", "images_third"),
+        ),
     ],
 )
 def test_readme_quotes_the_experiments_from_their_tables(name, measure, figure, methods):
@@ -80,7 +86,8 @@ def test_readme_quotes_the_experiments_from_their_tables(name, measure, figure, 
         for line in values["figures"]
         if line["measure"] == measure and line["figure"] == figure
     }
-    assert " | ".join(f"{means[method]:.3f}" for method in methods) in README
+    shape = ".3f" if means["ours"] < 10 else ".0f"
+    assert " | ".join(f"{means[method]:{shape}}" for method in methods) in README
     seeds = {cell["seed"] for cell in values["cells"] if cell["method"] == methods[0]}
     assert f"(results/{name}.md), {len(seeds)} seed" in README
 
