@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests import s3
+
 
 def pytest_configure() -> None:
     """Use one thread: on tensors as small as the tests' more threads only wait for each other."""
@@ -35,3 +37,13 @@ def ray_cluster() -> Iterator[None]:
 
     with cluster(8):
         yield
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[s3.Bucket]:
+    """An empty bucket on a real S3 server, with its keys in the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3.KEYS.items():
+            patch.setenv(name, value)
+        with s3.serve() as bucket:
+            yield bucket

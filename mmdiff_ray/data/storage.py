@@ -26,7 +26,7 @@ def filesystem(uri: str) -> tuple[FileSystem, str]:
     An s3:// URI may carry options, as in `s3://bucket/folder?endpoint_override=host:9000&scheme=http`.
     Raises ConfigError for a scheme or option that pyarrow does not know.
     """
-    if "://" in uri:
+    if is_uri(uri):
         return _remote(uri)
     return LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
 
@@ -44,7 +44,7 @@ def frugal(fs: FileSystem) -> FileSystem:
 
 def absolute(uri: str) -> str:
     """Return a URI that means the same in a process with another working directory."""
-    return uri if "://" in uri else filesystem(uri)[1]
+    return uri if is_uri(uri) else filesystem(uri)[1]
 
 
 def is_uri(place: str) -> bool:

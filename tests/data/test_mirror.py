@@ -153,15 +153,6 @@ def test_the_cache_has_a_folder_of_its_own_for_every_place(tmp_path: Path, monke
 # --- a faulty network ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[s3.Bucket]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3.KEYS.items():
-            patch.setenv(name, value)
-        with s3.serve() as bucket:
-            yield bucket
-
-
 @pytest.fixture
 def network(bucket: s3.Bucket) -> Iterator[Faults]:
     with faulty(bucket.port) as faults:

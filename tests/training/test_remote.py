@@ -1,7 +1,6 @@
 """Checkpoints in storage: complete or absent there too, whoever has which part, whatever the network does."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from mmdiff_ray.config import RunError
 from mmdiff_ray.data.storage import read_bytes, write_bytes_atomic
 from mmdiff_ray.training import remote
 from mmdiff_ray.training.checkpoint import complete
-from tests import s3
 from tests import sprites as tiny
 from tests.faults import faulty
 from tests.training import two_machines
@@ -123,15 +121,6 @@ def test_training_goes_on_while_storage_is_away_and_the_newest_gets_there_in_the
 
 
 # --- two machines and S3 ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[s3.Bucket]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3.KEYS.items():
-            patch.setenv(name, value)
-        with s3.serve() as bucket:
-            yield bucket
 
 
 @pytest.mark.slow
