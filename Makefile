@@ -26,11 +26,11 @@ demo: install ## build OpenMoji shards, train 4 to 5 minutes on two Ray workers,
 	@test -f $(DATA)/manifest.json || $(BIN)/mmdiff data build openmoji --out $(DATA)
 	@$(BIN)/mmdiff train pipelines/configs/demo.yaml
 
-test: install ## all tests, two files at a time
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+test: install ## all tests
+	@$(BIN)/python -m pytest
 
 test-fast: install ## the tests that take seconds
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow"
 
 ui: install ## open MLflow on the runs of this folder
 	@$(BIN)/mmdiff ui
