@@ -219,7 +219,7 @@ def build_process(config: Config, modalities: Mapping[str, Modality]) -> Process
         )
     layout = channel_layout(config, modalities)
     schedule = make_schedule(config.schedule, len(modalities))
-    weights = {name: options.weights for name, options in config.modalities.items()}
+    weights = {name: modality.weights for name, modality in modalities.items()}
     process = Process(
         schedule=schedule,
         profiles={name: make_profile(name, weights[name], schedule) for name in modalities},

@@ -98,6 +98,10 @@ class ScalarModality(Modality):
         """Return numbers with mean 0 and standard deviation 1 over the data set, (B,)."""
         return (data - self.mean) / self.scale
 
+    @property
+    def usual_scale(self) -> float:
+        return 1 / math.sqrt(self.code_channels * math.prod(self.size))  # the whole code says one thing
+
     def encode(self, data: Tensor) -> Tensor:
         return self.broadcast(self.standardise(data)[:, None])
 

@@ -9,11 +9,13 @@ class WeightsConfig:
     """The weight profile of one modality.
 
     family, scale, shape, knots, w, grid: the profile b(t) of the modality when it is generated
-    (`mmdiff_ray.diffusion.weights` explains them). kappa: its constant weight when it is given.
+    (`mmdiff_ray.diffusion.weights` explains them). scale: how loud its code is in the noise; None: as the
+    modality's type has it (`Modality.usual_scale`), or 1 with knots or w. kappa: its constant weight when it
+    is given.
     """
 
     family: str = "clock"
-    scale: float = 1.0
+    scale: float | None = None
     shape: float = 1.0
     knots: list[list[float]] | None = None
     w: Any = None

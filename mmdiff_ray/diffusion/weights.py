@@ -22,18 +22,23 @@ Profile = Callable[[Tensor], Tensor]
 
 
 def make_profile(name: str, config: WeightsConfig, schedule: Schedule) -> Profile:
-    """Return the profile of a modality. Raises ConfigError naming the key for values that make none."""
+    """Return the profile of a modality: its family's, times its scale (1 where it has none).
+
+    Raises ConfigError naming the key for values that make none.
+    """
+    scale = 1.0 if config.scale is None else config.scale
     key = f"modalities.{name}.weights"
     try:
         family = look_up("profile", config.family)
     except KeyError as error:
         raise ConfigError(f"{key}.family: {error.args[0]}") from None
-    if not math.isfinite(config.scale) or not config.shape > 0:
-        raise ConfigError(f"{key}: scale ({config.scale}) must be finite and shape ({config.shape}) above 0")
+    if not math.isfinite(scale) or not config.shape > 0:
+        raise ConfigError(f"{key}: scale ({scale}) must be finite and shape ({config.shape}) above 0")
     try:
-        return family(config, schedule)
+        profile = family(config, schedule)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from None
+    return lambda t: scale * profile(t)
 
 
 def b_from_w(w: Tensor, a: Tensor) -> Tensor:
@@ -53,61 +58,61 @@ def w_from_b(b: Tensor, a: Tensor) -> Tensor:
 
 @register("profile", "constant")
 def constant(config: WeightsConfig, schedule: Schedule) -> Profile:
-    """b = scale. As a generated modality's profile it does not decay, so the prior check refuses it."""
-    return lambda t: torch.full_like(t, config.scale)
+    """b = 1. As a generated modality's profile it does not decay, so the prior check refuses it."""
+    return lambda t: torch.ones_like(t)
 
 
 @register("profile", "linear")
 def linear_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
-    """b = scale (1 - t)."""
-    return lambda t: config.scale * (1 - t)
+    """b = 1 - t."""
+    return lambda t: 1 - t
 
 
 @register("profile", "cosine")
 def cosine_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
-    """b = scale cos(pi t / 2)."""
-    return lambda t: config.scale * (math.pi / 2 * t).cos().clamp_min(0)
+    """b = cos(pi t / 2)."""
+    return lambda t: (math.pi / 2 * t).cos().clamp_min(0)
 
 
 @register("profile", "power")
 def power_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
-    """b = scale (1 - t)^shape."""
-    return lambda t: config.scale * (1 - t).clamp_min(0).pow(config.shape)
+    """b = (1 - t)^shape."""
+    return lambda t: (1 - t).clamp_min(0).pow(config.shape)
 
 
 @register("profile", "sigmoid")
 def sigmoid_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
-    """b = scale times a sigmoid that falls from 1 to 0 around t = 1/2; shape: its steepness (6: smooth)."""
+    """b is a sigmoid that falls from 1 to 0 around t = 1/2; shape: its steepness (6: smooth)."""
 
     def profile(t: Tensor) -> Tensor:
         top, bottom = torch.sigmoid(t.new_tensor([config.shape / 2, -config.shape / 2]))
-        return config.scale * (torch.sigmoid(config.shape * (0.5 - t)) - bottom) / (top - bottom)
+        return (torch.sigmoid(config.shape * (0.5 - t)) - bottom) / (top - bottom)
 
     return profile
 
 
 @register("profile", "clock")
 def clock_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
-    """b = scale sigma(t) sqrt(abar(tau)) / sigma(tau), tau = shape t / (1 + (shape - 1) t).
+    """b = sigma(t) sqrt(abar(tau)) / sigma(tau), tau = shape t / (1 + (shape - 1) t).
 
     The modality has the signal-to-noise ratio that the anchor has at its own time tau. shape 1: the same
-    clock, b = scale sqrt(abar). shape below 1: the modality is settled before the anchor; above 1: after it.
+    clock, b = sqrt(abar). shape below 1: the modality is settled before the anchor; above 1: after it.
     """
 
     def profile(t: Tensor) -> Tensor:
         if config.shape == 1:
-            return config.scale * schedule.abar(t).sqrt()
+            return schedule.abar(t).sqrt()
         tau = config.shape * t / (1 + (config.shape - 1) * t)
         at = tau.clamp_min(1e-9)
         ratio = schedule.sigma(t.clamp_min(1e-9)) / schedule.sigma(at)
-        return config.scale * ratio * schedule.abar(at).sqrt()
+        return ratio * schedule.abar(at).sqrt()
 
     return profile
 
 
 @register("profile", "knots")
 def knots_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
-    """b = scale times the piecewise linear function through `knots`, pairs [t, b] from t = 0 to t = 1."""
+    """b is the piecewise linear function through `knots`, pairs [t, b] from t = 0 to t = 1."""
     if not config.knots or any(len(knot) != 2 for knot in config.knots):
         raise ValueError("family knots needs knots: [[0, b], ..., [1, b]]")
     times, values = (torch.tensor(column, dtype=torch.float64) for column in zip(*config.knots, strict=True))
@@ -120,14 +125,14 @@ def knots_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
         x, y = times.to(t), values.to(t)
         right = torch.searchsorted(x, t.contiguous()).clamp(1, len(x) - 1)
         share = (t - x[right - 1]) / (x[right] - x[right - 1])
-        return config.scale * torch.lerp(y[right - 1], y[right], share)
+        return torch.lerp(y[right - 1], y[right], share)
 
     return profile
 
 
 @register("profile", "step_weights")
 def step_weights_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
-    """b = scale times what the recursion makes of the step weights `w` on a grid of `grid` steps.
+    """b is what the recursion makes of the step weights `w` on a grid of `grid` steps.
 
     w: one number for all steps, or `grid` numbers. Between grid points b is linear.
     """
@@ -142,4 +147,4 @@ def step_weights_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
         )
     times = torch.arange(0, count + 1, dtype=torch.float64) / count
     table = torch.cat([w.new_zeros(1), b_from_w(w.expand(count), schedule.log_abar(times).diff().exp())])
-    return lambda t: config.scale * interpolate(t, table)
+    return lambda t: interpolate(t, table)

@@ -173,7 +173,7 @@ def _modality_table(job: Job, denoiser: Denoiser) -> Table:
     for heading in ("instance", "type", "channels", "profile", "prior L0 (nats/dim)", "likelihood"):
         shown.add_column(heading)
     for name, modality in denoiser.modalities.items():
-        where, weights = denoiser.process.layout[name], job.config.modalities[name].weights
+        where, weights = denoiser.process.layout[name], modality.weights
         anchor = name == denoiser.anchor
         profile = "sqrt(abar)" if anchor else f"{weights.family} x {weights.scale:g}, shape {weights.shape:g}"
         shown.add_row(

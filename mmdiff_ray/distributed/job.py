@@ -21,7 +21,7 @@ from mmdiff_ray.data.parquet import Tables
 from mmdiff_ray.data.plan import Plan
 from mmdiff_ray.data.reader import RowReader
 from mmdiff_ray.data.storage import is_uri, join, parent
-from mmdiff_ray.denoiser import Denoiser, build_denoiser, build_modalities, build_process
+from mmdiff_ray.denoiser import Denoiser, build_denoiser, build_modalities, build_process, is_generated
 from mmdiff_ray.distributed import runs
 from mmdiff_ray.tracking.store import tracking_uri
 from mmdiff_ray.training.checkpoint import write_json
@@ -163,7 +163,7 @@ def fit(config: Config, manifests: list[Manifest]) -> tuple[Config, Denoiser]:
     cutout = config.train.cutout
     if cutout is not None and denoiser.modalities[cutout].made_from is None:
         raise ConfigError(f"train.cutout ({cutout}) hides nothing; name an instance with holes")
-    return _with_sizes(config, denoiser), denoiser
+    return _with_scales(_with_sizes(config, denoiser), denoiser), denoiser
 
 
 def _check_phases(config: Config) -> None:
@@ -185,6 +185,17 @@ def _with_sizes(config: Config, denoiser: Denoiser) -> Config:
         config,
         model=dataclasses.replace(config.model, options=dataclasses.asdict(sizes)),  # type: ignore[arg-type]
     )
+
+
+def _with_scales(config: Config, denoiser: Denoiser) -> Config:
+    """Return the configuration with the scale of every profile that is used written out."""
+    modalities = {
+        name: dataclasses.replace(options, weights=denoiser.modalities[name].weights)
+        if is_generated(config, name) and name != denoiser.anchor
+        else options
+        for name, options in config.modalities.items()
+    }
+    return dataclasses.replace(config, modalities=modalities)
 
 
 def _fixed_scales(denoiser: Denoiser) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """What every modality type provides: reading, encoder, decoder head, likelihood, metrics and a picture."""
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmdiff_ray.config import ConfigError, ModalityConfig
+from mmdiff_ray.config import ConfigError, ModalityConfig, WeightsConfig
 
 
 class Features(NamedTuple):
@@ -150,6 +151,25 @@ class Modality(nn.Module):
     def from_code(self, code: Tensor) -> Tensor:
         """Return the data nearest to a code."""
         raise NotImplementedError
+
+    @property
+    def usual_scale(self) -> float:
+        """Return the profile's scale where the configuration has none: how loud the code is in the noise.
+
+        n elements that say one thing can be read together from noise that hides each alone, and where a code
+        can be read there is nothing to learn about what it goes with. A type whose code does that has a scale
+        of about 1 / sqrt(n), which says the thing as loudly as an image says a pixel.
+        """
+        return 1.0
+
+    @property
+    def weights(self) -> WeightsConfig:
+        """Return the configured weights, with a scale: 1 where knots or step weights state the profile."""
+        weights = self.options.weights
+        if weights.scale is None:
+            stated = weights.knots is not None or weights.w is not None
+            weights = dataclasses.replace(weights, scale=1.0 if stated else self.usual_scale)
+        return weights
 
     # --- the head side --------------------------------------------------------------------------------
 

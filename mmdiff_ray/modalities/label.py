@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,10 @@ class LabelModality(Modality):
                 f"label {self.name}: got class {value}, want 0 to {self.prediction_channels - 1}"
             )
         return np.asarray(value, dtype=np.int64)
+
+    @property
+    def usual_scale(self) -> float:
+        return 1 / math.sqrt(self.code_channels * math.prod(self.size))  # the whole code says one thing
 
     def encode(self, data: Tensor) -> Tensor:
         return self.codes[data]

@@ -3,6 +3,7 @@
 import colorsys
 import dataclasses
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,10 @@ class MaskModality(Modality):
         cell = np.arange(size[0] * size[1]).reshape(size).repeat(times[0], 0).repeat(times[1], 1)
         votes = np.bincount((cell * classes + array).ravel(), minlength=size[0] * size[1] * classes)
         return votes.reshape(*size, classes).argmax(-1).astype(np.uint8)
+
+    @property
+    def usual_scale(self) -> float:
+        return 4 / math.sqrt(math.prod(self.size))  # a region, about a sixteenth of the cells, says one thing
 
     def encode(self, data: Tensor) -> Tensor:
         return self.codes[data.long()].permute(0, 3, 1, 2)

@@ -81,7 +81,7 @@ def plain_config(weights: dict[str, Any], **schedule: Any) -> dict[str, Any]:
         ({"family": "step_weights", "w": 1.0}, {"family": "linear"}, "7.65e+03"),
         ({"family": "step_weights", "w": 0.01}, {"family": "linear"}, "0.765"),
         ({"family": "step_weights", "w": 1.0}, {"family": "cosine"}, "97.6"),
-        ({"family": "constant"}, {"family": "cosine"}, "0.5"),
+        ({"family": "constant", "scale": 1}, {"family": "cosine"}, "0.5"),
         ({"family": "knots", "knots": [[0.0, 1.0], [1.0, 0.4]]}, {"family": "cosine"}, "0.08"),
     ],
 )
@@ -96,10 +96,10 @@ def test_profile_that_leaves_the_prior_is_refused_with_the_number(weights, sched
 
 def test_prior_limit_and_role_decide_what_is_refused():
     """The same profile is let through under a higher limit, or where no task generates the modality."""
-    plain = plain_config({"family": "constant"}, prior_limit=1.0)
+    plain = plain_config({"family": "constant", "scale": 1}, prior_limit=1.0)
     config = from_plain(plain)
     assert build_process(config, build_modalities(config)).prior_nats("kind") == pytest.approx(0.5, abs=1e-3)
-    plain = plain_config({"family": "constant"})
+    plain = plain_config({"family": "constant", "scale": 1})
     plain["tasks"]["joint"]["roles"]["kind"] = "given"
     config = from_plain(plain)
     build_process(config, build_modalities(config))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from mmdiff_ray.config import ConfigError
+from mmdiff_ray.denoiser import inert_settings
 from mmdiff_ray.distributed import job as jobs
 from tests import sprites as tiny
 
@@ -28,6 +30,19 @@ def test_prepared_job_writes_nothing_and_knows_what_the_data_say(sprites, tmp_pa
     assert job.config.modalities["shape"].names[:2] == ["circle", "square"]
     assert job.config.modalities["factors"].dim == 9
     assert job.config.model.options["multipliers"] == [1, 2]
+
+
+def test_scales_that_are_not_configured_are_the_types_own_and_written_out_where_they_are_used(sprites):
+    made = tiny.job(sprites, "modalities.shape.weights.scale=null", "modalities.factors.weights.scale=0.3")
+    scales = {name: options.weights.scale for name, options in made.config.modalities.items()}
+    cells, channels = math.prod(made.denoiser().size), made.denoiser().modalities["shape"].code_channels
+    assert scales["shape"] == pytest.approx(1 / math.sqrt(channels * cells))
+    assert scales["shapes"] == 4 / math.sqrt(cells)
+    assert (scales["factors"], scales["pixels"], scales["masked"]) == (0.3, None, None)
+    t = torch.tensor([0.25], dtype=torch.float64)
+    process = made.denoiser().process
+    assert process.profiles["shape"](t) == scales["shape"] * process.schedule.abar(t).sqrt()
+    assert inert_settings(made.config) == []
 
 
 def test_codes_of_a_job_have_unit_rms_in_every_worker(sprites):

@@ -1,5 +1,5 @@
 """The whole way of a submitted job with real services: a cluster of three nodes, an MLflow server with a
-database, shards and artifacts on an S3 server."""
+database; shards, checkpoints and artifacts on an S3 server."""
 
 import os
 import re
@@ -35,11 +35,12 @@ DEADLINE_S = 300.0
 @dataclass(frozen=True)
 class Services:
     """Where everything is. folder: from which commands are given; shared: a folder of the cluster; data: the
-    shards on S3."""
+    shards on S3; runs: where runs may be kept there."""
 
     folder: Path
     shared: Path
     data: str
+    runs: str
     tracking: str
     s3: Any
     environment: dict[str, str]
@@ -65,6 +66,11 @@ class Services:
         found = re.search(r"^job +(\S+), at http", said, re.MULTILINE)
         assert found, said
         return found[1]
+
+    def there(self, prefix: str) -> set[str]:
+        """Return what begins with a prefix in the bucket, without the prefix."""
+        listed = self.s3.list_objects_v2(Bucket="toys", Prefix=prefix).get("Contents", [])
+        return {entry["Key"].removeprefix(prefix) for entry in listed}
 
     def run_of(self, job: str) -> Any:
         """Return the one run that MLflow has of a job."""
@@ -97,11 +103,15 @@ def services(tmp_path_factory) -> Iterator[Services]:
     with pytest.MonkeyPatch.context() as patch, s3_server(patch) as endpoint:
         s3 = boto3.client("s3", endpoint_url=f"http://{endpoint}", region_name="us-east-1")
         s3.create_bucket(Bucket="toys")
-        data = f"s3://toys/sprites?scheme=http&region=us-east-1&endpoint_override={endpoint}"
+        data, runs = (
+            f"s3://toys/{name}?scheme=http&region=us-east-1&endpoint_override={endpoint}"
+            for name in ("sprites", "runs")
+        )
         build("sprites", data, {"count": 200, "size": 16}, workers=0, progress=False)
         with mlflow_server(tmp_path_factory.mktemp("server"), endpoint) as tracking:
             around = {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": tracking}
-            here = Services(folder, shared, data, tracking, s3, os.environ | around)
+            around["MMDIFF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+            here = Services(folder, shared, data, runs, tracking, s3, os.environ | around)
             (folder / "my_plugin.py").write_text(PLUGIN)
             file = tiny.write_config(folder, data, "runs=runs", "workers.data_workers=1")
             file.write_text(file.read_text().replace("plugins: []", "plugins: [my_plugin]"))
@@ -128,9 +138,11 @@ def last_checkpoint(folder: Path) -> int:
     return max((int(path.name) for path in found if path.name.isdigit()), default=0)
 
 
-def test_job_trains_on_shards_in_s3_by_the_code_that_was_sent_and_its_run_is_in_mlflow(services):
-    words = ["--folder", str(services.shared), "--num-workers", "2", "--env", f"MY_SECRET={SECRET}"]
-    job = services.submit(*words, "--", "train", "tiny.yaml")
+def test_job_trains_by_the_code_that_was_sent_with_all_it_reads_and_makes_in_s3_and_its_run_in_mlflow(
+    services,
+):
+    words = ["--num-workers", "2", "--env", f"MY_SECRET={SECRET}"]
+    job = services.submit(*words, "--", "train", "tiny.yaml", f"runs={services.runs}")
     assert job.startswith("tiny-")
 
     code, said = services.mmdiff("jobs", "logs", "--follow", job)
@@ -144,10 +156,18 @@ def test_job_trains_on_shards_in_s3_by_the_code_that_was_sent_and_its_run_is_in_
     assert len(run.data.tags["mlflow.source.git.commit"]) == 40
     kept = {item.path for item in store.client(services.tracking).list_artifacts(run.info.run_id)}
     assert "config.yaml" in kept
-    listed = services.s3.list_objects_v2(Bucket="toys", Prefix="artifacts/")["Contents"]
-    assert any(entry["Key"].endswith(f"{run.info.run_id}/artifacts/config.yaml") for entry in listed)
-    assert read_run(services.shared / "runs" / "tiny")["run_id"] == run.info.run_id
-    assert (services.shared / "runs" / "tiny" / "export" / "facts.json").is_file()
+    assert any(
+        name.endswith(f"{run.info.run_id}/artifacts/config.yaml") for name in services.there("artifacts/")
+    )
+    made = services.there("runs/tiny/")
+    assert {"run.json", "config.yaml", "evaluation.json", "export/facts.json"} <= made
+    samples = int(run.data.params["train.samples"])
+    assert f"checkpoints/{samples:012d}/state.json" in made
+    assert not (services.folder / "runs").exists()
+
+    code, said = services.mmdiff("sample", "tiny", "--runs", services.runs, "--num", "2", "--out", "drawn")
+    assert code == 0, said
+    assert list((services.folder / "drawn").rglob("*.png"))
 
     code, said = services.mmdiff("jobs", "status", job)
     assert code == 0 and "SUCCEEDED" in said and f"runs/{run.info.run_id}" in said

@@ -117,3 +117,20 @@ def test_options_that_cannot_be_are_refused_with_their_key(options, message):
 def test_a_number_of_classes_that_differs_from_the_data_set_is_refused():
     with pytest.raises(ConfigError, match=r"category\.classes \(5\) differs from the data set's 4"):
         LabelModality.resolve("category", LabelOptions(type="label", classes=5), tiny.COLUMNS)
+
+
+@pytest.mark.parametrize("pattern", ["constant", "noise"])
+def test_a_label_at_its_usual_scale_is_as_hard_to_read_from_noise_at_any_size(pattern):
+    usual = [read_from_noise(label(size=(side, side), pattern=pattern, code_channels=2)) for side in (8, 32)]
+    assert usual[0] == pytest.approx(usual[1], abs=0.05)
+    assert 0.4 < usual[0] < 0.8
+    assert read_from_noise(label(size=(8, 8), pattern=pattern, code_channels=2), scale=1.0) == 1.0
+
+
+def read_from_noise(modality: LabelModality, scale: float | None = None, rows: int = 2000) -> float:
+    """Return how often a class is read out of its code in unit noise."""
+    rng = torch.Generator().manual_seed(3)
+    labels = torch.randint(0, modality.prediction_channels, (rows,), generator=rng)
+    codes = modality.encode(labels)
+    noisy = codes * (scale or modality.weights.scale) + torch.randn(codes.shape, generator=rng)
+    return float((modality.from_code(noisy) == labels).float().mean())
