@@ -166,7 +166,8 @@ def _cost(spec: Sweep, job: Job) -> list[str]:
     total = budget.trials * minutes / at_once
     return [
         f"a trial    asks for {count * workers.cpus:g} CPUs{gpus}; trains about {minutes:.2g} minutes "
-        f"({rate:.0f} rows/s a worker on {device} here); is judged {budget.reports} times",
+        f"({rate:.0f} rows/s a worker on {device} here); is judged "
+        + ("once" if budget.reports == 1 else f"{budget.reports} times"),
         f"the sweep  {spec.searcher.name} and {spec.scheduler.name}: {budget.trials} trials of "
         f"{budget.samples:,} samples, {budget.trials * budget.samples:,} at most{limit}",
         f"the cost   at most {total:.2g} minutes of training with {at_once} at once, as many as this machine "
