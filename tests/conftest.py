@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,12 @@ from tests import s3
 
 
 def pytest_configure() -> None:
-    """Use one thread: on tensors as small as the tests' more threads only wait for each other."""
+    """Use one thread: on tensors as small as the tests' more threads only wait for each other.
+
+    Keep few of Ray's idle workers, each of which holds a gigabyte once it has imported torch.
+    """
     torch.set_num_threads(1)
+    os.environ.setdefault("RAY_num_workers_soft_limit", "2")
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,21 @@ def test_readme_quotes_the_figure_and_its_best_rule_from_the_results(key):
     ), key
 
 
+def test_readme_says_what_scales_are_worth():
+    found = json.loads((ROOT / "results/scales.json").read_text(encoding="utf8"))
+    own, louder = (
+        {key: f["value"] for key, f in found[name]["figures"].items()} for name in ("own", "louder")
+    )
+    part = " ".join(README.split("- **Scales.**")[1].split("\n## ")[0].split())
+    accuracies = [f"{100 * side['category/accuracy']:.0f} %" for side in (own, louder)]
+    assert (
+        f"told {accuracies[0]} of categories after {found['samples_seen']:,} samples, and {accuracies[1]}"
+        in part
+    )
+    for key, digits in (("palette/miou", 2), ("pixels_from_masked/lpips_hole", 3)):
+        assert f"{own[key]:.{digits}f} and {louder[key]:.{digits}f}" in part
+
+
 def test_readme_says_of_the_sweep_what_it_found():
     found = json.loads((ROOT / "results/modality_weights/results.json").read_text(encoding="utf8"))
     part = " ".join(README.split(f"`{found['command']}` was run for real")[1].split("\n## ")[0].split())

@@ -142,7 +142,13 @@ def _run_on_ray(job: Job, display: Display) -> str:
     with stop_requests() as stopped:
         thread = threading.Thread(target=_fit, args=(job, board, done), daemon=True)
         thread.start()
-        ended = _listen(job, board, thread, stopped, display)
+        try:
+            ended = _listen(job, board, thread, stopped, display)
+        except ray.exceptions.RayError as error:  # its node ran out of memory, or it is gone
+            raise RunError(
+                f"the run lost its cluster: {str(error).strip().splitlines()[0]}. "
+                f"mmdiff train --resume {runs.address(job.folder)} goes on from the last checkpoint"
+            ) from None
     raised = done.get()
     failure = ray.get(board.failure.remote()) or raised
     if failure is not None:

@@ -220,10 +220,10 @@ def wait_until(done: Callable[[], bool], process: subprocess.Popen) -> None:
             process.wait(0.2)
 
 
-def workers() -> list[psutil.Process]:
-    """Return the training workers of this process's own cluster."""
+def workers(name: str = "RayTrainWorker") -> list[psutil.Process]:
+    """Return the training workers, or other actors, of this process's own cluster."""
     mine = psutil.Process().children(recursive=True)
-    return [process for process in mine if "RayTrainWorker" in " ".join(process.cmdline())]
+    return [process for process in mine if name in " ".join(process.cmdline())]
 
 
 @pytest.mark.slow
@@ -308,6 +308,16 @@ def test_worker_that_dies_once_too_often_fails_the_run(ray_cluster, sprites, run
     job = prepared(sprites, runs, *LONG, "workers.count=1", "workers.max_failures=0")
     display = Watching(160, lambda: workers()[-1].send_signal(signal.SIGKILL))
     with pytest.raises(RunError, match=r"^worker 0 failed: "):
+        launch.train(job, display)
+    assert Ended(job.folder, display).status == "FAILED"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_run_whose_cluster_gives_way_is_told_how_to_go_on(ray_cluster, sprites, runs):
+    job = prepared(sprites, runs, *LONG, "workers.count=1")
+    display = Watching(160, lambda: workers("ray::Board")[-1].send_signal(signal.SIGKILL))
+    with pytest.raises(RunError, match=r"^the run lost its cluster: .*mmdiff train --resume .*tiny goes on"):
         launch.train(job, display)
     assert Ended(job.folder, display).status == "FAILED"
 

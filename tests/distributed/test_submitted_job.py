@@ -141,7 +141,7 @@ def last_checkpoint(folder: Path) -> int:
 def test_job_trains_by_the_code_that_was_sent_with_all_it_reads_and_makes_in_s3_and_its_run_in_mlflow(
     services,
 ):
-    words = ["--num-workers", "2", "--env", f"MY_SECRET={SECRET}"]
+    words = ["--folder", str(services.shared), "--num-workers", "2", "--env", f"MY_SECRET={SECRET}"]
     job = services.submit(*words, "--", "train", "tiny.yaml", f"runs={services.runs}")
     assert job.startswith("tiny-")
 
@@ -163,7 +163,7 @@ def test_job_trains_by_the_code_that_was_sent_with_all_it_reads_and_makes_in_s3_
     assert {"run.json", "config.yaml", "evaluation.json", "export/facts.json"} <= made
     samples = int(run.data.params["train.samples"])
     assert f"checkpoints/{samples:012d}/state.json" in made
-    assert not (services.folder / "runs").exists()
+    assert not (services.shared / "runs").exists()
 
     code, said = services.mmdiff("sample", "tiny", "--runs", services.runs, "--num", "2", "--out", "drawn")
     assert code == 0, said
