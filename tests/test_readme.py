@@ -92,6 +92,11 @@ def test_readme_says_of_the_sweep_what_it_found():
             "pixels/frechet_lpips_alex",
             ("ours", "images", "images_third"),
         ),
+        ("all_at_once", "labels from images", "category/accuracy", ("ours", "label", "label_fifth")),
+        ("all_at_once", "embeddings from images", "look/cosine", ("ours", "embedding", "embedding_fifth")),
+        ("all_at_once", "masks from images", "palette/miou", ("ours", "mask", "mask_fifth")),
+        ("all_at_once", "blocks 30 %", "pixels_from_masked/lpips_hole", ("ours", "hole", "hole_fifth")),
+        ("all_at_once", "images from noise", "pixels/frechet_lpips_alex", ("ours", "image", "image_fifth")),
     ],
 )
 def test_readme_quotes_the_experiments_from_their_tables(name, measure, figure, methods):

@@ -1,16 +1,16 @@
 """A result as a page: a table for every measure, matrices, what it cost."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 
-def markdown(values: Mapping[str, Any], discussion: str = "") -> str:
+def markdown(values: Mapping[str, Any], discussion: str = "", pictures: Sequence[str] = ()) -> str:
     """Return a result as a page: a table for every measure, methods in rows and figures in columns.
 
-    discussion: what people have to say about it, shown before the tables.
+    discussion: what people have to say about it; pictures: names of files; both shown before the tables.
     """
     lines = [f"# {values['title']}", "", values["question"], ""]
     seeds = sorted({cell["seed"] for cell in values["cells"]})
@@ -29,6 +29,8 @@ def markdown(values: Mapping[str, Any], discussion: str = "") -> str:
         lines += [f"Inert: {values['methods'][name]}. {' '.join(sentences)}", ""]
     if discussion:
         lines += [discussion.strip(), ""]
+    for picture in pictures:
+        lines += [f"![{values['title']}: {picture}]({picture})", ""]
     by_measure: dict[str, list[Mapping[str, Any]]] = {}
     for line in values["figures"]:
         by_measure.setdefault(line["measure"], []).append(line)

@@ -73,15 +73,16 @@ def check_cells(experiment: Experiment, runs: Path) -> None:
 def write_result(experiment: Experiment, runs: Path, out: Path, say: Say) -> list[Path]:
     """Write what is known so far: OUT.json, OUT.md and a figure per curve. Return the files.
 
-    What people wrote about it in OUT.discussion.md stands in OUT.md before the tables.
+    What people wrote about it in OUT.discussion.md, and the figures, stand in OUT.md before the tables.
     """
     values = result(experiment, runs)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out.with_suffix(".json"), values)
     said = out.with_suffix(".discussion.md")
     discussion = said.read_text(encoding="utf8") if said.is_file() else ""
-    out.with_suffix(".md").write_text(markdown(values, discussion), encoding="utf8")
     pictures = [*draw_curves(values, experiment.curves, out), *draw_watched(values, out)]
+    page = markdown(values, discussion, [picture.name for picture in pictures])
+    out.with_suffix(".md").write_text(page, encoding="utf8")
     done = len(experiment.cells()) - len(values["missing"])
     say(f"{done} of {len(experiment.cells())} cells are in {out.with_suffix('.md')}")
     return [out.with_suffix(".json"), out.with_suffix(".md"), *pictures]
