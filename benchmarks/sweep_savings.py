@@ -1,6 +1,6 @@
 """Measure how many samples a sweep needs until it reaches what random search finds with all of its own.
 
-    .venv/bin/python benchmarks/sweep_savings.py [--seeds 5] [--runs FOLDER]
+    .venv/bin/python benchmarks/sweep_savings.py [--seeds 0 1 2 3 4] [--runs FOLDER]
 
 Real runs: a small network on digits, four swept keys, judged by the label's loss at t = 1. For each seed
 random search trains all its trials to the end; ASHA over random configurations, TPE with ASHA, and
@@ -110,7 +110,7 @@ Seen = list[tuple[int, float]]
 def main() -> None:
     """Run what is not done yet, replay, print and write the result."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path)
     given = parser.parse_args()
     runs = given.runs or Path(tempfile.mkdtemp())
@@ -118,7 +118,7 @@ def main() -> None:
     real: dict[str, list[Seen]] = {name: [] for name in STRATEGIES}
     curves: list[Trial] = []
     with cluster(MEMBERS + 1):
-        for seed in range(given.seeds):
+        for seed in given.seeds:
             for name in STRATEGIES:
                 trials = swept(name, seed, data, runs)
                 real[name].append(by_round(trials) if name == "pbt" else one_by_one(trials))
@@ -127,7 +127,7 @@ def main() -> None:
     replayed = replays(write_spec("asha", 0, data, runs / "replay"), curves)
     write(
         {
-            "command": f"benchmarks/sweep_savings.py --seeds {given.seeds}",
+            "command": f"benchmarks/sweep_savings.py --seeds {' '.join(map(str, given.seeds))}",
             "metric": METRIC,
             "random_search": f"{RANDOM_TRIALS} trials of {SAMPLES:,} samples",
             "strategies": {name: part["title"] for name, part in STRATEGIES.items()},

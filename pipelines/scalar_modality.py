@@ -45,6 +45,7 @@ class ScalarModality(Modality):
 
     Options = ScalarOptions
     likelihood = "Gaussian"
+    usual_scale = Modality.scale_of_one_thing
     code_channels = 1
     prediction_channels = 2
     mean: Tensor
@@ -97,10 +98,6 @@ class ScalarModality(Modality):
     def standardise(self, data: Tensor) -> Tensor:
         """Return numbers with mean 0 and standard deviation 1 over the data set, (B,)."""
         return (data - self.mean) / self.scale
-
-    @property
-    def usual_scale(self) -> float:
-        return 1 / math.sqrt(self.code_channels * math.prod(self.size))  # the whole code says one thing
 
     def encode(self, data: Tensor) -> Tensor:
         return self.broadcast(self.standardise(data)[:, None])

@@ -68,6 +68,22 @@ def test_readme_says_of_the_sweep_what_it_found():
     assert best_file in part and (ROOT / best_file).is_file()
 
 
+def test_readme_says_what_sweeps_save():
+    found = json.loads((ROOT / "benchmarks/results/sweep_savings.json").read_text(encoding="utf8"))
+    part = " ".join(README.split("How many samples does a sweep need")[1].split("\n\n")[0].split())
+    replay, real = found["replay"], found["real"]
+    for title, name in (("ASHA", "asha"), ("TPE with ASHA", "tpe_asha")):
+        share, (low, high) = replay[name]["share_of_samples"], replay[name]["interval"]
+        told = f"{title} {share:.2f} (95 % interval {low:.2f} to {high:.2f})"
+        assert told in part or told.replace("95 % interval ", "") in part
+    missed = [200 - int(replay[name]["reached"].split()[0]) for name in ("asha", "tpe_asha")]
+    assert f"in {missed[0]} and {missed[1]} of the {replay['orders']}" in part
+    assert f"random search itself {replay['random']['share_of_samples']:.2f}" in part
+    shares = [real[name]["share_of_samples"] for name in ("asha", "tpe_asha", "random", "pbt")]
+    assert "{:.2f}, {:.2f} and {:.2f}; a population of 6, with {:.2f}".format(*shares) in part
+    assert f"in {real['pbt']['reached']}" in part and len(real["seeds"]) == 3
+
+
 @pytest.mark.parametrize(
     "name, measure, figure, methods",
     [

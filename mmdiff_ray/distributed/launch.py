@@ -146,7 +146,7 @@ def _run_on_ray(job: Job, display: Display) -> str:
             ended = _listen(job, board, thread, stopped, display)
         except ray.exceptions.RayError as error:  # its node ran out of memory, or it is gone
             raise RunError(
-                f"the run lost its cluster: {str(error).strip().splitlines()[0]}. "
+                f"the run lost its cluster: {(str(error).strip() or type(error).__name__).splitlines()[0]}. "
                 f"mmdiff train --resume {runs.address(job.folder)} goes on from the last checkpoint"
             ) from None
     raised = done.get()

@@ -163,6 +163,11 @@ class Modality(nn.Module):
         return 1.0
 
     @property
+    def scale_of_one_thing(self) -> float:
+        """Return the usual scale of a type whose whole code says one thing."""
+        return 1 / math.sqrt(self.code_channels * math.prod(self.size))
+
+    @property
     def weights(self) -> WeightsConfig:
         """Return the configured weights, with a scale: 1 where knots or step weights state the profile."""
         weights = self.options.weights

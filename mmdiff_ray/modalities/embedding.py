@@ -40,6 +40,7 @@ class EmbeddingModality(Modality):
 
     Options = EmbeddingOptions
     likelihood = "Gaussian"
+    usual_scale = Modality.scale_of_one_thing
     mean: Tensor
     scale: Tensor
     basis: Tensor
@@ -118,10 +119,6 @@ class EmbeddingModality(Modality):
     def standardise(self, data: Tensor) -> Tensor:
         """Return embeddings with mean 0 and root mean square 1 per dimension over the data set, (B, D)."""
         return (data - self.mean) / self.scale
-
-    @property
-    def usual_scale(self) -> float:
-        return 1 / math.sqrt(self.code_channels * math.prod(self.size))  # the whole code says one thing
 
     def encode(self, data: Tensor) -> Tensor:
         return self.expected_code(self.standardise(data))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +39,7 @@ class LabelModality(Modality):
 
     Options = LabelOptions
     likelihood = "categorical"
+    usual_scale = Modality.scale_of_one_thing
     table: Tensor
 
     def __init__(self, name: str, options: LabelOptions, size: tuple[int, int]) -> None:
@@ -108,10 +108,6 @@ class LabelModality(Modality):
                 f"label {self.name}: got class {value}, want 0 to {self.prediction_channels - 1}"
             )
         return np.asarray(value, dtype=np.int64)
-
-    @property
-    def usual_scale(self) -> float:
-        return 1 / math.sqrt(self.code_channels * math.prod(self.size))  # the whole code says one thing
 
     def encode(self, data: Tensor) -> Tensor:
         return self.codes[data]

@@ -20,7 +20,11 @@ PLAIN = {
     "modalities": {
         "pixels": {"type": "image"},
         "brightness": {"type": "scalar", "source": "pixels"},
-        "price": {"type": "scalar", "column": "name"},
+        "price": {
+            "type": "scalar",
+            "column": "name",
+            "weights": {"scale": 1},
+        },  # read from its own code alone
     },
     "tasks": {
         "joint": {"roles": {"pixels": "generated", "brightness": "generated", "price": "generated"}},
@@ -94,7 +98,7 @@ def test_a_denoiser_with_it_learns_in_a_few_steps(denoiser):
             [float((sums[f"l2/{n}"] / counts[f"l2/{n}"]).detach()) for n in ("brightness", "price")]
         )
     first, last = np.mean(losses[:5], 0), np.mean(losses[-5:], 0)
-    assert (last < first - 0.2).all(), (first, last)  # nats
+    assert (last < first - 0.3).all(), (first, last)  # nats
 
 
 def test_numbers_are_parsed_written_and_shown(denoiser, tmp_path):
