@@ -145,8 +145,9 @@ def _run_on_ray(job: Job, display: Display) -> str:
         try:
             ended = _listen(job, board, thread, stopped, display)
         except ray.exceptions.RayError as error:  # its node ran out of memory, or it is gone
+            what = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise RunError(
-                f"the run lost its cluster: {(str(error).strip() or type(error).__name__).splitlines()[0]}. "
+                f"the run lost its cluster: {what}. "
                 f"mmdiff train --resume {runs.address(job.folder)} goes on from the last checkpoint"
             ) from None
     raised = done.get()
