@@ -13,9 +13,11 @@ from tests import s3
 def pytest_configure() -> None:
     """Use one thread: on tensors as small as the tests' more threads only wait for each other.
 
-    Keep few of Ray's idle workers, each of which holds a gigabyte once it has imported torch.
+    Start Ray's workers when they are wanted, and keep few that are idle: each holds a gigabyte once it has
+    imported torch.
     """
     torch.set_num_threads(1)
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_num_workers_soft_limit", "2")
 
 

@@ -35,13 +35,15 @@ class Bucket:
 
 @contextlib.contextmanager
 def _running() -> Iterator[int]:
-    """Run a server; yield its port."""
+    """Run an empty server; yield its port."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    port = server.get_host_and_port()[1]
+    Bucket(port)._tell("reset")  # all servers of a process share what they hold
     try:
-        yield server.get_host_and_port()[1]
+        yield port
     finally:
         server.stop()
 
@@ -66,7 +68,6 @@ def serve() -> Iterator[Bucket]:
     with _running() as port:
         bucket = Bucket(port)
         try:
-            bucket._tell("reset")  # all servers of a process share what they hold
             client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1")
             client.create_bucket(Bucket="toys")
             yield bucket

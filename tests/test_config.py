@@ -247,6 +247,8 @@ def test_a_value_of_the_wrong_kind_is_an_error_that_begins_with_its_key(base, ov
         (["train.learning_rate=0"], "train.learning_rate (0.0) must be above 0"),
         (["train.clip_norm=.nan"], "train.clip_norm (nan) must be above 0"),
         (["train.max_minutes=-1"], "train.max_minutes (-1.0) must be above 0"),
+        (["workers.resources={fast: 0}"], "workers.resources: fast=0.0 must be above 0"),
+        (["workers.resources={GPU: 1}"], "workers.resources: GPU=1.0 must be above 0 and none of Ray's own"),
         (["train.betas=[0.9]"], "train.betas ([0.9]) must be two numbers"),
         (["train.betas=[0.9, 1.0]"], "train.betas ([0.9, 1.0])"),
         (["train.micro_batch=0"], "train.micro_batch (0) must be at least 1"),

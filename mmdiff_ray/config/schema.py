@@ -217,12 +217,13 @@ class WorkersConfig:
     to this, if the cluster holds no more, goes on with fewer where a node is lost and with more where one
     comes; a worker then reads on its own node.
 
-    cpus, gpus: what each asks the cluster for. data_workers: processes that read rows for each of them (in
-    this process: threads). threads: torch's in each (null: one per cpu where there are several workers).
-    max_failures: restarts from the last checkpoint before the run gives up. labels, data_labels: what the
-    nodes must be labelled with that the workers, and the processes that read for them, run on. strategy: how
-    workers share the model: ddp, each holds all of it; fsdp, each a part of its parameters, their average and
-    the optimizer's state, for models that are too large for one.
+    cpus, gpus, resources: what each asks the cluster for; resources: name -> amount of what the cluster's
+    nodes were started with besides. data_workers: processes that read rows for each of them (in this process:
+    threads). threads: torch's in each (null: one per cpu where there are several workers). max_failures:
+    restarts from the last checkpoint before the run gives up. labels, data_labels: what the nodes must be
+    labelled with that the workers, and the processes that read for them, run on. strategy: how workers share
+    the model: ddp, each holds all of it; fsdp, each a part of its parameters, their average and the
+    optimizer's state, for models that are too large for one.
     """
 
     count: int = 0
@@ -230,11 +231,18 @@ class WorkersConfig:
     strategy: str = "ddp"
     cpus: float = 1.0
     gpus: float = 0.0
+    resources: dict[str, float] = field(default_factory=dict)
     data_workers: int = 1
     threads: int | None = None
     max_failures: int = 3
     labels: dict[str, str] = field(default_factory=dict)
     data_labels: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def asks(self) -> dict[str, float]:
+        """What each worker asks the cluster for: Ray's name of a resource -> amount, above 0."""
+        asked = {"CPU": self.cpus, "GPU": self.gpus, **self.resources}
+        return {name: amount for name, amount in asked.items() if amount}
 
 
 @dataclass(frozen=True)

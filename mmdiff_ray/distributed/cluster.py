@@ -83,15 +83,14 @@ def check_resources(workers: WorkersConfig) -> None:
     """
     count = workers.least or workers.count
     readers = count * workers.data_workers
-    each = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
-    bundles = [each] * count + [{"CPU": 1.0}] * readers
+    bundles = [workers.asks] * count + [{"CPU": 1.0}] * readers
     labels = [workers.labels] * count + [workers.data_labels] * readers
     wanted: list[tuple[str, str, float, Labels]] = [
-        ("workers.labels", "GPU", count * workers.gpus, workers.labels),
-        ("workers.labels", "CPU", count * workers.cpus, workers.labels),
+        *(("workers.labels", name, count * each, workers.labels) for name, each in workers.asks.items()),
         ("workers.data_labels", "CPU", readers, workers.data_labels),
-        ("workers.cpus and workers.data_workers", "CPU", sum(bundle["CPU"] for bundle in bundles), {}),
+        ("workers.cpus and workers.data_workers", "CPU", count * workers.cpus + readers, {}),
         ("workers.gpus", "GPU", count * workers.gpus, {}),
+        *(("workers.resources", name, count * each, {}) for name, each in workers.resources.items()),
     ]
     lacks = [
         (key, lack)
@@ -128,10 +127,16 @@ def _lack(resource: str, amount: float, labels: Labels) -> str:
     there = sum(node["Resources"].get(resource, 0.0) for node in fitting(labels))
     if amount <= there:
         return ""
+    needed = amount_of(resource, amount)
     if not labels:
-        return f"{amount:g} {resource}s, the cluster has {there:g}"
+        return f"{needed}, the cluster has {there:g}"
     told = ", ".join(f"{name}={value}" for name, value in labels.items())
-    return f"{amount:g} {resource}s on nodes with the labels {told}, the cluster has {there:g} there"
+    return f"{needed} on nodes with the labels {told}, the cluster has {there:g} there"
+
+
+def amount_of(resource: str, amount: float) -> str:
+    """Return an amount of one of Ray's resources in words: "2 CPUs", "2 of `fast_disk`"."""
+    return f"{amount:g} {resource}s" if resource in ("CPU", "GPU") else f"{amount:g} of `{resource}`"
 
 
 def log_folder() -> str:

@@ -174,6 +174,7 @@ def measure_on_ray(folder: Path, config: Config, tables: Tables | None = None) -
     workers = config.workers
     # Outside of the placement group of a sweep's trial, which holds its driver alone.
     asks: dict[str, Any] = {"num_cpus": workers.cpus, "num_gpus": workers.gpus}
+    asks |= {"resources": workers.resources} if workers.resources else {}
     asks |= {"label_selector": workers.labels} if workers.labels else {}
     task = ray.remote(**asks, scheduling_strategy="DEFAULT")(_with_all_threads)
     try:

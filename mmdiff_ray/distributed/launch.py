@@ -174,21 +174,20 @@ def make_trainer(job: Job, board: Any) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     workers = job.config.workers
-    cpus: float = workers.cpus
+    asks = workers.asks
     size: dict[str, Any] = {"num_workers": workers.count}
     if workers.least is not None:
         # Ray counts how many workers fit by what these ask for: readers' CPUs must be among it.
-        cpus = cpus + workers.data_workers
+        asks["CPU"] = workers.cpus + workers.data_workers
         size = {"num_workers": (workers.least, workers.count), "elastic_resize_monitor_interval_s": GROW_S}
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
-    resources = {"CPU": cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
     return TorchTrainer(
         ray_train_loop,
         train_loop_config={"job": job, "board": board, "working_folder": os.getcwd()},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.gpus else "gloo"),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]
             use_gpu=workers.gpus > 0,
-            resources_per_worker=resources,
+            resources_per_worker=asks,
             label_selector=workers.labels or None,
             **size,
         ),

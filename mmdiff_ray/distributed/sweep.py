@@ -18,7 +18,7 @@ from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.distributed import job as jobs
-from mmdiff_ray.distributed.cluster import check_resources, cluster
+from mmdiff_ray.distributed.cluster import amount_of, check_resources, cluster
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.launch import stop_requests
 from mmdiff_ray.distributed.nodes import autoscales
@@ -222,23 +222,21 @@ def resources_of(sweep: Sweep, config: Config) -> tuple[dict[str, float], int]:
     workers = config.workers
     nested = workers.count > 1
     count = max(1, workers.count)
-    needs = {
-        "CPU": count * (workers.cpus + workers.data_workers * nested) + DRIVER_CPUS * nested,
-        "GPU": count * workers.gpus,
-    }
+    needs = {name: count * each for name, each in workers.asks.items()}
+    needs["CPU"] = count * (workers.cpus + workers.data_workers * nested) + DRIVER_CPUS * nested
     grows = autoscales()
     if grows and _held(needs) < 1:
         check_resources(workers if nested else dataclasses.replace(workers, count=1, data_workers=0))
     held = _held(needs)
     if held < 1:
-        said = ", ".join(f"{need:g} {kind}s" for kind, need in needs.items() if need)
+        said = ", ".join(amount_of(name, need) for name, need in needs.items())
         raise ConfigError(f"workers: a trial needs {said}; the cluster has less")
     if nested and sweep.scheduler.name == "pbt" and held < sweep.budget.trials:
         raise ConfigError(
             f"budget.trials ({sweep.budget.trials}): a population of trials with several workers each has to "
             f"fit into the cluster, which holds {held}"
         )
-    asks = {"cpu": DRIVER_CPUS} if nested else {"cpu": workers.cpus, "gpu": workers.gpus}
+    asks = {"cpu": DRIVER_CPUS} if nested else {"cpu": workers.cpus, "gpu": workers.gpus, **workers.resources}
     wanted = sweep.budget.concurrent or held
     return asks, wanted if grows and not nested else min(held, wanted)
 
@@ -248,7 +246,7 @@ def _held(needs: Mapping[str, float]) -> int:
     import ray
 
     total = ray.cluster_resources()
-    return min(int(total.get(kind, 0) / need) for kind, need in needs.items() if need)
+    return min(int(total.get(name, 0) / need) for name, need in needs.items() if need)
 
 
 def sweep_cluster(sweep: Sweep) -> AbstractContextManager[None]:

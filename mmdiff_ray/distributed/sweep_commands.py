@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError, RunError
+from mmdiff_ray.distributed.cluster import amount_of
 from mmdiff_ray.distributed.commands import make_console, rows_per_s
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.launch import STATUS
@@ -157,7 +158,7 @@ def _cost(spec: Sweep, job: Job) -> list[str]:
     """Return what a trial asks for and what it all costs, with the speed measured here."""
     workers, budget = job.config.workers, spec.budget
     count = max(1, workers.count)
-    gpus = f", {count * workers.gpus:g} GPUs" if workers.gpus else ""
+    asks = ", ".join(amount_of(name, count * each) for name, each in workers.asks.items())
     rate, _, device = rows_per_s(job, job.denoiser())
     minutes = budget.samples / (rate * count) / 60
     limit = f", at most {budget.hours:g} h" if budget.hours else ""
@@ -165,7 +166,7 @@ def _cost(spec: Sweep, job: Job) -> list[str]:
     at_once = min(here, budget.concurrent or here)
     total = budget.trials * minutes / at_once
     return [
-        f"a trial    asks for {count * workers.cpus:g} CPUs{gpus}; trains about {minutes:.2g} minutes "
+        f"a trial    asks for {asks}; trains about {minutes:.2g} minutes "
         f"({rate:.0f} rows/s a worker on {device} here); is judged "
         + ("once" if budget.reports == 1 else f"{budget.reports} times"),
         f"the sweep  {spec.searcher.name} and {spec.scheduler.name}: {budget.trials} trials of "

@@ -4,6 +4,7 @@ A checkpoint is a folder named by samples_seen with PyTorch's distributed checkp
 worker) and `state.json`: format version, progress, configuration, metric. It is written under a `.partial`
 name and renamed when every worker is done, so a folder with its final name is complete. Where the run is kept
 in storage (see `remote`), its files lie in a folder inside it, the state's `mark`, and `files` lists them.
+PyTorch's part takes a second to import, and is imported where it is used.
 """
 
 import json
@@ -18,8 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mmdiff_ray.config import CheckpointConfig, ConfigError
 from mmdiff_ray.training.parallel import world
@@ -62,6 +61,8 @@ class CheckpointStore:
 
         facts: plain values for `state.json` (the configuration, versions).
         """
+        from torch.distributed.checkpoint import async_save
+
         self.wait()
         samples = trainer.progress.samples_seen
         partial = self.folder / f"{samples:012d}.partial"
@@ -80,7 +81,7 @@ class CheckpointStore:
         if self.remote is not None:
             state |= {"run": self.remote.run, "mark": mark}
         future = _quietly(
-            dcp.async_save,
+            async_save,
             _tensors(trainer),
             checkpoint_id=str(partial / mark),
             process_group=self._writer_group,
@@ -166,9 +167,12 @@ def _new_group() -> Any:
 def restore(trainer: Any, path: Path) -> None:
     """Set a trainer to the state in a checkpoint; the number of workers may differ from when it was
     written."""
+    from torch.distributed.checkpoint import load
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
     tensors = _tensors(trainer)
     files = path / read_state(path).get("mark", "")
-    _quietly(dcp.load, tensors, checkpoint_id=str(files), no_dist=world()[1] == 1)
+    _quietly(load, tensors, checkpoint_id=str(files), no_dist=world()[1] == 1)
     set_state_dict(
         trainer.denoiser,
         trainer.optimizer,
@@ -243,6 +247,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _tensors(trainer: Any) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
     model, optimizer = get_state_dict(trainer.denoiser, trainer.optimizer)
     return {"model": model, "optimizer": optimizer, "ema": trainer.ema.model.state_dict()}
 

@@ -2,7 +2,8 @@
 
 Workers share a model by one of two strategies. ddp: each holds all of it. fsdp: each holds a part of every
 parameter, of its average and of the optimizer's moments, and the rest of a layer only while that computes
-(FSDP2). Both train to the same losses.
+(FSDP2). Both train to the same losses. What only fsdp needs of PyTorch takes a second to import, and is
+imported where it is used.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdiff_ray.config import Config, ConfigError, TrainConfig
@@ -66,6 +63,9 @@ def _shard(losses: Losses, device: torch.device) -> None:
 
     Arithmetic stays in the parameters' float32 (under autocast as ever), so losses are those of one process.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (world()[1],))
     for layer in _layers(losses.denoiser):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
@@ -102,25 +102,32 @@ def _compile(denoiser: Denoiser, layers_apart: bool) -> None:
 
 def without_sync(model: nn.Module, skip: bool) -> AbstractContextManager:
     """Return a context in which gradients stay local, for all micro-batches of a step but the last."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(not skip)
+    if is_sharded(model):
+        model.set_requires_gradient_sync(not skip)  # type: ignore[operator]
     return model.no_sync() if skip and isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def clip_gradients(model: nn.Module, most: float) -> Tensor:
     """Scale the gradients down to a norm of at most `most`, and return what it was, over all workers."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), most)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if _is_part(norm) else norm  # type: ignore[attr-defined]
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Return whether this worker holds only a part of the model."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(_is_part(parameter) for parameter in model.parameters())
+
+
+def _is_part(values: Tensor) -> bool:
+    """Return whether a tensor is PyTorch's DTensor, of which this worker holds a part."""
+    return hasattr(values, "full_tensor")
 
 
 def gather(model: nn.Module) -> dict[str, Tensor]:
     """Return the whole state of a sharded model in the first worker's memory, nothing on the others. All
     call it together."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return dict[str, Any](get_model_state_dict(model, options=whole))
 

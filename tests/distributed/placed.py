@@ -23,7 +23,7 @@ class Looking(Display):
 found = set()
 config = configuration.load([Path(sys.argv[1])])
 launch.train(jobs.prepare(config, jobs.new_folder(config)), Looking())
-print(json.dumps(sorted(found)))
+print(json.dumps(sorted(found, key=str)))
 """
 
 

@@ -92,8 +92,8 @@ def mixed() -> Iterator[str]:
             patch.delenv(name)
         patch.setenv("RAY_AUTH_MODE", "disabled")  # as its commands have it
         cluster = Cluster(initialize_head=True, head_node_args=head)
-        cluster.add_node(num_cpus=4, labels={"kind": "trainer"})
-        cluster.add_node(num_cpus=4, labels={"kind": "reader"})
+        cluster.add_node(num_cpus=4, labels={"kind": "trainer"}, resources={"fast": 1})
+        cluster.add_node(num_cpus=4, labels={"kind": "reader"}, resources={"fast": 1})
     yield cluster.address
     cluster.shutdown()
 
@@ -103,6 +103,11 @@ def test_workers_and_their_readers_run_on_the_nodes_that_are_labelled_for_them(m
     found = placed(tiny.write_config(tmp_path, sprites, *SHORT, *labels), environment(mixed))
     assert where(found, "TrainWorker") == {"trainer"}, found
     assert where(found, "MapWorker") == {"reader"}, found
+
+
+def test_workers_share_a_node_only_as_far_as_it_has_the_resource_that_they_ask_for(mixed, sprites, tmp_path):
+    file = tiny.write_config(tmp_path, sprites, *SHORT, "workers.resources={fast: 1}")
+    assert where(placed(file, environment(mixed)), "TrainWorker") == {"trainer", "reader"}
 
 
 def where(found: dict[str, set[str | None]], part: str) -> set[str | None]:
