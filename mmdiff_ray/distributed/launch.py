@@ -18,6 +18,7 @@ from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.data.storage import is_uri, join
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import runs
+from mmdiff_ray.distributed.board import Board
 from mmdiff_ray.distributed.cluster import log_folder, resources, this_node
 from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.distributed.job import Job
@@ -202,41 +203,6 @@ def make_trainer(job: Job, board: Any) -> Any:
 def _session_folder(job: Job) -> Path:
     """Return a folder for Ray Train's own notes: below Ray's, which is at the same place on every machine."""
     return Path(log_folder()).parent / "mmdiff" / f"{job.folder.name}-{secrets.token_hex(4)}"
-
-
-class Board:
-    """The actor between driver and workers: events one way, the wish to stop the other, and why no restart
-    would help."""
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-        self._stop = False
-        self._failure: Exception | None = None
-
-    def post(self, event: dict[str, Any]) -> None:
-        """Take an event from a worker."""
-        self._events.append(event)
-
-    def take(self) -> list[dict[str, Any]]:
-        """Return the events since the last call."""
-        events, self._events = self._events, []
-        return events
-
-    def fail(self, failure: Exception) -> None:
-        """Note a failure that a restart would only repeat; the first one counts."""
-        self._failure = self._failure or failure
-
-    def failure(self) -> Exception | None:
-        """Return the failure that a restart would only repeat, if there was one."""
-        return self._failure
-
-    def ask_to_stop(self) -> None:
-        """Ask the workers to save and end."""
-        self._stop = True
-
-    def stop_asked(self) -> bool:
-        """Return whether the workers should end."""
-        return self._stop
 
 
 def _listen(

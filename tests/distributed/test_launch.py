@@ -20,6 +20,7 @@ from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.data.batches import BadRowsError
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import launch
+from mmdiff_ray.distributed.board import Board
 from mmdiff_ray.distributed.cluster import cluster
 from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.distributed.evaluate import evaluate_run
@@ -366,7 +367,7 @@ def test_too_few_cpus_are_told_and_leave_nothing(ray_cluster, sprites, runs):
 
 
 def test_events_and_wishes_cross_the_board():
-    board = launch.Board()
+    board = Board()
     board.post({"kind": "progress"})
     assert board.take() == [{"kind": "progress"}] and board.take() == []
     assert not board.stop_asked()

@@ -1,0 +1,38 @@
+"""What driver and workers tell each other. The actor's process imports nothing but this."""
+
+from typing import Any
+
+
+class Board:
+    """The actor between driver and workers: events one way, the wish to stop the other, and why no restart
+    would help."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+        self._stop = False
+        self._failure: Exception | None = None
+
+    def post(self, event: dict[str, Any]) -> None:
+        """Take an event from a worker."""
+        self._events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        """Return the events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def fail(self, failure: Exception) -> None:
+        """Note a failure that a restart would only repeat; the first one counts."""
+        self._failure = self._failure or failure
+
+    def failure(self) -> Exception | None:
+        """Return the failure that a restart would only repeat, if there was one."""
+        return self._failure
+
+    def ask_to_stop(self) -> None:
+        """Ask the workers to save and end."""
+        self._stop = True
+
+    def stop_asked(self) -> bool:
+        """Return whether the workers should end."""
+        return self._stop
