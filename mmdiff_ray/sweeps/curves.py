@@ -83,6 +83,9 @@ def lineage(sweep: Sweep, trials: Sequence[Trial]) -> list[Drawn]:
                     axes.annotate(
                         f"from {change['source']}", (change["at"], change["values"][key]), fontsize=6
                     )
+        if sweep.space[key].kind == "loguniform":
+            page.update_yaxes(type="log")
+            axes.set_yscale("log")
         pictures.append(Drawn(f"lineage-{file_name(names[key])}", title, page, figure))
     return pictures
 

@@ -8,7 +8,7 @@ import optuna
 
 from mmdiff_ray.sweeps.curves import lineage, profiles
 from mmdiff_ray.sweeps.drawing import SIZE, Drawn, axes_of, file_name, page_of, short
-from mmdiff_ray.sweeps.findings import Importance, best_first, figures_of
+from mmdiff_ray.sweeps.findings import AT_END, Importance, best_first, figures_of
 from mmdiff_ray.sweeps.journal import Trial
 from mmdiff_ray.sweeps.record import Record
 from mmdiff_ray.sweeps.spec import Sweep
@@ -43,7 +43,7 @@ def draw(record: Record, importance: dict[str, list[Importance]]) -> list[Drawn]
 def _words(trial: Trial, names: dict[str, str]) -> str:
     values = ", ".join(
         f"{names.get(key, key)} {value:.3g}" if isinstance(value, float) else f"{names.get(key, key)} {value}"
-        for key, value in trial.values.items()
+        for key, value in trial.now.items()
     )
     return f"trial {trial.number} ({trial.outcome or 'running'}): {values}"
 
@@ -104,7 +104,7 @@ def _study(sweep: Sweep, trials: Sequence[Trial]) -> optuna.Study:
     names = short(list(sweep.space))
     study = plain_study(sweep.metrics)
     for trial in trials:
-        known = {key: value for key, value in trial.values.items() if key in sweep.space}
+        known = {key: value for key, value in trial.now.items() if key in sweep.space}
         study.add_trial(
             optuna.create_trial(
                 params={names[key]: hashable(value) for key, value in known.items()},
@@ -135,18 +135,18 @@ def _parallel(study: optuna.Study, metric: str, target: Any) -> Drawn:
 
 
 def _slices(sweep: Sweep, trials: Sequence[Trial], metric: str) -> list[Drawn]:
-    """Draw a metric over every swept dimension, a point per trial."""
+    """Draw a metric over every swept dimension, a point per trial; of a population, its values at the end."""
     names, found = short(list(sweep.space)), []
     for key, dimension in sweep.space.items():
-        known = [trial for trial in trials if key in trial.values]
+        known = [trial for trial in trials if key in trial.now]
         if not known:
             continue
-        title = f"{metric} over {names[key]}"
+        title = f"{metric} over {names[key]}{AT_END * any(trial.changes for trial in known)}"
         page = page_of(title, key, metric)
         figure, axes = axes_of(title, xlabel=key, ylabel=metric)
         for finished, color, label in ((True, "#1f77b4", "finished"), (False, "#b0b0b0", "stopped early")):
             some = [trial for trial in known if (trial.outcome == "finished") is finished]
-            x = [hashable(trial.values[key]) for trial in some]
+            x = [hashable(trial.now[key]) for trial in some]
             x = [str(value) for value in x] if dimension.values else x
             y = [figures_of(trial)[metric] for trial in some]
             page.add_scatter(

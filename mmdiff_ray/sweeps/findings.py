@@ -20,6 +20,8 @@ RESAMPLED = 24
 """Times that the trials are resampled for the interval of an importance."""
 FEWEST = 6
 """Trials below which no importance is told."""
+AT_END = ", at the end"
+"""Said of values where a population changed them on the way."""
 
 
 def figures_of(trial: Trial) -> dict[str, float]:
@@ -95,7 +97,10 @@ def importances(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int = 
 
     By fANOVA (Hutter et al., ICML 2014, as Optuna computes it), with all trials judged after the same number
     of samples: the largest that half of them came to. The interval is over bootstrap resamples of the trials.
+    None for a population: what its members came to is also the work of the values that they had before.
     """
+    if sweep.scheduler.name == "pbt":
+        return []
     judged = at_same_samples([trial for trial in trials if metric in figures_of(trial)])
     if len(judged) < FEWEST or len(sweep.space) < 2:
         return []
@@ -154,10 +159,10 @@ def top(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def ranges(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, list[Any]]:
-    """Return dimension -> the lowest and the highest value of some trials, or those of a list."""
+    """Return dimension -> the lowest and highest value that some trials ended with, or those of a list."""
     found: dict[str, list[Any]] = {}
     for key, dimension in sweep.space.items():
-        values = [trial.values[key] for trial in trials if key in trial.values]
+        values = [trial.now[key] for trial in trials if key in trial.now]
         if values and not dimension.values:
             found[key] = [min(values), max(values)]
         elif values:

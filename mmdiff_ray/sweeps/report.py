@@ -11,6 +11,7 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.sweeps.drawing import Drawn, short
 from mmdiff_ray.sweeps.figures import draw
 from mmdiff_ray.sweeps.findings import (
+    AT_END,
     best_first,
     figures_of,
     front,
@@ -124,9 +125,10 @@ def verdict(record: Record) -> list[str]:
         second = f"; the next: {figures_of(best[1])[sweep.main]:.4g}" if len(best) > 1 else ""
         lines.append(f"Best: trial {best[0].number} with {figures}{second}.")
     leading = top(sweep, record.trials)
+    at = AT_END * any(trial.changes for trial in leading)
     for key, ends in ranges(sweep, leading).items():
         said = ", ".join(map(str, ends)) if sweep.space[key].values else f"{ends[0]:.3g} to {ends[1]:.3g}"
-        lines.append(f"{names[key]} of the best {len(leading)} by {sweep.main}: {said}.")
+        lines.append(f"{names[key]} of the best {len(leading)} by {sweep.main}{at}: {said}.")
     lines.append(
         "All trials had one seed: how much is chance, other seeds of the best configurations would tell, on "
         "rows that they were not chosen by."

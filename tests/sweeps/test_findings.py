@@ -2,8 +2,10 @@
 
 import numpy as np
 
-from mmdiff_ray.sweeps.findings import at_same_samples, best_first, front, importances
+from mmdiff_ray.sweeps.figures import draw
+from mmdiff_ray.sweeps.findings import at_same_samples, best_first, front, importances, ranges
 from mmdiff_ray.sweeps.journal import Trial
+from mmdiff_ray.sweeps.record import Record
 from tests.sweeps import tiny
 from tests.sweeps.tiny import WEIGHTS
 
@@ -51,3 +53,17 @@ def test_what_the_metric_depends_on_is_found_and_early_ends_do_not_hide_it(tmp_p
     assert first.key == f"{WEIGHTS}.scale" and first.share > 0.9 > 0.3 > second.share
     assert first.low <= first.share <= 1 and first.low > second.high
     assert importances(sweep, trials[:3], "m") == []
+
+
+def test_members_of_a_population_are_told_by_the_values_that_they_ended_with(tmp_path):
+    population = {"name": "pbt", "grace": 0.2, "quantile": 0.25}
+    sweep = tiny.sweep(tmp_path, space=SPACE, scheduler=population, metrics={"m": "max"})
+    key, other = f"{WEIGHTS}.scale", "loss.modalities.shape"
+    members = [trial(number, [0.1, number / 10], **{key: 0.9, other: 0.5}) for number in range(8)]
+    for member in members:
+        member.changes.append({"at": 10, "values": {key: member.number / 10}, "source": 0})
+    assert ranges(sweep, members[2:4]) == {key: [0.2, 0.3], other: [0.5, 0.5]}
+    assert importances(sweep, members, "m") == []
+    pictures = draw(Record(sweep, "id", "tiny", members, {}, {}, {}), {})
+    (shown,) = [picture for picture in pictures if picture.title == "m over weights.scale, at the end"]
+    assert shown.html.data[0].x == tuple(number / 10 for number in range(8))
