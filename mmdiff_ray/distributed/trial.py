@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from mmdiff_ray.config import ChangeConfig, Config, ConfigError
+from mmdiff_ray.config import ChangeConfig, Config, ConfigError, in_force
 from mmdiff_ray.data.parquet import Tables
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import launch
@@ -142,7 +142,8 @@ def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
     launch.work(dataclasses.replace(job, pause_at=pause), Display(Console(quiet=True)))
     seen = json.loads((job.export / "facts.json").read_text(encoding="utf8"))["progress"]["samples_seen"]
     nested = job.config.workers.count > 0
-    findings = (measure_on_ray if nested else measure)(job.folder, job.config, tables=job.tables)
+    now = in_force(job.config, seen)  # a model is asked with the weights that it was trained with last
+    findings = (measure_on_ray if nested else measure)(job.folder, now, tables=job.tables)
     figures = {key.removeprefix("eval/"): value for key, value in metrics_of(findings.figures).items()}
     tracker = Tracker(job.tracking_uri, job.run_id, job.spool)
     tracker.metrics({f"eval/{key}": value for key, value in figures.items()}, seen)
