@@ -72,16 +72,39 @@ def test_readme_says_what_sweeps_save():
     found = json.loads((ROOT / "benchmarks/results/sweep_savings.json").read_text(encoding="utf8"))
     part = " ".join(README.split("How many samples does a sweep need")[1].split("\n\n")[0].split())
     replay, real = found["replay"], found["real"]
+
+    def told(title: str, figures: dict, before: str = "") -> str:
+        low, high = figures["interval"]
+        return f"{title} {figures['share_of_samples']:.2f} ({before}{low:.2f} to {high:.2f})"
+
     for title, name in (("ASHA", "asha"), ("TPE with ASHA", "tpe_asha")):
-        share, (low, high) = replay[name]["share_of_samples"], replay[name]["interval"]
-        told = f"{title} {share:.2f} (95 % interval {low:.2f} to {high:.2f})"
-        assert told in part or told.replace("95 % interval ", "") in part
+        assert told(title, replay[name]) in part
+    assert told("ASHA", real["asha"], "95 % interval ") in part
+    assert told("TPE with ASHA", real["tpe_asha"]) in part
+    assert told("random search itself", real["random"]) in part
     missed = [200 - int(replay[name]["reached"].split()[0]) for name in ("asha", "tpe_asha")]
     assert f"in {missed[0]} and {missed[1]} of the {replay['orders']}" in part
-    assert f"random search itself {replay['random']['share_of_samples']:.2f}" in part
-    shares = [real[name]["share_of_samples"] for name in ("asha", "tpe_asha", "random", "pbt")]
-    assert "{:.2f}, {:.2f} and {:.2f}; a population of 6, with {:.2f}".format(*shares) in part
-    assert f"in {real['pbt']['reached']}" in part and len(real["seeds"]) == 3
+    assert f"random search {replay['random']['share_of_samples']:.2f}" in part
+    trains, reached = real["pbt"]["share_of_samples"], real["pbt"]["reached"]
+    assert f"trains with {trains:.2f} in all, got there in {reached}" in part
+    assert f"in {len(real['seeds'])} real sweeps" in part
+
+
+def test_readme_says_which_weights_work():
+    values = json.loads((ROOT / "results/weights.json").read_text(encoding="utf8"))
+    part = " ".join(README.split("Which w_t(i) work?")[1].split("\n\n")[0].split())
+    lines = [line for line in values["figures"] if line["figure"] == "label/judged"]
+    judged = {line["method"]: f"{line['mean']:.3f}" for line in lines}
+    profiles = [name for name in judged if not name.startswith(("rule", "real"))]
+    assert f"{len(profiles)} profiles" in part and f"{len(lines[0]['seeds'])} seed" in part
+    assert f"scale 0.03: {judged['own_same']}, 0.2: {judged['own_loud']}" in part
+    families = ("same", "linear", "cosine", "power", "sigmoid", "constant")
+    ends = sorted(judged[f"own_{family}"] for family in families)
+    assert f"hardly matters ({ends[0]} to {ends[-1]})" in part
+    assert (
+        "first: {}, together: {}, last: {}".format(*(judged[f"own_{n}"] for n in ("leads", "same", "lags")))
+        in part
+    )
 
 
 @pytest.mark.parametrize(

@@ -186,8 +186,9 @@ def refusals(experiment: Experiment) -> dict[str, str]:
     for method in experiment.methods.values():
         if method.refused:
             config = experiment.config(Cell(method, experiment.preset.seeds[0]), Path())
+            manifests = read_sources(config)
             try:
-                build_denoiser(resolve_modalities(config, read_sources(config)))
+                build_denoiser(resolve_modalities(config, manifests))
             except ConfigError as error:
                 found[method.name] = str(error)
             else:

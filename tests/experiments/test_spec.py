@@ -10,6 +10,7 @@ import yaml
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.experiments.cell import training_digest
 from mmdiff_ray.experiments.spec import FOLDER, digest, load_experiment
+from mmdiff_ray.experiments.table import refusals
 
 PLAIN = {
     "name": "small",
@@ -147,3 +148,10 @@ def test_a_digest_changes_with_any_setting_and_not_with_a_new_one_at_its_default
     asked = experiment.asked(configs[0], experiment.methods["asked"], experiment.measures["thirty"])
     assert training_digest(asked) != training_digest(configs[0])  # its holes are other ones
     assert training_digest(dataclasses.replace(configs[0], runs="x")) == training_digest(configs[0])
+
+
+def test_a_method_is_not_taken_for_refused_where_it_is_the_data_that_lack(tmp_path, monkeypatch):
+    experiment = load_experiment("weights", "smoke")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no data set at data/digits"):
+        refusals(experiment)
