@@ -68,6 +68,31 @@ def test_readme_says_of_the_sweep_what_it_found():
     assert best_file in part and (ROOT / best_file).is_file()
 
 
+def test_readme_says_what_the_population_found():
+    found = json.loads((ROOT / "results/pbt_weights/results.json").read_text(encoding="utf8"))
+    part = " ".join(README.split(f"`{found['command']}` was run for real, too")[1].split("\n\n")[0].split())
+    assert f"({len(found['trials'])} trials, {found['samples']:,} samples" in part
+    key, trials = "alpha/joint_iou", {trial["number"]: trial for trial in found["trials"]}
+    best = found["trials"][0]
+    (change,) = best["changes"]
+    source = trials[change["source"]]
+    scale = "modalities.alpha.weights.scale"
+    assert f"a joint IoU of {best['figures'][key]:.3f}, copied at {change['at']:,} samples" in part
+    assert f"came to {source['figures'][key]:.3f} without" in part and not source["changes"]
+    assert f"from {best['values'][scale]:.2f} to {change['values'][scale]:.2f}" in part
+    other = next(trial for trial in found["trials"] if trial["changes"] and trial is not best)
+    assert f"scale {other['values'][scale]:.2f} to {other['changes'][0]['values'][scale]:.2f}" in part
+    copied = {
+        report["samples"]: report["figures"] for report in trials[other["changes"][0]["source"]]["reports"]
+    }
+    before = copied[other["changes"][0]["at"]][key]
+    assert other["changes"][0]["at"] == change["at"]
+    assert f"fell from {before:.3f} to {other['figures'][key]:.3f}" in part
+    assert (ROOT / f"results/pbt_weights/1-trial-{best['number']}.yaml").is_file() and str(
+        best["number"]
+    ) in part
+
+
 def test_readme_says_what_sweeps_save():
     found = json.loads((ROOT / "benchmarks/results/sweep_savings.json").read_text(encoding="utf8"))
     part = " ".join(README.split("How many samples does a sweep need")[1].split("\n\n")[0].split())
