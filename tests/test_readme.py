@@ -68,6 +68,17 @@ def test_readme_says_of_the_sweep_what_it_found():
     assert best_file in part and (ROOT / best_file).is_file()
 
 
+def test_readme_says_of_the_loss_coefficients_what_their_sweep_found():
+    found = json.loads((ROOT / "results/loss_coefficients/results.json").read_text(encoding="utf8"))
+    part = " ".join(README.split(f"`{found['command']}` was run for real")[1].split("\n\n")[0].split())
+    assert f"({len(found['trials'])} trials, {found['samples']:,} samples" in part
+    assert f"{found['outcomes']['stopped']} trials were stopped early" in part
+    assert f"LPIPS of {found['trials'][0]['figures']['pixels_from_masked/lpips_hole']:.3f}" in part
+    ranges = found["top"]["ranges"].items()
+    ends = [end for key, both in ranges if "category" not in key for end in both]
+    assert f"coefficients of {min(ends):.3f} to {max(ends):.3f}" in part and len(found["top"]["trials"]) == 3
+
+
 def test_readme_says_what_the_population_found():
     found = json.loads((ROOT / "results/pbt_weights/results.json").read_text(encoding="utf8"))
     part = " ".join(README.split(f"`{found['command']}` was run for real, too")[1].split("\n\n")[0].split())
