@@ -99,9 +99,8 @@ def test_readme_says_what_the_population_found():
     before = copied[other["changes"][0]["at"]][key]
     assert other["changes"][0]["at"] == change["at"]
     assert f"fell from {before:.3f} to {other['figures'][key]:.3f}" in part
-    assert (ROOT / f"results/pbt_weights/1-trial-{best['number']}.yaml").is_file() and str(
-        best["number"]
-    ) in part
+    best_file = f"results/pbt_weights/1-trial-{best['number']}.yaml"
+    assert f"`mmdiff train {best_file}`" in part and (ROOT / best_file).is_file()
 
 
 def test_readme_says_what_sweeps_save():
@@ -118,7 +117,7 @@ def test_readme_says_what_sweeps_save():
     assert told("ASHA", real["asha"], "95 % interval ") in part
     assert told("TPE with ASHA", real["tpe_asha"]) in part
     assert told("random search itself", real["random"]) in part
-    missed = [200 - int(replay[name]["reached"].split()[0]) for name in ("asha", "tpe_asha")]
+    missed = [replay["orders"] - int(replay[name]["reached"].split()[0]) for name in ("asha", "tpe_asha")]
     assert f"in {missed[0]} and {missed[1]} of the {replay['orders']}" in part
     assert f"random search {replay['random']['share_of_samples']:.2f}" in part
     trains, reached = real["pbt"]["share_of_samples"], real["pbt"]["reached"]
@@ -131,8 +130,19 @@ def test_readme_says_which_weights_work():
     part = " ".join(README.split("Which w_t(i) work?")[1].split("\n\n")[0].split())
     lines = [line for line in values["figures"] if line["figure"] == "label/judged"]
     judged = {line["method"]: f"{line['mean']:.3f}" for line in lines}
-    profiles = [name for name in judged if not name.startswith(("rule", "real"))]
-    assert f"{len(profiles)} profiles" in part and f"{len(lines[0]['seeds'])} seed" in part
+    nats = {
+        (one["method"], one["figure"]): one["mean"] for one in values["figures"] if one["measure"] == "bound"
+    }
+    pixels, code = (
+        [nats[m, f"{of}/l1_nats"] for m in ("own_same", "own_loud")] for of in ("pixels", "label")
+    )
+    elements = 3 * 256, 256  # of the image, and at least of the code
+    assert pixels[0] < pixels[1] and "of the pixels alone the quiet one" in part
+    assert sum(n * of[0] for n, of in zip(elements, (pixels, code), strict=True)) > sum(
+        n * of[1] for n, of in zip(elements, (pixels, code), strict=True)
+    )
+    settings = [name for name in judged if not name.startswith(("rule", "real"))]
+    assert f"{len(settings)} settings" in part and f"{len(lines[0]['seeds'])} seed" in part
     assert f"scale 0.03: {judged['own_same']}, 0.2: {judged['own_loud']}" in part
     families = ("same", "linear", "cosine", "power", "sigmoid", "constant")
     ends = sorted(judged[f"own_{family}"] for family in families)

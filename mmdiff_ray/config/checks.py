@@ -108,8 +108,8 @@ def _check_numbers(config: Config) -> None:
     for name, amount in workers.resources.items():
         if name in ("CPU", "GPU", "memory", "object_store_memory") or not amount > 0:
             raise ConfigError(
-                f"workers.resources: {name}={amount} must be above 0 and none of Ray's own; CPUs, GPUs: "
-                "workers.cpus and workers.gpus"
+                f"workers.resources: {name}={amount} must be above 0 and none of Ray's own (for CPU and GPU "
+                "there are workers.cpus and workers.gpus)"
             )
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise ConfigError(f"train.betas ({train.betas}) must be two numbers in [0, 1)")

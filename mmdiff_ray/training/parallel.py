@@ -102,7 +102,7 @@ def _compile(denoiser: Denoiser, layers_apart: bool) -> None:
 
 def without_sync(model: nn.Module, skip: bool) -> AbstractContextManager:
     """Return a context in which gradients stay local, for all micro-batches of a step but the last."""
-    if is_sharded(model):
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's
         model.set_requires_gradient_sync(not skip)  # type: ignore[operator]
     return model.no_sync() if skip and isinstance(model, DistributedDataParallel) else nullcontext()
 

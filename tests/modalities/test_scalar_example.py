@@ -20,11 +20,8 @@ PLAIN = {
     "modalities": {
         "pixels": {"type": "image"},
         "brightness": {"type": "scalar", "source": "pixels"},
-        "price": {
-            "type": "scalar",
-            "column": "name",
-            "weights": {"scale": 1},
-        },  # read from its own code alone
+        # Nothing else tells the price: loud, it is read from its own code.
+        "price": {"type": "scalar", "column": "name", "weights": {"scale": 1}},
     },
     "tasks": {
         "joint": {"roles": {"pixels": "generated", "brightness": "generated", "price": "generated"}},
