@@ -25,7 +25,7 @@ from mmdiff_ray.sweeps.journal import Trial, number_of, read_trial, trial_folder
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.tracker import Tracker
-from mmdiff_ray.training.checkpoint import complete
+from mmdiff_ray.training.checkpoint import complete, drop
 from mmdiff_ray.training.trainer import TrainingError
 
 SCORE = "score"
@@ -89,7 +89,7 @@ def _job(sweep: Sweep, folder: Path, trial: Trial, parent: str, tables: Tables) 
         facts = jobs.read_run(place)
         for checkpoint in complete(job.checkpoints):
             if int(checkpoint.name) > trial.samples:
-                shutil.rmtree(checkpoint)
+                drop(checkpoint)
         job = dataclasses.replace(job, tracking_uri=facts["tracking_uri"], run_id=facts["run_id"])
         if trial.outcome is None:
             run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
@@ -186,7 +186,8 @@ def _adopt(folder: Path, trial: Trial, pointer: Mapping[str, int], values: Mappi
         mine, theirs = (trial_folder(folder, one.number) / "checkpoints" for one in (trial, donor))
         (source,) = (path for path in complete(theirs) if int(path.name) == at)
         shutil.rmtree(mine, ignore_errors=True)
-        shutil.copytree(source, mine / source.name)
+        partial = shutil.copytree(source, mine / f"{source.name}.partial")
+        partial.rename(mine / source.name)
         trial.values = dict(donor.values)
         trial.changes = [change for change in donor.changes if change["at"] < at]
         trial.reports = [report for report in donor.reports if report["samples"] <= at]

@@ -2,8 +2,9 @@
 
 A checkpoint is a folder named by samples_seen with PyTorch's distributed checkpoint in it (one file per
 worker) and `state.json`: format version, progress, configuration, metric. It is written under a `.partial`
-name and renamed when every worker is done, so a folder with its final name is complete. Where the run is kept
-in storage (see `remote`), its files lie in a folder inside it, the state's `mark`, and `files` lists them.
+name and renamed when every worker is done, and gets another name before it is dropped, so a folder with its
+final name is complete. Where the run is kept in storage (see `remote`), its files lie in a folder inside it,
+the state's `mark`, and `files` lists them.
 PyTorch's part takes a second to import, and is imported where it is used.
 """
 
@@ -103,7 +104,7 @@ class CheckpointStore:
         if self._first_here:
             write_json(partial / "state.json", state)
             final = partial.with_suffix("")
-            shutil.rmtree(final, ignore_errors=True)
+            drop(final)
             partial.rename(final)
             self._drop_old()
         if self._group is not None:
@@ -144,7 +145,7 @@ class CheckpointStore:
         held = self.remote.held if self.remote is not None else set()
         for path in states:
             if path.name not in kept | held:
-                shutil.rmtree(path, ignore_errors=True)
+                drop(path)
 
     def best(self) -> Path | None:
         """Return the complete checkpoint of the best metric, or None where none has one."""
@@ -197,18 +198,33 @@ def written(folder: Path) -> list[Path]:
     )
 
 
+def drop(path: Path) -> None:
+    """Remove a checkpoint, if there is one: whenever this is cut off, nobody takes what is left for one."""
+    gone = path.with_suffix(".dropped")
+    shutil.rmtree(gone, ignore_errors=True)
+    if path.exists():
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 def _has_all(path: Path) -> bool:
-    state = json.loads((path / "state.json").read_text(encoding="utf8"))
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf8"))
+    except FileNotFoundError:  # dropped since it was seen
+        return False
     return len(files_of(path, state)) == len(state.get("files", {}))
 
 
 def files_of(path: Path, state: Mapping[str, Any]) -> set[str]:
     """Return which files that a state lists are there in full."""
-    return {
-        name
-        for name, size in state.get("files", {}).items()
-        if (path / name).is_file() and (path / name).stat().st_size == size
-    }
+    return {name for name, size in state.get("files", {}).items() if _size(path / name) == size}
+
+
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def worth_keeping(metrics: Mapping[str, float | None], keep_last: int, better: str) -> set[str]:

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
 
 from mmdiff_ray.config import CheckpointConfig, ConfigError
 from mmdiff_ray.training import checkpoint
-from mmdiff_ray.training.checkpoint import CheckpointStore, complete, read_state, restore
+from mmdiff_ray.training.checkpoint import CheckpointStore, complete, drop, read_state, restore
 from mmdiff_ray.training.progress import Progress
 from tests import sprites as tiny
 
@@ -103,6 +104,32 @@ def test_unfinished_folder_is_ignored_and_written_anew(job, written, tmp_path):
     assert store.latest() == tmp_path / "000000000016"
     assert not (tmp_path / "000000000016" / "left over").exists()
     assert not (tmp_path / "000000000016.partial").exists()
+
+
+def test_reader_meets_whole_checkpoints_or_none_while_they_are_dropped(written, tmp_path):
+    _, path = written
+    names = [f"{samples:012d}" for samples in range(60)]
+    for name in names:
+        shutil.copytree(path, tmp_path / name)
+    dropping = threading.Thread(target=lambda: [drop(tmp_path / name) for name in names])
+    dropping.start()
+    while dropping.is_alive():
+        found = {path.name for path in complete(tmp_path)}
+        assert found >= {path.name for path in tmp_path.iterdir()} & set(names)
+    dropping.join()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_dropped_checkpoint_is_none(written, tmp_path, monkeypatch):
+    _, path = written
+    shutil.copytree(path, tmp_path / path.name)
+    with monkeypatch.context() as killed:
+        killed.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)
+        drop(tmp_path / path.name)
+    assert complete(tmp_path) == [] and list(tmp_path.iterdir()) != []
+    shutil.copytree(path, tmp_path / path.name)
+    drop(tmp_path / path.name)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_state_says_what_it_is(written):
