@@ -247,6 +247,8 @@ def test_a_value_of_the_wrong_kind_is_an_error_that_begins_with_its_key(base, ov
         (["train.learning_rate=0"], "train.learning_rate (0.0) must be above 0"),
         (["train.clip_norm=.nan"], "train.clip_norm (nan) must be above 0"),
         (["train.max_minutes=-1"], "train.max_minutes (-1.0) must be above 0"),
+        (["workers.cpus=0"], "workers.cpus (0) must be above 0"),
+        (["workers.gpus=1.5"], "workers.gpus (1.5) must be 0, a part of 1, or a whole number"),
         (["workers.resources={fast: 0}"], "workers.resources: fast=0.0 must be above 0"),
         (["workers.resources={GPU: 1}"], "workers.resources: GPU=1.0 must be above 0 and none of Ray's own"),
         (["train.betas=[0.9]"], "train.betas ([0.9]) must be two numbers"),

@@ -105,6 +105,10 @@ def _check_numbers(config: Config) -> None:
     ):
         if not rate > 0:
             raise ConfigError(f"{key} ({rate}) must be above 0")
+    if not workers.cpus > 0:
+        raise ConfigError(f"workers.cpus ({workers.cpus:g}) must be above 0")
+    if workers.gpus < 0 or (workers.gpus > 1 and workers.gpus % 1):
+        raise ConfigError(f"workers.gpus ({workers.gpus:g}) must be 0, a part of 1, or a whole number")
     for name, amount in workers.resources.items():
         if name in ("CPU", "GPU", "memory", "object_store_memory") or not amount > 0:
             raise ConfigError(

@@ -1,10 +1,12 @@
 """The Ray cluster a command runs on: the one at an address, or a quiet local one for as long as it lasts."""
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from mmdiff_ray.config import ConfigError, WorkersConfig
@@ -85,10 +87,11 @@ def check_resources(workers: WorkersConfig) -> None:
     readers = count * workers.data_workers
     bundles = [workers.asks] * count + [{"CPU": 1.0}] * readers
     labels = [workers.labels] * count + [workers.data_labels] * readers
+    cpus = "workers.cpus and workers.data_workers" if readers else "workers.cpus"
     wanted: list[tuple[str, str, float, Labels]] = [
         *(("workers.labels", name, count * each, workers.labels) for name, each in workers.asks.items()),
         ("workers.data_labels", "CPU", readers, workers.data_labels),
-        ("workers.cpus and workers.data_workers", "CPU", count * workers.cpus + readers, {}),
+        (cpus, "CPU", count * workers.cpus + readers, {}),
         ("workers.gpus", "GPU", count * workers.gpus, {}),
         *(("workers.resources", name, count * each, {}) for name, each in workers.resources.items()),
     ]
@@ -97,13 +100,17 @@ def check_resources(workers: WorkersConfig) -> None:
         for key, resource, amount, where in wanted
         if (where or "labels" not in key) and (lack := _lack(resource, amount, where))
     ]
-    need = f"{count} workers need "
+    if not lacks and (held := places(workers.asks, workers.labels)) < count:
+        asked = " and ".join(amount_of(name, amount) for name, amount in workers.asks.items())
+        each = "each, " if count > 1 else "at one place, "
+        room = f"the nodes have room for {held}" if held else "no node has so much"
+        lacks = [(_keys(workers.asks), f"{asked} {each}{room}")]
+    need = f"{count} workers need " if count > 1 else "1 worker needs "
     if lacks and not start_nodes(bundles, labels, need + "; ".join(lack for _, lack in lacks)):
         key, lack = lacks[0]
         more = ", and can start no nodes for them" if autoscales() else ""
-        raise ConfigError(
-            f"{key}: {need}{lack}{more}; try fewer workers (workers.count={max(1, count // 2)})"
-        )
+        advice = f"; try fewer workers (workers.count={count // 2})" if count > 1 else ""
+        raise ConfigError(f"{key}: {need}{lack}{more}{advice}")
 
 
 def check_labels(labels: Labels) -> None:
@@ -134,9 +141,25 @@ def _lack(resource: str, amount: float, labels: Labels) -> str:
     return f"{needed} on nodes with the labels {told}, the cluster has {there:g} there"
 
 
+def places(asks: Mapping[str, float], labels: Labels = MappingProxyType({})) -> int:
+    """Return how many workers the nodes with some labels hold that are up now, each whole on one node."""
+    return sum(
+        math.floor(min(node["Resources"].get(name, 0.0) / amount for name, amount in asks.items()) + 1e-6)
+        for node in fitting(labels)
+    )
+
+
+def _keys(asks: Mapping[str, float]) -> str:
+    """Return the keys of a configuration that say what a worker asks for."""
+    keys = {"CPU": "workers.cpus", "GPU": "workers.gpus"}
+    return ", ".join(dict.fromkeys(keys.get(name, "workers.resources") for name in asks))
+
+
 def amount_of(resource: str, amount: float) -> str:
     """Return an amount of one of Ray's resources in words: "2 CPUs", "2 of `fast_disk`"."""
-    return f"{amount:g} {resource}s" if resource in ("CPU", "GPU") else f"{amount:g} of `{resource}`"
+    if resource in ("CPU", "GPU"):
+        return f"{amount:g} {resource}{'' if amount == 1 else 's'}"
+    return f"{amount:g} of `{resource}`"
 
 
 def log_folder() -> str:

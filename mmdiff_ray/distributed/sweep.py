@@ -18,7 +18,7 @@ from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.distributed import job as jobs
-from mmdiff_ray.distributed.cluster import amount_of, check_resources, cluster
+from mmdiff_ray.distributed.cluster import amount_of, check_resources, cluster, places
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.launch import stop_requests
 from mmdiff_ray.distributed.nodes import autoscales
@@ -224,10 +224,8 @@ def resources_of(sweep: Sweep, config: Config) -> tuple[dict[str, float], int]:
     count = max(1, workers.count)
     needs = {name: count * each for name, each in workers.asks.items()}
     needs["CPU"] = count * (workers.cpus + workers.data_workers * nested) + DRIVER_CPUS * nested
-    grows = autoscales()
-    if grows and _held(needs) < 1:
-        check_resources(workers if nested else dataclasses.replace(workers, count=1, data_workers=0))
-    held = _held(needs)
+    check_resources(workers if nested else dataclasses.replace(workers, count=1, data_workers=0))
+    held = _held(needs) if nested else places(workers.asks)
     if held < 1:
         said = ", ".join(amount_of(name, need) for name, need in needs.items())
         raise ConfigError(f"workers: a trial needs {said}; the cluster has less")
@@ -238,7 +236,7 @@ def resources_of(sweep: Sweep, config: Config) -> tuple[dict[str, float], int]:
         )
     asks = {"cpu": DRIVER_CPUS} if nested else {"cpu": workers.cpus, "gpu": workers.gpus, **workers.resources}
     wanted = sweep.budget.concurrent or held
-    return asks, wanted if grows and not nested else min(held, wanted)
+    return asks, wanted if autoscales() and not nested else min(held, wanted)
 
 
 def _held(needs: Mapping[str, float]) -> int:

@@ -110,6 +110,36 @@ def test_workers_share_a_node_only_as_far_as_it_has_the_resource_that_they_ask_f
     assert where(placed(file, environment(mixed)), "TrainWorker") == {"trainer", "reader"}
 
 
+@pytest.mark.parametrize(
+    "wanted, message",
+    [
+        (
+            ["workers.count=1", "workers.cpus=5"],
+            "workers.cpus: 1 worker needs 5 CPUs at one place, no node has so much",
+        ),
+        (
+            [
+                "workers.count=2",
+                "workers.cpus=3",
+                "workers.resources={fast: 0.5}",
+                "workers.labels={kind: reader}",
+            ],
+            "workers.labels: 2 workers need 6 CPUs on nodes",
+        ),
+        (
+            ["workers.count=3", "workers.resources={fast: 0.6}", "data.lanes=3", "train.global_batch=18"],
+            "3 workers need 1 CPU and 0.6 of `fast` each, the nodes have room for 2; try fewer workers",
+        ),
+    ],
+)
+def test_workers_that_no_node_has_room_for_are_told_before_anything_starts(
+    mixed, sprites, tmp_path, wanted, message
+):
+    code, said, errors = mmdiff(mixed, "train", tiny.write_config(tmp_path, sprites, *SHORT, *wanted))
+    assert code == 2 and message in errors, said + errors
+    assert not (tmp_path / "runs").exists()
+
+
 def where(found: dict[str, set[str | None]], part: str) -> set[str | None]:
     """Return the kinds of the nodes of all that ran whose class has a part in its name."""
     return {kind for name, kinds in found.items() if part in name for kind in kinds}
