@@ -79,6 +79,34 @@ def test_readme_says_of_the_loss_coefficients_what_their_sweep_found():
     assert f"coefficients of {min(ends):.3f} to {max(ends):.3f}" in part and len(found["top"]["trials"]) == 3
 
 
+def test_readme_says_of_three_figures_at_once_what_their_sweep_found():
+    found = json.loads((ROOT / "results/joint/results.json").read_text(encoding="utf8"))
+    part = " ".join(README.split(f"`{found['command']}` was run for real")[1].split("![")[0].split())
+    assert f"({len(found['trials'])} trials, {found['samples']:,} samples" in part
+    assert f"{len(found['front'])} trials lie on the front" in part
+    scale, coefficient = "modalities.category.weights.scale", "loss.modalities.palette"
+    label, mask, image = "category/accuracy", "palette/miou", "pixels/frechet_lpips_alex"
+
+    def ends(trials: list, key: str, digits: int) -> str:
+        values = [trial["figures"].get(key, trial["values"].get(key)) for trial in trials]
+        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+    quiet = [trial for trial in found["trials"] if trial["values"][scale] < 0.07]
+    loud = [trial for trial in found["trials"] if trial["values"][scale] > 0.07]
+    assert f"scale of {max(trial['values'][scale] for trial in quiet):.3f} or less" in part
+    assert f"accuracy is {ends(quiet, label, 3)}" in part
+    assert f"at {min(trial['values'][scale] for trial in loud):.3f} or more {ends(loud, label, 3)}" in part
+    assert not {trial["number"] for trial in loud} & set(found["front"])
+    front = [trial for trial in found["trials"] if trial["number"] in found["front"]]
+    assert f"from {ends(front, image, 0)} as the palette's mIoU goes from {ends(front, mask, 3)}" in part
+    above = [trial for trial in front if trial["figures"][mask] > 0.41]
+    assert len(above) == 3 and f"coefficients of {ends(above, coefficient, 2)}" in part
+    others = [trial for trial in front if trial not in above]
+    assert len(others) == 4 and f"the other four of {ends(others, coefficient, 2)}" in part
+    (best_file,) = (ROOT / "results/joint").glob("*-trial-14.yaml")
+    assert f"`mmdiff train results/joint/{best_file.name}`" in part and 14 in found["front"]
+
+
 def test_readme_says_what_the_population_found():
     found = json.loads((ROOT / "results/pbt_weights/results.json").read_text(encoding="utf8"))
     part = " ".join(README.split(f"`{found['command']}` was run for real, too")[1].split("\n\n")[0].split())

@@ -1,5 +1,7 @@
 """The pictures of a sweep, each as an interactive page (plotly) and as a PNG (matplotlib)."""
 
+import itertools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,12 +9,15 @@ from typing import Any
 import optuna
 
 from mmdiff_ray.sweeps.curves import lineage, profiles
-from mmdiff_ray.sweeps.drawing import SIZE, Drawn, axes_of, file_name, page_of, short
-from mmdiff_ray.sweeps.findings import AT_END, Importance, best_first, figures_of
+from mmdiff_ray.sweeps.drawing import SIZE, Drawn, axes_of, file_name, page_of, panels_of, short
+from mmdiff_ray.sweeps.findings import AT_END, Importance, best_first, figures_of, front
 from mmdiff_ray.sweeps.journal import Trial
 from mmdiff_ray.sweeps.record import Record
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.sweeps.study import distribution, hashable, plain_study
+
+MOST_METRICS = 4
+"""Of how many metrics every pair is drawn."""
 
 
 def draw(record: Record, importance: dict[str, list[Importance]]) -> list[Drawn]:
@@ -32,8 +37,12 @@ def draw(record: Record, importance: dict[str, list[Importance]]) -> list[Drawn]
     for metric, found in importance.items():
         if found:
             pictures.append(_importance(metric, found, short(list(sweep.space))))
-    if several and len(sweep.metrics) <= 3:
-        pictures.append(_front(study, sweep))
+    if (
+        several
+        and len(sweep.metrics) <= MOST_METRICS
+        and any(trial.outcome == "finished" for trial in judged)
+    ):
+        pictures.append(_front(sweep, judged))
     pictures += profiles(record)
     if any(trial.changes for trial in judged):
         pictures += lineage(sweep, judged)
@@ -66,8 +75,9 @@ def _curves(sweep: Sweep, trials: Sequence[Trial]) -> Drawn:
             line={"color": color, "width": width}, showlegend=False,
         )  # fmt: skip
         axes.plot(x, y, marker="o", markersize=3, color=color, linewidth=width)
-    marks = (("#d62728", f"best: trial {best.number}"), ("#1f77b4", "finished"), ("#b0b0b0", "stopped early"))
-    for color, label in marks:
+    marks = [("#d62728", f"best: trial {best.number}"), ("#1f77b4", "finished"), ("#b0b0b0", "stopped early")]
+    early = any(trial.outcome != "finished" for trial in trials)
+    for color, label in marks if early else marks[:2]:
         axes.plot([], [], color=color, label=label)
     axes.legend(frameon=False)
     return Drawn("trials", title, page, figure)
@@ -94,7 +104,8 @@ def _history(record: Record) -> Drawn:
         axes.barh(trial.number, width, left=left, color=color)
     for outcome in dict.fromkeys(trial.outcome or "running" for trial in known):
         axes.barh(0, 0, color=colors.get(outcome, "#2ca02c"), label=outcome)
-    axes.legend(frameon=False)
+    if known:
+        axes.legend(frameon=False)
     axes.invert_yaxis()
     return Drawn("timeline", title, page, figure)
 
@@ -146,6 +157,8 @@ def _slices(sweep: Sweep, trials: Sequence[Trial], metric: str) -> list[Drawn]:
         figure, axes = axes_of(title, xlabel=key, ylabel=metric)
         for finished, color, label in ((True, "#1f77b4", "finished"), (False, "#b0b0b0", "stopped early")):
             some = [trial for trial in known if (trial.outcome == "finished") is finished]
+            if not some:
+                continue
             x = [hashable(trial.now[key]) for trial in some]
             x = [str(value) for value in x] if dimension.values else x
             y = [figures_of(trial)[metric] for trial in some]
@@ -178,13 +191,38 @@ def _importance(metric: str, found: list[Importance], names: dict[str, str]) -> 
     return Drawn(f"importance-{file_name(metric)}", title, page, figure)
 
 
-def _front(study: optuna.Study, sweep: Sweep) -> Drawn:
-    names = list(sweep.metrics)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        page = optuna.visualization.plot_pareto_front(study, target_names=names)
-        axes = optuna.visualization.matplotlib.plot_pareto_front(study, target_names=names)
-    page.update_layout(title="Pareto front")
-    figure: Any = axes.figure
-    figure.set_size_inches(*SIZE)
-    return Drawn("pareto", "Pareto front", page, figure)
+def _front(sweep: Sweep, trials: Sequence[Trial]) -> Drawn:
+    """Draw every pair of metrics, a point per trial; those on the front stand out."""
+    from plotly.subplots import make_subplots
+
+    title = "Pareto front (red): no other trial is as good in every metric and better in one"
+    pairs, names = list(itertools.combinations(sweep.metrics, 2)), short(list(sweep.space))
+    columns = min(3, len(pairs))
+    rows = math.ceil(len(pairs) / columns)
+    page = make_subplots(rows, columns)
+    page.update_layout(title=title, template="plotly_white", showlegend=False)
+    figure, panels = panels_of(title, rows, columns, (4.5 * columns, 4.2 * rows))
+    done = [trial for trial in trials if trial.outcome == "finished"]
+    on_front = {trial.number for trial in front(sweep, done)}
+    for at, (across, up) in enumerate(pairs):
+        row, column = divmod(at, columns)
+        axes = panels[row, column]
+        axes.set(xlabel=across, ylabel=up)
+        page.update_xaxes(title=across, row=row + 1, col=column + 1)
+        page.update_yaxes(title=up, row=row + 1, col=column + 1)
+        for is_front, color in ((False, "#1f77b4"), (True, "#d62728")):
+            some = [trial for trial in done if (trial.number in on_front) is is_front]
+            x, y = ([figures_of(trial)[metric] for trial in some] for metric in (across, up))
+            page.add_scatter(
+                x=x, y=y, mode="markers", marker={"color": color, "size": 9}, row=row + 1, col=column + 1,
+                hovertext=[_words(trial, names) for trial in some],
+            )  # fmt: skip
+            axes.scatter(x, y, color=color, label="on the front" if is_front else "finished")
+            for trial, *point in zip(some, x, y, strict=True):
+                axes.annotate(
+                    trial.number, point, xytext=(4, 3), textcoords="offset points", color=color, fontsize=8
+                )
+    panels[0, 0].legend(frameon=False)
+    for axes in panels.flat[len(pairs) :]:
+        axes.set_visible(False)
+    return Drawn("pareto", title, page, figure)

@@ -43,8 +43,9 @@ def best_first(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def front(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """Return the finished trials that no other finished one beats in every metric (the Pareto front)."""
-    done = [trial for trial in trials if trial.outcome == "finished"]
+    """Return the Pareto front, the best by the leading metric first: the finished trials of which no other
+    is as good in every metric and better in one."""
+    done = [trial for trial in best_first(sweep, trials) if trial.outcome == "finished"]
     signs = np.array([1 if way == "max" else -1 for way in sweep.metrics.values()])
     points = {trial.number: signs * [figures_of(trial)[m] for m in sweep.metrics] for trial in done}
     return [

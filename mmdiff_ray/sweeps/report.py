@@ -20,6 +20,7 @@ from mmdiff_ray.sweeps.findings import (
     top,
     trained_config,
 )
+from mmdiff_ray.sweeps.journal import Trial
 from mmdiff_ray.sweeps.record import Record
 
 KEPT = 5
@@ -29,9 +30,11 @@ KEPT = 5
 def write_report(record: Record, out: Path) -> list[Path]:
     """Write a sweep's report into a folder: `report.html`, `results.json`, `best/*.yaml`, `*.png`.
 
-    Returns the files. A sweep that found nothing yet gives a page that says so.
+    Returns the files. A sweep that found nothing yet gives a page that says so. An earlier one is replaced.
     """
     out.mkdir(parents=True, exist_ok=True)
+    for old in [*out.glob("*.png"), *out.glob("best/*.yaml")]:
+        old.unlink()
     sweep = record.sweep
     found = {metric: importances(sweep, record.trials, metric, sweep.seed) for metric in sweep.metrics}
     pictures = draw(record, found)
@@ -102,11 +105,14 @@ def _write_best(record: Record, out: Path) -> Path:
     for rank, trial in enumerate(chosen(record), 1):
         config = trained_config(record, trial)
         if config is not None:
-            told = ", ".join(f"{metric} {value:.4g}" for metric, value in figures_of(trial).items())
             file = folder / f"{rank}-trial-{trial.number}.yaml"
-            head = f"# Trial {trial.number} of {record.name}: {told}\n# mmdiff train {file.name}\n"
+            head = f"# Trial {trial.number} of {record.name}: {_told(trial)}\n# mmdiff train {file.name}\n"
             file.write_text(head + configuration.to_yaml(config), encoding="utf8")
     return folder
+
+
+def _told(trial: Trial) -> str:
+    return ", ".join(f"{metric} {value:.4g}" for metric, value in figures_of(trial).items())
 
 
 def verdict(record: Record) -> list[str]:
@@ -118,12 +124,14 @@ def verdict(record: Record) -> list[str]:
     if not best:
         return [*lines, "No trial has finished: nothing can be said yet."]
     names = short(list(sweep.space))
-    figures = ", ".join(f"{metric} {value:.4g}" for metric, value in figures_of(best[0]).items())
     if len(sweep.metrics) > 1:
-        lines.append(f"{len(best)} trials lie on the front: no other is better in every metric.")
+        lines.append(
+            f"{len(best)} lie on the front: no other trial is as good in every metric and better in one."
+        )
+        lines += [f"Trial {trial.number}: {_told(trial)}." for trial in best[:KEPT]]
     else:
         second = f"; the next: {figures_of(best[1])[sweep.main]:.4g}" if len(best) > 1 else ""
-        lines.append(f"Best: trial {best[0].number} with {figures}{second}.")
+        lines.append(f"Best: trial {best[0].number} with {_told(best[0])}{second}.")
     leading = top(sweep, record.trials)
     at = AT_END * any(trial.changes for trial in leading)
     for key, ends in ranges(sweep, leading).items():
@@ -154,11 +162,13 @@ def _page(record: Record, pictures: Sequence[Drawn]) -> str:
 def _table(record: Record) -> str:
     sweep = record.sweep
     names = short(list(sweep.space))
+    on_front = [trial.number for trial in front(sweep, record.trials)] if len(sweep.metrics) > 1 else []
     heads = ["trial", "outcome", "samples", *sweep.metrics, *names.values()]
     rows = []
     for trial in best_first(sweep, record.trials):
         figures = figures_of(trial)
-        cells = [trial.number, trial.outcome or "running", f"{trial.samples:,}"]
+        outcome = "on the front" if trial.number in on_front else trial.outcome or "running"
+        cells = [trial.number, outcome, f"{trial.samples:,}"]
         cells += [f"{figures[metric]:.4g}" if metric in figures else "" for metric in sweep.metrics]
         cells += [_cell(trial.now.get(key)) for key in names]
         rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")

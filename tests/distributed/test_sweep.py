@@ -338,7 +338,8 @@ def test_several_metrics_give_a_front(nodes, sprites, tmp_path):
     report = tmp_path / "runs" / "sweeps" / "tiny" / "report"
     results = json.loads((report / "results.json").read_text())
     assert results["front"] and (report / "pareto.png").is_file()
-    assert "lie on the front" in out
+    assert f"{len(results['front'])} lie on the front" in out
+    assert f"Trial {results['front'][0]}: " in out
     assert len(list((report / "best").glob("*.yaml"))) == len(results["front"])
 
 

@@ -2,10 +2,12 @@
 
 import numpy as np
 
+from mmdiff_ray.sweeps.drawing import short
 from mmdiff_ray.sweeps.figures import draw
 from mmdiff_ray.sweeps.findings import at_same_samples, best_first, front, importances, ranges
 from mmdiff_ray.sweeps.journal import Trial
 from mmdiff_ray.sweeps.record import Record
+from mmdiff_ray.sweeps.report import verdict, write_report
 from tests.sweeps import tiny
 from tests.sweeps.tiny import WEIGHTS
 
@@ -24,14 +26,50 @@ def test_the_best_that_finished_stand_before_those_that_came_far(tmp_path):
         assert [one.number for one in best_first(sweep, trials)] == order
 
 
-def test_the_front_holds_what_nothing_beats_in_every_metric(tmp_path):
-    sweep = tiny.sweep(tmp_path, metrics={"a": "min", "b": "max"})
-    points = [(1.0, 1.0), (2.0, 2.0), (2.0, 1.5), (3.0, 3.0)]
+def test_the_front_holds_what_nothing_beats_and_is_told_and_drawn_anew(tmp_path):
+    sweep = tiny.sweep(tmp_path, space=SPACE, metrics={"a": "min", "b": "max", "c": "max"})
+    points = [(3.0, 3.0, 1.0), (2.0, 2.0, 1.0), (2.0, 1.5, 1.0), (1.0, 1.0, 1.0)]
     trials = [
-        Trial(i, {}, reports=[{"samples": 1, "figures": {"a": a, "b": b}}], outcome="finished")
-        for i, (a, b) in enumerate(points)
+        Trial(
+            i,
+            {},
+            reports=[{"samples": 1, "figures": dict(zip("abc", point, strict=True))}],
+            outcome="finished",
+        )
+        for i, point in enumerate(points)
     ]
-    assert [one.number for one in front(sweep, trials)] == [0, 1, 3]
+    trials.append(Trial(4, {}, reports=trials[0].reports, outcome="stopped"))
+    assert [one.number for one in front(sweep, trials)] == [3, 1, 0]
+    record = Record(sweep, "id", "tiny", trials, {}, {}, {})
+    lines = verdict(record)
+    assert "3 lie on the front: no other trial is as good in every metric and better in one." in lines
+    assert lines.index("Trial 3: a 1, b 1, c 1.") < lines.index("Trial 0: a 3, b 3, c 1.")
+    (shown,) = [picture for picture in draw(record, {}) if picture.name == "pareto"]
+    assert [list(trace.x) for trace in shown.html.data] == [[2.0], [3.0, 2.0, 1.0]] * 2 + [
+        [1.5],
+        [3.0, 2.0, 1.0],
+    ]
+    (tmp_path / "best").mkdir()
+    old, own = tmp_path / "trial-9.png", tmp_path / "notes.txt"
+    for file in (old, tmp_path / "best" / "1-trial-9.yaml", own):
+        file.write_text("of an earlier report, but for the notes")
+    files = write_report(record, tmp_path)
+    assert all(file.exists() for file in files) and own.exists()
+    assert not old.exists() and not list((tmp_path / "best").iterdir())
+
+
+def test_names_are_short_and_never_those_of_another_section():
+    keys = [
+        f"{WEIGHTS}.scale",
+        "modalities.pixels.weights.scale",
+        "loss.modalities.shape",
+        "loss.channels.shape",
+        "seed",
+    ]
+    assert list(short(keys).values()) == [
+        "shape.weights.scale", "pixels.weights.scale", "loss.modalities.shape", "channels.shape", "seed",
+    ]  # fmt: skip
+    assert list(short(keys).keys()) == keys
 
 
 def test_trials_are_compared_where_half_of_them_came_to():
