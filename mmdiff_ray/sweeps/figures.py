@@ -26,23 +26,20 @@ def draw(record: Record, importance: dict[str, list[Importance]]) -> list[Drawn]
     judged = [trial for trial in record.trials if trial.reports]
     if not judged:
         return []
-    pictures = [_history(record), _curves(sweep, judged)]
-    study = _study(sweep, judged)
     several = len(sweep.metrics) > 1
-    for metric in sweep.metrics:
-        index = list(sweep.metrics).index(metric)
-        target = _target(index) if several else None
-        pictures.append(_parallel(study, metric, target))
-        pictures += _slices(sweep, judged, metric)
-    for metric, found in importance.items():
-        if found:
-            pictures.append(_importance(metric, found, short(list(sweep.space))))
-    if (
-        several
-        and len(sweep.metrics) <= MOST_METRICS
-        and any(trial.outcome == "finished" for trial in judged)
-    ):
+    finished = any(trial.outcome == "finished" for trial in judged)
+    pictures = []
+    if several and len(sweep.metrics) <= MOST_METRICS and finished:
         pictures.append(_front(sweep, judged))
+    names = short(list(sweep.space))
+    pictures += [_importance(metric, found, names) for metric, found in importance.items() if found]
+    pictures.append(_history(record))
+    if any(len(trial.reports) > 1 for trial in judged):
+        pictures.append(_curves(sweep, judged))
+    study = _study(sweep, judged)
+    for index, metric in enumerate(sweep.metrics):
+        pictures.append(_parallel(study, metric, _target(index) if several else None))
+        pictures += _slices(sweep, judged, metric)
     pictures += profiles(record)
     if any(trial.changes for trial in judged):
         pictures += lineage(sweep, judged)
