@@ -132,6 +132,7 @@ def main() -> None:
             "random_search": f"{RANDOM_TRIALS} trials of {SAMPLES:,} samples",
             "strategies": {name: part["title"] for name, part in STRATEGIES.items()},
             "real": {"seeds": given.seeds, **summary(real)},
+            "across": across(real),
             "replay": {"orders": REPLAYS, "curves": len(curves), **summary(replayed)},
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
             "versions": {"torch": torch.__version__, "ray": ray.__version__},
@@ -302,6 +303,43 @@ def summary(paths: Mapping[str, Sequence[Seen]]) -> dict[str, Any]:
                 }
                 for reached, path in zip(at, found, strict=True)
             ]
+    return result
+
+
+def across(paths: Mapping[str, Sequence[Seen]]) -> dict[str, Any]:
+    """Return the same with the goal of one seed and the sweep of another, for all pairs of different seeds.
+
+    With one seed, random search, ASHA and the start of TPE draw the same points, so that the one which set
+    the goal is among theirs. Here it is not. interval: 95 %, of the mean over pairs, by bootstrap over seeds.
+    """
+    rng, result = np.random.default_rng(0), {}
+    goals = [min(value for _, value in path) for path in paths["random"]]
+    totals = [path[-1][0] for path in paths["random"]]
+    count = len(goals)
+    draws = rng.integers(0, count, (4000, count))
+    for name in ("random", "asha", "tpe_asha"):
+        at = [[first_at(path, goal) for path in paths[name]] for goal in goals]
+        shares = np.array(
+            [
+                [
+                    (path[-1][0] if reached is None else reached) / total
+                    for path, reached in zip(paths[name], row, strict=True)
+                ]
+                for row, total in zip(at, totals, strict=True)
+            ]
+        )
+        means = []
+        for draw in draws:
+            one, other = np.meshgrid(draw, draw)
+            if (one != other).any():
+                means.append(shares[one, other][one != other].mean())
+        apart = ~np.eye(count, dtype=bool)
+        found = sum(at[i][j] is not None for i, j in zip(*np.nonzero(apart), strict=True))
+        result[name] = {
+            "share_of_samples": round(float(shares[apart].mean()), 4),
+            "interval": [round(float(value), 4) for value in np.quantile(means, [0.025, 0.975])],
+            "reached": f"{found} of {count * (count - 1)}",
+        }
     return result
 
 

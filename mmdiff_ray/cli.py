@@ -203,9 +203,9 @@ def _submit(given: argparse.Namespace) -> int:
 
         load_experiment(known.name, known.preset)
     if known.run == "sweep" and known.file and known.file != "report" and not known.resume:
-        from mmdiff_ray.sweeps.spec import load_sweep
+        from mmdiff_ray.sweeps.spec import check_space, load_sweep
 
-        load_sweep(known.file, known.overrides)
+        check_space(load_sweep(known.file, known.overrides))
     console = make_console()
     job = submit(given, words, known, console)
     if given.follow:

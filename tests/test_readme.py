@@ -145,6 +145,15 @@ def test_readme_says_what_sweeps_save():
     assert told("ASHA", real["asha"], "95 % interval ") in part
     assert told("TPE with ASHA", real["tpe_asha"]) in part
     assert told("random search itself", real["random"]) in part
+    across = found["across"]
+    for name, words in (
+        ("asha", "ASHA gets there in"),
+        ("tpe_asha", "TPE with ASHA in"),
+        ("random", "random search in"),
+    ):
+        reached = across[name]["reached"].split()[0]
+        pairs = " of 20 pairs" if name == "asha" else ""
+        assert told(f"{words} {reached}{pairs}, with", across[name]) in part
     missed = [replay["orders"] - int(replay[name]["reached"].split()[0]) for name in ("asha", "tpe_asha")]
     assert f"in {missed[0]} and {missed[1]} of the {replay['orders']}" in part
     assert f"random search {replay['random']['share_of_samples']:.2f}" in part

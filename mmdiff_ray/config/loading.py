@@ -65,7 +65,12 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """Return a configuration as YAML text that `load` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
+    return plain_yaml(to_plain(config))
+
+
+def plain_yaml(values: Mapping[str, Any]) -> str:
+    """Return plain values as YAML text that `read_yaml` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(values)))
 
 
 def flatten(config: Any) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 import logging
 import math
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,7 +44,8 @@ def cluster(cpus: int = 4) -> Iterator[None]:
             raise ConfigError(f"RAY_ADDRESS ({address}): no Ray cluster answers there: {error}") from None
     _keep_messages_off_the_terminal()
     try:
-        yield
+        with _sigterm_as_interrupt():
+            yield
     finally:
         ray.shutdown()
 
@@ -59,6 +62,19 @@ def resources(workers: WorkersConfig) -> Iterator[None]:
     with cluster(cpus_needed(workers)):
         check_resources(workers)
         yield
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does; Ray's own answer on a driver is to abort with a trace."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _keep_messages_off_the_terminal() -> None:

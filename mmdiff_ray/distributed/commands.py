@@ -187,12 +187,15 @@ def _modality_table(job: Job, denoiser: Denoiser) -> Table:
     return shown
 
 
-def rows_per_s(job: Job, denoiser: Denoiser) -> tuple[float, int, torch.device]:
-    """Return how many rows a second one worker trains on, measured here; rows a step; the device."""
+def rows_per_s(job: Job, denoiser: Denoiser) -> tuple[float, int, torch.device] | None:
+    """Return how many rows a second one worker trains on, measured here; rows a step; the device. None where
+    workers have GPUs and this machine has none."""
     from mmdiff_ray.data.batches import split_batches
     from mmdiff_ray.training.trainer import Trainer
 
     config = job.config
+    if config.workers.gpus and not torch.cuda.is_available():
+        return None
     splits = [manifest.splits["train"] for manifest in job.manifests]
     workers = max(1, config.workers.count)
     size = config.train.micro_batch or config.train.global_batch // workers
@@ -212,7 +215,10 @@ def rows_per_s(job: Job, denoiser: Denoiser) -> tuple[float, int, torch.device]:
 def _cost(job: Job, denoiser: Denoiser) -> str:
     """Return what a step costs, and the run: the time of a step measured here."""
     config = job.config
-    rate, size, device = rows_per_s(job, denoiser)
+    timed = rows_per_s(job, denoiser)
+    if timed is None:
+        return "a step      not timed: workers have GPUs (workers.gpus), this machine has none"
+    rate, size, device = timed
     workers = max(1, config.workers.count)
     minutes = config.train.samples / (rate * workers) / 60
     limit = config.train.max_minutes

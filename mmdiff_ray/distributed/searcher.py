@@ -9,7 +9,7 @@ from ray.tune.search import Searcher
 
 from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.sweeps.journal import Trial
-from mmdiff_ray.sweeps.space import Dimension, Make, check_point, combinations
+from mmdiff_ray.sweeps.space import Dimension, Make, check_point, combinations, sizes_network
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.sweeps.study import as_frozen, hashable, make_study
 
@@ -30,7 +30,7 @@ class SpaceSearcher(Searcher):
         self.waiting = [trial for trial in known if trial.outcome is None]
         self.next = 1 + max((trial.number for trial in known), default=-1)
         self.asked: dict[int, Any] = {}
-        self.study = make_study(sweep)
+        self.study = make_study(sweep, self.next)
         for trial in known:
             if trial.outcome is not None:
                 self.study.add_trial(as_frozen(sweep, trial))
@@ -42,17 +42,16 @@ class SpaceSearcher(Searcher):
     @property
     def has_more(self) -> bool:
         """Return whether there is a trial left to train."""
-        limit = self.sweep.budget.trials if self.points is None else len(self.points)
         late = self.deadline is not None and time.time() > self.deadline
-        return bool(self.waiting) or (self.next < limit and not late)
+        return not late and (bool(self.waiting) or self.next < self.sweep.trials)
 
     def suggest(self, trial_id: str) -> Any:
         """Return the next trial's `number` and `values`, or FINISHED."""
+        if not self.has_more:
+            return self.FINISHED
         if self.waiting:
             trial = self.waiting.pop(0)
             return {"number": trial.number, "values": trial.now}
-        if not self.has_more:
-            return self.FINISHED
         values = self._draw() if self.points is None else self.points[self.next]
         number = self.next
         self.next += 1
@@ -60,6 +59,7 @@ class SpaceSearcher(Searcher):
 
     def _draw(self) -> dict[str, Any]:
         """Return a point that is not refused."""
+        why = ""
         for _ in range(TRIES):
             asked = self.study.ask()
             values: dict[str, Any] = {}
@@ -67,13 +67,14 @@ class SpaceSearcher(Searcher):
                 if dimension.applies(values):
                     values[key] = _suggested(asked, dimension)
             try:
-                check_point(self.make(values))
-            except ConfigError:
+                check_point(self.make(values), sizes_network(self.sweep.space))
+            except ConfigError as error:
                 self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
+                why = str(error)
                 continue
             self.asked[self.next] = asked
             return values
-        raise RunError(f"space: {TRIES} points in a row were refused; narrow the space (--dry-run tells why)")
+        raise RunError(f"space: {TRIES} points in a row were refused; narrow the space; the last: {why}")
 
     def note(self, trial: Trial) -> None:
         """Take what became of a trial into account."""

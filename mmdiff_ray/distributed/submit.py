@@ -19,9 +19,10 @@ from mmdiff_ray.data.storage import is_uri
 from mmdiff_ray.distributed import package
 from mmdiff_ray.distributed.ahead import check_ahead, check_paths
 from mmdiff_ray.distributed.job_server import Place, connect, find_place, server_errors
+from mmdiff_ray.sweeps.spec import whole_text
 from mmdiff_ray.tracking.jobs import JOB_VARIABLE, REVISION_VARIABLE, page_of_job
 from mmdiff_ray.tracking.provenance import git_revision
-from mmdiff_ray.tracking.store import shown, tracking_uri
+from mmdiff_ray.tracking.store import shown, tracking_uri, without_passwords
 
 COMMANDS = (
     "train",
@@ -78,6 +79,10 @@ def submit(
     page = page_of_job(store, experiment, job)  # first: an experiment that was deleted is told here
     with tempfile.TemporaryDirectory(prefix="mmdiff-") as stage, server_errors(place):
         package.stage(files, Path(stage))
+        if known.run == "sweep":  # relative names in it are of this folder, and the job starts in another
+            for _, file in _named(words, known).values():
+                sent = Path(stage) / package.place(file, Path.cwd())
+                sent.write_text(whole_text(file), encoding="utf8")
         _send(
             client, job, stage, entrypoint(words, known, folder), variables, given.pip, _facts(words, store)
         )
@@ -225,7 +230,7 @@ def _loopback(config: Config | None, variables: Mapping[str, str]) -> str:
 
 def _facts(words: Sequence[str], store: str) -> dict[str, str]:
     """Return what a job carries for those who look at it; no secret."""
-    return {"mmdiff.command": shlex.join(words), "mmdiff.tracking_uri": shown(store)}
+    return {"mmdiff.command": without_passwords(shlex.join(words)), "mmdiff.tracking_uri": shown(store)}
 
 
 def _send(

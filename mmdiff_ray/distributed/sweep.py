@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +63,13 @@ def check_sweep(sweep: Sweep) -> tuple[Look, Job]:
         raise ConfigError(
             "workers.labels: Ray Tune places trials of one worker on any node; leave it out, or let trials "
             "have two workers"
+        )
+    batch = sweep.config({}).train.global_batch
+    if sweep.period < batch:
+        raise ConfigError(
+            f"budget.reports ({sweep.budget.reports}): {sweep.budget.samples} samples are "
+            f"{-(-sweep.budget.samples // batch)} steps of {batch} rows (train.global_batch), and a trial is "
+            "judged after whole steps; ask for fewer reports, or more samples"
         )
     seen = look(sweep.space, make_configs(sweep))
     if seen.inert:
@@ -134,7 +142,8 @@ def begin_sweep(sweep: Sweep, seen: Look, text: str, command: str, runs: str) ->
 def run_sweep(sweep: Sweep, folder: Path, say: Say) -> str:
     """Run the trials that a sweep still lacks; return "finished" or "stopped" (Ctrl-C, SIGTERM).
 
-    Every trial is closed in MLflow whatever happens to it; what was known before is not done again.
+    Every trial is closed in MLflow whatever happens to it, or to the sweep; what was known before is not done
+    again.
     """
     facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
     with sweep_cluster(sweep), stop_requests() as stopped:
@@ -171,6 +180,7 @@ def _tune(
         tables=SharedTables(shelf),
     )
     pbt = sweep.scheduler.name == "pbt"
+    random.seed(sweep.seed + len(known))  # a population's draws are Ray's, from Python's own generator
     chosen: dict[str, Any] = {"num_samples": -1, "search_alg": searcher, "max_concurrent_trials": at_once}
     tuner = tune.Tuner(
         tune.with_resources(function, asks),
@@ -191,9 +201,11 @@ def _tune(
             verbose=0,
         ),
     )
-    with _quiet():
-        tuner.fit()
-    watch.close()
+    try:
+        with _quiet():
+            tuner.fit()
+    finally:
+        watch.close()
     say("data: " + read_once(shelf))
     return "stopped" if stopped() else "finished"
 

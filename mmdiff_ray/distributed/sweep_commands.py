@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.distributed.cluster import amount_of
 from mmdiff_ray.distributed.commands import make_console, rows_per_s
+from mmdiff_ray.distributed.display import duration
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.launch import STATUS
 from mmdiff_ray.distributed.sweep import (
@@ -23,13 +23,18 @@ from mmdiff_ray.distributed.sweep import (
     sweep_folder,
 )
 from mmdiff_ray.sweeps.findings import figures_of
+from mmdiff_ray.sweeps.journal import read_trials
 from mmdiff_ray.sweeps.record import Record, read_record
 from mmdiff_ray.sweeps.report import chosen, verdict, write_report
-from mmdiff_ray.sweeps.spec import Sweep, load_sweep
+from mmdiff_ray.sweeps.spec import Sweep, load_sweep, whole_text
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.jobs import is_server, reachable
+from mmdiff_ray.tracking.sender import replay
 from mmdiff_ray.tracking.store import shown, tracking_uri
 from mmdiff_ray.tracking.tracker import Tracker
+
+MAY_CHANGE = ("budget.trials", "budget.hours", "budget.concurrent", "budget.retries")
+"""What a resumed sweep may have otherwise; trials of other samples or reports would not compare."""
 
 
 def sweep(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
@@ -40,41 +45,61 @@ def sweep(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
     with sweep_cluster(spec):
         resources_of(spec, job.config)
         command = shlex.join(["mmdiff", "sweep", file, *overrides])
-        folder = begin_sweep(spec, seen, _with_overrides(file, overrides), command, runs)
-        console.print(f"{spec.title}: up to {spec.budget.trials} trials of {spec.budget.samples:,} samples")
+        folder = begin_sweep(spec, seen, whole_text(file, overrides), command, runs)
+        size = f"up to {spec.trials} trials of {spec.budget.samples:,} samples"
+        console.print(f"{spec.title} (sweep {folder.name}): {size}")
+        if folder.name != spec.name:
+            console.print(f"{spec.name} is there already; mmdiff sweep --resume {spec.name} goes on with it")
         return _run(spec, folder)
 
 
 def resume(name: str, runs: str, overrides: Sequence[str]) -> int:
-    """Go on with a sweep; what may change is its budget."""
+    """Go on with a sweep; what of its budget may change stays changed."""
     for word in overrides:
-        if not word.startswith("budget."):
-            raise ConfigError(f"{word}: a sweep goes on as it began, but for its budget (budget.*)")
+        if word.partition("=")[0] not in MAY_CHANGE:
+            raise ConfigError(f"{word}: a sweep goes on as it began, but for {', '.join(MAY_CHANGE)}")
     folder = sweep_folder(name, runs)
     facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
-    run_life.resume_run(facts["tracking_uri"], facts["run_id"], folder / "tracking")
-    return _run(load_sweep(folder / "sweep.yaml", overrides), folder)
+    text = whole_text(folder / "sweep.yaml", overrides)
+    spec = load_sweep(folder / "sweep.yaml", overrides)
+    with sweep_cluster(spec):
+        resources_of(spec, spec.config({}))
+        run_life.resume_run(facts["tracking_uri"], facts["run_id"], folder / "tracking")
+        (folder / "sweep.yaml").write_text(text, encoding="utf8")
+        return _run(spec, folder)
 
 
 def _run(spec: Sweep, folder: Path) -> int:
     """Run what is left of a sweep, and write its report, whatever ended it."""
     console = make_console()
-    state = "failed"
+    state, error = "failed", None
     try:
         state = run_sweep(spec, folder, lambda line: console.print(line, soft_wrap=True))
-    except KeyboardInterrupt:
-        state = "stopped"
-        raise
-    finally:
-        facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
-        run_life.end_run(facts["tracking_uri"], facts["run_id"], STATUS[state], folder / "tracking")
+    except BaseException as raised:
+        state, error = "stopped" if isinstance(raised, KeyboardInterrupt) else "failed", raised
+    facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
+    run_life.end_run(facts["tracking_uri"], facts["run_id"], STATUS[state], folder / "tracking")
+    waiting = sum(replay(place).waiting for place in sorted(folder.glob("trials/*/tracking")))
+    try:
         record = _report(facts["tracking_uri"], facts["run_id"], folder / "report", folder / "tracking")
-    for line in verdict(record):
-        console.print(line, soft_wrap=True)
-    _say_where(folder / "report")
+        for line in verdict(record):
+            console.print(line, soft_wrap=True)
+        _say_where(folder / "report", trained=state == "finished")
+    except RunError as unmade:
+        console.print(str(unmade), soft_wrap=True)
+        error = error or unmade
+    if waiting:
+        console.print(
+            f"{waiting} records of trials wait for MLflow and are not in this report; later: mmdiff sync "
+            f"{folder}, then: mmdiff sweep report {folder.name}",
+            soft_wrap=True,
+        )
     if state == "stopped":
         console.print(f"stopped. Go on with: mmdiff sweep --resume {folder}", soft_wrap=True)
-    return 130 if state == "stopped" else 0
+    if error is not None:
+        raise error
+    ended = [trial.outcome for trial in read_trials(folder)]
+    return 130 if state == "stopped" else 0 if {"finished", "stopped"} & set(ended) else 1
 
 
 def _report(uri: str, run_id: str, out: Path, spool: Path) -> Record:
@@ -98,9 +123,11 @@ def _report(uri: str, run_id: str, out: Path, spool: Path) -> Record:
 
 def report(name: str, runs: str) -> int:
     """Write the report of a sweep anew, from MLflow alone."""
-    uri = tracking_uri(None, Path(runs).absolute())
     out = Path(runs) / "sweeps" / Path(name).name / "report"
-    record = _report(uri, name, out, out.parent / "tracking")
+    facts = out.parent / "sweep.json"
+    known = json.loads(facts.read_text(encoding="utf8")) if facts.is_file() else {}
+    uri = known.get("tracking_uri") or tracking_uri(None, Path(runs).absolute())
+    record = _report(uri, known.get("run_id", name), out, out.parent / "tracking")
     console = make_console()
     for line in verdict(record):
         console.print(line, soft_wrap=True)
@@ -108,27 +135,12 @@ def report(name: str, runs: str) -> int:
     return 0
 
 
-def _say_where(out: Path) -> None:
+def _say_where(out: Path, trained: bool = True) -> None:
     console = make_console()
     console.print(f"report    {out}/report.html", soft_wrap=True)
     best = sorted((out / "best").glob("*.yaml"))
-    if best:
+    if best and trained:
         console.print(f"next      mmdiff train {best[0]}", soft_wrap=True)
-
-
-def _with_overrides(file: str, overrides: Sequence[str]) -> str:
-    """Return a sweep's YAML with its name and overrides in it, so that it alone tells what was done."""
-    text = Path(file).read_text(encoding="utf8")
-    plain, spec = configuration.read_yaml(file), load_sweep(file, overrides)
-    if not overrides:
-        return text if "name" in plain else f"{text.rstrip()}\nname: {spec.name}\n"
-    plain |= {
-        "overrides": spec.overrides,
-        "seed": spec.seed,
-        "name": spec.name,
-        **{name: vars(getattr(spec, name)) for name in ("searcher", "scheduler", "budget")},
-    }
-    return json.dumps(plain, indent=1)
 
 
 def dry_run(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
@@ -159,18 +171,24 @@ def _cost(spec: Sweep, job: Job) -> list[str]:
     workers, budget = job.config.workers, spec.budget
     count = max(1, workers.count)
     asks = ", ".join(amount_of(name, count * each) for name, each in workers.asks.items())
-    rate, _, device = rows_per_s(job, job.denoiser())
-    minutes = budget.samples / (rate * count) / 60
+    judged = "once" if budget.reports == 1 else f"{budget.reports} times"
     limit = f", at most {budget.hours:g} h" if budget.hours else ""
+    lines = [
+        f"a trial    asks for {asks}; is judged {judged}",
+        f"the sweep  {spec.searcher.name} and {spec.scheduler.name}: {spec.trials} trials of "
+        f"{budget.samples:,} samples, {spec.trials * budget.samples:,} at most{limit}",
+    ]
+    timed = rows_per_s(job, job.denoiser())
+    if timed is None:
+        return [*lines, "the cost   not timed: workers have GPUs (workers.gpus), this machine has none"]
+    rate, _, device = timed
+    seconds = budget.samples / (rate * count)
     here = max(1, int((os.cpu_count() or 1) // (count * workers.cpus)))
     at_once = min(here, budget.concurrent or here)
-    total = budget.trials * minutes / at_once
+    whole = duration(spec.trials * seconds / at_once)
     return [
-        f"a trial    asks for {asks}; trains about {minutes:.2g} minutes "
-        f"({rate:.0f} rows/s a worker on {device} here); is judged "
-        + ("once" if budget.reports == 1 else f"{budget.reports} times"),
-        f"the sweep  {spec.searcher.name} and {spec.scheduler.name}: {budget.trials} trials of "
-        f"{budget.samples:,} samples, {budget.trials * budget.samples:,} at most{limit}",
-        f"the cost   at most {total:.2g} minutes of training with {at_once} at once, as many as this machine "
-        "holds, beside what judging takes; a cluster runs as many as it holds",
+        *lines,
+        f"the cost   to train takes a trial {duration(seconds)} ({rate:.0f} rows/s a worker on {device} "
+        f"here), all of them at most {whole} with {at_once} at once, as many as this machine holds; judging "
+        "comes on top, and a cluster runs as many as it holds",
     ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from mmdiff_ray.config import ChangeConfig, Config, ConfigError, in_force
+from mmdiff_ray.config.checks import unknown
 from mmdiff_ray.data.parquet import Tables
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import launch
@@ -25,7 +27,7 @@ from mmdiff_ray.sweeps.journal import Trial, number_of, read_trial, trial_folder
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.tracker import Tracker
-from mmdiff_ray.training.checkpoint import complete, drop
+from mmdiff_ray.training.checkpoint import complete, drop, write_json
 from mmdiff_ray.training.trainer import TrainingError
 
 SCORE = "score"
@@ -37,9 +39,7 @@ def score(sweep: Sweep, figures: Mapping[str, float]) -> float:
     missing = [metric for metric in sweep.metrics if metric not in figures]
     if missing:
         known = sorted(key for key in figures if "/floor/" not in key)
-        raise ConfigError(
-            f"metrics.{missing[0]}: no evaluator finds it; there are: {', '.join(known) or 'none'}"
-        )
+        raise ConfigError(unknown("metrics", missing[0], known or ["none"], "figure of the evaluators"))
     return figures[sweep.main] * (1 if sweep.metrics[sweep.main] == "max" else -1)
 
 
@@ -65,7 +65,9 @@ def run_trial(
             _adopt(folder, trial, _pointer(tune.get_checkpoint()), config["values"])
         job = _job(sweep, folder, trial, parent, tables)
         if fresh:
-            for report in list(trial.reports):  # Tune knows nothing of what was before it began
+            # Tune knows nothing of what was before it began. A population acts on each report that it hears,
+            # and is told only where the trial stands.
+            for report in trial.reports[-1:] if sweep.scheduler.name == "pbt" else list(trial.reports):
                 _tell(sweep, trial, report)
         while trial.outcome is None:
             report = _segment(sweep, job, trial)
@@ -74,7 +76,7 @@ def run_trial(
                 trial.outcome = "finished"
             write_trial(folder, trial)
             if trial.outcome:
-                run_life.end_run(job.tracking_uri, job.run_id, "FINISHED", job.spool)
+                _close(job.folder, "finished")
             _tell(sweep, trial, report)
     except (TrainingError, ConfigError) as error:  # to try again would end in the same way
         give_up(folder, trial, "diverged" if isinstance(error, TrainingError) else "failed", str(error))
@@ -94,7 +96,7 @@ def _job(sweep: Sweep, folder: Path, trial: Trial, parent: str, tables: Tables) 
         if trial.outcome is None:
             run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
         return job
-    shutil.rmtree(place, ignore_errors=True)  # a trial that died before its first line
+    shutil.rmtree(place, ignore_errors=True)  # a trial that died before its run had begun
     tags = {
         "mlflow.parentRunId": parent,
         "mmdiff.sweep": sweep.name,
@@ -145,6 +147,9 @@ def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
     now = in_force(job.config, seen)  # a model is asked with the weights that it was trained with last
     findings = (measure_on_ray if nested else measure)(job.folder, now, tables=job.tables)
     figures = {key.removeprefix("eval/"): value for key, value in metrics_of(findings.figures).items()}
+    for metric in sweep.metrics:
+        if not math.isfinite(figures.get(metric, 0.0)):
+            raise TrainingError(f"{metric} is {figures[metric]} at {seen:,} samples, not finite")
     tracker = Tracker(job.tracking_uri, job.run_id, job.spool)
     tracker.metrics({f"eval/{key}": value for key, value in figures.items()}, seen)
     if trial.changes:
@@ -184,7 +189,9 @@ def _adopt(folder: Path, trial: Trial, pointer: Mapping[str, int], values: Mappi
     assert donor is not None, f"trial {pointer['number']} reported and left no journal"
     if donor is not trial:
         mine, theirs = (trial_folder(folder, one.number) / "checkpoints" for one in (trial, donor))
-        (source,) = (path for path in complete(theirs) if int(path.name) == at)
+        source = next((path for path in complete(theirs) if int(path.name) == at), None)
+        if source is None:  # the donor itself has copied another meanwhile: this trial goes on as it is
+            return
         shutil.rmtree(mine, ignore_errors=True)
         partial = shutil.copytree(source, mine / f"{source.name}.partial")
         partial.rename(mine / source.name)
@@ -201,10 +208,8 @@ def _adopt(folder: Path, trial: Trial, pointer: Mapping[str, int], values: Mappi
 
 def interrupt(folder: Path, trial: Trial) -> None:
     """Close the run of a trial that goes on when the sweep does."""
-    place = trial_folder(folder, trial.number)
     if trial.run_id:
-        facts = jobs.read_run(place)
-        run_life.end_run(facts["tracking_uri"], facts["run_id"], "KILLED", place / "tracking")
+        _close(trial_folder(folder, trial.number), "stopped")
 
 
 def give_up(folder: Path, trial: Trial, outcome: str, why: str = "") -> None:
@@ -217,5 +222,11 @@ def give_up(folder: Path, trial: Trial, outcome: str, why: str = "") -> None:
         tracker = Tracker(facts["tracking_uri"], facts["run_id"], place / "tracking")
         tracker.tags({"mmdiff.outcome": outcome, **({"mmdiff.why": why[:500]} if why else {})})
         tracker.close(timeout_s=5)
-        status = "FINISHED" if outcome == "stopped" else "FAILED"
-        run_life.end_run(facts["tracking_uri"], facts["run_id"], status, place / "tracking")
+        _close(place, "finished" if outcome == "stopped" else "failed")
+
+
+def _close(place: Path, state: str) -> None:
+    """End a trial's run in MLflow and in its folder. state: finished, stopped or failed."""
+    facts = jobs.read_run(place)
+    write_json(place / "run.json", {**facts, "state": state})
+    run_life.end_run(facts["tracking_uri"], facts["run_id"], launch.STATUS[state], place / "tracking")

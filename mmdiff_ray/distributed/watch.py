@@ -25,7 +25,9 @@ class Watch(Callback):
         self.sweep, self.folder, self.searcher, self.say = sweep, folder, searcher, say
         self.stopped = stopped
         self.begun = time.monotonic()
-        self.best: float | None = None
+        sign = 1 if sweep.metrics[sweep.main] == "max" else -1
+        known = [report["figures"] for trial in read_trials(folder) for report in trial.reports]
+        self.best = max((sign * figures[sweep.main] for figures in known), default=None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune keeps a copy that nothing is ever restored from: the journals are
@@ -36,11 +38,11 @@ class Watch(Callback):
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Be told by Ray Tune that a trial ended, or was ended."""
-        self.ended(self._number(trial), None)
+        self.ended(self._number(trial), None, trial.config["values"])
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Be told by Ray Tune that a trial failed for the last time."""
-        self.ended(self._number(trial), str(trial.error_file or "its process died"))
+        self.ended(self._number(trial), str(trial.error_file or "its process died"), trial.config["values"])
 
     def _number(self, trial: Any) -> int:
         return number_of(self.folder, trial.trial_id, trial.config["number"])
@@ -58,15 +60,13 @@ class Watch(Callback):
             f"samples{', the best so far' if best else ''}"
         )
 
-    def ended(self, number: int, error: str | None) -> None:
-        """Close a trial that Tune is done with."""
+    def ended(self, number: int, error: str | None, values: Mapping[str, Any]) -> None:
+        """Close a trial that Tune is done with. values: as it was to begin, should it have died before."""
         trial = read_trial(self.folder, number)
         if trial is None:
-            trial = Trial(number, {}, why="it died before it began")
+            trial = Trial(number, dict(values), why="it died before it began")
         if trial.outcome is None and error is None and self.stopped():
-            interrupt(self.folder, trial)
-            self.say(f"trial {number}: interrupted at {trial.samples:,} samples")
-            return
+            return  # `close` says so
         if trial.outcome is None:
             if error is None:
                 give_up(self.folder, trial, "stopped")
@@ -77,9 +77,14 @@ class Watch(Callback):
         self.say(f"trial {number}: {trial.outcome} at {trial.samples:,} samples{why}")
 
     def close(self) -> None:
-        """Say how it went."""
-        ended = [trial.outcome for trial in read_trials(self.folder)]
-        counts = ", ".join(f"{ended.count(kind)} {kind}" for kind in dict.fromkeys(ended) if kind)
+        """Close the runs of trials that were cut short, and say how it went."""
+        trials = list(read_trials(self.folder))
+        for trial in trials:
+            if trial.outcome is None:
+                interrupt(self.folder, trial)
+                self.say(f"trial {trial.number}: interrupted at {trial.samples:,} samples")
+        ended = [trial.outcome or "interrupted" for trial in trials]
+        counts = ", ".join(f"{ended.count(kind)} {kind}" for kind in dict.fromkeys(ended))
         self.say(f"{len(ended)} trials in {duration(time.monotonic() - self.begun)}: {counts}")
 
 

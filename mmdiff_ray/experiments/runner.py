@@ -39,7 +39,13 @@ def run_experiment(
     check_cells(experiment, runs)
     uri = tracking_uri(None, runs.absolute())
     parent = _parent(experiment, runs, uri)
-    failed = _run_cells(experiment, experiment.cells() if cells is None else cells, runs, uri, parent, say)
+    wanted = experiment.cells() if cells is None else cells
+    try:
+        failed = _run_cells(experiment, wanted, runs, uri, parent, say)
+    except KeyboardInterrupt:
+        run_life.end_run(uri, parent, "KILLED", _tracking(experiment, runs))
+        say("stopped; the same command goes on with what is done, and --table shows it")
+        raise
     written = write_result(experiment, runs, out, say)
     tracker = Tracker(uri, parent, _tracking(experiment, runs))
     for path in written:

@@ -11,21 +11,24 @@ from mmdiff_ray.config import Config
 from mmdiff_ray.denoiser import build_modalities, build_process
 from mmdiff_ray.diffusion.weights import w_from_b
 from mmdiff_ray.sweeps.drawing import Drawn, axes_of, file_name, page_of, short
-from mmdiff_ray.sweeps.findings import best_first
+from mmdiff_ray.sweeps.findings import best_first, leading
 from mmdiff_ray.sweeps.journal import Trial
 from mmdiff_ray.sweeps.record import Record
 from mmdiff_ray.sweeps.spec import Sweep
 
 
 def profiles(record: Record) -> list[Drawn]:
-    """Draw b(t) and w_t of every swept modality: of the best trial, and of the configuration without a
-    sweep."""
+    """Draw b(t) and w_t of every swept modality: of the best trial, and of the configuration without a sweep.
+
+    The first of the step weights, which holds what all others do not, is told beside the curve.
+    """
     sweep = record.sweep
     swept = dict.fromkeys(key.split(".")[1] for key in sweep.space if ".weights." in key)
-    done = [trial for trial in best_first(sweep, record.trials) if trial.number in record.configs]
-    if not swept or not done:
+    done = [*leading(sweep, record.trials), *best_first(sweep, record.trials)]
+    best_trial = next((trial for trial in done if trial.number in record.configs), None)
+    if not swept or best_trial is None:
         return []
-    best = record.configs[done[0].number]
+    best = record.configs[best_trial.number]
     default = _default(record, best)
     pictures = []
     for name in swept:
@@ -33,9 +36,12 @@ def profiles(record: Record) -> list[Drawn]:
             title = f"{name}: {label}"
             page = page_of(title, "t (0: the data, 1: noise)", kind)
             figure, axes = axes_of(title, xlabel="t (0: the data, 1: noise)", ylabel=kind)
-            lines = ((default, "default", "0.5"), (best, f"best: trial {done[0].number}", "#d62728"))
+            lines = ((default, "default", "0.5"), (best, f"best: trial {best_trial.number}", "#d62728"))
             for config, line, color in lines:
                 t, values = _line(config, name, kind)
+                if kind == "w":
+                    line = f"{line} (first step: {values[0]:.3g})"
+                    t, values = t[1:], values[1:]
                 page.add_scatter(x=t, y=values, name=line)
                 axes.plot(t, values, color=color, label=line)
             axes.legend(frameon=False)
@@ -60,13 +66,13 @@ def _line(config: Config, name: str, kind: str, steps: int = 100) -> tuple[list[
     if kind == "b":
         return t[1:].tolist(), b.tolist()
     a = process.schedule.log_abar(t).diff().exp()
-    return t[1:].tolist(), w_from_b(b, a).tolist()
+    return t[1:].tolist(), w_from_b(b, a).round(decimals=9).tolist()  # 0 is 0, and no rounding error
 
 
 def lineage(sweep: Sweep, trials: Sequence[Trial]) -> list[Drawn]:
     """Draw every swept value over the samples of every trial, and whose state each copied when."""
     names, pictures = short(list(sweep.space)), []
-    best = best_first(sweep, trials)[0]
+    best = [*leading(sweep, trials), *best_first(sweep, trials)][0]
     for key in sweep.space:
         title = f"{names[key]} while the population trains"
         page = page_of(title, "samples seen", key)

@@ -25,13 +25,14 @@ def short(keys: Sequence[str]) -> dict[str, str]:
     """Return key -> its last parts, two or more, as few as tell all keys apart.
 
     None begins with the name of a configuration's section that it is not in: the end `modalities.alpha` of
-    `loss.modalities.alpha` would be read as a modality.
+    `loss.modalities.alpha` would be read as a modality. What is a modality's or a task's keeps its name.
     """
     sections = {field.name for field in dataclasses.fields(Config)}
     names = {}
     for key in keys:
         parts = key.split(".")
-        ends = (parts[-count:] for count in range(2, len(parts)) if parts[-count] not in sections)
+        least = len(parts) - 1 if parts[0] in ("modalities", "tasks") else 2
+        ends = (parts[-count:] for count in range(least, len(parts)) if parts[-count] not in sections)
         names[key] = next((end for end in map(".".join, ends) if _tells(end, keys)), key)
     return names
 

@@ -3,14 +3,15 @@
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import optuna
+from matplotlib.ticker import MaxNLocator
 
 from mmdiff_ray.sweeps.curves import lineage, profiles
 from mmdiff_ray.sweeps.drawing import SIZE, Drawn, axes_of, file_name, page_of, panels_of, short
-from mmdiff_ray.sweeps.findings import AT_END, Importance, best_first, figures_of, front
+from mmdiff_ray.sweeps.findings import AT_END, Importance, best_first, figures_of, front, leading
 from mmdiff_ray.sweeps.journal import Trial
 from mmdiff_ray.sweeps.record import Record
 from mmdiff_ray.sweeps.spec import Sweep
@@ -36,9 +37,8 @@ def draw(record: Record, importance: dict[str, list[Importance]]) -> list[Drawn]
     pictures.append(_history(record))
     if any(len(trial.reports) > 1 for trial in judged):
         pictures.append(_curves(sweep, judged))
-    study = _study(sweep, judged)
-    for index, metric in enumerate(sweep.metrics):
-        pictures.append(_parallel(study, metric, _target(index) if several else None))
+    for metric in sweep.metrics:
+        pictures.append(_parallel(sweep, judged, metric))
         pictures += _slices(sweep, judged, metric)
     pictures += profiles(record)
     if any(trial.changes for trial in judged):
@@ -51,7 +51,7 @@ def _words(trial: Trial, names: dict[str, str]) -> str:
         f"{names.get(key, key)} {value:.3g}" if isinstance(value, float) else f"{names.get(key, key)} {value}"
         for key, value in trial.now.items()
     )
-    return f"trial {trial.number} ({trial.outcome or 'running'}): {values}"
+    return f"trial {trial.number} ({trial.outcome or 'unfinished'}): {values}"
 
 
 def _curves(sweep: Sweep, trials: Sequence[Trial]) -> Drawn:
@@ -60,7 +60,7 @@ def _curves(sweep: Sweep, trials: Sequence[Trial]) -> Drawn:
     names = short(list(sweep.space))
     page = page_of(title, "samples seen", sweep.main)
     figure, axes = axes_of(title, xlabel="samples seen", ylabel=sweep.main)
-    best = best_first(sweep, trials)[0]
+    best = [*leading(sweep, trials), *best_first(sweep, trials)][0]
     for trial in trials:
         x = [report["samples"] for report in trial.reports]
         y = [report["figures"][sweep.main] for report in trial.reports]
@@ -99,44 +99,46 @@ def _history(record: Record) -> Drawn:
             hovertext=_words(trial, names),
         )  # fmt: skip
         axes.barh(trial.number, width, left=left, color=color)
-    for outcome in dict.fromkeys(trial.outcome or "running" for trial in known):
+    for outcome in dict.fromkeys(trial.outcome or "unfinished" for trial in known):
         axes.barh(0, 0, color=colors.get(outcome, "#2ca02c"), label=outcome)
     if known:
         axes.legend(frameon=False)
     axes.invert_yaxis()
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    page.update_yaxes(autorange="reversed", tickformat="d")
     return Drawn("timeline", title, page, figure)
 
 
-def _study(sweep: Sweep, trials: Sequence[Trial]) -> optuna.Study:
-    """Return the judged trials as an Optuna study with short names, all as complete, at their last report."""
+def _study(sweep: Sweep, trials: Sequence[Trial], metric: str) -> optuna.Study:
+    """Return the judged trials as a study of one metric with short names, all as complete, at their last
+    report."""
     names = short(list(sweep.space))
-    study = plain_study(sweep.metrics)
+    study = plain_study({metric: sweep.metrics[metric]})
     for trial in trials:
         known = {key: value for key, value in trial.now.items() if key in sweep.space}
         study.add_trial(
             optuna.create_trial(
                 params={names[key]: hashable(value) for key, value in known.items()},
                 distributions={names[key]: distribution(sweep.space[key]) for key in known},
-                values=[figures_of(trial)[metric] for metric in sweep.metrics],
+                value=figures_of(trial)[metric],
             )
         )
     return study
 
 
-def _target(index: int) -> Callable[[Any], float]:
-    return lambda trial: trial.values[index]
-
-
-def _parallel(study: optuna.Study, metric: str, target: Any) -> Drawn:
-    title = f"{metric}: parallel coordinates"
+def _parallel(sweep: Sweep, trials: Sequence[Trial], metric: str) -> Drawn:
+    title = f"{metric}: parallel coordinates, the darker the better"
+    study = _study(sweep, trials, metric)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        page = optuna.visualization.plot_parallel_coordinate(study, target=target, target_name=metric)
-        axes = optuna.visualization.matplotlib.plot_parallel_coordinate(
-            study, target=target, target_name=metric
-        )
+        page = optuna.visualization.plot_parallel_coordinate(study, target_name=metric)
+        axes = optuna.visualization.matplotlib.plot_parallel_coordinate(study, target_name=metric)
     page.update_layout(title=title)
     axes.set_title(title)
+    shown = [metric, *sorted({name for trial in study.trials for name in trial.params})]
+    if len(axes.get_xticks()) == len(shown):  # Optuna cuts names short
+        page.update_xaxes(ticktext=shown)
+        axes.set_xticks(axes.get_xticks(), shown, rotation=20, ha="right")
     figure: Any = axes.figure
     figure.set_size_inches(*SIZE)
     return Drawn(f"parallel-{file_name(metric)}", title, page, figure)
@@ -198,7 +200,7 @@ def _front(sweep: Sweep, trials: Sequence[Trial]) -> Drawn:
     rows = math.ceil(len(pairs) / columns)
     page = make_subplots(rows, columns)
     page.update_layout(title=title, template="plotly_white", showlegend=False)
-    figure, panels = panels_of(title, rows, columns, (4.5 * columns, 4.2 * rows))
+    figure, panels = panels_of(title, rows, columns, (max(SIZE[0], 4.5 * columns), 4.2 * rows))
     done = [trial for trial in trials if trial.outcome == "finished"]
     on_front = {trial.number for trial in front(sweep, done)}
     for at, (across, up) in enumerate(pairs):

@@ -45,7 +45,11 @@ def best_first(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
 def front(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     """Return the Pareto front, the best by the leading metric first: the finished trials of which no other
     is as good in every metric and better in one."""
-    done = [trial for trial in best_first(sweep, trials) if trial.outcome == "finished"]
+    done = [
+        trial
+        for trial in best_first(sweep, trials)
+        if trial.outcome == "finished" and sweep.metrics.keys() <= figures_of(trial).keys()
+    ]
     signs = np.array([1 if way == "max" else -1 for way in sweep.metrics.values()])
     points = {trial.number: signs * [figures_of(trial)[m] for m in sweep.metrics] for trial in done}
     return [
@@ -57,6 +61,15 @@ def front(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
             for other in done
         )
     ]
+
+
+def leading(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
+    """Return the finished trials that a sweep recommends, the first one most of all: the front of several
+    metrics, or all by the only one."""
+    if len(sweep.metrics) > 1:
+        return front(sweep, trials)
+    done = (trial for trial in best_first(sweep, trials) if trial.outcome == "finished")
+    return [trial for trial in done if sweep.main in figures_of(trial)]
 
 
 def trained_config(record: Record, trial: Trial) -> Config | None:
@@ -155,7 +168,11 @@ def _shares(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int) -> di
 
 def top(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     """Return the best quarter of the finished trials, at least three of them."""
-    done = [trial for trial in best_first(sweep, trials) if trial.outcome == "finished"]
+    done = [
+        trial
+        for trial in best_first(sweep, trials)
+        if trial.outcome == "finished" and sweep.main in figures_of(trial)
+    ]
     return done[: max(3, len(done) // 4)]
 
 

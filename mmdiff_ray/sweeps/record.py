@@ -18,7 +18,7 @@ from mmdiff_ray.tracking import queries
 class Record:
     """A sweep as MLflow knows it.
 
-    run_id: of the sweep's own run. trials: those that reported anything, by number. configs: number -> the
+    run_id: of the sweep's own run. trials: those that began, by number. configs: number -> the
     configuration that a trial began with. times: number -> when it began and ended, in seconds since the
     epoch (None: it has not). made: how it was made: command, machine, versions, revision of the code.
     """
@@ -40,20 +40,22 @@ def read_record(uri: str, reference: str) -> Record:
         if file is None:
             raise ConfigError(f"{reference}: this run is no sweep (it has no sweep.yaml)")
         sweep = load_sweep(file)
-        trials, configs, times = [], {}, {}
+        trials: dict[int, Trial] = {}
+        configs, times = {}, {}
         for run in queries.children(uri, parent):
             number = int(run.data.tags.get("mmdiff.trial", -1))
             if number < 0:
                 continue
-            trials.append(_trial(uri, run, number, sweep))
+            # Where a process died while its run began, a second run took its number: the newest counts.
+            trials[number] = _trial(uri, run, number, sweep)
             text = queries.artifact(uri, run.info.run_id, "config.yaml", Path(place))
             if text is not None:
                 configs[number] = configuration.load([text])
             end = run.info.end_time
             times[number] = (run.info.start_time / 1000, end / 1000 if end else None)
-    trials.sort(key=lambda trial: trial.number)
     name, made = parent.info.run_name, _made(parent.data.tags)
-    return Record(sweep, parent.info.run_id, name, trials, configs, times, made)
+    ordered = [trials[number] for number in sorted(trials)]
+    return Record(sweep, parent.info.run_id, name, ordered, configs, times, made)
 
 
 def _made(tags: Mapping[str, str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from mmdiff_ray.sweeps.findings import (
     figures_of,
     front,
     importances,
+    leading,
     ranges,
     top,
     trained_config,
@@ -33,11 +34,11 @@ def write_report(record: Record, out: Path) -> list[Path]:
     Returns the files. A sweep that found nothing yet gives a page that says so. An earlier one is replaced.
     """
     out.mkdir(parents=True, exist_ok=True)
-    for old in [*out.glob("*.png"), *out.glob("best/*.yaml")]:
-        old.unlink()
     sweep = record.sweep
     found = {metric: importances(sweep, record.trials, metric, sweep.seed) for metric in sweep.metrics}
     pictures = draw(record, found)
+    for old in [*out.glob("*.png"), *out.glob("best/*.yaml")]:
+        old.unlink()
     files = [_write_best(record, out), out / "results.json", out / "report.html"]
     results = summary(record)
     results["importances"] = {m: [dataclasses.asdict(i) for i in some] for m, some in found.items()}
@@ -45,7 +46,7 @@ def write_report(record: Record, out: Path) -> list[Path]:
     files[2].write_text(_page(record, pictures), encoding="utf8")
     for picture in pictures:
         files.append(out / f"{picture.name}.png")
-        picture.png.savefig(files[-1], dpi=110)
+        picture.png.savefig(files[-1], dpi=110, bbox_inches="tight")  # long names at the axes, too
     return files
 
 
@@ -71,7 +72,7 @@ def summary(record: Record) -> dict[str, Any]:
         "trials": [
             {
                 "number": trial.number,
-                "outcome": trial.outcome or "running",
+                "outcome": trial.outcome or "unfinished",
                 "samples": trial.samples,
                 "figures": figures_of(trial),
                 "values": trial.values,
@@ -85,18 +86,15 @@ def summary(record: Record) -> dict[str, Any]:
 
 
 def _counts(record: Record) -> dict[str, int]:
-    outcomes = [trial.outcome or "running" for trial in record.trials]
+    outcomes = [trial.outcome or "unfinished" for trial in record.trials]
     return {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}
 
 
 def chosen(record: Record) -> list[Any]:
     """Return the trials whose configurations are worth keeping: the front of several metrics, else the best
     few."""
-    sweep = record.sweep
-    if len(sweep.metrics) > 1:
-        return front(sweep, record.trials)
-    done = [trial for trial in best_first(sweep, record.trials) if trial.outcome == "finished"]
-    return done[:KEPT]
+    found = leading(record.sweep, record.trials)
+    return found if len(record.sweep.metrics) > 1 else found[:KEPT]
 
 
 def _write_best(record: Record, out: Path) -> Path:
@@ -167,7 +165,7 @@ def _table(record: Record) -> str:
     rows = []
     for trial in best_first(sweep, record.trials):
         figures = figures_of(trial)
-        outcome = "on the front" if trial.number in on_front else trial.outcome or "running"
+        outcome = "on the front" if trial.number in on_front else trial.outcome or "unfinished"
         cells = [trial.number, outcome, f"{trial.samples:,}"]
         cells += [f"{figures[metric]:.4g}" if metric in figures else "" for metric in sweep.metrics]
         cells += [_cell(trial.now.get(key)) for key in names]

@@ -11,7 +11,7 @@ import torch
 
 from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.config.checks import unknown
-from mmdiff_ray.denoiser import build_modalities, build_process, is_generated
+from mmdiff_ray.denoiser import build_denoiser, build_modalities, build_process, is_generated
 from mmdiff_ray.diffusion.objective import Objective
 
 KINDS = ("uniform", "loguniform", "randint", "choice", "grid")
@@ -152,10 +152,11 @@ def look(space: Mapping[str, Dimension], make: Make) -> Look:
     """
     refused: dict[str, int] = {}
     good: list[dict[str, Any]] = []
+    network = sizes_network(space)
     points = [*corners(space), *inside(space)]
     for values in points:
         try:
-            check_point(make(values))
+            check_point(make(values), network)
             good.append(values)
         except ConfigError as error:
             refused[str(error)] = refused.get(str(error), 0) + 1
@@ -165,10 +166,18 @@ def look(space: Mapping[str, Dimension], make: Make) -> Look:
     return Look(len(points), refused, good[0], inert(space, make, good))
 
 
-def check_point(config: Config) -> None:
-    """Raise ConfigError for a configuration whose modalities contradict each other, or whose profile leaves
-    the prior."""
-    build_process(config, build_modalities(config))
+def sizes_network(space: Mapping[str, Dimension]) -> bool:
+    """Return whether a space holds keys that the network's size depends on."""
+    return any(key.startswith(("model.", "space.")) for key in space)
+
+
+def check_point(config: Config, network: bool = False) -> None:
+    """Raise ConfigError for a configuration whose modalities contradict each other, whose profile leaves the
+    prior or, if asked, whose network cannot be built."""
+    if network:
+        build_denoiser(config)
+    else:
+        build_process(config, build_modalities(config))
 
 
 def inert(

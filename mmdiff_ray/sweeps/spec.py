@@ -10,12 +10,26 @@ from typing import Any
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.config.checks import one_of, unknown
-from mmdiff_ray.sweeps.space import Dimension, make_space
+from mmdiff_ray.sweeps.space import Dimension, combinations, corners, make_space
 
 SEARCHERS = ("random", "grid", "tpe", "nsga2")
 SCHEDULERS = ("fifo", "asha", "median", "pbt")
 SCALES_LOSS = ("loss.", "modalities.")
 """Beginnings of keys that a training or held-out loss is scaled by, or whose meaning they change."""
+
+SET_HERE = (
+    "train.samples",
+    "train.max_minutes",
+    "train.log_every_samples",
+    "checkpoint.",
+    "evaluate.every_samples",
+    "tracking.",
+    "runs",
+    "name",
+)
+"""Beginnings of keys that every trial has from the sweep."""
+JUDGES = ("evaluate.evaluators", "evaluate.rows", "evaluate.repeats", "evaluate.split")
+"""Beginnings of keys that say how figures are measured."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +82,15 @@ class Budget:
 class Sweep:
     """A sweep.
 
-    base: a config file or plain values. overrides: on top of it, `key=value`. metrics: figure of an evaluator
+    base: plain values; a file may name a config file in their place, which is read once, with it. overrides:
+    on top of it, `key=value`. metrics: figure of an evaluator
     -> min or max; the first one leads where a scheduler needs a single one. data: a data set that is built
     where it is missing: pipeline, uri, options.
     """
 
     name: str
     title: str
-    base: str | dict[str, Any]
+    base: dict[str, Any]
     overrides: list[str]
     space: dict[str, Dimension]
     metrics: dict[str, str]
@@ -91,17 +106,21 @@ class Sweep:
         return next(iter(self.metrics))
 
     @property
+    def trials(self) -> int:
+        """Return how many trials there are at most: a grid has so many points and no more."""
+        points = combinations(self.space) if self.searcher.name == "grid" else None
+        return self.budget.trials if points is None else min(self.budget.trials, len(points))
+
+    @property
     def period(self) -> int:
         """Return the samples between two reports of a trial."""
         return -(-self.budget.samples // self.budget.reports)
 
     def config(self, values: Mapping[str, Any]) -> Config:
         """Return the configuration of a trial. values: swept key -> value. Raises ConfigError."""
-        files = [self.base] if isinstance(self.base, str) else []
-        base = None if isinstance(self.base, str) else self.base
         swept = [configuration.override(key, value) for key, value in values.items()]
         budget = [f"train.samples={self.budget.samples}", "train.max_minutes=null"]
-        config = configuration.load(files, [*self.overrides, *budget, *swept], base)
+        config = configuration.load((), [*self.overrides, *budget, *swept], self.base)
         # Reports fall on log lines: a segment of training ends where the trainer looks up anyway.
         period = self.period
         log = period // max(1, -(-period // config.train.log_every_samples))
@@ -132,6 +151,30 @@ def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         raise ConfigError(f"{file}: {error}") from None
 
 
+def check_space(sweep: Sweep) -> None:
+    """Raise ConfigError where no corner of the space is a configuration at all; needs no data."""
+    error = None
+    for values in corners(sweep.space):
+        try:
+            sweep.config(values)
+            return
+        except ConfigError as refused:
+            error = refused
+    if error is not None:
+        raise error
+
+
+def whole_text(file: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Return a sweep's YAML that needs no other file: with its name, its base and the overrides in it."""
+    plain, sweep = configuration.read_yaml(file), load_sweep(file, overrides)
+    if not overrides and "name" in plain and not isinstance(plain["base"], str):
+        return Path(file).read_text(encoding="utf8")
+    sections = ("searcher", "scheduler", "budget")
+    plain |= {name: vars(getattr(sweep, name)) for name in sections if overrides or name in plain}
+    plain |= {"name": sweep.name, "seed": sweep.seed, "base": sweep.base, "overrides": sweep.overrides}
+    return configuration.plain_yaml(plain)
+
+
 def _overridden(plain: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
     values = dict(plain)
     for word in words:
@@ -151,7 +194,7 @@ def _made(plain: Mapping[str, Any], file: Path, overrides: Sequence[str]) -> Swe
     sweep = Sweep(
         name=str(plain.get("name", file.stem)),
         title=str(plain.get("title", file.stem)),
-        base=base if isinstance(base, str) else dict(base),
+        base=configuration.read_yaml(base) if isinstance(base, str) else dict(base),
         overrides=[*plain.get("overrides", []), *overrides],
         space=make_space(plain["space"]),
         metrics=dict(plain["metrics"]),
@@ -177,6 +220,7 @@ def _check(sweep: Sweep) -> None:
             raise ConfigError(f"{name} ({value}) must be at least {least}")
     if not 0 < sweep.scheduler.grace <= 1:
         raise ConfigError(f"scheduler.grace ({sweep.scheduler.grace:g}) must lie above 0 and at most at 1")
+    _check_keys(sweep)
     for metric, direction in sweep.metrics.items():
         one_of(f"metrics.{metric}", direction, ("min", "max"))
         _check_metric(sweep, metric)
@@ -188,14 +232,39 @@ def _check(sweep: Sweep) -> None:
             raise ConfigError(
                 f"space.{endless[0]}: the grid searcher needs a list of values (grid or choice)"
             )
+        points = len(combinations(sweep.space))
+        if points > sweep.budget.trials:
+            raise ConfigError(
+                f"budget.trials ({sweep.budget.trials}) must be {points}, all points of the grid"
+            )
     if sweep.scheduler.name == "pbt":
         _check_pbt(sweep)
+
+
+def _check_keys(sweep: Sweep) -> None:
+    """Raise ConfigError for a swept key that is nobody's, that is set elsewhere, or that moves the goal."""
+    given = [word.partition("=")[0] for word in sweep.overrides]
+    for key in sweep.space:
+        section, name, *rest = [*key.split("."), ""]
+        if section in ("modalities", "tasks") and any(rest):
+            known = set(sweep.base.get(section) or {})
+            known |= {parts[1] for parts in (word.split(".") for word in given) if parts[0] == section}
+            one_of(f"space.{key}", name, sorted(known))
+        if key in given:
+            raise ConfigError(f"space.{key}: an override sets what is swept; leave one of the two out")
+        if key.startswith(SET_HERE):
+            raise ConfigError(f"space.{key}: a sweep sets it itself, for every trial alike")
+        if key.startswith(JUDGES):
+            raise ConfigError(
+                f"space.{key}: it changes what trials are judged by; a figure means the same only where it "
+                "is measured in the same way"
+            )
 
 
 def _check_metric(sweep: Sweep, metric: str) -> None:
     """Raise ConfigError for a metric that the space scales: a sweep would find what makes it small."""
     scaling = [key for key in sweep.space if key.startswith(SCALES_LOSS)]
-    if re.match(r"(val/)?loss/", metric) and scaling:
+    if re.match(r"((val|train)/)?loss(/|$)", metric) and scaling:
         raise ConfigError(
             f"metrics.{metric}: {scaling[0]} is in the space and changes what this loss means: the sweep "
             "would find what makes the number small, not the model good. Judge by what it does not scale: a "

@@ -33,17 +33,21 @@ def hashable(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def make_study(sweep: Sweep) -> optuna.Study:
-    """Return an empty study of a sweep's metrics, with its sampler."""
+def make_study(sweep: Sweep, begun: int = 0) -> optuna.Study:
+    """Return an empty study of a sweep's metrics, with its sampler.
+
+    begun: trials that earlier drivers began, after which a sampler must not draw the same again.
+    """
+    seed = sweep.seed + 1_000_003 * begun
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     samplers = {
-        "random": lambda: optuna.samplers.RandomSampler(seed=sweep.seed),
-        "grid": lambda: optuna.samplers.RandomSampler(seed=sweep.seed),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+        "grid": lambda: optuna.samplers.RandomSampler(seed=seed),
         "tpe": lambda: optuna.samplers.TPESampler(
-            seed=sweep.seed, n_startup_trials=sweep.searcher.startup, multivariate=True, group=True,
+            seed=seed, n_startup_trials=sweep.searcher.startup, multivariate=True, group=True,
             constant_liar=True,
         ),
-        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=sweep.seed, population_size=10),
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=10),
     }  # fmt: skip
     return plain_study(sweep.metrics, samplers[sweep.searcher.name]())
 

@@ -39,11 +39,11 @@ def start_run(
     local_id = f"{LOCAL_PREFIX}{uuid.uuid4().hex}"
     tracker = Tracker(uri, local_id, root)
     tracker.start(experiment, name)
-    tracker.params({key: _without_secret(value, uri) for key, value in settings.items()})
-    tracker.tags({**provenance.tags(), **(tags or {})})
+    tracker.params({key: _plain(value) for key, value in settings.items()})
+    tracker.tags({key: _plain(value) for key, value in {**provenance.tags(), **(tags or {})}.items()})
     tracker.datasets(datasets)
     for name, text in {"config.yaml": config_yaml, **(texts or {})}.items():
-        tracker.text(_without_secret(text, uri), name)
+        tracker.text(store.without_passwords(text), name)
     left = tracker.flush(timeout_s, failures=1)
     error = tracker.error or f"no answer within {timeout_s:g} s"
     if left and required:
@@ -108,5 +108,5 @@ def _unrecorded(uri: str, why: str) -> ConfigError:
     )
 
 
-def _without_secret(value: Any, uri: str) -> Any:
-    return value.replace(uri, store.shown(uri)) if isinstance(value, str) else value
+def _plain(value: Any) -> Any:
+    return store.without_passwords(value) if isinstance(value, str) else value

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ def shown(uri: str) -> str:
     """Return an address without the user name and password it may carry."""
     parts = urlsplit(uri)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.password else uri
+
+
+def without_passwords(text: str) -> str:
+    """Return a text without the user names and passwords of the addresses in it."""
+    return re.sub(r"://[^/@\s:'\"]*:[^/@\s'\"]+@", "://", text)
 
 
 def ui_command(uri: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mmdiff_ray.cli import main
 from mmdiff_ray.distributed.job import read_run
@@ -216,7 +217,12 @@ def test_stopped_job_keeps_a_checkpoint_closes_its_run_and_goes_on_by_another_jo
 def test_sweep_runs_as_a_job_and_its_report_is_made_by_anyone_from_mlflow_alone(services, tmp_path):
     (services.folder / "searches").mkdir()
     budget = {"trials": 2, "samples": 32, "reports": 2}
-    tiny_sweep.write(services.folder / "searches", services.data, budget=budget, base__runs="runs")
+    file = tiny_sweep.write(services.folder / "searches", services.data, budget=budget, base__runs="runs")
+    plain = yaml.safe_load(file.read_text())
+    (services.folder / "searches" / "base.yaml").write_text(
+        yaml.safe_dump(plain["base"])
+    )  # is not over there
+    file.write_text(yaml.safe_dump({**plain, "base": "searches/base.yaml"}))
     job = services.submit("--folder", str(services.shared), "--", "sweep", "searches/tiny.yaml")
     code, said = services.mmdiff("jobs", "logs", "--follow", job)
     assert code == 0, said

@@ -15,8 +15,9 @@ import pytest
 
 from mmdiff_ray.cli import main
 from mmdiff_ray.data.manifest import read_manifest
-from mmdiff_ray.sweeps.journal import read_trials
+from mmdiff_ray.sweeps.journal import Trial, read_trials
 from mmdiff_ray.sweeps.record import read_record
+from mmdiff_ray.sweeps.spec import load_sweep
 from mmdiff_ray.training.checkpoint import complete
 from tests.sweeps import tiny
 from tests.sweeps.tiny import WEIGHTS
@@ -80,8 +81,9 @@ def test_trials_read_the_data_from_storage_once_together(done, sprites):
     assert 0 < reads <= groups
 
 
-def test_a_stopped_trial_was_worse_than_half_of_those_before_it(done):
+def test_a_trial_is_stopped_where_another_was_better(done):
     stopped = [trial for trial in read_trials(done[0]) if trial.outcome == "stopped"]
+    assert stopped
     for trial in stopped:
         at = trial.samples
         others = [
@@ -254,12 +256,57 @@ def test_an_interrupted_sweep_ends_cleanly_with_what_is_known(nodes, sprites, tm
     assert process.returncode == 130, out
     assert "Traceback" not in out and "Best: trial" in out and "Go on with: mmdiff sweep --resume" in out
     open_ones = [trial for trial in read_trials(runs / "sweeps" / "tiny") if trial.outcome is None]
+    for trial in open_ones:
+        assert f"trial {trial.number}: interrupted at" in out
+    assert {"RUNNING"}.isdisjoint(statuses(runs / "sweeps" / "tiny"))
     begun = len(list(read_trials(runs / "sweeps" / "tiny")))
-    run(nodes, "--resume", "tiny", f"budget.trials={begun}", "--runs", str(runs))
+    run(nodes, "--resume", "tiny", f"budget.trials={begun + 2}", "--runs", str(runs))
     after = {trial.number: trial for trial in read_trials(runs / "sweeps" / "tiny")}
-    assert len(after) == begun and {trial.outcome for trial in after.values()} == {"finished"}
+    assert len(after) == begun + 2 and {trial.outcome for trial in after.values()} == {"finished"}
+    assert len({json.dumps(trial.values) for trial in after.values()}) == begun + 2, "drawn once more"
+    assert load_sweep(runs / "sweeps" / "tiny" / "sweep.yaml").budget.trials == begun + 2
+    assert set(statuses(runs / "sweeps" / "tiny")) == {"FINISHED"}
     for trial in open_ones:  # went on from what it had
         assert after[trial.number].reports[: len(trial.reports)] == trial.reports
+
+
+def statuses(folder: Path) -> list[str]:
+    """Return the status of a sweep's run and of its trials' in MLflow."""
+    from mmdiff_ray.tracking import queries
+
+    facts = json.loads((folder / "sweep.json").read_text())
+    parent = queries.find_run(facts["tracking_uri"], facts["run_id"])
+    return [run.info.status for run in [parent, *queries.children(facts["tracking_uri"], parent)]]
+
+
+def test_an_interrupted_population_goes_on_where_each_member_stood(nodes, sprites, tmp_path):
+    space = {f"{WEIGHTS}.scale": {"loguniform": [0.02, 0.5]}}
+    file = tiny.write(
+        tmp_path, sprites, space=space, scheduler={"name": "pbt", "grace": 0.2, "quantile": 0.5},
+        budget={"trials": 3, "samples": 320, "reports": 10},
+    )  # fmt: skip
+    folder = tmp_path / "runs" / "sweeps" / "tiny"
+    process = subprocess.Popen(
+        command(str(file), "--runs", str(tmp_path / "runs")), env={**os.environ, "RAY_ADDRESS": nodes},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while sum(len(trial.reports) > 2 for trial in read_trials(folder)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, out
+    before = {trial.number: trial for trial in read_trials(folder)}
+    run(nodes, "--resume", "tiny", "--runs", str(tmp_path / "runs"))
+    for trial in read_trials(folder):
+        assert trial.outcome == "finished", trial.why
+        assert [report["samples"] for report in trial.reports] == list(range(32, 321, 32))
+        begun = before.get(trial.number, Trial(trial.number, {}))
+        for change in trial.changes:
+            if change not in begun.changes:  # nobody copied what the donor was before the sweep was cut off
+                donor = before.get(change["source"], begun)
+                assert change["at"] >= donor.samples or change in donor.changes
 
 
 def test_a_population_copies_checkpoints_and_its_schedule_can_be_trained_again(nodes, sprites, tmp_path):
@@ -302,15 +349,18 @@ def test_a_population_copies_checkpoints_and_its_schedule_can_be_trained_again(n
     assert {key: found[key] for key in told} == pytest.approx(told, rel=1e-5)
 
 
-def test_trials_of_two_workers_leave_nothing_behind_when_they_are_stopped(nodes, sprites, tmp_path):
+def test_a_trial_of_two_workers_that_is_stopped_makes_room_for_the_next_and_leaves_nothing_behind(
+    nodes, sprites, tmp_path
+):
     file = tiny.write(
-        tmp_path, sprites, budget={"trials": 2, "samples": 32, "reports": 2, "retries": 0},
+        tmp_path, sprites, budget={"trials": 3, "samples": 32, "reports": 2, "retries": 0, "concurrent": 1},
         base__workers={"count": 2, "cpus": 0.5, "data_workers": 1, "threads": 1}, scheduler__grace=0.5,
-        base__train={**tiny.PLAIN["base"]["train"], "global_batch": 16},
+        base__train={**tiny.PLAIN["base"]["train"], "global_batch": 16}, searcher__name="grid",
+        space={"train.learning_rate": {"grid": [1e-9, 1e-2, 1.1e-9]}},
     )  # fmt: skip
     out = run(nodes, str(file), "--runs", str(tmp_path / "runs"))
     outcomes = [trial.outcome for trial in read_trials(tmp_path / "runs" / "sweeps" / "tiny")]
-    assert len(outcomes) == 2 and set(outcomes) <= {"finished", "stopped"}, out
+    assert len(outcomes) == 3 and outcomes[:2] == ["finished", "stopped"], out
     free = subprocess.run(
         [sys.executable, "-c", FREE, nodes], capture_output=True, text=True, timeout=120, check=True
     )
@@ -368,10 +418,9 @@ def test_a_trial_that_does_not_fit_is_told_before_the_sweep_begins(nodes, sprite
 
 def test_what_would_fail_later_is_told_before_anything_starts(sprites, tmp_path, capsys):
     for changes, words in (
-        (
-            {"metrics": {"shape/acuracy": "max"}},
-            "metrics.shape/acuracy: no evaluator finds it; there are: shape/",
-        ),
+        ({"metrics": {"shape/head_nl": "max"}}, "did you mean 'shape/head_nll'?"),
+        ({"budget__reports": 9}, "budget.reports (9): 64 samples are 4 steps of 16 rows"),
+        ({"base__workers": {"count": 1, "gpus": 1}}, "workers.gpus"),
         ({"space": {f"{WEIGHTS}.kappa": {"uniform": [1, 2]}}}, "no value of it changes anything"),
         ({"base__workers": {"count": 99}}, "data.lanes"),
         ({"base__workers": {"count": 1, "labels": {"kind": "a"}}}, "workers.labels: Ray Tune places trials"),

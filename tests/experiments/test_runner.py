@@ -229,6 +229,38 @@ def test_a_cell_that_is_killed_goes_on_and_ends_with_the_same_model(done, tmp_pa
     assert killed_before_its_end or process.returncode == 0
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_runner_that_is_ended_goes_on_and_finishes_with_the_same_table(done, tmp_path, number):
+    shutil.copy(done / "small.yaml", tmp_path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    said = tmp_path / "said"
+    with said.open("w") as out:
+        runner = subprocess.Popen(
+            [sys.executable, "-m", "mmdiff_ray.cli", *words(tmp_path)],
+            stdout=out, stderr=subprocess.STDOUT, env=environment,
+        )  # fmt: skip
+        deadline = time.monotonic() + 200
+        while not (ended := list(tmp_path.glob("runs/small-smoke/*/export/facts.json"))):
+            assert time.monotonic() < deadline and runner.poll() is None, said.read_text()
+            time.sleep(0.05)
+        runner.send_signal(number)
+        assert runner.wait(60) == (130 if number == signal.SIGTERM else -signal.SIGKILL)
+    parent = json.loads((tmp_path / "runs/small-smoke/tracking/run.json").read_text())["run_id"]
+    server = store.client(store.tracking_uri(None, tmp_path / "runs"))
+    if number == signal.SIGTERM:
+        assert "stopped; the same command goes on" in said.read_text() and "Traceback" not in said.read_text()
+        assert server.get_run(parent).info.status == "KILLED"
+    assert not (tmp_path / "result.json").exists()
+    trained = {file: file.stat().st_mtime_ns for file in ended}
+    assert main(words(tmp_path)) == 0
+    assert {file: file.stat().st_mtime_ns for file in ended} == trained
+    assert result(tmp_path)["figures"] == result(done)["figures"]
+    assert server.get_run(parent).info.status == "FINISHED"
+
+
 @pytest.mark.slow
 def test_other_settings_than_those_a_cell_was_trained_with_are_refused(done, tmp_path, capsys):
     plain = yaml.safe_load((done / "small.yaml").read_text())

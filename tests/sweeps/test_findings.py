@@ -103,5 +103,5 @@ def test_members_of_a_population_are_told_by_the_values_that_they_ended_with(tmp
     assert ranges(sweep, members[2:4]) == {key: [0.2, 0.3], other: [0.5, 0.5]}
     assert importances(sweep, members, "m") == []
     pictures = draw(Record(sweep, "id", "tiny", members, {}, {}, {}), {})
-    (shown,) = [picture for picture in pictures if picture.title == "m over weights.scale, at the end"]
+    (shown,) = [picture for picture in pictures if picture.title == "m over shape.weights.scale, at the end"]
     assert shown.html.data[0].x == tuple(number / 10 for number in range(8))

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.sweeps.spec import load_sweep
+from mmdiff_ray.sweeps.spec import check_space, load_sweep, whole_text
 from tests.sweeps import tiny
 from tests.sweeps.tiny import WEIGHTS
 
@@ -55,6 +56,24 @@ def test_a_loss_may_judge_what_does_not_scale_it(tmp_path):
         ({"budget__trails": 5}, "budget.trails: unknown key 'trails'"),
         ({"searcher__name": "nsga2"}, "nsga2 is for two metrics and more"),
         ({"searcher__name": "grid"}, "the grid searcher needs a list of values"),
+        (
+            {"searcher__name": "grid", "budget__trials": 3, "space": {"seed": {"grid": [0, 1, 2, 3]}}},
+            r"budget.trials \(3\) must be 4, all points of the grid",
+        ),
+        (
+            {"space": {"train.log_every_samples": {"choice": [1, 2]}}},
+            "space.train.log_every_samples: a sweep sets it itself",
+        ),
+        ({"space": {"evaluate.rows": {"randint": [8, 64]}}}, "space.evaluate.rows: it changes what trials"),
+        (
+            {"space": {"modalities.shpe.weights.scale": {"uniform": [0, 1]}}},
+            "space.modalities.shpe.weights.scale: unknown 'shpe'; known: .*; did you mean 'shape'",
+        ),
+        (
+            {"overrides": [f"{WEIGHTS}.scale=0.1"]},
+            f"space.{WEIGHTS}.scale: an override sets what is swept",
+        ),
+        ({"base": "nowhere.yaml"}, "no config file nowhere.yaml"),
         ({"space": {"a.b": {"uniform": [1, 0]}}}, r"space.a.b.uniform: got \[1, 0\], want \[low, high\]"),
         ({"space": {"a.b": {"loguniform": [0, 1]}}}, r"low \(0\) must be above 0"),
         ({"space": {"a.b": {"normal": [0, 1]}}}, "want one of uniform, loguniform"),
@@ -71,6 +90,28 @@ def test_mistakes_are_named_with_file_and_key(tmp_path, changes, words):
     with pytest.raises(ConfigError, match=words) as caught:
         tiny.sweep(tmp_path, **changes)
     assert "tiny.yaml" in str(caught.value)
+
+
+def test_what_is_kept_of_a_sweep_needs_no_other_file(tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text(yaml.safe_dump(tiny.PLAIN["base"]))
+    file = tiny.write(tmp_path)
+    plain = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**plain, "base": str(base)}))
+    before = load_sweep(file, ["budget.trials=9", "train.learning_rate=0.5"])
+    kept = tmp_path / "kept.yaml"
+    kept.write_text(whole_text(file, ["budget.trials=9", "train.learning_rate=0.5"]))
+    base.unlink()
+    file.unlink()
+    after = load_sweep(kept)
+    assert after == before and after.name == "tiny" and after.config({}) == before.config({})
+
+
+def test_a_space_in_which_nothing_is_a_configuration_is_told_without_data(tmp_path):
+    space = {"modalities.shape.weights.scala": {"uniform": [0, 1]}}
+    with pytest.raises(ConfigError, match="scala"):
+        check_space(tiny.sweep(tmp_path, space=space))
+    check_space(tiny.sweep(tmp_path))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -43,6 +43,11 @@ def test_a_deleted_experiment_is_named_with_its_key(uri, client):
         store.get_or_create_experiment(uri, "gone")
 
 
+def test_texts_lose_passwords_and_nothing_else():
+    text = "mmdiff train a.yaml tracking.uri=http://me:p4ss@host:5000/x 'data=s3://bucket/a' http://b:80/c@d"
+    assert store.without_passwords(text) == text.replace("me:p4ss@", "")
+
+
 def test_what_a_person_types_shows_no_password():
     assert store.ui_command("https://me:secret@host:5000/x") == "open https://host:5000/x"
 
