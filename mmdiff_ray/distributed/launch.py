@@ -22,6 +22,7 @@ from mmdiff_ray.distributed.board import Board
 from mmdiff_ray.distributed.cluster import log_folder, resources, this_node
 from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.distributed.job import Job
+from mmdiff_ray.distributed.own_job import note_run
 from mmdiff_ray.distributed.worker import local_stream, ray_train_loop, train_worker
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.recorder import DatasetFacts
@@ -42,6 +43,7 @@ def train(job: Job, display: Display) -> Path:
         job = begin(job, job.config.tracking.required)
         if run_life.is_local(job.run_id):
             display.say(f"MLflow at {shown(job.tracking_uri)} does not answer; records wait in {job.spool}")
+        note_run(job.run_id)
         return run(job, display)
 
 
@@ -50,6 +52,7 @@ def resume(job: Job, display: Display) -> Path:
     with resources(job.config.workers):
         run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
         jobs.write_run(job, state="running")
+        note_run(job.run_id)
         return run(job, display)
 
 

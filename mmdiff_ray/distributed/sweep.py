@@ -23,6 +23,7 @@ from mmdiff_ray.distributed.cluster import amount_of, check_resources, cluster, 
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.launch import stop_requests
 from mmdiff_ray.distributed.nodes import autoscales
+from mmdiff_ray.distributed.own_job import note_run
 from mmdiff_ray.distributed.schedulers import Deadline, make_scheduler
 from mmdiff_ray.distributed.searcher import SpaceSearcher
 from mmdiff_ray.distributed.shelf import SharedTables, make_shelf, read_once
@@ -147,6 +148,7 @@ def run_sweep(sweep: Sweep, folder: Path, say: Say) -> str:
     """
     facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
     with sweep_cluster(sweep), stop_requests() as stopped:
+        note_run(facts["run_id"])
         state = _tune(sweep, folder, facts["run_id"], facts["begun"], say, stopped)
     return state
 

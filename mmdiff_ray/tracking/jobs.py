@@ -12,6 +12,9 @@ from urllib.parse import quote
 from mmdiff_ray.tracking import store
 
 JOB_TAG = "mmdiff.job_id"
+"""On a run: the job that began it or went on with it last."""
+RUN_KEY = "mmdiff.run_id"
+"""In a job's metadata: the run that it began or went on with."""
 JOB_VARIABLE = "MMDIFF_JOB_ID"
 """Set for a job's processes at its submission."""
 REVISION_VARIABLE = "MMDIFF_REVISION"

@@ -214,7 +214,10 @@ def test_stopped_job_keeps_a_checkpoint_closes_its_run_and_goes_on_by_another_jo
     assert services.run_of(found[1]).info.status == "FINISHED"
 
 
-def test_sweep_runs_as_a_job_and_its_report_is_made_by_anyone_from_mlflow_alone(services, tmp_path):
+def test_sweep_runs_as_a_job_and_its_report_is_made_by_anyone_from_mlflow_alone(
+    services, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(services.folder)
     (services.folder / "searches").mkdir()
     budget = {"trials": 2, "samples": 32, "reports": 2}
     file = tiny_sweep.write(services.folder / "searches", services.data, budget=budget, base__runs="runs")
@@ -227,11 +230,13 @@ def test_sweep_runs_as_a_job_and_its_report_is_made_by_anyone_from_mlflow_alone(
     code, said = services.mmdiff("jobs", "logs", "--follow", job)
     assert code == 0, said
     assert "up to 2 trials of 32 samples" in said and "Best: trial" in said
+    told = connect(find_place(None)).get_job_info(job)
 
     runs = {run.name: run for run in jobs.runs_of_job(services.tracking, job)}
     assert len(runs) == 1 + 2 and {run.status for run in runs.values()} == {"FINISHED"}
     parent = queries.find_run(services.tracking, runs["tiny"].run_id)
     children = queries.children(services.tracking, parent)
+    assert told.metadata["mmdiff.run_id"] == parent.info.run_id and told.status == "SUCCEEDED"
     assert {child.info.run_id for child in children} | {parent.info.run_id} == {
         run.run_id for run in runs.values()
     }
