@@ -23,6 +23,8 @@ def markdown(values: Mapping[str, Any], discussion: str = "", pictures: Sequence
     ]
     if values["missing"]:
         lines += [f"Not trained yet: {', '.join(values['missing'])}.", ""]
+    if values["unmeasured"]:
+        lines += [f"Trained, and not measured yet: {', '.join(values['unmeasured'])}.", ""]
     for name, why in values["refused"].items():
         lines += [f"Refused: {values['methods'][name]}. {why}", ""]
     for name, sentences in values["notes"].items():

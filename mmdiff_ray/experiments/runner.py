@@ -89,7 +89,7 @@ def write_result(experiment: Experiment, runs: Path, out: Path, say: Say) -> lis
     pictures = [*draw_curves(values, experiment.curves, out), *draw_watched(values, out)]
     page = markdown(values, discussion, [picture.name for picture in pictures])
     out.with_suffix(".md").write_text(page, encoding="utf8")
-    done = len(experiment.cells()) - len(values["missing"])
+    done = len(experiment.cells()) - len(values["missing"]) - len(values["unmeasured"])
     say(f"{done} of {len(experiment.cells())} cells are in {out.with_suffix('.md')}")
     return [out.with_suffix(".json"), out.with_suffix(".md"), *pictures]
 

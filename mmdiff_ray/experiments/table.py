@@ -168,6 +168,7 @@ def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
         "main": experiment.main,
         "methods": {name: method.title for name, method in experiment.methods.items()},
         "missing": missing,
+        "unmeasured": [key for key in unmeasured(experiment, runs) if key not in missing],
         "refused": refusals(experiment),
         "notes": notes(experiment),
         "figures": summary(experiment, table),
@@ -175,6 +176,19 @@ def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
         "watched": watched(experiment, runs),
         "matrices": experiment.matrices,
     }
+
+
+def unmeasured(experiment: Experiment, runs: Path) -> list[str]:
+    """Return the cells of which something that is asked was not measured yet."""
+    return [
+        cell.key
+        for cell in experiment.cells()
+        if not all(
+            measured_file(cell_folder(experiment, cell, runs), method, wanted).is_file()
+            for method in experiment.askers(cell.method)
+            for wanted in experiment.measures_of(method)
+        )
+    ]
 
 
 def refusals(experiment: Experiment) -> dict[str, str]:

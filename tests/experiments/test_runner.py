@@ -16,6 +16,7 @@ import yaml
 from mmdiff_ray.cli import main
 from mmdiff_ray.experiments import cell as cells
 from mmdiff_ray.experiments import table
+from mmdiff_ray.experiments.page import markdown
 from mmdiff_ray.experiments.spec import load_experiment
 from mmdiff_ray.tracking import store
 from tests.sprites import MODEL
@@ -202,10 +203,13 @@ def test_a_cell_made_elsewhere_in_one_process_counts_in_the_table(done, tmp_path
     experiment = load_experiment(file, "smoke")
     assert table.result(experiment, tmp_path / "all")["missing"] == ["both-0"]
     shutil.copytree(runs / "small-smoke" / "both-0", tmp_path / "all" / "small-smoke" / "both-0")
+    half = table.result(experiment, tmp_path / "all")
+    assert (half["missing"], half["unmeasured"]) == ([], ["both-0"])
+    assert "Trained, and not measured yet: both-0." in markdown(half, "", [])
     cell = experiment.cells()[0]
     cells.measure_cell(experiment, cell, cells.cell_folder(experiment, cell, tmp_path / "all"), print)
     merged = table.result(experiment, tmp_path / "all")
-    assert merged["missing"] == []
+    assert merged["missing"] == merged["unmeasured"] == []
     assert merged["figures"] == result(done)["figures"]
 
 
