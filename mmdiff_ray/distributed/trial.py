@@ -156,8 +156,8 @@ def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
         tracker.tags({"mmdiff.changes": json.dumps(trial.changes), "mmdiff.values": json.dumps(trial.values)})
     if seen >= total:
         tracker.tags({"mmdiff.outcome": "finished"})
-        for name, picture in findings.pictures.items():
-            tracker.image(f"evaluation/{name}", to_png(picture), seen)
+    for name, picture in findings.pictures.items():  # of every report: who knows which is a trial's last?
+        tracker.image(f"evaluation/{name}", to_png(picture), seen)
     tracker.close(timeout_s=5)
     return {"samples": seen, "figures": figures, "seconds": time.monotonic() - begun}
 

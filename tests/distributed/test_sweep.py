@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.sweeps.journal import Trial, read_trials
 from mmdiff_ray.sweeps.record import read_record
 from mmdiff_ray.sweeps.spec import load_sweep
+from mmdiff_ray.tracking.store import client
 from mmdiff_ray.training.checkpoint import complete
 from tests.sweeps import tiny
 from tests.sweeps.tiny import WEIGHTS
@@ -57,7 +59,7 @@ def run(address: str, *words: str, code: int = 0) -> str:
 def done(nodes, sprites, tmp_path_factory) -> tuple[Path, str]:
     """Return the folder of a finished sweep on two nodes, and what it printed."""
     folder = tmp_path_factory.mktemp("sweep")
-    file = tiny.write(folder, sprites, budget__trials=6)
+    file = tiny.write(folder, sprites, budget__trials=6, base__evaluate__evaluators=["calibration", "joint"])
     out = run(nodes, str(file), "--runs", str(folder / "runs"))
     return folder / "runs" / "sweeps" / "tiny", out
 
@@ -109,8 +111,12 @@ def test_trials_are_child_runs_that_mlflow_can_compare(done):
 
     parent = queries.find_run(facts["tracking_uri"], facts["run_id"])
     assert parent.info.status == "FINISHED" and "best/shape/head_nll" in parent.data.metrics
+    trials = {trial.run_id: trial for trial in record.trials}
     for child in queries.children(facts["tracking_uri"], parent):
         assert child.info.status == "FINISHED" and f"{WEIGHTS}.scale" in child.data.params
+        files = client(facts["tracking_uri"]).list_artifacts(child.info.run_id, "images")
+        drawn = {int(re.search(r"step[%+](\d+)", file.path)[1]) for file in files}
+        assert drawn == {report["samples"] for report in trials[child.info.run_id].reports}
 
 
 def test_the_report_is_made_again_from_mlflow_alone(done, tmp_path, monkeypatch, capsys):
@@ -349,20 +355,38 @@ def test_a_population_copies_checkpoints_and_its_schedule_can_be_trained_again(n
     assert {key: found[key] for key in told} == pytest.approx(told, rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def watched_nodes() -> Iterator[str]:
+    """Return the address of a cluster of two nodes whose dashboard is on."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "include_dashboard": True, "dashboard_port": 0},
+    )
+    cluster.add_node(num_cpus=2)
+    with urllib.request.urlopen(f"http://{cluster.webui_url}/api/version") as page:
+        assert "ray_version" in json.load(page)
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.mark.parametrize("cluster", ["nodes", "watched_nodes"])
 def test_a_trial_of_two_workers_that_is_stopped_makes_room_for_the_next_and_leaves_nothing_behind(
-    nodes, sprites, tmp_path
+    cluster, request, sprites, tmp_path
 ):
+    address = request.getfixturevalue(cluster)
     file = tiny.write(
         tmp_path, sprites, budget={"trials": 3, "samples": 32, "reports": 2, "retries": 0, "concurrent": 1},
         base__workers={"count": 2, "cpus": 0.5, "data_workers": 1, "threads": 1}, scheduler__grace=0.5,
         base__train={**tiny.PLAIN["base"]["train"], "global_batch": 16}, searcher__name="grid",
         space={"train.learning_rate": {"grid": [1e-9, 1e-2, 1.1e-9]}},
     )  # fmt: skip
-    out = run(nodes, str(file), "--runs", str(tmp_path / "runs"))
+    out = run(address, str(file), "--runs", str(tmp_path / "runs"))
     outcomes = [trial.outcome for trial in read_trials(tmp_path / "runs" / "sweeps" / "tiny")]
     assert len(outcomes) == 3 and outcomes[:2] == ["finished", "stopped"], out
     free = subprocess.run(
-        [sys.executable, "-c", FREE, nodes], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", FREE, address], capture_output=True, text=True, timeout=120, check=True
     )
     assert json.loads(free.stdout.splitlines()[-1]) == [4.0, 4.0]
 
