@@ -18,6 +18,7 @@ from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.data.storage import is_uri, join
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import runs
+from mmdiff_ray.distributed.alone import alone
 from mmdiff_ray.distributed.board import Board
 from mmdiff_ray.distributed.cluster import log_folder, resources, this_node
 from mmdiff_ray.distributed.display import Display
@@ -44,12 +45,16 @@ def train(job: Job, display: Display) -> Path:
         if run_life.is_local(job.run_id):
             display.say(f"MLflow at {shown(job.tracking_uri)} does not answer; records wait in {job.spool}")
         note_run(job.run_id)
-        return run(job, display)
+        with alone(job.folder):
+            return run(job, display)
 
 
 def resume(job: Job, display: Display) -> Path:
-    """Go on with an existing run from its last checkpoint, in the same MLflow run."""
-    with resources(job.config.workers):
+    """Go on with an existing run from its last checkpoint, in the same MLflow run.
+
+    Raises ConfigError where another process trains it.
+    """
+    with alone(job.folder), resources(job.config.workers):
         run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
         jobs.write_run(job, state="running")
         note_run(job.run_id)

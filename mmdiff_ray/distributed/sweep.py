@@ -182,7 +182,8 @@ def _tune(
         tables=SharedTables(shelf),
     )
     pbt = sweep.scheduler.name == "pbt"
-    random.seed(sweep.seed + len(known))  # a population's draws are Ray's, from Python's own generator
+    if pbt:
+        random.seed(sweep.seed + len(known))  # a population's draws are Ray's, from Python's own generator
     chosen: dict[str, Any] = {"num_samples": -1, "search_alg": searcher, "max_concurrent_trials": at_once}
     tuner = tune.Tuner(
         tune.with_resources(function, asks),

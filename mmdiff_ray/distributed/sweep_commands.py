@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from mmdiff_ray.config import ConfigError, RunError
+from mmdiff_ray.distributed.alone import alone
 from mmdiff_ray.distributed.cluster import amount_of
 from mmdiff_ray.distributed.commands import make_console, rows_per_s
 from mmdiff_ray.distributed.display import duration
@@ -50,7 +51,8 @@ def sweep(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
         console.print(f"{spec.title} (sweep {folder.name}): {size}")
         if folder.name != spec.name:
             console.print(f"{spec.name} is there already; mmdiff sweep --resume {spec.name} goes on with it")
-        return _run(spec, folder)
+        with alone(folder):
+            return _run(spec, folder)
 
 
 def resume(name: str, runs: str, overrides: Sequence[str]) -> int:
@@ -60,11 +62,11 @@ def resume(name: str, runs: str, overrides: Sequence[str]) -> int:
             raise ConfigError(f"{word}: a sweep goes on as it began, but for {', '.join(MAY_CHANGE)}")
     folder = sweep_folder(name, runs)
     facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
-    text = whole_text(folder / "sweep.yaml", overrides)
     spec = load_sweep(folder / "sweep.yaml", overrides)
-    with sweep_cluster(spec):
+    with alone(folder), sweep_cluster(spec):
         resources_of(spec, spec.config({}))
         run_life.resume_run(facts["tracking_uri"], facts["run_id"], folder / "tracking")
+        text = whole_text(folder / "sweep.yaml", overrides)
         (folder / "sweep.yaml").write_text(text, encoding="utf8")
         return _run(spec, folder)
 

@@ -23,6 +23,7 @@ from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config, ConfigError, RunError
 from mmdiff_ray.data.batches import local_batches, split_batches
 from mmdiff_ray.distributed import job as jobs
+from mmdiff_ray.distributed.alone import alone
 from mmdiff_ray.experiments.spec import FOLDER, Cell, Experiment, Measure, Method, digest, load_experiment
 from mmdiff_ray.experiments.watch import Watch
 from mmdiff_ray.training.checkpoint import CheckpointStore, write_json
@@ -211,13 +212,18 @@ def main(arguments: list[str] | None = None) -> int:
 def run_cell(
     experiment: Experiment, cell: Cell, runs: Path, measured: bool, say: Say, hooks: "CellHooks | None" = None
 ) -> None:
-    """Train a cell if it is not trained yet, and measure it if asked to."""
+    """Train a cell if it is not trained yet, and measure it if asked to.
+
+    Raises ConfigError where another process is at it.
+    """
     folder = cell_folder(experiment, cell, runs)
     config = experiment.config(cell, folder.parent)
-    if not is_trained(folder, config):
-        train_cell(config, folder, hooks or CellHooks(say), experiment.watch.get(cell.method.name, ()))
-    if measured:
-        measure_cell(experiment, cell, folder, say)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        if not is_trained(folder, config):
+            train_cell(config, folder, hooks or CellHooks(say), experiment.watch.get(cell.method.name, ()))
+        if measured:
+            measure_cell(experiment, cell, folder, say)
 
 
 def cell_folder(experiment: Experiment, cell: Cell, runs: Path) -> Path:

@@ -158,7 +158,7 @@ def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
     """Return the whole result of an experiment as plain values."""
     table, done = collect(experiment, runs), facts(experiment, runs)
     trained = {(fact["method"], fact["seed"]) for fact in done}
-    missing = [cell.key for cell in experiment.cells() if (cell.method.name, cell.seed) not in trained]
+    present = [cell for cell in experiment.cells() if (cell.method.name, cell.seed) in trained]
     return {
         "experiment": experiment.name,
         "title": experiment.title,
@@ -167,8 +167,8 @@ def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
         "command": f"mmdiff experiment {experiment.name} --preset {experiment.preset.name}",
         "main": experiment.main,
         "methods": {name: method.title for name, method in experiment.methods.items()},
-        "missing": missing,
-        "unmeasured": [key for key in unmeasured(experiment, runs) if key not in missing],
+        "missing": [cell.key for cell in experiment.cells() if cell not in present],
+        "unmeasured": [cell.key for cell in present if not is_measured(experiment, cell, runs)],
         "refused": refusals(experiment),
         "notes": notes(experiment),
         "figures": summary(experiment, table),
@@ -178,17 +178,14 @@ def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
     }
 
 
-def unmeasured(experiment: Experiment, runs: Path) -> list[str]:
-    """Return the cells of which something that is asked was not measured yet."""
-    return [
-        cell.key
-        for cell in experiment.cells()
-        if not all(
-            measured_file(cell_folder(experiment, cell, runs), method, wanted).is_file()
-            for method in experiment.askers(cell.method)
-            for wanted in experiment.measures_of(method)
-        )
-    ]
+def is_measured(experiment: Experiment, cell: Cell, runs: Path) -> bool:
+    """Return whether everything was measured that a cell's model is asked."""
+    folder = cell_folder(experiment, cell, runs)
+    return all(
+        measured_file(folder, method, wanted).is_file()
+        for method in experiment.askers(cell.method)
+        for wanted in experiment.measures_of(method)
+    )
 
 
 def refusals(experiment: Experiment) -> dict[str, str]:

@@ -11,7 +11,7 @@ from mmdiff_ray.config import Config
 from mmdiff_ray.denoiser import build_modalities, build_process
 from mmdiff_ray.diffusion.weights import w_from_b
 from mmdiff_ray.sweeps.drawing import Drawn, axes_of, file_name, page_of, short
-from mmdiff_ray.sweeps.findings import best_first, leading
+from mmdiff_ray.sweeps.findings import best_of
 from mmdiff_ray.sweeps.journal import Trial
 from mmdiff_ray.sweeps.record import Record
 from mmdiff_ray.sweeps.spec import Sweep
@@ -24,10 +24,10 @@ def profiles(record: Record) -> list[Drawn]:
     """
     sweep = record.sweep
     swept = dict.fromkeys(key.split(".")[1] for key in sweep.space if ".weights." in key)
-    done = [*leading(sweep, record.trials), *best_first(sweep, record.trials)]
-    best_trial = next((trial for trial in done if trial.number in record.configs), None)
-    if not swept or best_trial is None:
+    known = [trial for trial in record.trials if trial.number in record.configs]
+    if not swept or not known:
         return []
+    best_trial = best_of(sweep, known)
     best = record.configs[best_trial.number]
     default = _default(record, best)
     pictures = []
@@ -72,7 +72,7 @@ def _line(config: Config, name: str, kind: str, steps: int = 100) -> tuple[list[
 def lineage(sweep: Sweep, trials: Sequence[Trial]) -> list[Drawn]:
     """Draw every swept value over the samples of every trial, and whose state each copied when."""
     names, pictures = short(list(sweep.space)), []
-    best = [*leading(sweep, trials), *best_first(sweep, trials)][0]
+    best = best_of(sweep, trials)
     for key in sweep.space:
         title = f"{names[key]} while the population trains"
         page = page_of(title, "samples seen", key)

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mmdiff_ray.sweeps.curves import lineage, profiles
 from mmdiff_ray.sweeps.drawing import SIZE, Drawn, axes_of, file_name, page_of, panels_of, short
-from mmdiff_ray.sweeps.findings import AT_END, Importance, best_first, figures_of, front, leading
+from mmdiff_ray.sweeps.findings import AT_END, Importance, best_of, figures_of, front
 from mmdiff_ray.sweeps.journal import Trial
 from mmdiff_ray.sweeps.record import Record
 from mmdiff_ray.sweeps.spec import Sweep
@@ -60,7 +60,7 @@ def _curves(sweep: Sweep, trials: Sequence[Trial]) -> Drawn:
     names = short(list(sweep.space))
     page = page_of(title, "samples seen", sweep.main)
     figure, axes = axes_of(title, xlabel="samples seen", ylabel=sweep.main)
-    best = [*leading(sweep, trials), *best_first(sweep, trials)][0]
+    best = best_of(sweep, trials)
     for trial in trials:
         x = [report["samples"] for report in trial.reports]
         y = [report["figures"][sweep.main] for report in trial.reports]

@@ -42,14 +42,19 @@ def best_first(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=merit)
 
 
-def front(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """Return the Pareto front, the best by the leading metric first: the finished trials of which no other
-    is as good in every metric and better in one."""
-    done = [
+def finished(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that finished and have every metric, the best by the leading one first."""
+    return [
         trial
         for trial in best_first(sweep, trials)
         if trial.outcome == "finished" and sweep.metrics.keys() <= figures_of(trial).keys()
     ]
+
+
+def front(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
+    """Return the Pareto front, the best by the leading metric first: the finished trials of which no other
+    is as good in every metric and better in one."""
+    done = finished(sweep, trials)
     signs = np.array([1 if way == "max" else -1 for way in sweep.metrics.values()])
     points = {trial.number: signs * [figures_of(trial)[m] for m in sweep.metrics] for trial in done}
     return [
@@ -66,10 +71,13 @@ def front(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
 def leading(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     """Return the finished trials that a sweep recommends, the first one most of all: the front of several
     metrics, or all by the only one."""
-    if len(sweep.metrics) > 1:
-        return front(sweep, trials)
-    done = (trial for trial in best_first(sweep, trials) if trial.outcome == "finished")
-    return [trial for trial in done if sweep.main in figures_of(trial)]
+    return front(sweep, trials) if len(sweep.metrics) > 1 else finished(sweep, trials)
+
+
+def best_of(sweep: Sweep, trials: Sequence[Trial]) -> Trial:
+    """Return the one trial that stands out in pictures: the first that leads; where none has finished, that
+    which came farthest."""
+    return [*leading(sweep, trials), *best_first(sweep, trials)][0]
 
 
 def trained_config(record: Record, trial: Trial) -> Config | None:
@@ -168,11 +176,7 @@ def _shares(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int) -> di
 
 def top(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     """Return the best quarter of the finished trials, at least three of them."""
-    done = [
-        trial
-        for trial in best_first(sweep, trials)
-        if trial.outcome == "finished" and sweep.main in figures_of(trial)
-    ]
+    done = finished(sweep, trials)
     return done[: max(3, len(done) // 4)]
 
 

@@ -16,7 +16,6 @@ SEARCHERS = ("random", "grid", "tpe", "nsga2")
 SCHEDULERS = ("fifo", "asha", "median", "pbt")
 SCALES_LOSS = ("loss.", "modalities.")
 """Beginnings of keys that a training or held-out loss is scaled by, or whose meaning they change."""
-
 SET_HERE = (
     "train.samples",
     "train.max_minutes",
@@ -83,9 +82,8 @@ class Sweep:
     """A sweep.
 
     base: plain values; a file may name a config file in their place, which is read once, with it. overrides:
-    on top of it, `key=value`. metrics: figure of an evaluator
-    -> min or max; the first one leads where a scheduler needs a single one. data: a data set that is built
-    where it is missing: pipeline, uri, options.
+    on top of it, `key=value`. metrics: figure of an evaluator -> min or max; the first one leads where a
+    scheduler needs a single one. data: a data set that is built where it is missing: pipeline, uri, options.
     """
 
     name: str
@@ -108,8 +106,7 @@ class Sweep:
     @property
     def trials(self) -> int:
         """Return how many trials there are at most: a grid has so many points and no more."""
-        points = combinations(self.space) if self.searcher.name == "grid" else None
-        return self.budget.trials if points is None else min(self.budget.trials, len(points))
+        return len(combinations(self.space)) if self.searcher.name == "grid" else self.budget.trials
 
     @property
     def period(self) -> int:

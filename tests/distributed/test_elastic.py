@@ -50,11 +50,12 @@ def test_run_goes_on_with_fewer_workers_and_again_with_more(nodes, sprites, tmp_
         tmp_path, sprites, *WORDS, "train.samples=1000000", "workers.count=2", "workers.least=1"
     )
     folder, said = tmp_path / "runs" / "tiny", tmp_path / "said"
+    command = [sys.executable, "-c", DRIVER, "train"]
+    environment = {**os.environ, "RAY_ADDRESS": nodes.address, "PYTHONUNBUFFERED": "1"}
     with said.open("w") as out:
         driver = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, "train", str(file)], stdout=out, stderr=subprocess.STDOUT,
-            env={**os.environ, "RAY_ADDRESS": nodes.address, "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
+            [*command, str(file)], stdout=out, stderr=subprocess.STDOUT, env=environment
+        )
 
     def begun() -> list[str]:
         return re.findall(r"training on (\d+ workers?)", said.read_text())
@@ -66,6 +67,10 @@ def test_run_goes_on_with_fewer_workers_and_again_with_more(nodes, sprites, tmp_
             time.sleep(0.1)
 
     wait(lambda: complete(folder / "checkpoints"))
+    other = subprocess.run(
+        [*command, "--resume", str(folder)], env=environment, capture_output=True, text=True
+    )
+    assert other.returncode == 2 and f"process {driver.pid} on" in other.stderr
     second = next(node for node in nodes.list_all_nodes() if node is not nodes.head_node)
     second.kill_all_processes(check_alive=False, allow_graceful=False)
     wait(lambda: len(begun()) > 1)

@@ -222,9 +222,8 @@ def test_sweep_runs_as_a_job_and_its_report_is_made_by_anyone_from_mlflow_alone(
     budget = {"trials": 2, "samples": 32, "reports": 2}
     file = tiny_sweep.write(services.folder / "searches", services.data, budget=budget, base__runs="runs")
     plain = yaml.safe_load(file.read_text())
-    (services.folder / "searches" / "base.yaml").write_text(
-        yaml.safe_dump(plain["base"])
-    )  # is not over there
+    base = services.folder / "searches" / "base.yaml"  # is not over there
+    base.write_text(yaml.safe_dump(plain["base"]))
     file.write_text(yaml.safe_dump({**plain, "base": "searches/base.yaml"}))
     job = services.submit("--folder", str(services.shared), "--", "sweep", "searches/tiny.yaml")
     code, said = services.mmdiff("jobs", "logs", "--follow", job)

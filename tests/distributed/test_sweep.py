@@ -43,7 +43,7 @@ def command(*words: str) -> list[str]:
 
 
 def run(address: str, *words: str, code: int = 0) -> str:
-    """Run `mmdiff sweep` on a cluster and return what it printed."""
+    """Run `mmdiff sweep` on a cluster and return what it printed; of one that failed, its errors."""
     ended = subprocess.run(
         command(*words),
         capture_output=True,
@@ -52,7 +52,7 @@ def run(address: str, *words: str, code: int = 0) -> str:
         timeout=400,
     )
     assert ended.returncode == code, ended.stdout + ended.stderr
-    return ended.stdout
+    return ended.stderr if code else ended.stdout
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +257,7 @@ def test_an_interrupted_sweep_ends_cleanly_with_what_is_known(nodes, sprites, tm
     while not any(trial.outcome == "finished" for trial in read_trials(runs / "sweeps" / "tiny")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
+    assert "works on it" in run(nodes, "--resume", "tiny", "--runs", str(runs), code=2)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130, out

@@ -131,15 +131,9 @@ def test_a_status_that_mlflow_does_not_have_is_refused_here(uri, tmp_path):
 def test_the_password_of_the_store_is_not_recorded(dead_uri, uri, client, tmp_path):
     secret = dead_uri.replace("http://", "http://me:hidden@")
     local = run_life.start_run(
-        secret,
-        "tests",
-        "secret",
-        tmp_path,
-        {"tracking.uri": secret},
-        f"uri: {secret}\n",
-        tags={"command": f"mmdiff train a.yaml tracking.uri={secret}", "count": 3},
-        required=False,
-    )
+        secret, "tests", "secret", tmp_path, {"tracking.uri": secret}, f"uri: {secret}\n",
+        tags={"command": f"mmdiff train a.yaml tracking.uri={secret}", "count": 3}, required=False,
+    )  # fmt: skip
     replay(tmp_path, uri)
     run = queries.find_run(uri, local)
     assert run.data.params == {"tracking.uri": store.shown(secret)} == {"tracking.uri": dead_uri}
