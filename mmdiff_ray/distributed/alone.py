@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,25 +12,33 @@ from mmdiff_ray.config import ConfigError
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
     """Hold a folder while its work is done; however the process ends, it lets go of it.
 
-    Raises ConfigError, naming the process, where another holds it. A disk that knows no locks has none.
+    patience_s: how long one that holds it already is waited for, who may be about to end. Raises ConfigError,
+    naming the process, where it still does. A disk that knows no locks has none.
     """
     held = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+    until = time.monotonic() + patience_s
     try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(held, 1000).decode() or "another process"
-            raise ConfigError(
-                f"{folder}: {owner} works on it; wait until that has ended, or stop it"
-            ) from None
-        except OSError:
-            pass
+        while not _locked(held):
+            if time.monotonic() >= until:
+                owner = os.pread(held, 1000, 0).decode() or "another process"
+                raise ConfigError(f"{folder}: {owner} works on it; wait until that has ended, or stop it")
+            time.sleep(0.2)
         with suppress(OSError):  # what it says is for people alone
             os.ftruncate(held, 0)
             os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
         os.close(held)
+
+
+def _locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here
+        return True
+    return True

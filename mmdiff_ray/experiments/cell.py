@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,8 @@ from mmdiff_ray.training.trainer import Trainer
 
 Say = Callable[[str], None]
 SAY_EVERY_S = 30.0
+ENDING_S = 60.0
+"""How long a cell waits for who holds it: the tasks of a runner that was killed end a little later."""
 WATCH_POINTS = 8
 """How often a watched cell's tasks are looked at while it trains."""
 
@@ -147,38 +150,57 @@ def machine(device: torch.device) -> str:
     return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores ({platform.machine()})"
 
 
-def measure_cell(experiment: Experiment, cell: Cell, folder: Path, say: Say) -> None:
-    """Measure a trained cell, and the methods that ask its model, whatever was not measured yet."""
-    from mmdiff_ray.distributed.evaluate import measure, plain
+@dataclasses.dataclass(frozen=True)
+class Open:
+    """A measure of a trained cell that is still to be taken. mark: of all settings that it depends on."""
 
+    method: Method
+    measure: Measure
+    config: Config
+    file: Path
+    mark: str
+
+
+def open_measures(experiment: Experiment, cell: Cell, runs: Path) -> list[Open]:
+    """Return what was not measured yet of a trained cell, and of the methods that ask its model."""
+    folder, found = cell_folder(experiment, cell, runs), []
     config = configuration.load([folder / "export" / "config.yaml"])
-    judges = [other for other in experiment.cells() if experiment.is_judge(other)]
-    judge = next(
-        (str(cell_folder(experiment, other, folder.parent.parent) / "export") for other in judges), None
-    )
+    judges = [
+        cell_folder(experiment, other, runs) for other in experiment.cells() if experiment.is_judge(other)
+    ]
+    judge = str(judges[0] / "export") if judges else None
     for method in experiment.askers(cell.method):
         for wanted in experiment.measures_of(method):
             asked = experiment.asked(config, method, wanted, judge)
             file = measured_file(folder, method, wanted)
-            mark = training_digest(asked) + digest(asked.evaluate)
-            if file.is_file() and json.loads(file.read_text(encoding="utf8"))["digest"] == mark:
-                continue
-            begun = time.monotonic()
-            findings = measure(folder, asked)
-            tallies = {
-                f"{figure.key}|{rule}|{part}": getattr(tally, part).astype(np.float32)
-                for figure in findings.figures
-                for rule, tally in figure.tallies.items()
-                for part in ("numerator", "denominator")
-            }
-            file.parent.mkdir(exist_ok=True)
-            np.savez_compressed(file.with_suffix(".npz"), **tallies)
-            for name, picture in findings.pictures.items():
-                picture.save(file.with_name(f"{file.stem}-{name}.png"))
-            seconds = time.monotonic() - begun
-            figures = [plain(figure) for figure in findings.figures]
-            write_json(file, {"digest": mark, "seconds": seconds, "figures": figures})
-            say(f"{method.name}: {wanted.name} measured in {seconds:.0f} s")
+            anywhere = dataclasses.replace(asked.evaluate, judge=experiment.judge)
+            mark = training_digest(asked) + digest(anywhere)
+            if not file.is_file() or json.loads(file.read_text(encoding="utf8"))["digest"] != mark:
+                found.append(Open(method, wanted, asked, file, mark))
+    return found
+
+
+def measure_cell(experiment: Experiment, cell: Cell, runs: Path, say: Say) -> None:
+    """Measure a trained cell, and the methods that ask its model, whatever was not measured yet."""
+    from mmdiff_ray.distributed.evaluate import measure, plain
+
+    for wanted in open_measures(experiment, cell, runs):
+        begun, file = time.monotonic(), wanted.file
+        findings = measure(cell_folder(experiment, cell, runs), wanted.config)
+        tallies = {
+            f"{figure.key}|{rule}|{part}": getattr(tally, part).astype(np.float32)
+            for figure in findings.figures
+            for rule, tally in figure.tallies.items()
+            for part in ("numerator", "denominator")
+        }
+        file.parent.mkdir(exist_ok=True)
+        np.savez_compressed(file.with_suffix(".npz"), **tallies)
+        for name, picture in findings.pictures.items():
+            picture.save(file.with_name(f"{file.stem}-{name}.png"))
+        seconds = time.monotonic() - begun
+        figures = [plain(figure) for figure in findings.figures]
+        write_json(file, {"digest": wanted.mark, "seconds": seconds, "figures": figures})
+        say(f"{wanted.method.name}: {wanted.measure.name} measured in {seconds:.0f} s")
 
 
 def measured_file(folder: Path, method: Method, wanted: Measure) -> Path:
@@ -214,16 +236,34 @@ def run_cell(
 ) -> None:
     """Train a cell if it is not trained yet, and measure it if asked to.
 
+    Where a cell's measures came without its model, they are enough; for others it is trained once more.
     Raises ConfigError where another process is at it.
     """
     folder = cell_folder(experiment, cell, runs)
     config = experiment.config(cell, folder.parent)
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder):
-        if not is_trained(folder, config):
+    with alone(folder, ENDING_S):
+        if not is_trained(folder, config) or (measured and _lacks_model(experiment, cell, runs)):
+            shutil.rmtree(folder / "measured", ignore_errors=True)  # of another model than this one will be
             train_cell(config, folder, hooks or CellHooks(say), experiment.watch.get(cell.method.name, ()))
         if measured:
-            measure_cell(experiment, cell, folder, say)
+            measure_cell(experiment, cell, runs, say)
+
+
+def _lacks_model(experiment: Experiment, cell: Cell, runs: Path) -> bool:
+    """Return whether a cell of which only the measures are here is asked for what takes its model."""
+    if (cell_folder(experiment, cell, runs) / "export" / "model.safetensors").is_file():
+        return False
+    if open_measures(experiment, cell, runs):
+        return True
+    others = [other for other in experiment.cells() if other != cell] if experiment.is_judge(cell) else []
+    return not all(is_measured(experiment, other, runs) for other in others)
+
+
+def is_measured(experiment: Experiment, cell: Cell, runs: Path) -> bool:
+    """Return whether everything was measured that a cell's model is asked."""
+    trained = (cell_folder(experiment, cell, runs) / "export" / "facts.json").is_file()
+    return trained and not open_measures(experiment, cell, runs)
 
 
 def cell_folder(experiment: Experiment, cell: Cell, runs: Path) -> Path:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmdiff_ray.distributed.commands import make_console
-from mmdiff_ray.experiments.runner import run_experiment, write_result
+from mmdiff_ray.experiments.runner import restore, run_experiment, write_result
 from mmdiff_ray.experiments.spec import Experiment
 
 
@@ -17,13 +17,14 @@ def run(
     """
     console = make_console()
     preset = experiment.preset.name
-    default = Path("results") if preset != "smoke" else runs
-    target = out or default / experiment.name
+    default = {"small": Path("results") / experiment.name, "smoke": runs / experiment.name}
+    target = out or default.get(preset, Path("results") / f"{experiment.name}-{preset}")
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
 
     if table:
+        restore(experiment, runs, target, say)
         write_result(experiment, runs, target, say)
     else:
         cells = experiment.matching(only)

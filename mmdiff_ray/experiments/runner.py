@@ -13,6 +13,7 @@ from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.denoiser import build_denoiser
 from mmdiff_ray.distributed.tasks import run_tasks
 from mmdiff_ray.evaluation.run import check_evaluators
+from mmdiff_ray.experiments.archive import archive_file, pack, unpack
 from mmdiff_ray.experiments.cell import CellHooks, cell_folder, is_trained, run_cell
 from mmdiff_ray.experiments.curves import draw_curves, draw_watched
 from mmdiff_ray.experiments.page import markdown
@@ -32,10 +33,11 @@ def run_experiment(
     """Train and measure every cell that is not done, and write the result beside `out`: json, md, figures.
 
     runs: where cells are kept; whatever is there already is not done again. Cells trained elsewhere count
-    once their folders lie there. cells: those to run, all where None. Raises ConfigError before anything is
-    started for a cell whose configuration is wrong, and RunError at the end if cells failed; the result is
-    written from those that did not.
+    once their folders lie there, and so do those that are kept beside `out`. cells: those to run, all where
+    None. Raises ConfigError before anything is started for a cell whose configuration is wrong, and RunError
+    at the end if cells failed; the result is written from those that did not.
     """
+    restore(experiment, runs, out, say)
     check_cells(experiment, runs)
     uri = tracking_uri(None, runs.absolute())
     parent = _parent(experiment, runs, uri)
@@ -58,6 +60,12 @@ def run_experiment(
     return written[0]
 
 
+def restore(experiment: Experiment, runs: Path, out: Path, say: Say) -> None:
+    """Lay the cells that are kept beside a result where they count, and say how many."""
+    if found := unpack(experiment, runs, out):
+        say(f"{found} of {len(experiment.cells())} cells are those of {archive_file(out)}")
+
+
 def check_cells(experiment: Experiment, runs: Path) -> None:
     """Raise ConfigError for any cell or measure whose configuration is wrong, before any is started."""
     refusals(experiment)
@@ -77,7 +85,8 @@ def check_cells(experiment: Experiment, runs: Path) -> None:
 
 
 def write_result(experiment: Experiment, runs: Path, out: Path, say: Say) -> list[Path]:
-    """Write what is known so far: OUT.json, OUT.md and a figure per curve. Return the files.
+    """Write what is known so far: OUT.json, OUT.md, a figure per curve, and OUT.cells.zip with what these are
+    made of. Return the files.
 
     What people wrote about it in OUT.discussion.md, and the figures, stand in OUT.md before the tables.
     """
@@ -91,7 +100,7 @@ def write_result(experiment: Experiment, runs: Path, out: Path, say: Say) -> lis
     out.with_suffix(".md").write_text(page, encoding="utf8")
     done = len(experiment.cells()) - len(values["missing"]) - len(values["unmeasured"])
     say(f"{done} of {len(experiment.cells())} cells are in {out.with_suffix('.md')}")
-    return [out.with_suffix(".json"), out.with_suffix(".md"), *pictures]
+    return [out.with_suffix(".json"), out.with_suffix(".md"), pack(experiment, runs, out), *pictures]
 
 
 def _parent(experiment: Experiment, runs: Path, uri: str) -> str:

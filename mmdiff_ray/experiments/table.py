@@ -14,7 +14,7 @@ from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.denoiser import build_denoiser, inert_settings
 from mmdiff_ray.evaluation.statistics import Tally, difference, interval
-from mmdiff_ray.experiments.cell import cell_folder, measured_file
+from mmdiff_ray.experiments.cell import cell_folder, is_measured, measured_file
 from mmdiff_ray.experiments.spec import Cell, Experiment, Method
 from mmdiff_ray.experiments.watch import read
 
@@ -176,16 +176,6 @@ def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
         "watched": watched(experiment, runs),
         "matrices": experiment.matrices,
     }
-
-
-def is_measured(experiment: Experiment, cell: Cell, runs: Path) -> bool:
-    """Return whether everything was measured that a cell's model is asked."""
-    folder = cell_folder(experiment, cell, runs)
-    return all(
-        measured_file(folder, method, wanted).is_file()
-        for method in experiment.askers(cell.method)
-        for wanted in experiment.measures_of(method)
-    )
 
 
 def refusals(experiment: Experiment) -> dict[str, str]:

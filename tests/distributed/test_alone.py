@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -23,7 +24,9 @@ def test_a_folder_is_one_process_s_until_that_has_ended(tmp_path):
     assert other.stdout.readline() == "held\n"
     with pytest.raises(ConfigError, match=rf"{tmp_path}: process {other.pid} on \S+ works on it; wait"):
         alone(tmp_path).__enter__()
-    other.kill()
+    threading.Timer(1.0, other.kill).start()
+    with alone(tmp_path, patience_s=60):
+        assert other.poll() is not None or other.wait(5)
     other.communicate()
     for _ in range(2):
         with alone(tmp_path):

@@ -16,6 +16,7 @@ import yaml
 from mmdiff_ray.cli import main
 from mmdiff_ray.experiments import cell as cells
 from mmdiff_ray.experiments import table
+from mmdiff_ray.experiments.archive import pack, unpack
 from mmdiff_ray.experiments.page import markdown
 from mmdiff_ray.experiments.spec import load_experiment
 from mmdiff_ray.tracking import store
@@ -174,7 +175,7 @@ def test_cells_are_child_runs_of_one_run_with_losses_and_figures(done):
     assert "asked.most/pixels_from_masked/lpips" in runs["both-0"].data.metrics
     assert [file.path for file in client.list_artifacts(parent.info.run_id, "result")] == [
         "result/result-conflict.png", "result/result-lpips.png", "result/result-tasks.png",
-        "result/result.json", "result/result.md",
+        "result/result.cells.zip", "result/result.json", "result/result.md",
     ]  # fmt: skip
 
 
@@ -207,10 +208,55 @@ def test_a_cell_made_elsewhere_in_one_process_counts_in_the_table(done, tmp_path
     assert (half["missing"], half["unmeasured"]) == ([], ["both-0"])
     assert "Trained, and not measured yet: both-0." in markdown(half, "", [])
     cell = experiment.cells()[0]
-    cells.measure_cell(experiment, cell, cells.cell_folder(experiment, cell, tmp_path / "all"), print)
+    cells.measure_cell(experiment, cell, tmp_path / "all", print)
     merged = table.result(experiment, tmp_path / "all")
     assert merged["missing"] == merged["unmeasured"] == []
     assert merged["figures"] == result(done)["figures"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_method_is_added_to_a_table_whose_models_are_elsewhere(done, tmp_path, capsys):
+    shutil.copy(done / "result.cells.zip", tmp_path)
+    plain = yaml.safe_load((done / "small.yaml").read_text())
+    plain["presets"]["smoke"]["seeds"] = [0]
+    plain["methods"]["quick"] = {"title": "both, quickly", "overrides": ["train.learning_rate=0.01"]}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
+    assert main(words(tmp_path)) == 0
+    assert "2 of 3 cells are those of" in capsys.readouterr().out
+    models = {file.parts[-3] for file in tmp_path.glob("runs/small-smoke/*/export/model.safetensors")}
+    assert models == {"quick-0"}
+    found, before = result(tmp_path), result(done)
+    assert found["missing"] == found["unmeasured"] == []
+    kept = {(c["method"], c["seed"]): c for c in before["cells"]}
+    for cell in found["cells"]:
+        assert cell["method"] == "quick" or cell == kept[cell["method"], cell["seed"]]
+    methods = {line["method"] for line in found["figures"]}
+    assert {"both", "alone", "asked", "quick", "rule: biharmonic"} == {
+        name for name in methods if name.startswith("rule: bi") or "rule" not in name
+    }
+
+
+@pytest.mark.slow
+def test_a_cell_whose_model_is_elsewhere_is_trained_again_for_another_measure(done, tmp_path):
+    shutil.copy(done / "result.cells.zip", tmp_path)
+    file, runs = str(done / "small.yaml"), tmp_path / "runs"
+    experiment = load_experiment(file, "smoke")
+    cell = experiment.cells()[0]
+    folder = cells.cell_folder(experiment, cell, runs)
+    assert unpack(experiment, runs, tmp_path / "result") == 4
+    assert unpack(experiment, runs, tmp_path / "result") == 0
+    config = (folder / "export" / "config.yaml").read_text()
+    assert str(done) not in config and "runs: runs\n" in config
+    assert table.result(experiment, runs)["figures"] == result(done)["figures"]
+    pack(experiment, runs, tmp_path / "again")
+    assert (tmp_path / "again.cells.zip").read_bytes() == (tmp_path / "result.cells.zip").read_bytes()
+
+    next(folder.glob("measured/asked.most.json")).unlink()
+    assert table.result(experiment, runs)["unmeasured"] == ["both-0"]
+    cells.run_cell(experiment, cell, runs, True, print)
+    assert (folder / "export" / "model.safetensors").is_file()
+    assert table.result(experiment, runs)["figures"] == result(done)["figures"]
 
 
 @pytest.mark.slow
