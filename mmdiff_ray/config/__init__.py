@@ -5,7 +5,7 @@ Every error names the key, what it got and what it wants.
 
 from mmdiff_ray.config.changes import check_changes, in_force, is_live, next_change
 from mmdiff_ray.config.checks import check, check_batch
-from mmdiff_ray.config.errors import ConfigError, RunError, UnreachableError
+from mmdiff_ray.config.errors import ConfigError, RunError, UnreachableError, named
 from mmdiff_ray.config.loading import (
     flatten,
     from_plain,
@@ -69,6 +69,7 @@ __all__ = [
     "in_force",
     "is_live",
     "load",
+    "named",
     "next_change",
     "options",
     "override",

@@ -1,5 +1,8 @@
 """What the package raises for mistakes of the person who uses it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ConfigError(ValueError):
     """A mistake in a configuration, in words for the person who wrote it."""
@@ -11,3 +14,12 @@ class UnreachableError(ConfigError):
 
 class RunError(RuntimeError):
     """A run that failed once it had started, in words for the person who runs it."""
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put what a mistake is in before the words of a ConfigError."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None

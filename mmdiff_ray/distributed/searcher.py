@@ -32,7 +32,7 @@ class SpaceSearcher(Searcher):
         self.asked: dict[int, Any] = {}
         self.study = make_study(sweep, self.next)
         for trial in known:
-            if trial.outcome is not None:
+            if trial.outcome is not None and not sweep.is_baseline(trial.number):
                 self.study.add_trial(as_frozen(sweep, trial))
         self.points = combinations(sweep.space) if sweep.searcher.name == "grid" else None
 
@@ -52,8 +52,11 @@ class SpaceSearcher(Searcher):
         if self.waiting:
             trial = self.waiting.pop(0)
             return {"number": trial.number, "values": trial.now}
-        values = self._draw() if self.points is None else self.points[self.next]
         number = self.next
+        if self.sweep.is_baseline(number):
+            values = {}
+        else:
+            values = self._draw() if self.points is None else self.points[number - self.sweep.baseline]
         self.next += 1
         return {"number": number, "values": values}
 
@@ -77,7 +80,9 @@ class SpaceSearcher(Searcher):
         raise RunError(f"space: {TRIES} points in a row were refused; narrow the space; the last: {why}")
 
     def note(self, trial: Trial) -> None:
-        """Take what became of a trial into account."""
+        """Take what became of a trial into account; the baseline is no point of the space."""
+        if self.sweep.is_baseline(trial.number):
+            return
         asked = self.asked.pop(trial.number, None)
         frozen = as_frozen(self.sweep, trial)
         if asked is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.config import Config, ConfigError, named
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.distributed import job as jobs
@@ -31,7 +31,7 @@ from mmdiff_ray.distributed.trial import SCORE, run_trial, score
 from mmdiff_ray.distributed.watch import Watch
 from mmdiff_ray.evaluation.run import evaluate, metrics_of
 from mmdiff_ray.sweeps.journal import read_trials
-from mmdiff_ray.sweeps.space import Look, Make, look
+from mmdiff_ray.sweeps.space import Look, Make, check_point, look
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.store import tracking_uri
@@ -72,7 +72,11 @@ def check_sweep(sweep: Sweep) -> tuple[Look, Job]:
             f"{-(-sweep.budget.samples // batch)} steps of {batch} rows (train.global_batch), and a trial is "
             "judged after whole steps; ask for fewer reports, or more samples"
         )
-    seen = look(sweep.space, make_configs(sweep))
+    make = make_configs(sweep)
+    seen = look(sweep.space, make)
+    if sweep.baseline:
+        with named("baseline"):
+            check_point(make({}))
     if seen.inert:
         raise ConfigError("; ".join(seen.inert))
     assert seen.good is not None

@@ -158,6 +158,8 @@ def dry_run(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
         shown.add_row(key, f"{dimension.kind} {what}", when)
     console.print(shown)
     console.print(f"metrics    {', '.join(f'{way} {metric}' for metric, way in spec.metrics.items())}")
+    if spec.baseline:
+        console.print("baseline   trial 0 is the base configuration itself")
     refused = sum(seen.refused.values())
     console.print(f"points     {seen.tried} looked at (corners and inside), {refused} refused")
     for why, count in sorted(seen.refused.items(), key=lambda item: -item[1])[:3]:

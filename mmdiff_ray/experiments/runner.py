@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import RunError
+from mmdiff_ray.config import RunError, named
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.denoiser import build_denoiser
 from mmdiff_ray.distributed.tasks import run_tasks
@@ -17,7 +17,7 @@ from mmdiff_ray.experiments.archive import archive_file, pack, unpack
 from mmdiff_ray.experiments.cell import CellHooks, cell_folder, is_trained, run_cell
 from mmdiff_ray.experiments.curves import draw_curves, draw_watched
 from mmdiff_ray.experiments.page import markdown
-from mmdiff_ray.experiments.spec import Cell, Experiment, named
+from mmdiff_ray.experiments.spec import Cell, Experiment
 from mmdiff_ray.experiments.table import refusals, result
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.store import tracking_uri

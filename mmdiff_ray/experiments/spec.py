@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.config import Config, ConfigError, named
 from mmdiff_ray.config.checks import one_of, unknown
 
 FOLDER = Path("pipelines/configs/experiments")
@@ -185,20 +185,6 @@ class Experiment:
             if (wanted is None or measure.name in wanted)
             and (measure.methods is None or method.name in measure.methods)
         ]
-
-
-class named:
-    """Put a name before the words of a ConfigError."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ConfigError):
-            raise ConfigError(f"{self.name}: {error}") from None
 
 
 def load_experiment(name: str, preset: str, folder: Path = FOLDER) -> Experiment:

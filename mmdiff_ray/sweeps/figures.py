@@ -17,6 +17,8 @@ from mmdiff_ray.sweeps.record import Record
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.sweeps.study import distribution, hashable, plain_study
 
+BASE = "#222222"
+"""The colour of the base configuration itself, where it is a trial."""
 MOST_METRICS = 4
 """Of how many metrics every pair is drawn."""
 
@@ -66,6 +68,7 @@ def _curves(sweep: Sweep, trials: Sequence[Trial]) -> Drawn:
         y = [report["figures"][sweep.main] for report in trial.reports]
         finished, is_best = trial.outcome == "finished", trial is best
         color = "#d62728" if is_best else "#1f77b4" if finished else "#b0b0b0"
+        color = BASE if sweep.is_baseline(trial.number) else color
         width = 2.5 if is_best else 1.2
         page.add_scatter(
             x=x, y=y, mode="lines+markers", name=f"trial {trial.number}", hovertext=_words(trial, names),
@@ -74,7 +77,8 @@ def _curves(sweep: Sweep, trials: Sequence[Trial]) -> Drawn:
         axes.plot(x, y, marker="o", markersize=3, color=color, linewidth=width)
     marks = [("#d62728", f"best: trial {best.number}"), ("#1f77b4", "finished"), ("#b0b0b0", "stopped early")]
     early = any(trial.outcome != "finished" for trial in trials)
-    for color, label in marks if early else marks[:2]:
+    marks = marks if early else marks[:2]
+    for color, label in [*marks, (BASE, "base configuration")] if sweep.baseline else marks:
         axes.plot([], [], color=color, label=label)
     axes.legend(frameon=False)
     return Drawn("trials", title, page, figure)
@@ -115,6 +119,8 @@ def _study(sweep: Sweep, trials: Sequence[Trial], metric: str) -> optuna.Study:
     names = short(list(sweep.space))
     study = plain_study({metric: sweep.metrics[metric]})
     for trial in trials:
+        if sweep.is_baseline(trial.number):
+            continue
         known = {key: value for key, value in trial.now.items() if key in sweep.space}
         study.add_trial(
             optuna.create_trial(
@@ -166,6 +172,12 @@ def _slices(sweep: Sweep, trials: Sequence[Trial], metric: str) -> list[Drawn]:
                 hovertext=[_words(trial, names) for trial in some],
             )  # fmt: skip
             axes.scatter(x, y, color=color, label=label)
+        for trial in (trial for trial in trials if sweep.is_baseline(trial.number)):
+            level = figures_of(trial)[metric]
+            page.add_hline(
+                y=level, line={"color": BASE, "dash": "dash"}, annotation_text="base configuration"
+            )
+            axes.axhline(level, color=BASE, linestyle="--", label="base configuration")
         if dimension.kind == "loguniform":
             page.update_xaxes(type="log")
             axes.set_xscale("log")
@@ -219,7 +231,12 @@ def _front(sweep: Sweep, trials: Sequence[Trial]) -> Drawn:
             axes.scatter(x, y, color=color, label="on the front" if is_front else "finished")
             for trial, *point in zip(some, x, y, strict=True):
                 axes.annotate(
-                    trial.number, point, xytext=(4, 3), textcoords="offset points", color=color, fontsize=8
+                    "base" if sweep.is_baseline(trial.number) else trial.number,
+                    point,
+                    xytext=(4, 3),
+                    textcoords="offset points",
+                    color=color,
+                    fontsize=8,
                 )
     panels[0, 0].legend(frameon=False)
     for axes in panels.flat[len(pairs) :]:

@@ -123,19 +123,20 @@ def importances(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int = 
     """
     if sweep.scheduler.name == "pbt":
         return []
-    judged = at_same_samples([trial for trial in trials if metric in figures_of(trial)])
+    drawn = [trial for trial in trials if not sweep.is_baseline(trial.number)]
+    judged = at_same_samples([trial for trial in drawn if metric in figures_of(trial)])
     if len(judged) < FEWEST or len(sweep.space) < 2:
         return []
     whole = _shares(sweep, judged, metric, seed)
     rng = np.random.default_rng(seed)
-    drawn: dict[str, list[float]] = {key: [] for key in whole}
+    resampled: dict[str, list[float]] = {key: [] for key in whole}
     for turn in range(RESAMPLED):
         picked = [judged[index] for index in rng.integers(len(judged), size=len(judged))]
         for key, share in _shares(sweep, picked, metric, seed + 1 + turn).items():
-            drawn.setdefault(key, []).append(share)
+            resampled.setdefault(key, []).append(share)
     found = []
     for key, share in whole.items():
-        low, high = np.quantile(drawn[key], [0.05, 0.95]) if drawn[key] else (0.0, 1.0)
+        low, high = np.quantile(resampled[key], [0.05, 0.95]) if resampled[key] else (0.0, 1.0)
         found.append(Importance(key, share, float(low), float(high)))
     return sorted(found, key=lambda importance: -importance.share)
 

@@ -130,16 +130,30 @@ def verdict(record: Record) -> list[str]:
     else:
         second = f"; the next: {figures_of(best[1])[sweep.main]:.4g}" if len(best) > 1 else ""
         lines.append(f"Best: trial {best[0].number} with {_told(best[0])}{second}.")
+    lines += [
+        f"The base configuration itself{_base(trial)}." for trial in record.trials[:1] if sweep.baseline
+    ]
     leading = top(sweep, record.trials)
     at = AT_END * any(trial.changes for trial in leading)
     for key, ends in ranges(sweep, leading).items():
-        said = ", ".join(map(str, ends)) if sweep.space[key].values else f"{ends[0]:.3g} to {ends[1]:.3g}"
+        words = map(str, ends) if sweep.space[key].values else dict.fromkeys(f"{end:.3g}" for end in ends)
+        said = (", " if sweep.space[key].values else " to ").join(words)
         lines.append(f"{names[key]} of the best {len(leading)} by {sweep.main}{at}: {said}.")
     lines.append(
         "All trials had one seed: how much is chance, other seeds of the best configurations would tell, on "
         "rows that they were not chosen by."
     )
     return lines
+
+
+def _base(trial: Trial) -> str:
+    """Return what became of the trial of the base configuration, in words."""
+    how = (
+        ""
+        if trial.outcome == "finished"
+        else f", {trial.outcome or 'unfinished'} at {trial.samples:,} samples"
+    )
+    return f" (trial {trial.number}{how}): {_told(trial) or trial.why or 'no figures yet'}"
 
 
 def _page(record: Record, pictures: Sequence[Drawn]) -> str:
@@ -166,7 +180,11 @@ def _table(record: Record) -> str:
     for trial in best_first(sweep, record.trials):
         figures = figures_of(trial)
         outcome = "on the front" if trial.number in on_front else trial.outcome or "unfinished"
-        cells = [trial.number, outcome, f"{trial.samples:,}"]
+        cells = [
+            f"{trial.number}{' (base)' * sweep.is_baseline(trial.number)}",
+            outcome,
+            f"{trial.samples:,}",
+        ]
         cells += [f"{figures[metric]:.4g}" if metric in figures else "" for metric in sweep.metrics]
         cells += [_cell(trial.now.get(key)) for key in names]
         rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.config import Config, ConfigError, named
 from mmdiff_ray.config.checks import one_of, unknown
 from mmdiff_ray.sweeps.space import Dimension, combinations, corners, make_space
 
@@ -84,6 +84,7 @@ class Sweep:
     base: plain values; a file may name a config file in their place, which is read once, with it. overrides:
     on top of it, `key=value`. metrics: figure of an evaluator -> min or max; the first one leads where a
     scheduler needs a single one. data: a data set that is built where it is missing: pipeline, uri, options.
+    baseline: whether the first trial is the base configuration itself, with nothing of the space.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Sweep:
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
     data: dict[str, Any] = field(default_factory=dict)
+    baseline: bool = False
 
     @property
     def main(self) -> str:
@@ -106,7 +108,12 @@ class Sweep:
     @property
     def trials(self) -> int:
         """Return how many trials there are at most: a grid has so many points and no more."""
-        return len(combinations(self.space)) if self.searcher.name == "grid" else self.budget.trials
+        grid = self.searcher.name == "grid"
+        return len(combinations(self.space)) + self.baseline if grid else self.budget.trials
+
+    def is_baseline(self, number: int) -> bool:
+        """Return whether a trial is the base configuration itself."""
+        return self.baseline and number == 0
 
     @property
     def period(self) -> int:
@@ -142,10 +149,8 @@ def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             raise ConfigError(f"{file}: {key} is missing")
     own = [word for word in overrides if re.match(r"(budget|searcher|scheduler)\.|seed=|name=", word)]
     plain = _overridden(plain, own)
-    try:
+    with named(str(file)):
         return _made(plain, Path(file), [word for word in overrides if word not in own])
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
 
 
 def check_space(sweep: Sweep) -> None:
@@ -197,6 +202,7 @@ def _made(plain: Mapping[str, Any], file: Path, overrides: Sequence[str]) -> Swe
         metrics=dict(plain["metrics"]),
         seed=int(plain.get("seed", 0)),
         data=dict(plain.get("data", {})),
+        baseline=bool(plain.get("baseline", False)),
         **sections,
     )
     _check(sweep)
@@ -229,10 +235,10 @@ def _check(sweep: Sweep) -> None:
             raise ConfigError(
                 f"space.{endless[0]}: the grid searcher needs a list of values (grid or choice)"
             )
-        points = len(combinations(sweep.space))
-        if points > sweep.budget.trials:
+        if sweep.trials > sweep.budget.trials:
             raise ConfigError(
-                f"budget.trials ({sweep.budget.trials}) must be {points}, all points of the grid"
+                f"budget.trials ({sweep.budget.trials}) must be {sweep.trials}, all points of the grid"
+                f"{' and the baseline' * sweep.baseline}"
             )
     if sweep.scheduler.name == "pbt":
         _check_pbt(sweep)
@@ -270,6 +276,10 @@ def _check_metric(sweep: Sweep, metric: str) -> None:
 
 
 def _check_pbt(sweep: Sweep) -> None:
+    if sweep.baseline:
+        raise ConfigError(
+            "baseline: a population moves the values of all of its trials; train the base configuration apart"
+        )
     for key, dimension in sweep.space.items():
         if not configuration.is_live(key):
             raise ConfigError(

@@ -244,6 +244,8 @@ def test_the_quickstart_finds_a_classifier_on_two_nodes(nodes, tmp_path):
     assert len(trials) == 12 and any(trial.outcome == "stopped" for trial in trials)
     best = max(trial.reports[-1]["figures"]["label/head_accuracy"] for trial in trials)
     assert best > 0.6 and results["front"] and (folder / "report" / "report.html").is_file()
+    assert [trial.number for trial in trials if not trial.values] == [0]
+    assert re.search(r"The base configuration itself \(trial 0.*\): label/head_accuracy 0\.\d", ended.stdout)
 
 
 def test_an_interrupted_sweep_ends_cleanly_with_what_is_known(nodes, sprites, tmp_path):

@@ -58,6 +58,26 @@ def test_the_front_holds_what_nothing_beats_and_is_told_and_drawn_anew(tmp_path)
     assert not old.exists() and not list((tmp_path / "best").iterdir())
 
 
+def test_the_base_configuration_itself_is_told_apart_and_is_no_point_of_the_space(tmp_path):
+    metric, rng = "shape/head_nll", np.random.default_rng(0)
+    sweep = tiny.sweep(tmp_path, space=SPACE, metrics={metric: "min"}, baseline=True)
+    keys = list(sweep.space)
+    drawn = [
+        trial(i, [x, x], metric=metric, **dict(zip(keys, (x, y), strict=True)))
+        for i, (x, y) in enumerate(rng.random((8, 2)), 1)
+    ]
+    base = trial(0, [0.5], "stopped", metric=metric)
+    told = verdict(Record(sweep, "id", "tiny", [base, *drawn], {}, {}, {}))
+    assert "The base configuration itself (trial 0, stopped at 10 samples): shape/head_nll 0.5." in told
+    assert importances(sweep, [base, *drawn], metric) == importances(sweep, drawn, metric) != []
+    for trials in ([base, *drawn], [base]):
+        pictures = {one.name: one for one in draw(Record(sweep, "id", "tiny", trials, {}, {}, {}), {})}
+        slices = [one for name, one in pictures.items() if name.startswith("slice")]
+        assert len(slices) == 2 * (len(trials) > 1)
+        assert all(one.html.layout.shapes[0].y0 == 0.5 for one in slices)
+        assert "trials" in pictures or len(trials) == 1
+
+
 def test_names_are_short_and_never_those_of_another_section():
     keys = [
         f"{WEIGHTS}.scale",

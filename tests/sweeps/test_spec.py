@@ -58,7 +58,7 @@ def test_a_loss_may_judge_what_does_not_scale_it(tmp_path):
         ({"searcher__name": "grid"}, "the grid searcher needs a list of values"),
         (
             {"searcher__name": "grid", "budget__trials": 3, "space": {"seed": {"grid": [0, 1, 2, 3]}}},
-            r"budget.trials \(3\) must be 4, all points of the grid",
+            r"budget.trials \(3\) must be 4, all points of the grid$",
         ),
         (
             {"space": {"train.log_every_samples": {"choice": [1, 2]}}},
@@ -80,6 +80,16 @@ def test_a_loss_may_judge_what_does_not_scale_it(tmp_path):
         ({"space": {"a.b": {"choice": []}}}, "the list is empty"),
         ({"space": {"a.b": {"choice": [1], "when": {"c": [1]}}}}, "c must be a choice that stands before it"),
         ({"scheduler__name": "pbt"}, "a condition does not go with population based training"),
+        ({"scheduler__name": "pbt", "baseline": True}, "baseline: a population moves the values of all"),
+        (
+            {
+                "searcher__name": "grid",
+                "baseline": True,
+                "budget__trials": 2,
+                "space": {"seed": {"grid": [0, 1]}},
+            },
+            r"budget.trials \(2\) must be 3, all points of the grid and the baseline",
+        ),
         (
             {"scheduler__name": "pbt", "space": {"model.preset": {"choice": ["nano", "tiny"]}}},
             "space.model.preset: population based training changes values while a model trains",
