@@ -14,7 +14,7 @@ Run = Any
 def find_run(uri: str, reference: str) -> Any:
     """Return the run of an id or local id, or else the newest of a name or of a folder of that name.
 
-    Raises ConfigError where there is none, naming the newest runs.
+    Raises ConfigError where there is none, naming the newest runs that are no other run's child.
     """
     if reference.startswith(LOCAL_PREFIX):
         return store.client(uri).get_run(Sender(uri, reference).run_id)
@@ -22,8 +22,9 @@ def find_run(uri: str, reference: str) -> Any:
     for condition in (f"attributes.run_id = '{name}'", f"attributes.run_name = '{name}'"):
         if found := _search(uri, condition, 1):
             return found[0]
-    newest = ", ".join(run.info.run_name for run in _search(uri, "", 5)) or "none"
-    raise ConfigError(f"no run {reference!r} in {store.shown(uri)}; newest: {newest}")
+    newest = [run for run in _search(uri, "", 1000) if "mlflow.parentRunId" not in run.data.tags]
+    names = ", ".join(run.info.run_name for run in newest[:5]) or "none"
+    raise ConfigError(f"no run {reference!r} in {store.shown(uri)}; newest: {names}")
 
 
 def children(uri: str, parent: Run) -> list[Run]:

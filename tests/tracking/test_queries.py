@@ -15,8 +15,11 @@ def test_a_run_is_found_by_id_by_name_and_by_its_folder(uri, client, experiment)
     assert queries.find_run(uri, "/data/runs/emoji-2/").info.run_id == newer
 
 
-def test_an_unknown_run_is_an_error_that_names_the_newest(uri, client, experiment):
-    client.create_run(experiment, start_time=time.time_ns() // 1_000_000 + 1000, run_name="just begun")
+def test_an_unknown_run_is_an_error_that_names_the_newest_but_no_trials(uri, client, experiment):
+    soon = time.time_ns() // 1_000_000 + 1000
+    parent = client.create_run(experiment, start_time=soon, run_name="just begun")
+    tags = {"mlflow.parentRunId": parent.info.run_id}
+    client.create_run(experiment, start_time=soon + 1, run_name="0007", tags=tags)
     with pytest.raises(ConfigError, match=r"no run 'nobody'.*newest: just begun"):
         queries.find_run(uri, "nobody")
 
