@@ -18,7 +18,10 @@ def alone(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
     patience_s: how long one that holds it already is waited for, who may be about to end. Raises ConfigError,
     naming the process, where it still does. A disk that knows no locks has none.
     """
-    held = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+    try:
+        held = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o666)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be worked on: {error.strerror}") from None
     until = time.monotonic() + patience_s
     try:
         while not _locked(held):

@@ -35,6 +35,9 @@ class SpaceSearcher(Searcher):
             if trial.outcome is not None and not sweep.is_baseline(trial.number):
                 self.study.add_trial(as_frozen(sweep, trial))
         self.points = combinations(sweep.space) if sweep.searcher.name == "grid" else None
+        begun = {trial.number for trial in known}
+        lost = [number for number in range(self.next) if number not in begun]  # died before their journals
+        self.waiting += [Trial(n, self._fixed(n)) for n in lost if self.points or sweep.is_baseline(n)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune keeps a copy that nothing is ever restored from: the journals are
@@ -53,12 +56,17 @@ class SpaceSearcher(Searcher):
             trial = self.waiting.pop(0)
             return {"number": trial.number, "values": trial.now}
         number = self.next
-        if self.sweep.is_baseline(number):
-            values = {}
-        else:
-            values = self._draw() if self.points is None else self.points[number - self.sweep.baseline]
+        fixed = self.points is not None or self.sweep.is_baseline(number)
+        values = self._fixed(number) if fixed else self._draw()
         self.next += 1
         return {"number": number, "values": values}
+
+    def _fixed(self, number: int) -> dict[str, Any]:
+        """Return the point of a trial that is not drawn: the baseline's, or one of a grid."""
+        if self.sweep.is_baseline(number):
+            return {}
+        assert self.points is not None
+        return self.points[number - self.sweep.baseline]
 
     def _draw(self) -> dict[str, Any]:
         """Return a point that is not refused."""

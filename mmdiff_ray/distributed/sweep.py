@@ -31,7 +31,7 @@ from mmdiff_ray.distributed.trial import SCORE, run_trial, score
 from mmdiff_ray.distributed.watch import Watch
 from mmdiff_ray.evaluation.run import evaluate, metrics_of
 from mmdiff_ray.sweeps.journal import read_trials
-from mmdiff_ray.sweeps.space import Look, Make, check_point, look
+from mmdiff_ray.sweeps.space import Look, Make, check_point, look, sizes_network
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.store import tracking_uri
@@ -76,7 +76,7 @@ def check_sweep(sweep: Sweep) -> tuple[Look, Job]:
     seen = look(sweep.space, make)
     if sweep.baseline:
         with named("baseline"):
-            check_point(make({}))
+            check_point(make({}), sizes_network(sweep.space))
     if seen.inert:
         raise ConfigError("; ".join(seen.inert))
     assert seen.good is not None

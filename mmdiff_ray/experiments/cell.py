@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,7 @@ def train_cell(config: Config, folder: Path, hooks: "CellHooks", watched: Sequen
             "mmdiff_ray": __version__,
         },
     }
+    shutil.rmtree(folder / "measured", ignore_errors=True)  # of another model than this one
     save_export(job.export, config, trainer.ema.model, known)
 
 
@@ -151,8 +153,8 @@ def machine(device: torch.device) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Open:
-    """A measure of a trained cell that is still to be taken. mark: of all settings that it depends on."""
+class Asked:
+    """A measure of a trained cell. file: where it is kept. mark: of all settings that it depends on."""
 
     method: Method
     measure: Measure
@@ -160,23 +162,34 @@ class Open:
     file: Path
     mark: str
 
+    @property
+    def taken(self) -> bool:
+        """Return whether it was measured with these settings."""
+        return self.file.is_file() and json.loads(self.file.read_text(encoding="utf8"))["digest"] == self.mark
 
-def open_measures(experiment: Experiment, cell: Cell, runs: Path) -> list[Open]:
-    """Return what was not measured yet of a trained cell, and of the methods that ask its model."""
+    @property
+    def judged(self) -> bool:
+        """Return whether the judge's model is needed for it."""
+        return "judge" in self.measure.evaluators and self.config.evaluate.judge is not None
+
+
+def asked_of(experiment: Experiment, cell: Cell, runs: Path) -> list[Asked]:
+    """Return all that is measured of a trained cell and of the methods that ask its model.
+
+    Where a measure is judged, its mark has the settings that the judge is trained with, not its weights: one
+    that is trained again on another machine may differ by what machines differ in.
+    """
     folder, found = cell_folder(experiment, cell, runs), []
     config = configuration.load([folder / "export" / "config.yaml"])
-    judges = [
-        cell_folder(experiment, other, runs) for other in experiment.cells() if experiment.is_judge(other)
-    ]
-    judge = str(judges[0] / "export") if judges else None
+    judge = next((other for other in experiment.cells() if experiment.is_judge(other)), None)
+    place = None if judge is None else str(cell_folder(experiment, judge, runs) / "export")
+    judges = None if judge is None else training_digest(experiment.config(judge, runs))
     for method in experiment.askers(cell.method):
         for wanted in experiment.measures_of(method):
-            asked = experiment.asked(config, method, wanted, judge)
-            file = measured_file(folder, method, wanted)
-            anywhere = dataclasses.replace(asked.evaluate, judge=experiment.judge)
-            mark = training_digest(asked) + digest(anywhere)
-            if not file.is_file() or json.loads(file.read_text(encoding="utf8"))["digest"] != mark:
-                found.append(Open(method, wanted, asked, file, mark))
+            asked = experiment.asked(config, method, wanted, place)
+            by = judges if "judge" in wanted.evaluators else None
+            mark = training_digest(asked) + digest(dataclasses.replace(asked.evaluate, judge=by))
+            found.append(Asked(method, wanted, asked, measured_file(folder, method, wanted), mark))
     return found
 
 
@@ -184,7 +197,14 @@ def measure_cell(experiment: Experiment, cell: Cell, runs: Path, say: Say) -> No
     """Measure a trained cell, and the methods that ask its model, whatever was not measured yet."""
     from mmdiff_ray.distributed.evaluate import measure, plain
 
-    for wanted in open_measures(experiment, cell, runs):
+    for wanted in asked_of(experiment, cell, runs):
+        if wanted.taken:
+            continue
+        judge = Path(wanted.config.evaluate.judge or "")
+        if wanted.judged and not (judge / "model.safetensors").is_file():
+            raise ConfigError(
+                f"{wanted.measure.name}: the judge is not trained; train {judge.parent.name} first"
+            )
         begun, file = time.monotonic(), wanted.file
         findings = measure(cell_folder(experiment, cell, runs), wanted.config)
         tallies = {
@@ -224,7 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not wanted:
             known = ", ".join(cell.key for cell in experiment.cells())
             raise ConfigError(f"no cell {given.method}-{given.seed}; there are: {known}")
-        run_cell(experiment, wanted[0], given.runs, given.measure, print)
+        with hold(experiment, wanted[0], given.runs):
+            run_cell(experiment, wanted[0], given.runs, given.measure, print)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -234,36 +255,50 @@ def main(arguments: list[str] | None = None) -> int:
 def run_cell(
     experiment: Experiment, cell: Cell, runs: Path, measured: bool, say: Say, hooks: "CellHooks | None" = None
 ) -> None:
-    """Train a cell if it is not trained yet, and measure it if asked to.
+    """Train a cell if it is not trained yet, and measure it if asked to. Its folder must be held (`hold`).
 
     Where a cell's measures came without its model, they are enough; for others it is trained once more.
-    Raises ConfigError where another process is at it.
+    Raises ConfigError where the judge that it is measured by is not there.
     """
     folder = cell_folder(experiment, cell, runs)
     config = experiment.config(cell, folder.parent)
+    if not is_trained(folder, config) or (measured and _lacks_model(experiment, cell, runs)):
+        train_cell(config, folder, hooks or CellHooks(say), experiment.watch.get(cell.method.name, ()))
+    if measured:
+        measure_cell(experiment, cell, runs, say)
+
+
+def hold(experiment: Experiment, cell: Cell, runs: Path) -> AbstractContextManager[None]:
+    """Hold a cell's folder. Raises ConfigError where another process does."""
+    folder = cell_folder(experiment, cell, runs)
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder, ENDING_S):
-        if not is_trained(folder, config) or (measured and _lacks_model(experiment, cell, runs)):
-            shutil.rmtree(folder / "measured", ignore_errors=True)  # of another model than this one will be
-            train_cell(config, folder, hooks or CellHooks(say), experiment.watch.get(cell.method.name, ()))
-        if measured:
-            measure_cell(experiment, cell, runs, say)
+    return alone(folder, ENDING_S)
+
+
+def has_model(folder: Path) -> bool:
+    """Return whether a cell's model is there, and not its measures alone."""
+    return (folder / "export" / "model.safetensors").is_file()
 
 
 def _lacks_model(experiment: Experiment, cell: Cell, runs: Path) -> bool:
-    """Return whether a cell of which only the measures are here is asked for what takes its model."""
-    if (cell_folder(experiment, cell, runs) / "export" / "model.safetensors").is_file():
+    """Return whether a trained cell of which only the measures are here is asked for what takes its model."""
+    if has_model(cell_folder(experiment, cell, runs)):
         return False
-    if open_measures(experiment, cell, runs):
+    if not is_measured(experiment, cell, runs):
         return True
-    others = [other for other in experiment.cells() if other != cell] if experiment.is_judge(cell) else []
-    return not all(is_measured(experiment, other, runs) for other in others)
+    return experiment.is_judge(cell) and any(
+        "judge" in wanted.evaluators
+        for other in experiment.cells()
+        if not is_measured(experiment, other, runs)
+        for method in experiment.askers(other.method)
+        for wanted in experiment.measures_of(method)
+    )
 
 
 def is_measured(experiment: Experiment, cell: Cell, runs: Path) -> bool:
     """Return whether everything was measured that a cell's model is asked."""
     trained = (cell_folder(experiment, cell, runs) / "export" / "facts.json").is_file()
-    return trained and not open_measures(experiment, cell, runs)
+    return trained and all(asked.taken for asked in asked_of(experiment, cell, runs))
 
 
 def cell_folder(experiment: Experiment, cell: Cell, runs: Path) -> Path:

@@ -25,10 +25,10 @@ def run(
 
     if table:
         restore(experiment, runs, target, say)
-        write_result(experiment, runs, target, say)
+        page = write_result(experiment, runs, target, say)[0]
     else:
         cells = experiment.matching(only)
         say(f"{experiment.title}: {len(experiment.methods)} methods, {len(cells)} models to train")
-        run_experiment(experiment, runs, target, say, cells)
-    console.print(target.with_suffix(".md").read_text(encoding="utf8"), soft_wrap=True)
+        page = run_experiment(experiment, runs, target, say, cells)
+    console.print(page.read_text(encoding="utf8"), soft_wrap=True)
     return 0

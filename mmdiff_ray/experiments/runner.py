@@ -11,10 +11,11 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.config import RunError, named
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.denoiser import build_denoiser
+from mmdiff_ray.distributed.alone import alone
 from mmdiff_ray.distributed.tasks import run_tasks
 from mmdiff_ray.evaluation.run import check_evaluators
 from mmdiff_ray.experiments.archive import archive_file, pack, unpack
-from mmdiff_ray.experiments.cell import CellHooks, cell_folder, is_trained, run_cell
+from mmdiff_ray.experiments.cell import CellHooks, cell_folder, hold, is_trained, run_cell
 from mmdiff_ray.experiments.curves import draw_curves, draw_watched
 from mmdiff_ray.experiments.page import markdown
 from mmdiff_ray.experiments.spec import Cell, Experiment
@@ -37,6 +38,13 @@ def run_experiment(
     None. Raises ConfigError before anything is started for a cell whose configuration is wrong, and RunError
     at the end if cells failed; the result is written from those that did not.
     """
+    folder = _tracking(experiment, runs).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        return _run(experiment, runs, out, say, cells)
+
+
+def _run(experiment: Experiment, runs: Path, out: Path, say: Say, cells: Sequence[Cell] | None) -> Path:
     restore(experiment, runs, out, say)
     check_cells(experiment, runs)
     uri = tracking_uri(None, runs.absolute())
@@ -86,12 +94,17 @@ def check_cells(experiment: Experiment, runs: Path) -> None:
 
 def write_result(experiment: Experiment, runs: Path, out: Path, say: Say) -> list[Path]:
     """Write what is known so far: OUT.json, OUT.md, a figure per curve, and OUT.cells.zip with what these are
-    made of. Return the files.
+    made of. Return the files. A result of more cells is not replaced: this one is then written beside them.
 
     What people wrote about it in OUT.discussion.md, and the figures, stand in OUT.md before the tables.
     """
-    values = result(experiment, runs)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    values, archive = result(experiment, runs), pack(experiment, runs, out)
+    there = json.loads(out.with_suffix(".json").read_text()) if out.with_suffix(".json").is_file() else {}
+    if len(there.get("cells", [])) > len(values["cells"]):
+        more, fewer = len(there["cells"]), len(values["cells"])
+        say(f"{out.with_suffix('.json')} stays: it has {more} cells, here are {fewer}")
+        out = runs / f"{experiment.name}-{experiment.preset.name}" / experiment.name
+        out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out.with_suffix(".json"), values)
     said = out.with_suffix(".discussion.md")
     discussion = said.read_text(encoding="utf8") if said.is_file() else ""
@@ -100,7 +113,7 @@ def write_result(experiment: Experiment, runs: Path, out: Path, say: Say) -> lis
     out.with_suffix(".md").write_text(page, encoding="utf8")
     done = len(experiment.cells()) - len(values["missing"]) - len(values["unmeasured"])
     say(f"{done} of {len(experiment.cells())} cells are in {out.with_suffix('.md')}")
-    return [out.with_suffix(".json"), out.with_suffix(".md"), pack(experiment, runs, out), *pictures]
+    return [out.with_suffix(".md"), out.with_suffix(".json"), archive, *pictures]
 
 
 def _parent(experiment: Experiment, runs: Path, uri: str) -> str:
@@ -180,19 +193,22 @@ def _cell_task(experiment: Experiment, cell: Cell, runs: Path, uri: str, parent:
         with log.open("a", encoding="utf8") as file:
             file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
-    run_id = _child(experiment, cell, folder, uri, parent)
-    tracker = Tracker(uri, run_id, folder / "tracking")
-    status = "FAILED"
-    try:
-        run_cell(experiment, cell, runs, True, say, CellHooks(say, tracker.metrics))
-        for file in sorted((folder / "measured").glob("*.json")):
-            measured = json.loads(file.read_text(encoding="utf8"))["figures"]
-            tracker.metrics({f"{file.stem}/{f['key']}": f["value"] for f in measured if not f["bound"]}, 0)
-            tracker.artifact(file, "measured")
-        status = "FINISHED"
-    finally:
-        tracker.close(timeout_s=20)
-        run_life.end_run(uri, run_id, status, folder / "tracking")
+    with hold(experiment, cell, runs):
+        run_id = _child(experiment, cell, folder, uri, parent)
+        tracker = Tracker(uri, run_id, folder / "tracking")
+        status = "FAILED"
+        try:
+            run_cell(experiment, cell, runs, True, say, CellHooks(say, tracker.metrics))
+            for file in sorted((folder / "measured").glob("*.json")):
+                measured = json.loads(file.read_text(encoding="utf8"))["figures"]
+                tracker.metrics(
+                    {f"{file.stem}/{f['key']}": f["value"] for f in measured if not f["bound"]}, 0
+                )
+                tracker.artifact(file, "measured")
+            status = "FINISHED"
+        finally:
+            tracker.close(timeout_s=20)
+            run_life.end_run(uri, run_id, status, folder / "tracking")
 
 
 def _child(experiment: Experiment, cell: Cell, folder: Path, uri: str, parent: str) -> str:

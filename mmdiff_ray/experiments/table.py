@@ -14,7 +14,7 @@ from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.denoiser import build_denoiser, inert_settings
 from mmdiff_ray.evaluation.statistics import Tally, difference, interval
-from mmdiff_ray.experiments.cell import cell_folder, is_measured, measured_file
+from mmdiff_ray.experiments.cell import asked_of, cell_folder, is_measured
 from mmdiff_ray.experiments.spec import Cell, Experiment, Method
 from mmdiff_ray.experiments.watch import read
 
@@ -33,15 +33,15 @@ Table = dict[str, dict[str, dict[str, Series]]]
 
 
 def collect(experiment: Experiment, runs: Path) -> Table:
-    """Return what was measured so far."""
+    """Return what was measured so far, with the settings that are asked for now."""
     table: Table = {}
     for cell in experiment.cells():
-        folder = cell_folder(experiment, cell, runs)
-        for method in experiment.askers(cell.method):
-            for wanted in experiment.measures_of(method):
-                file = measured_file(folder, method, wanted)
-                if file.is_file():
-                    _add(table.setdefault(wanted.name, {}), method, cell.seed, file, experiment.main)
+        if not (cell_folder(experiment, cell, runs) / "export" / "facts.json").is_file():
+            continue
+        for asked in asked_of(experiment, cell, runs):
+            if asked.taken:
+                figures = table.setdefault(asked.measure.name, {})
+                _add(figures, asked.method, cell.seed, asked.file, experiment.main)
     return table
 
 

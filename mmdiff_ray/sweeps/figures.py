@@ -68,7 +68,7 @@ def _curves(sweep: Sweep, trials: Sequence[Trial]) -> Drawn:
         y = [report["figures"][sweep.main] for report in trial.reports]
         finished, is_best = trial.outcome == "finished", trial is best
         color = "#d62728" if is_best else "#1f77b4" if finished else "#b0b0b0"
-        color = BASE if sweep.is_baseline(trial.number) else color
+        color = BASE if sweep.is_baseline(trial.number) and not is_best else color
         width = 2.5 if is_best else 1.2
         page.add_scatter(
             x=x, y=y, mode="lines+markers", name=f"trial {trial.number}", hovertext=_words(trial, names),
@@ -172,7 +172,7 @@ def _slices(sweep: Sweep, trials: Sequence[Trial], metric: str) -> list[Drawn]:
                 hovertext=[_words(trial, names) for trial in some],
             )  # fmt: skip
             axes.scatter(x, y, color=color, label=label)
-        for trial in (trial for trial in trials if sweep.is_baseline(trial.number)):
+        for trial in (one for one in trials if sweep.is_baseline(one.number) and one.outcome == "finished"):
             level = figures_of(trial)[metric]
             page.add_hline(
                 y=level, line={"color": BASE, "dash": "dash"}, annotation_text="base configuration"

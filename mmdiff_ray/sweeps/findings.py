@@ -176,8 +176,8 @@ def _shares(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int) -> di
 
 
 def top(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """Return the best quarter of the finished trials, at least three of them."""
-    done = finished(sweep, trials)
+    """Return the best quarter of the finished trials that are points of the space, at least three of them."""
+    done = [trial for trial in finished(sweep, trials) if not sweep.is_baseline(trial.number)]
     return done[: max(3, len(done) // 4)]
 
 

@@ -131,7 +131,9 @@ def verdict(record: Record) -> list[str]:
         second = f"; the next: {figures_of(best[1])[sweep.main]:.4g}" if len(best) > 1 else ""
         lines.append(f"Best: trial {best[0].number} with {_told(best[0])}{second}.")
     lines += [
-        f"The base configuration itself{_base(trial)}." for trial in record.trials[:1] if sweep.baseline
+        f"The base configuration itself{_base(trial)}."
+        for trial in record.trials
+        if sweep.is_baseline(trial.number)
     ]
     leading = top(sweep, record.trials)
     at = AT_END * any(trial.changes for trial in leading)

@@ -107,7 +107,7 @@ class Sweep:
 
     @property
     def trials(self) -> int:
-        """Return how many trials there are at most: a grid has so many points and no more."""
+        """Return how many trials there are at most: a grid has its points, and the baseline if asked for."""
         grid = self.searcher.name == "grid"
         return len(combinations(self.space)) + self.baseline if grid else self.budget.trials
 
@@ -202,7 +202,7 @@ def _made(plain: Mapping[str, Any], file: Path, overrides: Sequence[str]) -> Swe
         metrics=dict(plain["metrics"]),
         seed=int(plain.get("seed", 0)),
         data=dict(plain.get("data", {})),
-        baseline=bool(plain.get("baseline", False)),
+        baseline=plain.get("baseline", False),
         **sections,
     )
     _check(sweep)
@@ -223,6 +223,8 @@ def _check(sweep: Sweep) -> None:
             raise ConfigError(f"{name} ({value}) must be at least {least}")
     if not 0 < sweep.scheduler.grace <= 1:
         raise ConfigError(f"scheduler.grace ({sweep.scheduler.grace:g}) must lie above 0 and at most at 1")
+    if not isinstance(sweep.baseline, bool):
+        raise ConfigError(f"baseline ({sweep.baseline!r}) must be true or false")
     _check_keys(sweep)
     for metric, direction in sweep.metrics.items():
         one_of(f"metrics.{metric}", direction, ("min", "max"))

@@ -52,6 +52,9 @@ def test_the_base_configuration_itself_goes_first_and_teaches_the_searcher_nothi
     for one in (searcher, again):
         assert not [trial for trial in one.study.trials if trial.state.is_finished()]
     assert [trial.number for trial in drawn(again)] == [1, 2, 3]
+    later = Trial(1, others[0].values, outcome="failed")  # the baseline's process died before its journal
+    lost = drawn(SpaceSearcher(sweep, make_configs(sweep), [later]))
+    assert [trial.number for trial in lost] == [0, 2, 3] and lost[0].values == {}
 
 
 def test_a_trial_that_was_cut_short_goes_first_and_none_goes_after_the_deadline(sprites, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from mmdiff_ray.cli import main
+from mmdiff_ray.distributed.alone import alone
 from mmdiff_ray.experiments import cell as cells
 from mmdiff_ray.experiments import table
 from mmdiff_ray.experiments.archive import pack, unpack
@@ -252,7 +253,14 @@ def test_a_cell_whose_model_is_elsewhere_is_trained_again_for_another_measure(do
     pack(experiment, runs, tmp_path / "again")
     assert (tmp_path / "again.cells.zip").read_bytes() == (tmp_path / "result.cells.zip").read_bytes()
 
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "result.cells.zip", tmp_path / "elsewhere")
+    pack(experiment, tmp_path / "elsewhere", tmp_path / "elsewhere" / "result")  # has no cell, and drops none
+    assert unpack(experiment, tmp_path / "elsewhere", tmp_path / "elsewhere" / "result") == 4
+
     next(folder.glob("measured/asked.most.json")).unlink()
+    pack(experiment, runs, tmp_path / "result")
+    assert (tmp_path / "again.cells.zip").read_bytes() == (tmp_path / "result.cells.zip").read_bytes()
     assert table.result(experiment, runs)["unmeasured"] == ["both-0"]
     cells.run_cell(experiment, cell, runs, True, print)
     assert (folder / "export" / "model.safetensors").is_file()
@@ -309,6 +317,29 @@ def test_a_runner_that_is_ended_goes_on_and_finishes_with_the_same_table(done, t
     assert {file: file.stat().st_mtime_ns for file in ended} == trained
     assert result(tmp_path)["figures"] == result(done)["figures"]
     assert server.get_run(parent).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_second_runner_is_told_of_the_first_and_changes_nothing(done, capsys):
+    before = (done / "result.json").read_bytes()
+    with alone(done / "runs" / "small-smoke"):
+        assert main(words(done)) == 2
+    assert "works on it" in capsys.readouterr().err
+    assert (done / "result.json").read_bytes() == before
+    uri = store.tracking_uri(None, done / "runs")
+    parent = json.loads((done / "runs/small-smoke/tracking/run.json").read_text())["run_id"]
+    assert store.client(uri).get_run(parent).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_table_of_fewer_cells_replaces_none_of_more(done, tmp_path, capsys):
+    shutil.copy(done / "result.json", tmp_path)
+    assert (
+        main(words(done, "--table", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "result"))) == 0
+    )
+    assert f"{tmp_path / 'result.json'} stays: it has 4 cells, here are 0" in capsys.readouterr().out
+    assert result(tmp_path) == result(done)
+    assert (tmp_path / "runs" / "small-smoke" / "small.md").is_file()
 
 
 @pytest.mark.slow

@@ -69,13 +69,21 @@ def test_the_base_configuration_itself_is_told_apart_and_is_no_point_of_the_spac
     base = trial(0, [0.5], "stopped", metric=metric)
     told = verdict(Record(sweep, "id", "tiny", [base, *drawn], {}, {}, {}))
     assert "The base configuration itself (trial 0, stopped at 10 samples): shape/head_nll 0.5." in told
+    none = verdict(Record(sweep, "id", "tiny", drawn, {}, {}, {}))
+    assert not any("base configuration" in line for line in none)
     assert importances(sweep, [base, *drawn], metric) == importances(sweep, drawn, metric) != []
     for trials in ([base, *drawn], [base]):
         pictures = {one.name: one for one in draw(Record(sweep, "id", "tiny", trials, {}, {}, {}), {})}
         slices = [one for name, one in pictures.items() if name.startswith("slice")]
         assert len(slices) == 2 * (len(trials) > 1)
-        assert all(one.html.layout.shapes[0].y0 == 0.5 for one in slices)
+        assert not any(one.html.layout.shapes for one in slices), (
+            "it was stopped early: no line to compare with"
+        )
         assert "trials" in pictures or len(trials) == 1
+    whole = [trial(0, [0.5, 0.4], metric=metric), *drawn]
+    pictures = {one.name: one for one in draw(Record(sweep, "id", "tiny", whole, {}, {}, {}), {})}
+    lines = [one.html.layout.shapes[0].y0 for name, one in pictures.items() if name.startswith("slice")]
+    assert lines == [0.4, 0.4]
 
 
 def test_names_are_short_and_never_those_of_another_section():

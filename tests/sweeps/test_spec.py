@@ -80,6 +80,7 @@ def test_a_loss_may_judge_what_does_not_scale_it(tmp_path):
         ({"space": {"a.b": {"choice": []}}}, "the list is empty"),
         ({"space": {"a.b": {"choice": [1], "when": {"c": [1]}}}}, "c must be a choice that stands before it"),
         ({"scheduler__name": "pbt"}, "a condition does not go with population based training"),
+        ({"baseline": "no"}, r"baseline \('no'\) must be true or false"),
         ({"scheduler__name": "pbt", "baseline": True}, "baseline: a population moves the values of all"),
         (
             {
