@@ -50,6 +50,9 @@ def markdown(values: Mapping[str, Any], discussion: str = "", pictures: Sequence
         real = [
             line for line in found if "/real_" in line["figure"] or line["figure"].endswith("judged_real")
         ]
+        real.sort(
+            key=lambda line: len(line["seeds"])
+        )  # the same for all methods of as many seeds: the most count
         said = {line["figure"]: f"{line['figure']} {line['mean']:.3f}" for line in real}
         lines += ["", f"Of real images: {', '.join(said.values())}.", ""] if said else [""]
     for matrix in values["matrices"]:
