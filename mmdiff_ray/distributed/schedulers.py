@@ -48,7 +48,22 @@ def make_scheduler(sweep: Sweep, make: Make, known: list[Trial]) -> Any:
     made.set_search_properties(SCORE, "max")
     replay(made, sweep, known)
     made.set_search_properties = lambda metric, mode, **spec: True  # Tune tells it once more
-    return made
+    return _sparing(made, sweep)
+
+
+def _sparing(scheduler: Any, sweep: Sweep) -> Any:
+    """Return a scheduler that hears of the baseline as of any other trial, and lets it come to its end."""
+    heard = scheduler.on_trial_result
+
+    def on_trial_result(controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = heard(controller, trial, result)
+        if not sweep.is_baseline(result["number"]):
+            return decision
+        getattr(scheduler, "_stopped_trials", set()).discard(trial)  # where the median rule would go by it
+        return scheduler.CONTINUE
+
+    scheduler.on_trial_result = on_trial_result
+    return scheduler
 
 
 def replay(scheduler: Any, sweep: Sweep, known: list[Trial]) -> None:

@@ -84,7 +84,8 @@ class Sweep:
     base: plain values; a file may name a config file in their place, which is read once, with it. overrides:
     on top of it, `key=value`. metrics: figure of an evaluator -> min or max; the first one leads where a
     scheduler needs a single one. data: a data set that is built where it is missing: pipeline, uri, options.
-    baseline: whether the first trial is the base configuration itself, with nothing of the space.
+    baseline: whether the first trial is the base configuration itself, with nothing of the space, which no
+    scheduler stops.
     """
 
     name: str
