@@ -358,36 +358,40 @@ def test_a_population_copies_checkpoints_and_its_schedule_can_be_trained_again(n
     assert {key: found[key] for key in told} == pytest.approx(told, rel=1e-5)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def watched_nodes() -> Iterator[str]:
     """Return the address of a cluster of two nodes whose dashboard is on."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "include_dashboard": True, "dashboard_port": 0},
-    )
-    cluster.add_node(num_cpus=2)
-    with urllib.request.urlopen(f"http://{cluster.webui_url}/api/version") as page:
-        assert "ray_version" in json.load(page)
-    yield cluster.address
-    cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # whatever a test before this one asked for
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 2, "include_dashboard": True, "dashboard_port": 0},
+        )
+        cluster.add_node(num_cpus=2)
+        with urllib.request.urlopen(f"http://{cluster.webui_url}/api/version") as page:
+            assert "ray_version" in json.load(page)
+        yield cluster.address
+        cluster.shutdown()
 
 
-@pytest.mark.parametrize("cluster", ["nodes", "watched_nodes"])
+@pytest.mark.parametrize(("cluster", "trials"), [("nodes", 3), ("watched_nodes", 2)])
 def test_a_trial_of_two_workers_that_is_stopped_makes_room_for_the_next_and_leaves_nothing_behind(
-    cluster, request, sprites, tmp_path
+    cluster, trials, request, sprites, tmp_path
 ):
     address = request.getfixturevalue(cluster)
     file = tiny.write(
-        tmp_path, sprites, budget={"trials": 3, "samples": 32, "reports": 2, "retries": 0, "concurrent": 1},
-        base__workers={"count": 2, "cpus": 0.5, "data_workers": 1, "threads": 1}, scheduler__grace=0.5,
+        tmp_path, sprites, base__workers={"count": 2, "cpus": 0.5, "data_workers": 1, "threads": 1}, scheduler__grace=0.5,
         base__train={**tiny.PLAIN["base"]["train"], "global_batch": 16}, searcher__name="grid",
-        space={"train.learning_rate": {"grid": [1e-9, 1e-2, 1.1e-9]}},
+        space={"train.learning_rate": {"grid": [1e-9, 1e-2, 1.1e-9][:trials]}},
+        budget={"trials": trials, "samples": 32, "reports": 2, "retries": 0, "concurrent": 1},
     )  # fmt: skip
     out = run(address, str(file), "--runs", str(tmp_path / "runs"))
     outcomes = [trial.outcome for trial in read_trials(tmp_path / "runs" / "sweeps" / "tiny")]
-    assert len(outcomes) == 3 and outcomes[:2] == ["finished", "stopped"], out
+    assert len(outcomes) == trials and outcomes[:2] == ["finished", "stopped"], out
     free = subprocess.run(
         [sys.executable, "-c", FREE, address], capture_output=True, text=True, timeout=120, check=True
     )
