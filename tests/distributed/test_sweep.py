@@ -384,7 +384,8 @@ def test_a_trial_of_two_workers_that_is_stopped_makes_room_for_the_next_and_leav
 ):
     address = request.getfixturevalue(cluster)
     file = tiny.write(
-        tmp_path, sprites, base__workers={"count": 2, "cpus": 0.5, "data_workers": 1, "threads": 1}, scheduler__grace=0.5,
+        tmp_path, sprites, scheduler__grace=0.5,
+        base__workers={"count": 2, "cpus": 0.5, "data_workers": 1, "threads": 1},
         base__train={**tiny.PLAIN["base"]["train"], "global_batch": 16}, searcher__name="grid",
         space={"train.learning_rate": {"grid": [1e-9, 1e-2, 1.1e-9][:trials]}},
         budget={"trials": trials, "samples": 32, "reports": 2, "retries": 0, "concurrent": 1},
