@@ -4,6 +4,7 @@ The only module that knows omegaconf.
 """
 
 import dataclasses
+import functools
 import importlib
 import os
 import sys
@@ -207,9 +208,7 @@ def _merge(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
     """Return a dataclass filled from plain values; every error names the whole key."""
     _check_sections(schema, values, prefix)
     try:
-        return OmegaConf.to_object(
-            OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)))
-        )
+        return OmegaConf.to_object(OmegaConf.merge(_structured(schema), dict(values)))
     except ConfigKeyError as error:
         *parents, last = (getattr(error, "full_key", None) or "").split(".")
         known = [f.name for f in dataclasses.fields(_schema_at(schema, parents))]
@@ -221,6 +220,12 @@ def _merge(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{prefix}: {error}" if prefix else str(error)) from None
+
+
+@functools.cache
+def _structured(schema: type) -> Any:
+    """Return what omegaconf makes of a dataclass; what it is merged into is a copy."""
+    return OmegaConf.structured(schema)
 
 
 def _check_sections(schema: type, values: Mapping[str, Any], prefix: str) -> None:

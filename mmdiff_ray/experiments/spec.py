@@ -111,6 +111,7 @@ class Experiment:
     judge: str | None = None
     matrices: list[dict[str, Any]] = field(default_factory=list)
     watch: dict[str, list[str]] = field(default_factory=dict)
+    _loaded: dict[str, Config] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def is_judge(self, cell: Cell) -> bool:
         """Return whether a cell trains the judge."""
@@ -155,7 +156,7 @@ class Experiment:
         method = cell.method
         overrides = [*self.preset.overrides, *method.overrides]
         with named(f"{self.name}, method {method.name}"):
-            config = configuration.load((), overrides, self.base)
+            config = self.load(overrides, self.base)
             for task in self.watch.get(method.name, []):
                 one_of("watch", task, list(config.tasks))
         train = dataclasses.replace(config.train, samples=max(1, round(config.train.samples * method.share)))
@@ -163,6 +164,13 @@ class Experiment:
         return dataclasses.replace(
             config, name=cell.key, seed=cell.seed, runs=str(runs), train=train, tracking=tracking
         )
+
+    def load(self, overrides: Sequence[str], plain: Mapping[str, Any]) -> Config:
+        """Return a checked configuration. One is asked for many times, and made once."""
+        key = repr((overrides, plain))
+        if key not in self._loaded:
+            self._loaded[key] = configuration.load((), overrides, plain)
+        return self._loaded[key]
 
     def asked(self, config: Config, method: Method, measure: Measure, judge: str | None = None) -> Config:
         """Return the configuration that a method's model is measured under. judge: the judge's export."""
@@ -174,7 +182,7 @@ class Experiment:
             "floors": method.name == self.main,  # they are the same for all
         }
         with named(f"{self.name}, method {method.name}, measure {measure.name}"):
-            return configuration.load((), overrides, plain)
+            return self.load(overrides, plain)
 
     def measures_of(self, method: Method) -> list[Measure]:
         """Return what is measured of a method under this preset."""

@@ -72,6 +72,13 @@ def test_a_cell_trains_with_its_own_overrides_seed_and_share(tmp_path):
     assert (half.seed, half.train.samples, half.tasks["generate"].frequency) == (3, 32, 0)
 
 
+def test_a_configuration_is_checked_once(tmp_path):
+    experiment = load_experiment(written(tmp_path), "smoke")
+    one = experiment.load(["seed=1"], PLAIN["base"])
+    assert experiment.load(["seed=1"], PLAIN["base"]) is one
+    assert experiment.load(["seed=2"], PLAIN["base"]).seed == 2
+
+
 def test_a_model_is_asked_as_method_and_measure_say(tmp_path):
     experiment = load_experiment(written(tmp_path), "smoke")
     config = experiment.config(experiment.cells()[0], tmp_path)
