@@ -32,12 +32,19 @@ Table = dict[str, dict[str, dict[str, Series]]]
 """measure -> figure -> method or `rule: NAME` -> series."""
 
 
+def trained(experiment: Experiment, runs: Path) -> list[Cell]:
+    """Return the cells that were trained to their end."""
+    return [
+        cell
+        for cell in experiment.cells()
+        if (cell_folder(experiment, cell, runs) / "export" / "facts.json").is_file()
+    ]
+
+
 def collect(experiment: Experiment, runs: Path) -> Table:
     """Return what was measured so far, with the settings that are asked for now."""
     table: Table = {}
-    for cell in experiment.cells():
-        if not (cell_folder(experiment, cell, runs) / "export" / "facts.json").is_file():
-            continue
+    for cell in trained(experiment, runs):
         for asked in asked_of(experiment, cell, runs):
             if asked.taken:
                 figures = table.setdefault(asked.measure.name, {})
@@ -111,32 +118,29 @@ def facts(experiment: Experiment, runs: Path) -> list[dict[str, Any]]:
     """Return how every trained cell was made: samples, minutes, parameters, GFLOP of a sample's forward pass,
     machine, versions."""
     found = []
-    for cell in experiment.cells():
+    for cell in trained(experiment, runs):
         export = cell_folder(experiment, cell, runs) / "export"
-        file = export / "facts.json"
-        if file.is_file():
-            known = json.loads(file.read_text(encoding="utf8"))
-            progress = known["progress"]
-            found.append(
-                {
-                    "method": cell.method.name,
-                    "seed": cell.seed,
-                    "samples_seen": progress["samples_seen"],
-                    "minutes": round(progress["seconds"] / 60, 1),
-                    "images_per_s": round(progress["samples_seen"] / max(progress["seconds"], 1e-9), 1),
-                    "gflops": forward_flops(build_denoiser(configuration.load([export / "config.yaml"])))
-                    / 1e9,
-                    **{key: known[key] for key in ("parameters", "machine", "versions", "digest")},
-                }
-            )
+        known = json.loads((export / "facts.json").read_text(encoding="utf8"))
+        progress = known["progress"]
+        found.append(
+            {
+                "method": cell.method.name,
+                "seed": cell.seed,
+                "samples_seen": progress["samples_seen"],
+                "minutes": round(progress["seconds"] / 60, 1),
+                "images_per_s": round(progress["samples_seen"] / max(progress["seconds"], 1e-9), 1),
+                "gflops": forward_flops(build_denoiser(configuration.load([export / "config.yaml"]))) / 1e9,
+                **{key: known[key] for key in ("parameters", "machine", "versions", "digest")},
+            }
+        )
     return found
 
 
 def watched(experiment: Experiment, runs: Path) -> dict[str, list[dict[str, Any]]]:
     """Return what was seen of the watched tasks, method -> points, each the mean over seeds: `samples`, and
-    `losses`, `gradients`, `cosines` by name."""
+    `losses`, `gradients`, `cosines` by name. What still trains has fewer points, and is left out."""
     found: dict[str, list[list[dict[str, Any]]]] = {}
-    for cell in experiment.cells():
+    for cell in trained(experiment, runs):
         points = read(cell_folder(experiment, cell, runs) / "watched.json")
         if points:
             found.setdefault(cell.method.name, []).append(points)
@@ -156,9 +160,7 @@ def _mean(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
     """Return the whole result of an experiment as plain values."""
-    table, done = collect(experiment, runs), facts(experiment, runs)
-    trained = {(fact["method"], fact["seed"]) for fact in done}
-    present = [cell for cell in experiment.cells() if (cell.method.name, cell.seed) in trained]
+    table, present = collect(experiment, runs), trained(experiment, runs)
     return {
         "experiment": experiment.name,
         "title": experiment.title,
@@ -172,7 +174,7 @@ def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
         "refused": refusals(experiment),
         "notes": notes(experiment),
         "figures": summary(experiment, table),
-        "cells": done,
+        "cells": facts(experiment, runs),
         "watched": watched(experiment, runs),
         "matrices": experiment.matrices,
     }

@@ -160,6 +160,16 @@ def test_tasks_are_watched_while_cells_train(done):
     assert set(watched["both"][0]["cosines"]) == {"generate~restore"} and watched["alone"][0]["cosines"] == {}
 
 
+def test_a_cell_that_still_trains_cuts_no_curve_short(done, tmp_path):
+    runs = shutil.copytree(done / "runs", tmp_path / "runs")
+    folder = runs / "small-smoke" / "both-1"
+    (folder / "export" / "facts.json").unlink()
+    points = json.loads((folder / "watched.json").read_text())
+    (folder / "watched.json").write_text(json.dumps(points[:1]))
+    left = table.watched(load_experiment(str(done / "small.yaml"), "smoke"), runs)["both"]
+    assert [point["seeds"] for point in left] == [1] * len(points)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_cells_are_child_runs_of_one_run_with_losses_and_figures(done):
