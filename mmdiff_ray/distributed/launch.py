@@ -179,7 +179,6 @@ def make_trainer(job: Job, board: Any) -> Any:
     """Return Ray Train's trainer of a job: our loop on every worker, restarted after failures, and with
     `workers.least` on as many workers as there is room for."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that nobody here listens to
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
