@@ -12,6 +12,23 @@ def markdown(values: Mapping[str, Any], discussion: str = "", pictures: Sequence
 
     discussion: what people have to say about it; pictures: names of files; both shown before the tables.
     """
+    lines = _opening(values)
+    if discussion:
+        lines += [discussion.strip(), ""]
+    for picture in pictures:
+        lines += [f"![{values['title']}: {picture}]({picture})", ""]
+    by_measure: dict[str, list[Mapping[str, Any]]] = {}
+    for line in values["figures"]:
+        by_measure.setdefault(line["measure"], []).append(line)
+    for measure, found in by_measure.items():
+        lines += _measure(values["methods"], measure, found)
+    for matrix in values["matrices"]:
+        lines += _matrix(values, matrix)
+    return "\n".join([*lines, *_cost(values), ""])
+
+
+def _opening(values: Mapping[str, Any]) -> list[str]:
+    """Return the question, how to read the tables, and what is not in them."""
     lines = [f"# {values['title']}", "", values["question"], ""]
     seeds = sorted({cell["seed"] for cell in values["cells"]})
     main = values["methods"][values["main"]]
@@ -29,35 +46,35 @@ def markdown(values: Mapping[str, Any], discussion: str = "", pictures: Sequence
         lines += [f"Refused: {values['methods'][name]}. {why}", ""]
     for name, sentences in values["notes"].items():
         lines += [f"Inert: {values['methods'][name]}. {' '.join(sentences)}", ""]
-    if discussion:
-        lines += [discussion.strip(), ""]
-    for picture in pictures:
-        lines += [f"![{values['title']}: {picture}]({picture})", ""]
-    by_measure: dict[str, list[Mapping[str, Any]]] = {}
-    for line in values["figures"]:
-        by_measure.setdefault(line["measure"], []).append(line)
-    for measure, found in by_measure.items():
-        keys = list(dict.fromkeys(line["figure"] for line in found))
-        keys = [key for key in keys if not _aside(key)] or [key for key in keys if _is_bound(key)]
-        cells = {(line["method"], line["figure"]): line for line in found}
-        better = {line["figure"]: "↑" if line["better"] == "higher" else "↓" for line in found}
-        lines += [f"## {measure}", "", "| | " + " | ".join(f"{key} {better[key]}" for key in keys) + " |"]
-        lines += ["|---|" + "---|" * len(keys)]
-        for method in dict.fromkeys(line["method"] for line in found):
-            title = values["methods"].get(method, method)
-            row = [_cell(cells.get((method, key))) for key in keys]
-            lines.append(f"| {title} | " + " | ".join(row) + " |")
-        real = [
-            line for line in found if "/real_" in line["figure"] or line["figure"].endswith("judged_real")
-        ]
-        real.sort(
-            key=lambda line: len(line["seeds"])
-        )  # the same for all methods of as many seeds: the most count
-        said = {line["figure"]: f"{line['figure']} {line['mean']:.3f}" for line in real}
-        lines += ["", f"Of real images: {', '.join(said.values())}.", ""] if said else [""]
-    for matrix in values["matrices"]:
-        lines += _matrix(values, matrix)
-    lines += [
+    return lines
+
+
+def _grid(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """Return a table. rows: what stands before a row, and its cells."""
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    return [*lines, *(f"| {title} | " + " | ".join(cells) + " |" for title, cells in rows)]
+
+
+def _measure(titles: Mapping[str, str], measure: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the table of a measure: methods in rows, figures in columns; below, those of real images."""
+    keys = list(dict.fromkeys(line["figure"] for line in found))
+    keys = [key for key in keys if not _aside(key)] or [key for key in keys if _is_bound(key)]
+    cells = {(line["method"], line["figure"]): line for line in found}
+    better = {line["figure"]: "↑" if line["better"] == "higher" else "↓" for line in found}
+    rows = [
+        (titles.get(method, method), [_cell(cells.get((method, key))) for key in keys])
+        for method in dict.fromkeys(line["method"] for line in found)
+    ]
+    lines = [f"## {measure}", "", *_grid([f"{key} {better[key]}" for key in keys], rows), ""]
+    real = [line for line in found if "/real_" in line["figure"] or line["figure"].endswith("judged_real")]
+    real.sort(key=lambda line: len(line["seeds"]))  # the same for all of as many seeds: the most count
+    said = {line["figure"]: f"{line['figure']} {line['mean']:.3f}" for line in real}
+    return [*lines, f"Of real images: {', '.join(said.values())}.", ""] if said else lines
+
+
+def _cost(values: Mapping[str, Any]) -> list[str]:
+    """Return the table of what every method's models cost, each the mean over seeds."""
+    lines = [
         "## Cost",
         "",
         "GFLOP: of the forward pass of one sample. Images/s: as measured in training, with other work on the "
@@ -77,7 +94,7 @@ def markdown(values: Mapping[str, Any], discussion: str = "", pictures: Sequence
             f"{mean['gflops']:.3g} | {mean['images_per_s']:.0f} | {same[0]['parameters']:,} | "
             f"{same[0]['machine']} |"
         )
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def _matrix(values: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[str]:
@@ -96,11 +113,11 @@ def _matrix(values: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[str]:
         f"{words} {'↑' if _better(found, figure) == 'higher' else '↓'}"
         for figure, words in matrix["columns"].items()
     ]
-    lines = [f"## {matrix['title']}", "", "| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
-    for measure, words in rows.items():
-        cells = [_cell(found.get((measure, figure))) for figure in matrix["columns"]]
-        lines.append(f"| {words} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+    cells = [
+        (words, [_cell(found.get((measure, figure))) for figure in matrix["columns"]])
+        for measure, words in rows.items()
+    ]
+    return [f"## {matrix['title']}", "", *_grid(heads, cells), ""]
 
 
 def _better(found: Mapping[tuple[str, str], Mapping[str, Any]], figure: str) -> str:
