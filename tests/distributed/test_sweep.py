@@ -378,19 +378,21 @@ def watched_nodes() -> Iterator[str]:
         cluster.shutdown()
 
 
-@pytest.mark.parametrize("cluster", ["nodes", "watched_nodes"])
-def test_a_trial_of_two_workers_that_is_stopped_leaves_nothing_behind(cluster, request, sprites, tmp_path):
+@pytest.mark.parametrize(("cluster", "trials"), [("nodes", 3), ("watched_nodes", 2)])
+def test_a_trial_of_two_workers_that_is_stopped_makes_room_for_the_next_and_leaves_nothing_behind(
+    cluster, trials, request, sprites, tmp_path
+):
     address = request.getfixturevalue(cluster)
     file = tiny.write(
         tmp_path, sprites, scheduler__grace=0.5,
         base__workers={"count": 2, "cpus": 0.5, "data_workers": 1, "threads": 1},
         base__train={**tiny.PLAIN["base"]["train"], "global_batch": 16}, searcher__name="grid",
-        space={"train.learning_rate": {"grid": [1e-9, 1e-2]}},
-        budget={"trials": 2, "samples": 32, "reports": 2, "retries": 0, "concurrent": 1},
+        space={"train.learning_rate": {"grid": [1e-9, 1e-2, 1.1e-9][:trials]}},
+        budget={"trials": trials, "samples": 32, "reports": 2, "retries": 0, "concurrent": 1},
     )  # fmt: skip
     out = run(address, str(file), "--runs", str(tmp_path / "runs"))
     outcomes = [trial.outcome for trial in read_trials(tmp_path / "runs" / "sweeps" / "tiny")]
-    assert outcomes == ["finished", "stopped"], out
+    assert len(outcomes) == trials and outcomes[:2] == ["finished", "stopped"], out
     free = subprocess.run(
         [sys.executable, "-c", FREE, address], capture_output=True, text=True, timeout=120, check=True
     )
