@@ -1,12 +1,15 @@
 """The judge: whether an outside model sees in samples what they were labelled."""
 
+import numpy as np
 import pytest
 import torch
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.evaluation.context import Context
 from mmdiff_ray.evaluation.judge import evaluate_judge, judged
+from mmdiff_ray.evaluation.retrieval import cosine
 from mmdiff_ray.evaluation.run import check_evaluators, joined
+from mmdiff_ray.evaluation.segmentation import mean_iou_tally
 from mmdiff_ray.training.export import load_export
 from tests import sprites as tiny
 
@@ -22,14 +25,35 @@ def test_pairs_of_joint_samples_and_of_given_labels_are_judged(sprites, finished
         context = context_of(sprites, finished, f"evaluate.condition={condition}")
         figures = {figure.key: figure for figure in evaluate_judge(context).figures}
         drawn = context.sampled(*condition).data
-        wanted = context.truth("shape") if condition else drawn["shape"]
-        said = torch.from_numpy(judged(judge, "shape", drawn["pixels"]))
-        assert figures["shape/judged"].value == pytest.approx(float((said == wanted).float().mean()))
+        wanted = context.truth("shape").numpy() if condition else drawn["shape"].numpy()
+        said = judged(judge, drawn["pixels"])["shape"]
+        assert figures["shape/judged"].value == pytest.approx((said == wanted).mean())
         assert set(figures["shape/judged"].floors) == {"labels of other samples"}
-        real = torch.from_numpy(judged(judge, "shape", context.truth("pixels")))
+        real = judged(judge, context.truth("pixels"))["shape"]
         assert figures["shape/judged_real"].value == pytest.approx(
-            float((real == context.truth("shape")).float().mean())
+            (real == context.truth("shape").numpy()).mean()
         )
+
+
+def test_masks_and_embeddings_are_judged_by_what_they_are_measured_with(sprites, finished):
+    judge = load_export(finished.folder / "export")
+    context = context_of(sprites, finished)
+    figures = {figure.key: figure for figure in evaluate_judge(context).figures}
+    drawn = {name: data.numpy() for name, data in context.sampled().data.items()}
+    said = judged(judge, torch.from_numpy(drawn["pixels"]))
+    classes = context.denoiser.modalities["shapes"].prediction_channels
+    for figure, shift in (("model", 0), ("masks of other samples", 1)):
+        masks = np.roll(drawn["shapes"], shift, axis=0)
+        found = figures["shapes/judged"]
+        value = found.value if figure == "model" else found.floors[figure]
+        assert value == pytest.approx(mean_iou_tally(said["shapes"], masks, classes).value)
+    assert figures["factors/judged"].value == pytest.approx(cosine(said["factors"], drawn["factors"]).mean())
+    real = judged(judge, context.truth("pixels"))["factors"]
+    assert figures["factors/judged_real"].value == pytest.approx(
+        cosine(real, context.truth("factors").numpy()).mean()
+    )
+    given = context_of(sprites, finished, "evaluate.condition=[shape]")
+    assert "factors/judged" not in {figure.key for figure in evaluate_judge(given).figures}
 
 
 def test_without_a_judge_nothing_is_judged_and_a_missing_one_is_told(sprites):

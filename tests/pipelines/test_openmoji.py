@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.shards import row_id, split_of
 from pipelines.base import build, choose, make_pipeline
 from pipelines.embedders import make_embedder
-from pipelines.openmoji import CATEGORIES, COLORS, PALETTE, _folder
+from pipelines.openmoji import CATEGORIES, COLORS, PALETTE, _folder, render
 from tests.pipelines.reading import decode, read_rows
 
 PIZZA, FLAG_OF_JAPAN, GRINNING_FACE = "1F355", "1F1EF-1F1F5", "1F600"
@@ -32,8 +33,26 @@ def flag(country: str) -> str:
 
 
 def test_there_are_all_emoji_of_nine_categories(items):
-    assert len(items) == 1898
+    assert len(items) == 1845
     assert {item.source[2] for item in items.values()} == set(CATEGORIES)
+
+
+def test_no_emoji_held_out_is_one_for_training_but_for_gender_hair_or_a_few_pixels(items):
+    everything = {item.key: item for item in make_pipeline("openmoji", {"val_share": 0}).items()}
+    held = {key for key in everything if split_of(row_id(key), 0.1) == "val"}
+    assert len(everything) == 1898 and len(held) == 187
+    assert set(everything) - set(items) <= held  # all of the training rows are there
+    left = {everything[key].source[1] for key in set(everything) - set(items)}
+    assert {"FACTORY WORKER", "WOMAN FARMER", "ZOMBIE", "Monaco Flag", "CLOCK FACE TEN OCLOCK"} <= left
+    small = {key: over_white(render(_folder() / item.source[0], 16)) for key, item in items.items()}
+    train = np.stack([small[key] for key in items if key not in held])
+    for key in held & set(items):
+        assert abs(train - small[key]).mean((1, 2, 3)).min() >= 0.02, everything[key].source
+
+
+def over_white(drawn: np.ndarray) -> np.ndarray:
+    whole = drawn.astype(np.float32) / 255
+    return 1 + (whole[..., :3] - 1) * whole[..., 3:]
 
 
 def test_pizza_is_food_and_its_corner_is_transparent(pipeline, items):
