@@ -122,6 +122,13 @@ def test_configuration_builds_at_its_own_size_and_every_setting_counts(file, dat
     assert inert_settings(job.config) == []
 
 
+def test_configuration_for_a_gpu_warms_up_and_averages_in_proportion():
+    train = configuration.load([FOLDER / "openmoji_gpu.yaml"]).train
+    assert train.warmup_samples >= 500 * train.global_batch
+    for part in (train.warmup_samples, train.ema_samples):
+        assert 0.01 * train.samples <= part <= 0.02 * train.samples
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_configuration_trains_samples_and_evaluates(file, data):
     job = jobs.prepare(load(file, data, *SMALL), Path("unused"))

@@ -64,7 +64,10 @@ class Measure:
 @dataclass(frozen=True)
 class Preset:
     """How large: overrides, seeds, what a cell asks for (cpus, gpus), which of the measures are taken (all
-    where None), and another data set than the experiment's."""
+    where None), and another data set than the experiment's.
+
+    methods: method -> its values at this size, in place of its own; its overrides come after its own.
+    """
 
     name: str
     overrides: list[str]
@@ -73,6 +76,7 @@ class Preset:
     gpus: float = 0.0
     measures: list[str] | None = None
     data: dict[str, Any] | None = None
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,11 @@ def load_experiment(name: str, preset: str, folder: Path = FOLDER) -> Experiment
 def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
     if preset not in plain["presets"]:
         raise ConfigError(unknown("preset", preset, list(plain["presets"])))
-    methods = {name: _made(Method, name, values) for name, values in plain["methods"].items()}
+    chosen = _made(Preset, preset, plain["presets"][preset])
+    methods = {
+        name: _made(Method, name, _at_size(values or {}, chosen.methods.get(name) or {}))
+        for name, values in plain["methods"].items()
+    }
     for method in methods.values():
         if method.model is not None and getattr(methods.get(method.model), "model", "") is not None:
             raise ConfigError(
@@ -226,9 +234,9 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
                 )
             )
     measures = {name: _made(Measure, name, values) for name, values in plain["measures"].items()}
-    chosen = _made(Preset, preset, plain["presets"][preset])
     for key, names, known in [
         ("presets." + preset + ".measures", chosen.measures or [], measures),
+        ("presets." + preset + ".methods", list(chosen.methods), methods),
         ("main", [plain.get("main", next(iter(methods)))], methods),
         ("judge", [plain["judge"]] if plain.get("judge") else [], methods),
         *[(f"measures.{m.name}.methods", m.methods or [], methods) for m in measures.values()],
@@ -252,6 +260,12 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
         matrices=plain.get("matrices", []),
         watch=plain.get("watch", {}),
     )
+
+
+def _at_size(method: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is written of a method with a preset's values for it in their place."""
+    overrides = [*method.get("overrides", []), *values.get("overrides", [])]
+    return {**method, **values, "overrides": overrides}
 
 
 def _made(kind: type, name: str, values: Mapping[str, Any] | None) -> Any:

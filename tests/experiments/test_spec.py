@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch import Tensor
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray import registry
+from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.denoiser import Denoiser, build_denoiser
 from mmdiff_ray.experiments.cell import training_digest
 from mmdiff_ray.experiments.spec import FOLDER, digest, load_experiment
 from mmdiff_ray.experiments.table import refusals
+from mmdiff_ray.modalities.base import Modality
 
 PLAIN = {
     "name": "small",
@@ -33,6 +37,20 @@ PLAIN = {
         "joint": {"evaluators": ["joint"], "methods": ["both"]},
     },
 }
+
+COLUMNS = {
+    "pixels": {"kind": "image", "channels": 4},
+    "alpha": {"kind": "mask", "classes": 2},
+    "palette": {"kind": "mask", "classes": 25},
+    "category": {"kind": "label", "names": [f"category {index}" for index in range(12)]},
+    "label": {"kind": "label", "names": [f"label {index}" for index in range(10)]},
+    "look": {"kind": "embedding", "dim": 1280},
+    "caption": {"kind": "embedding", "dim": 384},
+}
+"""The columns of the data sets that experiments are shipped with."""
+SAME_AT_ANY_SIZE = {"own_strong", "shared_strong", "literal"}
+"""Methods whose point is a scale as it is: as loud as a pixel, the paper's."""
+SHIPPED = pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
 
 
 def written(folder: Path, **changes) -> str:
@@ -72,6 +90,17 @@ def test_a_cell_trains_with_its_own_overrides_seed_and_share(tmp_path):
     assert (half.seed, half.train.samples, half.tasks["generate"].frequency) == (3, 32, 0)
 
 
+def test_a_preset_has_values_of_its_own_for_a_method_and_its_overrides_come_last(tmp_path):
+    values = {"title": "a half, large", "overrides": ["tasks.restore.frequency=3", "train.global_batch=16"]}
+    own = ["tasks.generate.frequency=0", "tasks.restore.frequency=2"]
+    file = written(tmp_path, presets__smoke__methods={"half": values}, methods__half__overrides=own)
+    experiment = load_experiment(file, "smoke")
+    both, half = (experiment.config(cell, tmp_path) for cell in experiment.cells()[:2])
+    assert experiment.methods["half"].title == "a half, large" and experiment.methods["half"].share == 0.5
+    assert [half.tasks[task].frequency for task in ("generate", "restore")] == [0, 3]
+    assert (half.train.global_batch, both.train.global_batch) == (16, 8)
+
+
 def test_a_configuration_is_checked_once(tmp_path):
     experiment = load_experiment(written(tmp_path), "smoke")
     one = experiment.load(["seed=1"], PLAIN["base"])
@@ -101,6 +130,8 @@ def test_a_model_is_asked_as_method_and_measure_say(tmp_path):
         ({"main": "ours"}, "smoke", r"main: unknown 'ours'; known: both, half, asked"),
         ({"measures__joint__methods": ["bot"]}, "smoke", r"measures.joint.methods: unknown 'bot'"),
         ({"presets__smoke__measures": ["x"]}, "smoke", r"presets.smoke.measures: unknown 'x'"),
+        ({"presets__smoke__methods": {"bot": {}}}, "smoke", r"presets.smoke.methods: unknown 'bot'"),
+        ({"presets__smoke__methods": {"half": {"shre": 1}}}, "smoke", r"methods.half: unknown key 'shre'"),
         ({"measures__joint": {}}, "smoke", r"measures.joint: .*evaluators"),
     ],
 )
@@ -120,7 +151,7 @@ def test_an_unknown_experiment_is_answered_with_those_there_are():
         load_experiment("masked_imge", "smoke")
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
+@SHIPPED
 @pytest.mark.parametrize("preset", ["smoke", "small", "gpu"])
 def test_shipped_experiments_make_a_checked_configuration_for_every_cell_and_measure(file, preset):
     experiment = load_experiment(str(file), preset)
@@ -134,6 +165,65 @@ def test_shipped_experiments_make_a_checked_configuration_for_every_cell_and_mea
                 experiment.asked(config, method, measure)
     for curve in experiment.curves:
         assert set(curve["points"]) <= set(experiment.measures)
+
+
+def shipped(file: Path, preset: str) -> dict[str, Config]:
+    """Return a shipped experiment's trainings of its first seed, their modalities resolved: method -> it."""
+    experiment, found = load_experiment(str(file), preset), {}
+    for cell in experiment.cells():
+        if cell.seed == experiment.preset.seeds[0]:
+            config = experiment.config(cell, Path("runs"))
+            modalities = {
+                name: registry.look_up("modality", options.type).resolve(name, options, COLUMNS)
+                for name, options in config.modalities.items()
+            }
+            found[cell.method.name] = dataclasses.replace(config, modalities=modalities)
+    return found
+
+
+def built(file: Path, preset: str) -> dict[str, Denoiser]:
+    """Return a denoiser for every method; those that differ in training alone share one."""
+    made: dict[str, Denoiser] = {}
+    found = {}
+    for name, config in shipped(file, preset).items():
+        key = digest(config.space, config.modalities, config.model, config.given)
+        if key not in made:
+            made[key] = build_denoiser(config)
+        found[name] = made[key]
+    return found
+
+
+@SHIPPED
+def test_models_for_a_gpu_are_large_equal_where_compared_and_say_things_as_loudly(file):
+    experiment = load_experiment(str(file), "gpu")
+    small, large = built(file, "small"), built(file, "gpu")
+    sizes = {name: sum(map(Tensor.numel, denoiser.parameters())) for name, denoiser in large.items()}
+    for name, denoiser in large.items():
+        assert sizes[name] > 5 * sum(map(Tensor.numel, small[name].parameters())), name
+        if name == experiment.judge:
+            assert sizes[name] > 1.5 * sizes[experiment.main]
+        else:
+            assert sizes[name] == pytest.approx(sizes[experiment.main], rel=0.03), name
+        if name not in SAME_AT_ANY_SIZE:
+            for one, modality in denoiser.modalities.items():
+                assert 0.5 < loudness(modality) / loudness(small[name].modalities[one]) < 2, (name, one)
+    assert all(0.5 < loudness(modality) < 1.5 for modality in large[experiment.main].modalities.values())
+
+
+def loudness(modality: Modality) -> float:
+    """Return a code's scale in usual ones."""
+    return modality.weights.scale / modality.usual_scale
+
+
+@SHIPPED
+def test_training_on_a_gpu_warms_up_and_averages_in_proportion(file):
+    experiment = load_experiment(str(file), "gpu")
+    for name, config in shipped(file, "gpu").items():
+        train = config.train
+        assert train.warmup_samples >= 500 * train.global_batch, name
+        whole = train.samples / experiment.methods[name].share
+        for part in (train.warmup_samples, train.ema_samples):
+            assert 0.01 * whole <= part <= 0.03 * whole, name
 
 
 def test_a_digest_changes_with_any_setting_and_not_with_a_new_one_at_its_default(tmp_path):
