@@ -1,12 +1,15 @@
-"""How sure a figure is: figures as sums over rows, and paired bootstrap intervals over rows and seeds."""
+"""How sure a figure is: figures as sums over rows, and intervals over rows (bootstrap) and seeds (t)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 DRAWS = 2000
+Weighted = Callable[[np.ndarray], np.ndarray]
+"""A figure where rows count as often as the weights say: (m, n) -> (m,)."""
 
 
 @dataclass(frozen=True)
@@ -67,40 +70,68 @@ class Interval(NamedTuple):
 
 
 def interval(seeds: Sequence[Tally], draws: int = DRAWS, seed: int = 0) -> Interval:
-    """Return the mean over seeds and its percentile bootstrap interval, over seeds and rows."""
-    return _interval([tally.weighted for tally in seeds], len(seeds[0]), draws, seed)
+    """Return the mean over seeds and its interval, over seeds and rows (see `_interval`)."""
+    return _interval([[tally.weighted for tally in seeds]], len(seeds[0]), draws, seed)
 
 
 def difference(ours: Sequence[Tally], others: Sequence[Tally], draws: int = DRAWS, seed: int = 0) -> Interval:
-    """Return the mean of ours - others and its paired bootstrap interval, over seeds and rows.
+    """Return the mean of ours - others and its interval, over seeds and rows (see `_interval`).
 
-    Both hold the same rows in the same order, one tally per seed; where they have different numbers of seeds,
-    these are drawn independently (a rule without a model has one), otherwise together. Raises ValueError for
-    tallies of different rows.
+    Both hold the same rows in the same order, one tally per seed; as many seeds on both sides are paired in
+    their order, others are not. A single tally has no spread over seeds (a rule without a model). Raises
+    ValueError for tallies of different rows.
     """
     rows = {len(tally) for tally in (*ours, *others)}
     if len(rows) != 1:
         raise ValueError(f"only figures of the same rows can be compared; got {sorted(rows)} rows")
     if len(ours) == len(others):
-        pairs = [
-            lambda weights, a=a, b=b: a.weighted(weights) - b.weighted(weights)
-            for a, b in zip(ours, others, strict=True)
-        ]
+        groups = [[_minus(a, b) for a, b in zip(ours, others, strict=True)]]
     else:
-        pairs = [
-            lambda weights, a=a, b=b: a.weighted(weights) - b.weighted(weights) for a in ours for b in others
-        ]
-    return _interval(pairs, rows.pop(), draws, seed)
+        nothing = Tally(np.zeros(len(ours[0])), np.ones(len(ours[0])))
+        groups = [[tally.weighted for tally in ours], [_minus(nothing, tally) for tally in others]]
+    return _interval(groups, rows.pop(), draws, seed)
 
 
-def _interval(figures: Sequence, rows: int, draws: int, seed: int) -> Interval:  # type: ignore[type-arg]
-    """Return the interval of a mean of figures, each a function of the rows' weights."""
+def _minus(first: Tally, second: Tally) -> Weighted:
+    return lambda weights: first.weighted(weights) - second.weighted(weights)
+
+
+def _interval(groups: Sequence[Sequence[Weighted]], rows: int, draws: int, seed: int) -> Interval:
+    """Return the interval of a sum over groups of the mean over their figures, one figure per seed.
+
+    Of a seed each: the percentile bootstrap over rows, which all figures share. Of S seeds: the spread s of
+    the seeds' figures besides, as t(S - 1) s / sqrt(S) (of two groups by Welch), since resampling so few
+    understates their spread. It holds what every seed adds of its own on these rows, too, so of the rows'
+    part only the share that all seeds have in common is added, in quadrature, on each side; never less than
+    the rows alone.
+
+    Source: Banerjee (1960), sum of t^2 times variance, which keeps the level at any ratio of the variances;
+    Zou and Donner (2008) for sides of different lengths.
+    """
     generator = np.random.default_rng(seed)
-    whole = np.ones((1, rows))
-    value = float(np.mean([figure(whole)[0] for figure in figures]))
-    weights = generator.multinomial(rows, np.full(rows, 1 / rows), size=draws).astype(np.float64)
-    drawn = np.stack([figure(weights) for figure in figures])  # (seeds, draws)
-    chosen = generator.integers(len(figures), size=(len(figures), draws))
-    means = np.take_along_axis(drawn, chosen, axis=0).mean(0)
-    low, high = np.nanpercentile(means, [2.5, 97.5])
-    return Interval(value, float(low), float(high))
+    drawn = generator.multinomial(rows, np.full(rows, 1 / rows), size=draws)
+    weights = np.concatenate([np.ones((1, rows)), drawn])  # every row once, then as drawn
+    found = [np.stack([figure(weights) for figure in group]) for group in groups]  # (seeds, 1 + draws) each
+    means = np.sum([values.mean(0) for values in found], 0)
+    value, (low, high) = float(means[0]), np.nanpercentile(means[1:], [2.5, 97.5])
+    several = [values for values in found if len(values) > 1]
+    if not several:
+        return Interval(value, float(low), float(high))
+    own = sum(np.nanmean((values[:, 1:] - values[:, :1]).var(0, ddof=1)) / len(values) for values in several)
+    over_rows = np.nanvar(means[1:])
+    common = max(0.0, 1 - own / over_rows) if over_rows > 0 else 0.0
+    over_seeds = _seeds_part([values[:, 0] for values in several])
+    below, above = (
+        float(max(side, np.sqrt(common * side**2 + over_seeds))) for side in (value - low, high - value)
+    )
+    return Interval(value, value - below, value + above)
+
+
+def _seeds_part(groups: Sequence[np.ndarray]) -> float:
+    """Return the square of half the 95 % interval of a sum of means over seeds: t by Welch (1947)."""
+    variances = np.array([values.var(ddof=1) / len(values) for values in groups])
+    if not variances.any():
+        return 0.0
+    shares = variances / variances.sum()
+    freedom = 1 / sum(share**2 / (len(values) - 1) for share, values in zip(shares, groups, strict=True))
+    return float(stats.t.ppf(0.975, freedom) ** 2 * variances.sum())

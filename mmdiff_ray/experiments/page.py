@@ -35,7 +35,8 @@ def _opening(values: Mapping[str, Any]) -> list[str]:
     lines += [
         f"`{values['command']}`, seeds {', '.join(map(str, seeds))}. Mean over seeds, plus or minus their "
         f"standard deviation. Marked ▲ where **{main}** is better, ▼ where it is worse: the 95 % interval of "
-        "the paired difference, bootstrapped over rows and seeds, excludes 0.",
+        "the difference, paired by row and by seed over the seeds that both have, excludes 0. It is "
+        "bootstrapped over rows; where there are several seeds, with their spread by the t distribution.",
         "",
     ]
     if values["missing"]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, sem, t
 
 from mmdiff_ray.evaluation.statistics import Tally, difference, interval, mean_of
 
@@ -57,11 +57,87 @@ def test_under_no_difference_the_interval_excludes_zero_about_one_time_in_twenty
     assert 0.01 < np.mean(found) < 0.11
 
 
+def trained(generator, seeds: int, rows: int, spread: float, own: float = 0.5) -> list[Tally]:
+    """Return the tallies of models that are 0 in truth: what rows share has variance 1 - own, what each seed
+    makes of a row has `own`, and seeds differ with a standard deviation of `spread`."""
+    shared = generator.normal(0, np.sqrt(1 - own), rows)
+    return [
+        mean_of(generator.normal(0, spread) + shared + generator.normal(0, np.sqrt(own), rows))
+        for _ in range(seeds)
+    ]
+
+
+def false_findings(make, trials: int = 300) -> float:
+    """Return how often a difference is found. make: generator -> two sides of equal figures."""
+    found = [
+        difference(*make(np.random.default_rng(trial)), draws=200, seed=trial).excludes_zero
+        for trial in range(trials)
+    ]
+    return float(np.mean(found))
+
+
+@pytest.mark.parametrize("rows, spread, own", [(187, 0.2, 0.5), (187, 0.2, 1.0), (400, 0.15, 0.5)])
+def test_seeds_that_differ_by_chance_are_called_different_about_one_time_in_twenty(rows, spread, own):
+    rate = false_findings(
+        lambda g: (trained(g, 3, rows, spread, own), [mean_of(np.zeros(rows))] * 3),
+    )
+    assert 0.02 <= rate <= 0.08
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_no_number_of_seeds_makes_false_findings_frequent(seeds):
+    assert false_findings(lambda g: (trained(g, seeds, 187, 0.2), [mean_of(np.zeros(187))] * seeds)) <= 0.08
+
+
+@pytest.mark.parametrize("ours, others", [(3, 4), (3, 1)], ids=["two methods", "a rule"])
+def test_unpaired_seeds_that_differ_by_chance_are_seldom_called_different(ours, others):
+    def make(generator) -> tuple[list[Tally], list[Tally]]:
+        theirs = trained(generator, others, 187, 0.2) if others > 1 else [mean_of(np.zeros(187))]
+        return trained(generator, ours, 187, 0.2), theirs
+
+    assert 0.02 <= false_findings(make) <= 0.08
+
+
+def test_a_mean_over_classes_of_seeds_that_differ_by_chance_is_seldom_called_different():
+    """Two models of equal law: of every row 40 pixels in three classes, each class found at a rate of its
+    seed's own."""
+
+    def model(generator, pixels) -> Tally:
+        rate = np.clip(0.6 + generator.normal(0, 0.03), 0, 1)
+        return Tally(generator.binomial(pixels, rate), pixels)
+
+    def make(generator) -> tuple[list[Tally], list[Tally]]:
+        pixels = generator.multinomial(40, [0.7, 0.2, 0.1], size=150)
+        ours, others = ([model(generator, pixels) for _ in range(3)] for _ in range(2))
+        return ours, others
+
+    assert 0.02 <= false_findings(make) <= 0.08
+
+
+def test_seeds_that_hardly_differ_leave_the_interval_of_the_rows():
+    rows = np.random.default_rng(0).gamma(2, size=200)
+    alone, alike = interval([mean_of(rows)]), interval([mean_of(rows + shift) for shift in (-1e-3, 0, 1e-3)])
+    assert alike == pytest.approx(alone, abs=1e-3)
+    assert alike.high - alike.low >= alone.high - alone.low
+
+
+def test_what_each_seed_adds_on_these_rows_is_counted_once():
+    """Where rows share nothing, the spread over seeds holds all there is: scipy's t interval."""
+    generator = np.random.default_rng(3)
+    tallies = [mean_of(generator.normal(0, 1, 400) + shift) for shift in (-0.1, 0, 0.1)]
+    values = [tally.value for tally in tallies]
+    low, high = t.interval(0.95, 2, np.mean(values), sem(values))
+    assert interval(tallies) == pytest.approx((np.mean(values), low, high), abs=0.02)
+
+
 def test_a_rule_with_one_tally_is_compared_with_every_seed():
+    """Rows do not matter here: what is left is the t interval of two seeds."""
     rows = np.linspace(0, 1, 40)
     found = difference([mean_of(rows), mean_of(rows + 0.2)], [mean_of(rows)])
-    assert found.value == pytest.approx(0.1)
-    assert found.low >= -1e-12 and found.high <= 0.2 + 1e-12
+    assert found == pytest.approx((0.1, *t.interval(0.95, 1, 0.1, 0.1)))
+    assert difference([mean_of(rows)], [mean_of(rows), mean_of(rows + 0.2)]) == pytest.approx(
+        (-0.1, *t.interval(0.95, 1, -0.1, 0.1))
+    )
 
 
 def test_different_rows_are_refused():
