@@ -1,0 +1,76 @@
+"""A summary pairs what two methods have in common: rows, and seeds by their number."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mmdiff_ray.evaluation.statistics import difference, interval, mean_of
+from mmdiff_ray.experiments.table import Series, summary
+
+
+class Plan:
+    """What a summary asks of an experiment."""
+
+    main = "ours"
+
+
+@pytest.fixture
+def series():
+    """Return how a series is made: a row's difficulty, and a shift for each seed."""
+    rows = np.random.default_rng(0).normal(0, 1, 60)
+
+    def make(shifts: dict[int, float]) -> Series:
+        tallies = {
+            seed: mean_of(rows + shift + np.random.default_rng(seed + 1).normal(0, 0.1, 60))
+            for seed, shift in shifts.items()
+        }
+        return Series("higher", {seed: tally.value for seed, tally in tallies.items()}, tallies)
+
+    return make
+
+
+def line_of(ours: Series, other: Series, name: str = "theirs") -> dict:
+    lines = summary(Plan, {"measure": {"figure": {"ours": ours, name: other}}})
+    return next(line for line in json.loads(json.dumps(lines)) if line["method"] == name)
+
+
+def test_a_method_with_one_seed_is_compared_with_that_seed_alone(series):
+    ours, other = series({0: 0.0, 1: 5.0, 2: -8.0}), series({1: 5.5})
+    line = line_of(ours, other)
+    want = difference([ours.tallies[1]], [other.tallies[1]])
+    assert line["paired_seeds"] == [1] and line["difference"] == pytest.approx(-0.5)
+    assert line["difference_interval"] == pytest.approx([want.low, want.high])
+    assert line["verdict"] == "main worse"  # against the mean of all of ours it would be no difference
+
+
+def test_seeds_are_paired_by_their_number_in_whatever_order_they_came(series):
+    ours, other = series({2: 7.0, 0: 0.0, 1: -7.0}), series({0: 0.3, 3: 50.0, 2: 7.3})
+    line = line_of(ours, other)
+    want = difference(
+        [ours.tallies[0], ours.tallies[2]], [other.tallies[0], other.tallies[2]]
+    )  # in pairs, whose spread is small
+    assert line["paired_seeds"] == [0, 2] and line["difference"] == pytest.approx(-0.3)
+    assert line["difference_interval"] == pytest.approx([want.low, want.high])
+    assert line["verdict"] == "main worse" and line["seeds"] == [0, 2, 3]
+
+
+def test_methods_without_a_seed_in_common_are_not_compared(series):
+    assert "difference" not in line_of(series({0: 0.0}), series({1: 0.0}))
+
+
+def test_a_tally_that_a_shared_seed_lacks_leaves_the_difference_without_interval(series):
+    other = series({0: 0.5, 1: 0.5})
+    del other.tallies[1]
+    line = line_of(series({0: 0.0, 1: 0.0}), other)
+    assert line["difference"] == pytest.approx(-0.5) and "difference_interval" not in line
+
+
+def test_a_rule_stands_beside_every_seed(series):
+    ours, rule = series({0: 0.9, 1: 1.0, 2: 1.1}), series({0: 0.0})
+    for seed in (1, 2):
+        rule.tallies[seed], rule.values[seed] = rule.tallies[0], rule.values[0]
+    line = line_of(ours, rule, "rule: simple")
+    assert line["paired_seeds"] == [0, 1, 2] and line["verdict"] == "main better"
+    alone = interval([rule.tallies[0]])
+    assert line["interval"] == pytest.approx([alone.low, alone.high])
