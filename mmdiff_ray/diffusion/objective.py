@@ -52,16 +52,18 @@ class Objective:
 
     def counts(self, roles: Roles, present_cells: int) -> Terms:
         """Return the count of every term in a batch, before any forward pass. present_cells: H * W."""
+        return {key: count.sum() for key, count in self.row_counts(roles, present_cells).items()}
+
+    def row_counts(self, roles: Roles, present_cells: int) -> Terms:
+        """Return the count of every term in every row, (B,) float64. present_cells: H * W."""
         carried = self.process.generated_channels(roles)
         counts: Terms = {}
         for name, where in self.owners.items():
-            counts[f"l0/{name}"] = counts[f"l1/{name}"] = carried[:, where].sum().double() * present_cells
-        for name in self.decoded:
-            counts[f"l2/{name}"] = (roles[name] == GENERATED).sum().double() * self.modalities[name].elements
+            counts[f"l0/{name}"] = counts[f"l1/{name}"] = carried[:, where].sum(1).double() * present_cells
         anchor = self.process.anchor
-        counts[f"l3/{anchor}"] = (roles[anchor] == GENERATED).sum().double() * self.modalities[
-            anchor
-        ].elements
+        for term, name in (*(("l2", name) for name in self.decoded), ("l3", anchor)):
+            generated = (roles[name] == GENERATED).double()
+            counts[f"{term}/{name}"] = generated * self.modalities[name].elements
         return counts
 
     def sums(
@@ -110,14 +112,19 @@ class Objective:
         ]
 
     def prior_sums(self, codes: Codes, roles: Roles) -> Terms:
-        """Return L0: 1/2 (mean^2 + var - 1 - log var) of z_T without what is given, which the prior knows."""
+        """Return L0 summed over a batch."""
+        return {key: nats.sum() for key, nats in self.prior_nats(codes, roles).items()}
+
+    def prior_nats(self, codes: Codes, roles: Roles) -> Terms:
+        """Return L0 of every row, (B,): 1/2 (mean^2 + var - 1 - log var) of z_T without what is given, which
+        the prior knows."""
         end = torch.ones(len(next(iter(roles.values()))), dtype=torch.float64, device=_device(codes))
         generated = self.process.only(roles, GENERATED)
         mean, std = self.process.marginal(codes, generated, end)
         variance = over_cells(std.square(), mean)
         nats = 0.5 * (mean.square() + variance - 1 - variance.log())
         nats = nats * self.process.generated_channels(roles)[:, :, None, None]
-        return {f"l0/{name}": nats[:, where].sum() for name, where in self.owners.items()}
+        return {f"l0/{name}": nats[:, where].sum((1, 2, 3)) for name, where in self.owners.items()}
 
     def _posterior(
         self, z_t: Tensor, t: Tensor, roles: Roles, codes: Codes, predicted: Codes

@@ -41,11 +41,11 @@ class Figure:
     tallies: Mapping[str, Tally] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, key: str, better: str, tallies: Mapping[str, Tally]) -> "Figure":
+    def of(cls, key: str, better: str, tallies: Mapping[str, Tally], bound: bool = False) -> "Figure":
         """Return the figure of tallies: "model", and those of rules on the same rows."""
         floors = {rule: tally.value for rule, tally in tallies.items() if rule != "model"}
         model = tallies["model"]
-        return cls(key, model.value, better, len(model), floors, tallies=tallies)
+        return cls(key, model.value, better, len(model), floors, bound, tallies)
 
 
 @dataclass(frozen=True)
