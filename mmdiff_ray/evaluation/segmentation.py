@@ -8,6 +8,9 @@ from scipy import ndimage
 
 from mmdiff_ray.evaluation.statistics import Tally
 
+TOLERANCE = 0.008
+"""How far apart boundaries may lie and agree: a share of the diagonal."""
+
 
 def foreground_iou(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return each image's intersection over union of all but class 0, float64 (B,); 1 where both lack it."""
@@ -51,7 +54,7 @@ def boundary_f(predicted: np.ndarray, truth: np.ndarray, tolerance: float | None
     """
     _same_shape(predicted, truth)
     if tolerance is None:
-        tolerance = max(1.0, 0.008 * float(np.hypot(*truth.shape[1:])))
+        tolerance = max(1.0, TOLERANCE * float(np.hypot(*truth.shape[1:])))
     return np.array(
         [_f(_boundary(p), _boundary(q), tolerance) for p, q in zip(predicted, truth, strict=True)]
     )

@@ -8,6 +8,8 @@ import numpy as np
 from scipy import stats
 
 DRAWS = 2000
+METHOD = "bootstrapped over rows; those of several seeds have their spread besides, by the t distribution"
+"""How intervals are made, for a reader of results."""
 Weighted = Callable[[np.ndarray], np.ndarray]
 """A figure where rows count as often as the weights say: (m, n) -> (m,)."""
 

@@ -1,55 +1,54 @@
 """Figures of an experiment: a measured figure over what was varied, a line for every method."""
 
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-RULE = "rule: "
+from mmdiff_ray.experiments.looks import POINTS, RULE, direction, label_ends, looks, numbered, wrapped
+from mmdiff_ray.sweeps.drawing import panels_of
+
+Point = tuple[float, float, float, float]
+"""x, mean, and the ends of its interval."""
 
 
 def draw_curves(values: Mapping[str, Any], curves: list[dict[str, Any]], out: Path) -> list[Path]:
     """Draw each of the curves of a result that has points, beside `out`; return the files.
 
-    curves: `name`, `title`, `figure`, `x` (the axis' label) and `points`: measure -> x.
+    curves: `name`, `title`, `figure`, `x` and `y` (the words of the axes) and `points`: measure -> x.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    written = []
-    for curve in curves:
-        lines = _lines(values, curve)
-        if not lines:
-            continue
-        figure = Figure(figsize=(8, 6.4), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        styles = itertools.cycle(["--", ":", "-."])
-        for method, points in lines.items():
-            x, y, low, high = zip(*sorted(points), strict=True)
-            style: dict[str, Any] = (
-                {"linestyle": next(styles), "color": "0.5"} if method.startswith(RULE) else {}
-            )
-            (line,) = axes.plot(
-                x, y, marker="o", markersize=4, label=values["methods"].get(method, method), **style
-            )
-            if not method.startswith(RULE):
-                axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.set(title=curve["title"], xlabel=curve["x"], ylabel=curve["figure"])
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
-        axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
-        path = out.with_name(f"{out.stem}-{curve['name']}.png")
-        figure.savefig(path, dpi=120)
-        written.append(path)
-    return written
+    return [_draw_curve(values, curve, lines, out) for curve in curves if (lines := _lines(values, curve))]
 
 
-def _lines(
-    values: Mapping[str, Any], curve: Mapping[str, Any]
-) -> dict[str, list[tuple[float, float, float, float]]]:
-    """Return method -> points (x, mean, low, high) for methods measured at two places or more."""
-    lines: dict[str, list[tuple[float, float, float, float]]] = {}
+def _draw_curve(
+    values: Mapping[str, Any], curve: Mapping[str, Any], lines: Mapping[str, list[Point]], out: Path
+) -> Path:
+    figure, ((axes,),) = panels_of("", 1, 1, (11, 7.2))
+    known, ends = looks(values), []
+    methods = [name for name in known if name in lines]
+    step = 0.03 * (max(curve["points"].values()) - min(curve["points"].values())) / len(methods)
+    for at, name in enumerate(methods):
+        x, y, low, high = zip(*sorted(lines[name]), strict=True)
+        look = known[name]
+        x = tuple(one + step * (at - len(methods) / 2) for one in x)  # so that intervals stand side by side
+        axes.plot(
+            x, y, marker=look.marker, markersize=look.size, color=look.color, linestyle=look.line,
+            linewidth=look.width, zorder=3 if look.is_main else 2,
+        )  # fmt: skip
+        if not name.startswith(RULE):
+            axes.vlines(x, low, high, color=look.color, linewidth=1)
+        ends.append((x[-1], y[-1], look))
+    better = next(line["better"] for line in values["figures"] if line["figure"] == curve["figure"])
+    y_words = f"{curve.get('y', curve['figure'])} ({direction(better)})"
+    axes.set(title=f"{curve['title']} (bars: 95 % intervals)", xlabel=curve["x"], ylabel=y_words)
+    label_ends(axes, ends)
+    path = out.with_name(f"{out.stem}-{curve['name']}.png")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _lines(values: Mapping[str, Any], curve: Mapping[str, Any]) -> dict[str, list[Point]]:
+    """Return method -> points for methods measured at two places or more."""
+    lines: dict[str, list[Point]] = {}
     for line in values["figures"]:
         if line["figure"] == curve["figure"] and line["measure"] in curve["points"]:
             low, high = line.get("interval", (line["mean"], line["mean"]))
@@ -58,65 +57,72 @@ def _lines(
     return {method: points for method, points in lines.items() if len(points) > 1}
 
 
-def draw_watched(values: Mapping[str, Any], out: Path) -> list[Path]:
+def draw_watched(values: Mapping[str, Any], words: Mapping[str, str], out: Path) -> list[Path]:
     """Draw what was seen of watched tasks: their losses, and how their gradients lie to each other.
 
-    Returns the files: OUT-tasks.png, with a panel for every task that two methods were watched at, and
-    OUT-conflict.png, with the cosine of every two tasks of the main method.
+    words: task -> its words. Returns the files: OUT-tasks.png, with a panel for every task that the main
+    method was watched at, and OUT-conflict.png, with the cosine of every two tasks of the main method.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     watched, main = values["watched"], values["main"]
     if main not in watched:
         return []
-    tasks = list(watched[main][0]["losses"])
-    figure = Figure(figsize=(3.6 * len(tasks), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        for method, points in watched.items():
-            known = [(point["samples"], point["losses"][task]) for point in points if task in point["losses"]]
-            if known:
-                color, label = f"C{list(watched).index(method) % 10}", values["methods"][method]
-                samples, losses = zip(*known, strict=True)
-                x = [count / 1000 for count in samples]
-                axes.plot(x, losses, marker="o", markersize=3, color=color, label=label)
-        axes.set(title=task, xlabel="thousand samples seen", ylabel="held-out loss")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.2)
-    handles = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
-    words = [str(label) for label in handles]
-    figure.legend(list(handles.values()), words, loc="outside lower center", ncols=2, fontsize=8)
+    tasks = {task: words.get(task, task) for task in watched[main][0]["losses"]}
     files = [out.with_name(f"{out.stem}-tasks.png")]
-    figure.savefig(files[0], dpi=110)
+    _draw_tasks(values, tasks, files[0])
     if watched[main][0]["cosines"]:
         files.append(out.with_name(f"{out.stem}-conflict.png"))
         _draw_conflict(watched[main], tasks, files[1])
     return files
 
 
-def _draw_conflict(points: list[dict[str, Any]], tasks: list[str], path: Path) -> None:
-    """Draw the cosine of the gradients of every two tasks over training, one line each."""
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _draw_tasks(values: Mapping[str, Any], tasks: Mapping[str, str], path: Path) -> None:
+    """Draw the losses of tasks over training, a panel for each; the legend stands in one more."""
+    columns = min(3, len(tasks) + 1)
+    rows = len(tasks) // columns + 1
+    figure, panels = panels_of("", rows, columns, (11, 3.3 * rows))
+    handles: dict[str, Any] = {}
+    known, watched = looks(values), values["watched"]
+    for axes, (task, words) in zip(panels.flat, tasks.items(), strict=False):
+        for name in (name for name in known if name in watched):
+            points = [point for point in watched[name] if task in point["losses"]]
+            look = known[name]
+            if points:
+                x, y = zip(
+                    *((point["samples"] / 1000, point["losses"][task]) for point in points), strict=True
+                )
+                (handles[wrapped(look.label, 40)],) = axes.plot(
+                    x,
+                    y,
+                    color=look.color,
+                    marker=look.marker,
+                    markersize=0.6 * look.size,
+                    linewidth=look.width,
+                )
+        axes.set(title=words, xlabel="thousand samples seen", ylabel="held-out loss (lower is better)")
+    for axes in panels.flat[len(tasks) :]:
+        axes.set_axis_off()
+    panels.flat[-1].legend(handles.values(), handles, loc="center left", fontsize=POINTS, frameon=False)
+    figure.savefig(path, dpi=120)
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    pairs = list(points[0]["cosines"])
-    for index, pair in enumerate(pairs):
+
+def _draw_conflict(points: list[dict[str, Any]], tasks: Mapping[str, str], path: Path) -> None:
+    """Draw the cosine of the gradients of every two tasks over training, one line each."""
+    figure, ((axes,),) = panels_of("", 1, 1, (11, 5.5))
+    ends = []
+    for index, pair in enumerate(points[0]["cosines"]):
         y = [float("nan") if point["cosines"][pair] is None else point["cosines"][pair] for point in points]
-        x = [point["samples"] for point in points]
-        color = colormaps["tab20"](index % 20)
-        axes.plot(x, y, marker="o", markersize=3, color=color, label=pair.replace("~", " and "))
+        x = [point["samples"] / 1000 for point in points]
+        words = " and ".join(tasks.get(task, task) for task in pair.split("~"))
+        look = numbered(index, words)
+        axes.plot(x, y, marker=look.marker, markersize=look.size, color=look.color, linewidth=look.width)
+        known = [(one, value) for one, value in zip(x, y, strict=True) if value == value]
+        ends += [(*known[-1], look)] if known else []
     axes.axhline(0, color="0.4", linewidth=0.8)
     axes.set(
         title="Gradients of two tasks in the shared backbone",
-        xlabel="samples seen",
+        xlabel="thousand samples seen",
         ylabel="cosine (below 0: they conflict)",
         ylim=(-1, 1),
     )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
+    label_ends(axes, ends, 60)
+    figure.savefig(path, dpi=120)

@@ -6,17 +6,36 @@ from typing import Any
 
 import numpy as np
 
+from mmdiff_ray.evaluation.lpips import SMALLEST
+from mmdiff_ray.evaluation.segmentation import TOLERANCE
+from mmdiff_ray.experiments.looks import RULE
 
-def markdown(values: Mapping[str, Any], discussion: str = "", pictures: Sequence[str] = ()) -> str:
+METHODS = {
+    "lpips": "LPIPS and its features: images whose shorter side has fewer than "
+    f"{SMALLEST} pixels are enlarged bilinearly until it has {SMALLEST}, larger ones are taken as they are; "
+    "in a hole LPIPS is the mean of its map over the hole.",
+    "/boundary_f": "Boundary F: a boundary pixel counts as found within 1 pixel of the other boundary, or "
+    f"within {100 * TOLERANCE:.1f} % of the diagonal where that is more.",
+}
+"""part of a figure's key -> how such figures are taken."""
+HALVES = (
+    "A Frechet distance is larger the fewer images it is taken from: that of real images, one half against "
+    "the other, compares with the column of half as many samples alone."
+)
+
+
+def markdown(
+    values: Mapping[str, Any], discussion: str = "", main: Sequence[str] = (), pictures: Sequence[str] = ()
+) -> str:
     """Return a result as a page: a table for every measure, methods in rows and figures in columns.
 
-    discussion: what people have to say about it; pictures: names of files; both shown before the tables.
+    main: names of the files of the main figures; discussion: what people have to say about the result;
+    pictures: names of the files of other figures. They stand before the tables in this order.
     """
-    lines = _opening(values)
+    lines = _opening(values) + _shown(values, main)
     if discussion:
         lines += [discussion.strip(), ""]
-    for picture in pictures:
-        lines += [f"![{values['title']}: {picture}]({picture})", ""]
+    lines += _shown(values, pictures)
     by_measure: dict[str, list[Mapping[str, Any]]] = {}
     for line in values["figures"]:
         by_measure.setdefault(line["measure"], []).append(line)
@@ -27,21 +46,28 @@ def markdown(values: Mapping[str, Any], discussion: str = "", pictures: Sequence
     return "\n".join([*lines, *_cost(values), ""])
 
 
+def _shown(values: Mapping[str, Any], pictures: Sequence[str]) -> list[str]:
+    return [line for name in pictures for line in (f"![{values['title']}: {name}]({name})", "")]
+
+
 def _opening(values: Mapping[str, Any]) -> list[str]:
     """Return the question, how to read the tables, and what is not in them."""
     lines = [f"# {values['title']}", "", values["question"], ""]
     seeds = sorted({cell["seed"] for cell in values["cells"]})
     main = values["methods"][values["main"]]
+    keys = {line["figure"] for line in values["figures"]}
+    fewer = " (rows of fewer say so)" if _differ(values["figures"]) else ""
     lines += [
-        f"`{values['command']}`, seeds {', '.join(map(str, seeds))}. Mean over seeds, plus or minus their "
-        f"standard deviation. Marked ▲ where **{main}** is better, ▼ where it is worse: the 95 % interval of "
-        "the difference, paired by row and by seed over the seeds that both have, excludes 0. It is "
-        "bootstrapped over rows; where there are several seeds, with their spread by the t distribution.",
+        f"`{values['command']}`, seeds {', '.join(map(str, seeds))}{fewer}. Mean over seeds, plus or minus "
+        f"their standard deviation. Marked ▲ where **{main}** is better, ▼ where it is worse: the 95 % "
+        "interval of the difference, paired by row and by seed over the seeds that both have, excludes 0. "
+        f"Intervals are {values.get('intervals', 'bootstrapped over rows and seeds')}.",
         "",
     ]
+    lines += [f"{sentence}\n" for part, sentence in METHODS.items() if any(part in key for key in keys)]
     if values["missing"]:
         lines += [f"Not trained yet: {', '.join(values['missing'])}.", ""]
-    if values["unmeasured"]:
+    if values.get("unmeasured"):
         lines += [f"Trained, and not measured yet: {', '.join(values['unmeasured'])}.", ""]
     for name, why in values["refused"].items():
         lines += [f"Refused: {values['methods'][name]}. {why}", ""]
@@ -66,11 +92,50 @@ def _measure(titles: Mapping[str, str], measure: str, found: Sequence[Mapping[st
         (titles.get(method, method), [_cell(cells.get((method, key))) for key in keys])
         for method in dict.fromkeys(line["method"] for line in found)
     ]
-    lines = [f"## {measure}", "", *_grid([f"{key} {better[key]}" for key in keys], rows), ""]
+    heads = [f"{key} {better[key]}" for key in keys]
+    if _differ(found):
+        heads = [*heads, "seeds"]
+        counts = {line["method"]: len(line["seeds"]) for line in found}
+        rows = [
+            (title, [*row, str(count)]) for (title, row), count in zip(rows, counts.values(), strict=True)
+        ]
     real = [line for line in found if "/real_" in line["figure"] or line["figure"].endswith("judged_real")]
     real.sort(key=lambda line: len(line["seeds"]))  # the same for all of as many seeds: the most count
-    said = {line["figure"]: f"{line['figure']} {line['mean']:.3f}" for line in real}
-    return [*lines, f"Of real images: {', '.join(said.values())}.", ""] if said else lines
+    ceilings = {line["figure"]: line for line in real}
+    halves = {key: ceilings.pop(key.replace("/half_", "/real_"), None) for key in keys if "/half_" in key}
+    if any(halves.values()):
+        ends = ["" for _ in heads[len(keys) :]]
+        rows.append(("real images, their other half", [*(_cell(halves.get(key)) for key in keys), *ends]))
+    lines = [f"## {measure}", "", *_grid(heads, rows), ""]
+    said = [f"{key} {line['mean']:.3f}" for key, line in ceilings.items()]
+    lines += [f"Of real images: {', '.join(said)}.", ""] if said else []
+    if any(halves.values()):
+        lines += [HALVES, ""]
+    return lines + _weak(titles, found)
+
+
+def _differ(found: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether methods differ in their number of seeds."""
+    return len({len(line["seeds"]) for line in found}) > 1
+
+
+def _weak(titles: Mapping[str, str], found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the words for precision and recall where a rule reaches as much as a method."""
+    lines = []
+    for rule in (line for line in found if line["method"].startswith(RULE) and _is_weak(line["figure"])):
+        same = [line for line in found if line["figure"] == rule["figure"] and line["method"] in titles]
+        below = [titles[line["method"]] for line in same if line["mean"] <= rule["mean"]]
+        if below:
+            lines += [
+                f"{rule['figure']}: {rule['method'].removeprefix(RULE)} reach {rule['mean']:.3f}, no less "
+                f"than {'; '.join(below)}. Of so few images it tells little.",
+                "",
+            ]
+    return lines
+
+
+def _is_weak(figure: str) -> bool:
+    return "/precision_" in figure or "/recall_" in figure
 
 
 def _cost(values: Mapping[str, Any]) -> list[str]:
@@ -81,8 +146,8 @@ def _cost(values: Mapping[str, Any]) -> list[str]:
         "GFLOP: of the forward pass of one sample. Images/s: as measured in training, with other work on the "
         "machine at times.",
         "",
-        "| method | samples | minutes | GFLOP | images/s | parameters | machine |",
-        "|---|---|---|---|---|---|---|",
+        "| method | samples | minutes | GFLOP | images/s | parameters | seeds | machine |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for method in dict.fromkeys(cell["method"] for cell in values["cells"]):
         same = [cell for cell in values["cells"] if cell["method"] == method]
@@ -93,7 +158,7 @@ def _cost(values: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"| {values['methods'][method]} | {mean['samples_seen']:,.0f} | {mean['minutes']:.1f} | "
             f"{mean['gflops']:.3g} | {mean['images_per_s']:.0f} | {same[0]['parameters']:,} | "
-            f"{same[0]['machine']} |"
+            f"{len(same)} | {same[0]['machine']} |"
         )
     return lines
 
@@ -118,7 +183,33 @@ def _matrix(values: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[str]:
         (words, [_cell(found.get((measure, figure))) for figure in matrix["columns"]])
         for measure, words in rows.items()
     ]
+    names, floors = _floors(values, matrix, found)
+    if names:
+        cells.append((f"rules that are given nothing: {', '.join(names)}", floors))
     return [f"## {matrix['title']}", "", *_grid(heads, cells), ""]
+
+
+def _floors(
+    values: Mapping[str, Any], matrix: Mapping[str, Any], found: Mapping[tuple[str, str], Any]
+) -> tuple[list[str], list[str]]:
+    """Return the rules of a matrix' figures that are there whatever is given, and the best one's cells."""
+    names, cells = [], []
+    for figure in matrix["columns"]:
+        places = {measure for measure in matrix["rows"] if (measure, figure) in found}
+        rules: dict[str, dict[str, Mapping[str, Any]]] = {}
+        for line in values["figures"]:
+            if line["figure"] == figure and line["measure"] in places and line["method"].startswith(RULE):
+                rules.setdefault(line["method"], {})[line["measure"]] = line
+        pick = max if _better(found, figure) == "higher" else min
+        known = {
+            name: pick(line["mean"] for line in lines.values())
+            for name, lines in rules.items()
+            if lines.keys() == places
+        }
+        best = pick(known, key=known.__getitem__) if known else None
+        names += [best.removeprefix(RULE)] if best else []
+        cells.append(f"{known[best]:.3f}" if best else "")
+    return list(dict.fromkeys(names)), cells
 
 
 def _better(found: Mapping[tuple[str, str], Mapping[str, Any]], figure: str) -> str:

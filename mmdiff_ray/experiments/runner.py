@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from mmdiff_ray.evaluation.run import check_evaluators
 from mmdiff_ray.experiments.archive import archive_file, pack, unpack
 from mmdiff_ray.experiments.cell import CellHooks, cell_folder, hold, is_trained, run_cell
 from mmdiff_ray.experiments.curves import draw_curves, draw_watched
+from mmdiff_ray.experiments.overview import draw_overview
 from mmdiff_ray.experiments.page import markdown
 from mmdiff_ray.experiments.spec import Cell, Experiment
 from mmdiff_ray.experiments.table import refusals, result
@@ -96,7 +98,8 @@ def write_result(experiment: Experiment, runs: Path, out: Path, say: Say) -> lis
     """Write what is known so far: OUT.json, OUT.md, a figure per curve, and OUT.cells.zip with what these are
     made of. Return the files. A result of more cells is not replaced: this one is then written beside them.
 
-    What people wrote about it in OUT.discussion.md, and the figures, stand in OUT.md before the tables.
+    The main figure, what people wrote about it in OUT.discussion.md, and the other figures stand in OUT.md
+    before the tables.
     """
     values, archive = result(experiment, runs), pack(experiment, runs, out)
     there = json.loads(out.with_suffix(".json").read_text()) if out.with_suffix(".json").is_file() else {}
@@ -106,14 +109,25 @@ def write_result(experiment: Experiment, runs: Path, out: Path, say: Say) -> lis
         out = runs / f"{experiment.name}-{experiment.preset.name}" / experiment.name
         out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out.with_suffix(".json"), values)
+    page, *pictures = write_page(experiment, values, out)
+    done = len(experiment.cells()) - len(values["missing"]) - len(values["unmeasured"])
+    say(f"{done} of {len(experiment.cells())} cells are in {page}")
+    return [page, out.with_suffix(".json"), archive, *pictures]
+
+
+def write_page(experiment: Experiment, values: Mapping[str, Any], out: Path) -> list[Path]:
+    """Write the page of a result, OUT.md, and its figures; return the files, the page first."""
     said = out.with_suffix(".discussion.md")
     discussion = said.read_text(encoding="utf8") if said.is_file() else ""
-    pictures = [*draw_curves(values, experiment.curves, out), *draw_watched(values, out)]
-    page = markdown(values, discussion, [picture.name for picture in pictures])
-    out.with_suffix(".md").write_text(page, encoding="utf8")
-    done = len(experiment.cells()) - len(values["missing"]) - len(values["unmeasured"])
-    say(f"{done} of {len(experiment.cells())} cells are in {out.with_suffix('.md')}")
-    return [out.with_suffix(".md"), out.with_suffix(".json"), archive, *pictures]
+    overview = draw_overview(values, experiment.overview, out)
+    pictures = [
+        *draw_curves(values, experiment.curves, out),
+        *draw_watched(values, experiment.task_words, out),
+    ]
+    text = markdown(values, discussion, [one.name for one in overview], [one.name for one in pictures])
+    page = out.with_suffix(".md")
+    page.write_text(text, encoding="utf8")
+    return [page, *overview, *pictures]
 
 
 def _parent(experiment: Experiment, runs: Path, uri: str) -> str:

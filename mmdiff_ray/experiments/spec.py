@@ -28,6 +28,8 @@ KEYS = {
     "curves",
     "matrices",
     "watch",
+    "overview",
+    "task_words",
 }
 
 
@@ -80,6 +82,17 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Panel:
+    """A panel of the main figure, named by the words for it: a figure of a measure. log: its axis is
+    logarithmic."""
+
+    name: str
+    measure: str
+    figure: str
+    log: bool = False
+
+
+@dataclass(frozen=True)
 class Cell:
     """One training: a method with a seed. Its key names its folder."""
 
@@ -96,10 +109,11 @@ class Experiment:
     """A table. base: the configuration below all. main: the method that the others are compared with.
 
     data: a data set that is built where it is missing: pipeline, uri, options. curves: figures to draw, each
-    with `figure`, and `points`: measure -> the value on the x axis. judge: the method whose model of the
-    first seed judges the others' pairs (`evaluate.judge`); it is trained before them. matrices: tables of
-    figures by measure, each with `name`, `title`, `rows`: measure -> its words, and `columns`: figure -> its
-    words. watch: method -> tasks whose losses and gradients are looked at while it trains.
+    with `figure`, `y`: its words, and `points`: measure -> the value on the x axis. judge: the method whose
+    model of the first seed judges the others' pairs (`evaluate.judge`); it is trained before them. matrices:
+    tables of figures by measure, each with `name`, `title`, `rows`: measure -> its words, and `columns`:
+    figure -> its words. watch: method -> tasks whose losses and gradients are looked at while it trains.
+    task_words: watched task -> its words. overview: what matters most, the panels of the main figure.
     """
 
     name: str
@@ -115,6 +129,8 @@ class Experiment:
     judge: str | None = None
     matrices: list[dict[str, Any]] = field(default_factory=list)
     watch: dict[str, list[str]] = field(default_factory=dict)
+    task_words: dict[str, str] = field(default_factory=dict)
+    overview: list[Panel] = field(default_factory=list)
     _loaded: dict[str, Config] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def is_judge(self, cell: Cell) -> bool:
@@ -219,9 +235,9 @@ def load_experiment(name: str, preset: str, folder: Path = FOLDER) -> Experiment
 def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
     if preset not in plain["presets"]:
         raise ConfigError(unknown("preset", preset, list(plain["presets"])))
-    chosen = _made(Preset, preset, plain["presets"][preset])
+    chosen = _made("presets", Preset, preset, plain["presets"][preset])
     methods = {
-        name: _made(Method, name, _at_size(values or {}, chosen.methods.get(name) or {}))
+        name: _made("methods", Method, name, _at_size(values or {}, chosen.methods.get(name) or {}))
         for name, values in plain["methods"].items()
     }
     for method in methods.values():
@@ -233,7 +249,9 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
                     [n for n, m in methods.items() if not m.model],
                 )
             )
-    measures = {name: _made(Measure, name, values) for name, values in plain["measures"].items()}
+    measures = {name: _made("measures", Measure, name, values) for name, values in plain["measures"].items()}
+    modalities = plain["base"].get("modalities", {})
+    overview = [_made("overview", Panel, name, values) for name, values in plain.get("overview", {}).items()]
     for key, names, known in [
         ("presets." + preset + ".measures", chosen.measures or [], measures),
         ("presets." + preset + ".methods", list(chosen.methods), methods),
@@ -241,6 +259,12 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
         ("judge", [plain["judge"]] if plain.get("judge") else [], methods),
         *[(f"measures.{m.name}.methods", m.methods or [], methods) for m in measures.values()],
         ("watch", list(plain.get("watch", {})), methods),
+        ("task_words", list(plain.get("task_words", {})), plain["base"].get("tasks", {})),
+        *[(f"overview.{panel.name}.measure", [panel.measure], measures) for panel in overview],
+        *[
+            (f"overview.{panel.name}.figure", panel.figure.split("/")[0].split("_from_"), modalities)
+            for panel in overview
+        ],
     ]:
         for name in names:
             if name not in known:
@@ -259,6 +283,8 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
         judge=plain.get("judge"),
         matrices=plain.get("matrices", []),
         watch=plain.get("watch", {}),
+        task_words=plain.get("task_words", {}),
+        overview=overview,
     )
 
 
@@ -268,15 +294,15 @@ def _at_size(method: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
     return {**method, **values, "overrides": overrides}
 
 
-def _made(kind: type, name: str, values: Mapping[str, Any] | None) -> Any:
+def _made(group: str, kind: type, name: str, values: Mapping[str, Any] | None) -> Any:
     known = [field.name for field in dataclasses.fields(kind) if field.name != "name"]
     for key in values or {}:
         if key not in known:
-            raise ConfigError(unknown(f"{kind.__name__.lower()}s.{name}", key, known, "key"))
+            raise ConfigError(unknown(f"{group}.{name}", key, known, "key"))
     try:
         return kind(name=name, **(values or {}))
     except TypeError as error:
-        raise ConfigError(f"{kind.__name__.lower()}s.{name}: {error}") from None
+        raise ConfigError(f"{group}.{name}: {error}") from None
 
 
 def digest(*values: Any) -> str:

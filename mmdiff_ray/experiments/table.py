@@ -13,7 +13,7 @@ from mmdiff_ray.backbones.cost import forward_flops
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.denoiser import build_denoiser, inert_settings
-from mmdiff_ray.evaluation.statistics import Tally, difference, interval
+from mmdiff_ray.evaluation.statistics import METHOD, Tally, difference, interval
 from mmdiff_ray.experiments.cell import asked_of, cell_folder, is_measured
 from mmdiff_ray.experiments.spec import Cell, Experiment, Method
 from mmdiff_ray.experiments.watch import read
@@ -88,6 +88,7 @@ def _numbers(series: Series) -> dict[str, Any]:
         "mean": float(np.mean(values)),
         "spread": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "seeds": sorted(series.values),
+        "values": [series.values[seed] for seed in sorted(series.values)],
     }
     if len(series.tallies) == len(values):
         found["interval"] = list(interval([series.tallies[seed] for seed in sorted(series.tallies)])[1:])
@@ -173,6 +174,7 @@ def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
         "unmeasured": [cell.key for cell in present if not is_measured(experiment, cell, runs)],
         "refused": refusals(experiment),
         "notes": notes(experiment),
+        "intervals": METHOD,
         "figures": summary(experiment, table),
         "cells": facts(experiment, runs),
         "watched": watched(experiment, runs),

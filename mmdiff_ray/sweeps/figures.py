@@ -10,7 +10,7 @@ import optuna
 from matplotlib.ticker import MaxNLocator
 
 from mmdiff_ray.sweeps.curves import lineage, profiles
-from mmdiff_ray.sweeps.drawing import SIZE, Drawn, axes_of, file_name, page_of, panels_of, short
+from mmdiff_ray.sweeps.drawing import SIZE, Drawn, axes_of, file_name, name_points, page_of, panels_of, short
 from mmdiff_ray.sweeps.findings import AT_END, Importance, best_of, figures_of, front
 from mmdiff_ray.sweeps.journal import Trial
 from mmdiff_ray.sweeps.record import Record
@@ -218,7 +218,8 @@ def _front(sweep: Sweep, trials: Sequence[Trial]) -> Drawn:
     for at, (across, up) in enumerate(pairs):
         row, column = divmod(at, columns)
         axes = panels[row, column]
-        axes.set(xlabel=across, ylabel=up)
+        better = ["lower" if sweep.metrics[metric] == "min" else "higher" for metric in (across, up)]
+        axes.set(xlabel=f"{across} ({better[0]} is better)", ylabel=f"{up} ({better[1]} is better)")
         page.update_xaxes(title=across, row=row + 1, col=column + 1)
         page.update_yaxes(title=up, row=row + 1, col=column + 1)
         for is_front, color in ((False, "#1f77b4"), (True, "#d62728")):
@@ -229,16 +230,15 @@ def _front(sweep: Sweep, trials: Sequence[Trial]) -> Drawn:
                 hovertext=[_words(trial, names) for trial in some],
             )  # fmt: skip
             axes.scatter(x, y, color=color, label="on the front" if is_front else "finished")
-            for trial, *point in zip(some, x, y, strict=True):
-                axes.annotate(
-                    "base" if sweep.is_baseline(trial.number) else trial.number,
-                    point,
-                    xytext=(4, 3),
-                    textcoords="offset points",
-                    color=color,
-                    fontsize=8,
-                )
-    panels[0, 0].legend(frameon=False)
     for axes in panels.flat[len(pairs) :]:
         axes.set_visible(False)
+    panels[0, 0].legend(frameon=False)
+    named = [trial for trial in done if trial.number in on_front or sweep.is_baseline(trial.number)]
+    for axes, pair in zip(panels.flat, pairs, strict=False):
+        points = [[figures_of(trial)[metric] for metric in pair] for trial in done]
+        places = [[figures_of(trial)[metric] for metric in pair] for trial in named]
+        words = ["base" if sweep.is_baseline(trial.number) else str(trial.number) for trial in named]
+        name_points(
+            axes, [(x, y, word) for (x, y), word in zip(places, words, strict=True)], points, "#8c1a1a"
+        )
     return Drawn("pareto", title, page, figure)

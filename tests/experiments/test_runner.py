@@ -66,6 +66,7 @@ PLAIN = {
             "columns": {"pixels_from_masked/lpips": "LPIPS"},
         }
     ],
+    "overview": {"LPIPS": {"measure": "most", "figure": "pixels_from_masked/lpips"}},
     "curves": [
         {
             "name": "lpips",
@@ -133,6 +134,7 @@ def test_a_table_holds_every_method_rule_and_cost(done):
     }
     for line in lines.values():
         assert line["seeds"] == [0, 1] and line["rows"] == 10
+        assert np.mean(line["values"]) == pytest.approx(line["mean"])
         assert line["interval"][0] <= line["mean"] <= line["interval"][1]
         if line["method"] != "both":
             assert line["difference"] == pytest.approx(lines[line["measure"], "both"]["mean"] - line["mean"])
@@ -142,7 +144,8 @@ def test_a_table_holds_every_method_rule_and_cost(done):
     assert "| both tasks |" in page and "| both, asked |" in page and "## Cost" in page
     assert "| three tenths |" in page and page.index("## Holes by size") < page.index("## Cost")
     assert all(cell["gflops"] > 0 for cell in found["cells"])
-    for name in ("lpips", "tasks", "conflict"):
+    assert page.index("result-overview.png") < page.index("result-lpips.png") < page.index("## a third")
+    for name in ("overview", "lpips", "tasks", "conflict"):
         assert (done / f"result-{name}.png").stat().st_size > 5000
 
 
@@ -185,7 +188,8 @@ def test_cells_are_child_runs_of_one_run_with_losses_and_figures(done):
         assert "loss/total" in run.data.metrics
     assert "asked.most/pixels_from_masked/lpips" in runs["both-0"].data.metrics
     assert [file.path for file in client.list_artifacts(parent.info.run_id, "result")] == [
-        "result/result-conflict.png", "result/result-lpips.png", "result/result-tasks.png",
+        "result/result-conflict.png", "result/result-lpips.png", "result/result-overview.png",
+        "result/result-tasks.png",
         "result/result.cells.zip", "result/result.json", "result/result.md",
     ]  # fmt: skip
 
@@ -217,7 +221,7 @@ def test_a_cell_made_elsewhere_in_one_process_counts_in_the_table(done, tmp_path
     shutil.copytree(runs / "small-smoke" / "both-0", tmp_path / "all" / "small-smoke" / "both-0")
     half = table.result(experiment, tmp_path / "all")
     assert (half["missing"], half["unmeasured"]) == ([], ["both-0"])
-    assert "Trained, and not measured yet: both-0." in markdown(half, "", [])
+    assert "Trained, and not measured yet: both-0." in markdown(half)
     cell = experiment.cells()[0]
     cells.measure_cell(experiment, cell, tmp_path / "all", print)
     merged = table.result(experiment, tmp_path / "all")

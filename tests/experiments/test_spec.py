@@ -133,6 +133,27 @@ def test_a_model_is_asked_as_method_and_measure_say(tmp_path):
         ({"presets__smoke__methods": {"bot": {}}}, "smoke", r"presets.smoke.methods: unknown 'bot'"),
         ({"presets__smoke__methods": {"half": {"shre": 1}}}, "smoke", r"methods.half: unknown key 'shre'"),
         ({"measures__joint": {}}, "smoke", r"measures.joint: .*evaluators"),
+        (
+            {"overview": {"IoU": {"measure": "tirty", "figure": "pixels/x"}}},
+            "smoke",
+            r"overview.IoU.measure: unknown 'tirty'.*did you mean 'thirty'",
+        ),
+        (
+            {"overview": {"IoU": {"measure": "thirty", "figure": "pixel_from_masked/x"}}},
+            "smoke",
+            r"overview.IoU.figure: unknown 'pixel'; known: pixels, masked",
+        ),
+        (
+            {"overview": {"IoU": {"measure": "thirty", "figur": "x"}}},
+            "smoke",
+            r"overview.IoU: unknown key 'figur'",
+        ),
+        ({"overview": {"IoU": {"measure": "thirty"}}}, "smoke", r"overview.IoU: .*figure"),
+        (
+            {"task_words": {"draw": "images"}},
+            "smoke",
+            r"task_words: unknown 'draw'; known: generate, restore",
+        ),
     ],
 )
 def test_mistakes_are_named_with_the_file(tmp_path, changes, preset, words):

@@ -1,0 +1,129 @@
+"""Pages and figures of results: what stands in them, and how it looks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmdiff_ray.experiments.looks import COLORS, looks, wrapped
+from mmdiff_ray.experiments.overview import limits
+from mmdiff_ray.experiments.page import markdown
+from mmdiff_ray.experiments.runner import write_page
+from mmdiff_ray.experiments.spec import FOLDER, load_experiment
+
+RESULTS = Path(__file__).parents[2] / "results"
+NAMES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def line(method: str, figure: str, mean: float, measure: str = "noise", seeds: int = 3, **more) -> dict:
+    better = "lower" if "frechet" in figure else "higher"
+    spread = 0.01 if seeds > 1 else None
+    return {
+        "measure": measure, "figure": figure, "method": method, "better": better, "mean": mean,
+        "spread": spread, "seeds": list(range(seeds)), **more,
+    }  # fmt: skip
+
+
+def values(*figures: dict, **more) -> dict:
+    cell = {"samples_seen": 1, "minutes": 1, "images_per_s": 1, "gflops": 1, "parameters": 1, "machine": "m"}
+    plain = {
+        "title": "Small", "question": "Which?", "command": "c", "main": "ours", "missing": [], "refused": {},
+        "methods": {"ours": "ours, all", "other": "the other"}, "notes": {}, "watched": {}, "matrices": [],
+        "cells": [{"method": "ours", "seed": seed, **cell} for seed in range(3)], "figures": list(figures),
+    }  # fmt: skip
+    return plain | more
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_committed_page_is_that_of_its_result_with_all_figures(name, tmp_path):
+    found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf8"))
+    experiment, said = load_experiment(name, "small"), RESULTS / f"{name}.discussion.md"
+    (tmp_path / said.name).write_text(said.read_text(encoding="utf8"), encoding="utf8")
+    page, *pictures = write_page(experiment, found, tmp_path / name)
+    assert page.read_text(encoding="utf8") == (RESULTS / page.name).read_text(encoding="utf8")
+    assert pictures[0].name == f"{name}-overview.png"
+    assert all((RESULTS / picture.name).is_file() for picture in pictures)
+    told = {(one["measure"], one["figure"]) for one in found["figures"]}
+    assert {(panel.measure, panel.figure) for panel in experiment.overview} <= told
+    assert {curve["figure"] for curve in experiment.curves} <= {figure for _, figure in told}
+
+
+def test_real_images_stand_beside_the_distances_of_as_many_samples_alone():
+    figures = [
+        line("ours", "pixels/frechet_x", 54), line("ours", "pixels/half_frechet_x", 67),
+        line("ours", "pixels/real_frechet_x", 35.5), line("ours", "pixels/real_recall_x", 0.9),
+    ]  # fmt: skip
+    page = markdown(values(*figures))
+    assert "| real images, their other half |  | 35.500 ± 0.010 |" in page
+    assert "Of real images: pixels/real_recall_x 0.900." in page and page.count("35.500") == 1
+    assert "larger the fewer images" in page
+    assert "larger the fewer images" not in markdown(values(*figures[:1]))
+
+
+def test_rows_tell_their_seeds_where_these_differ():
+    same = markdown(values(line("ours", "label/judged", 0.5), line("other", "label/judged", 0.4)))
+    assert "seeds |\n|---|---|---|\n" not in same and "rows of fewer" not in same
+    page = markdown(values(line("ours", "label/judged", 0.5), line("other", "label/judged", 0.4, seeds=1)))
+    assert "| | label/judged ↑ | seeds |" in page and "rows of fewer say so" in page
+    assert "| ours, all | 0.500 ± 0.010 | 3 |" in page and "| the other | 0.400 | 1 |" in page
+
+
+def test_a_page_says_how_lpips_and_boundaries_are_measured_where_they_are():
+    page = markdown(
+        values(line("ours", "alpha/boundary_f", 0.9), line("ours", "pixels_from_masked/lpips", 0.1))
+    )
+    assert "fewer than 64 pixels are enlarged bilinearly" in page
+    assert "within 1 pixel of the other boundary, or within 0.8 % of the diagonal" in page
+    plain = markdown(values(line("ours", "label/accuracy", 0.9)))
+    assert "bilinearly" not in plain and "diagonal" not in plain
+
+
+def test_a_recall_that_shuffled_pixels_reach_is_told_to_be_weak():
+    rule = line("rule: shuffled pixels", "pixels/recall_x", 0.15)
+    page = markdown(values(line("ours", "pixels/recall_x", 0.1), rule, line("other", "pixels/recall_x", 0.2)))
+    assert "pixels/recall_x: shuffled pixels reach 0.150, no less than ours, all. Of so few" in page
+    assert "no less than" not in markdown(values(line("ours", "pixels/recall_x", 0.2), rule))
+
+
+def test_a_matrix_ends_with_the_rules_that_are_there_whatever_is_given():
+    figures = []
+    for measure in ("from mask", "from label"):
+        figures += [line("ours", "pixels/recall_x", 0.1, measure), line("ours", "alpha/iou", 0.5, measure)]
+        figures += [line("rule: shuffled pixels", "pixels/recall_x", 0.15, measure)]
+    figures.append(
+        line("rule: threshold", "alpha/iou", 0.7, "from mask")
+    )  # it needs what only there is given
+    matrix = {
+        "name": "any", "title": "Any", "rows": {"from mask": "mask", "from label": "label"},
+        "columns": {"pixels/recall_x": "recall", "alpha/iou": "IoU"},
+    }  # fmt: skip
+    page = markdown(values(*figures, matrices=[matrix])).split("## Any")[1]
+    assert "| rules that are given nothing: shuffled pixels | 0.150 |  |\n" in page
+
+
+def test_every_method_has_its_own_look_and_rules_differ_in_their_dashes():
+    for name in NAMES:
+        found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf8"))
+        known = looks(found)
+        methods = [known[method] for method in found["methods"]]
+        assert len({(look.color, look.marker) for look in methods}) == len(methods)
+        if len(methods) <= len(COLORS) + 1:
+            assert len({look.color for look in methods}) == len(methods)
+        rules = [look for method, look in known.items() if method not in found["methods"]]
+        assert {look.color for look in rules} <= {"0.45"} and {look.is_main for look in rules} <= {False}
+        assert len({look.line for look in rules}) >= min(5, len(rules))
+        assert [look.is_main for look in methods].count(True) == 1
+
+
+def test_rules_far_from_all_methods_do_not_stretch_an_axis():
+    low, high = limits([0.8, 0.9], [0.75, 0.1], log=False)
+    assert 0.7 < low < 0.75 and 0.9 < high < 0.95
+    low, high = limits([90, 1200], [4000, -1], log=True)
+    assert 0 < low < 90 and high > 4000
+
+
+def test_words_are_wrapped_evenly_in_as_few_lines_as_can_be():
+    assert wrapped("restoration alone (diffusion), asked in one pass", 40).split("\n") == [
+        "restoration alone (diffusion),", "asked in one pass",
+    ]  # fmt: skip
+    assert wrapped("short", 40) == "short"
