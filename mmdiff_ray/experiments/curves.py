@@ -60,19 +60,28 @@ def _lines(values: Mapping[str, Any], curve: Mapping[str, Any]) -> dict[str, lis
 def draw_watched(values: Mapping[str, Any], words: Mapping[str, str], out: Path) -> list[Path]:
     """Draw what was seen of watched tasks: their losses, and how their gradients lie to each other.
 
-    words: task -> its words. Returns the files: OUT-tasks.png, with a panel for every task that the main
-    method was watched at, and OUT-conflict.png, with the cosine of every two tasks of the main method.
+    words: task -> its words. Returns the files: OUT-tasks.png, with a panel for every task compared, and
+    OUT-conflict.png, with the cosine of the main method's gradients of every two of its tasks.
     """
     watched, main = values["watched"], values["main"]
     if main not in watched:
         return []
-    tasks = {task: words.get(task, task) for task in watched[main][0]["losses"]}
+    compared, own = shown_tasks(watched, main)
     files = [out.with_name(f"{out.stem}-tasks.png")]
-    _draw_tasks(values, tasks, files[0])
+    _draw_tasks(values, {task: words.get(task, task) for task in compared}, files[0])
     if watched[main][0]["cosines"]:
         files.append(out.with_name(f"{out.stem}-conflict.png"))
-        _draw_conflict(watched[main], tasks, files[1])
+        _draw_conflict(watched[main], {task: words.get(task, task) for task in own}, files[1])
     return files
+
+
+def shown_tasks(watched: Mapping[str, Any], main: str) -> tuple[list[str], list[str]]:
+    """Return the tasks that are compared, which others were watched at, too, and those whose gradients are:
+    the ones of the main method alone, which it trains. All of them where there are none, or not two."""
+    tasks = list(watched[main][0]["losses"])
+    elsewhere = {task for name in watched if name != main for task in watched[name][0]["losses"]}
+    own = [task for task in tasks if task not in elsewhere]
+    return [task for task in tasks if task in elsewhere] or tasks, own if len(own) > 1 else tasks
 
 
 def _draw_tasks(values: Mapping[str, Any], tasks: Mapping[str, str], path: Path) -> None:
@@ -109,10 +118,11 @@ def _draw_conflict(points: list[dict[str, Any]], tasks: Mapping[str, str], path:
     """Draw the cosine of the gradients of every two tasks over training, one line each."""
     figure, ((axes,),) = panels_of("", 1, 1, (11, 5.5))
     ends = []
-    for index, pair in enumerate(points[0]["cosines"]):
+    pairs = [pair for pair in points[0]["cosines"] if set(pair.split("~")) <= set(tasks)]
+    for index, pair in enumerate(pairs):
         y = [float("nan") if point["cosines"][pair] is None else point["cosines"][pair] for point in points]
         x = [point["samples"] / 1000 for point in points]
-        words = " and ".join(tasks.get(task, task) for task in pair.split("~"))
+        words = " and ".join(tasks[task] for task in pair.split("~"))
         look = numbered(index, words)
         axes.plot(x, y, marker=look.marker, markersize=look.size, color=look.color, linewidth=look.width)
         known = [(one, value) for one, value in zip(x, y, strict=True) if value == value]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mmdiff_ray.experiments.curves import shown_tasks
 from mmdiff_ray.experiments.looks import COLORS, looks, wrapped
 from mmdiff_ray.experiments.overview import limits
 from mmdiff_ray.experiments.page import markdown
@@ -127,3 +128,14 @@ def test_words_are_wrapped_evenly_in_as_few_lines_as_can_be():
         "restoration alone (diffusion),", "asked in one pass",
     ]  # fmt: skip
     assert wrapped("short", 40) == "short"
+
+
+def test_losses_are_compared_at_shared_tasks_and_gradients_at_those_of_the_main_method_alone():
+    def points(*tasks: str) -> list[dict]:
+        return [{"losses": dict.fromkeys(tasks, 1.0)}]
+
+    watched = {"ours": points("joint", "any", "hole", "mask"), "hole": points("hole"), "mask": points("mask")}
+    assert shown_tasks(watched, "ours") == (["hole", "mask"], ["joint", "any"])
+    watched["ours"] = points("hole", "mask")
+    assert shown_tasks(watched, "ours") == (["hole", "mask"], ["hole", "mask"])
+    assert shown_tasks({"ours": watched["ours"]}, "ours") == (["hole", "mask"], ["hole", "mask"])
