@@ -7,6 +7,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mmdiff_ray.arguments import make_parser
 from mmdiff_ray.cli import RUNS, main
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.tracking import store
+from mmdiff_ray.training.checkpoint import complete
 from pipelines.embedders import make_embedder
 from tests import sprites as tiny
 
@@ -280,6 +282,31 @@ def test_command_with_continue_begins_its_run_and_goes_on_with_it_as_often_as_it
     assert len(list(runs.glob("*/run.json"))) == 1
     code, _, errors = run(capsys, *words, "seed=5")
     assert code == 2 and "seed: a run that goes on keeps 0, got 5" in errors
+
+
+@pytest.mark.slow
+def test_continue_goes_on_with_a_run_that_still_says_running_because_its_driver_was_killed(
+    capsys, config_file
+):
+    """As where a submitted job's head is lost: nobody told MLflow, or the folder, that the run ended."""
+    folder = config_file.parent / "runs" / "tiny"
+    words = ["train", str(config_file), "--continue", "evaluate.evaluators=[]", "train.decay=constant"]
+    driver = subprocess.Popen([sys.executable, "-m", "mmdiff_ray.cli", *words, "train.samples=1000000"])
+    while not complete(folder / "checkpoints"):
+        assert driver.poll() is None
+        time.sleep(0.1)
+    driver.kill()
+    driver.wait()
+    seen = int(complete(folder / "checkpoints")[-1].name)
+
+    def state() -> tuple[str, str]:
+        facts = json.loads((folder / "run.json").read_text())
+        return facts["state"], store.client(facts["tracking_uri"]).get_run(facts["run_id"]).info.status
+
+    assert state() == ("running", "RUNNING")
+    code, out, errors = run(capsys, *words, f"train.samples={seen + 64}")
+    assert code == 0, errors
+    assert f"from the checkpoint at {seen:,} samples" in out and state() == ("finished", "FINISHED")
 
 
 def test_continue_takes_no_folder_for_a_run_that_holds_anything_else(capsys, config_file):

@@ -220,8 +220,9 @@ class WorkersConfig:
     cpus, gpus, resources: what each asks the cluster for; resources: name -> amount of what the cluster's
     nodes were started with besides. data_workers: processes that read rows for each of them (in this process:
     threads). threads: torch's in each (null: one per cpu where there are several workers). max_failures:
-    restarts from the last checkpoint before the run gives up. labels, data_labels: what the nodes must be
-    labelled with that the workers, and the processes that read for them, run on. strategy: how workers share
+    restarts from the last checkpoint, in a row with no new checkpoint between, before the run gives up.
+    labels, data_labels: what the nodes must be labelled with that the workers, and the processes that read
+    for them, run on. strategy: how workers share
     the model: ddp, each holds all of it; fsdp, each a part of its parameters, their average and the
     optimizer's state, for models that are too large for one.
     """

@@ -10,10 +10,13 @@ class Board:
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
         self._stop = False
+        self._failures = 0
         self._failure: Exception | None = None
 
     def post(self, event: dict[str, Any]) -> None:
-        """Take an event from a worker."""
+        """Take an event from a worker. A new checkpoint is progress: failures are counted anew."""
+        if event["kind"] == "saved":
+            self._failures = 0
         self._events.append(event)
 
     def take(self) -> list[dict[str, Any]]:
@@ -25,8 +28,16 @@ class Board:
         """Note a failure that a restart would only repeat; the first one counts."""
         self._failure = self._failure or failure
 
+    def failed(self, failure: Exception, most: int) -> bool:
+        """Count a failure of the workers; return whether the run ends: it is one of more than `most` in a row
+        with no new checkpoint between, or a restart would only repeat it."""
+        self._failures += 1
+        if self._failures > most:
+            self.fail(failure)
+        return self._failure is not None
+
     def failure(self) -> Exception | None:
-        """Return the failure that a restart would only repeat, if there was one."""
+        """Return the failure that ends the run, if there was one."""
         return self._failure
 
     def ask_to_stop(self) -> None:

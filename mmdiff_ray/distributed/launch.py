@@ -172,7 +172,7 @@ def _fit(job: Job, board: Any, done: queue.Queue) -> None:
         make_trainer(job, board).fit()
         done.put(None)
     except BaseException as error:
-        done.put(_told(error))
+        done.put(error)
 
 
 def make_trainer(job: Job, board: Any) -> Any:
@@ -181,6 +181,8 @@ def make_trainer(job: Job, board: Any) -> Any:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    from mmdiff_ray.distributed.failures import FailureLimit
 
     workers = job.config.workers
     asks = workers.asks
@@ -203,7 +205,8 @@ def make_trainer(job: Job, board: Any) -> Any:
         run_config=RunConfig(
             name="train",
             storage_path=str(job.folder / "ray" if not job.uri else _session_folder(job)),
-            failure_config=FailureConfig(max_failures=workers.max_failures),
+            failure_config=FailureConfig(max_failures=-1),  # Ray counts those of the whole run
+            callbacks=[FailureLimit(board, workers.max_failures)],  # type: ignore[list-item]
         ),
     )
 
@@ -266,17 +269,6 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _told(error: BaseException) -> BaseException:
-    """Return a failure in words: what the worker raised, without Ray's layers around it."""
-    failures = getattr(error, "worker_failures", None)
-    if not failures:
-        return error
-    rank, cause = next(iter(failures.items()))
-    inner = getattr(cause, "cause", None) or cause
-    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
-    return RunError(f"worker {rank} failed: {lines[-1] if lines else type(inner).__name__}")
 
 
 def _dataset_facts(job: Job) -> list[DatasetFacts]:

@@ -119,7 +119,7 @@ def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], boo
     trainer = Trainer(config, denoiser, device)
     validation = _validation(job, reader)
     hooks = WorkerHooks(job, validation, emit, stopped)
-    store = CheckpointStore(job.checkpoints, config.checkpoint, remote=_remote(job, emit))
+    store = _store(job, emit)
     facts = {"config": configuration.to_plain(config), "version": __version__, "torch": torch.__version__}
     try:
         ended = fit(
@@ -140,13 +140,19 @@ def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], boo
         hooks.close()
 
 
-def _remote(job: Job, emit: Emit) -> RemoteCheckpoints | None:
-    """Return the checkpoints in storage of a run that is kept there; the first worker tells of trouble."""
+def _store(job: Job, emit: Emit) -> CheckpointStore:
+    """Return the run's checkpoints; the first worker tells of each that is complete, and of trouble."""
+
+    def completed() -> None:
+        emit({"kind": "saved"})
+
     if job.mirror is None:
-        return None
+        return CheckpointStore(job.checkpoints, job.config.checkpoint, completed=completed)
     if world()[0] == 0:
         job.mirror.uploader.say = lambda text: emit({"kind": "note", "text": text})
-    return RemoteCheckpoints(job.mirror, job.run_id, job.config.checkpoint.keep_last)
+    keep = job.config.checkpoint.keep_last
+    remote = RemoteCheckpoints(job.mirror, job.run_id, keep, completed=completed)
+    return CheckpointStore(job.checkpoints, job.config.checkpoint, remote=remote)
 
 
 def _bring(job: Job, unsent: list[str], emit: Emit) -> None:

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ class CheckpointStore:
 
     Workers call its methods together. better: "min" or "max", which metric value counts as the best.
     remote: the run's checkpoints in storage; then workers on several machines have a folder each.
+    completed: called on the first worker for every checkpoint that is complete on disk, where that is all.
     unsent: after `close`, what did not reach storage.
     """
 
@@ -46,11 +47,13 @@ class CheckpointStore:
         config: CheckpointConfig,
         better: str = "min",
         remote: "RemoteCheckpoints | None" = None,
+        completed: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
         self.keep_last = config.keep_last
         self.better = better
         self.remote = remote
+        self.completed = completed
         self.unsent: list[str] = []
         self._pending: tuple[Future, int, dict[str, Any]] | None = None
         # Two groups of its own: the thread that writes sends messages while training, and this store in the
@@ -111,6 +114,8 @@ class CheckpointStore:
             dist.barrier(self._group)
         if self.remote is not None:
             self.remote.add(partial.with_suffix("").name, state)
+        elif self._first_here:
+            self.completed()
 
     def poll(self) -> None:
         """Finish the checkpoint begun last if it is written on every worker, and the one on its way to

@@ -12,6 +12,7 @@ import logging
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,23 @@ class RemoteCheckpoints:
     """The checkpoints of a run in storage. Workers call its methods together.
 
     mirror: of the run's folder on this machine, which other workers may see or not. run: the run's id: what
-    another run of the same name left does not count. keep_last, better: as of `CheckpointStore`.
+    another run of the same name left does not count. keep_last, better: as of `CheckpointStore`. completed:
+    called on the first worker, in a thread, for every checkpoint that is complete in storage.
     """
 
-    def __init__(self, mirror: Mirror, run: str, keep_last: int, better: str = "min") -> None:
+    def __init__(
+        self,
+        mirror: Mirror,
+        run: str,
+        keep_last: int,
+        better: str = "min",
+        completed: Callable[[], None] = lambda: None,
+    ) -> None:
         self.mirror = mirror
         self.run = run
         self.keep_last = keep_last
         self.better = better
+        self.completed = completed
         self._group: Any = dist.new_group(backend="gloo") if world()[1] > 1 else None
         self._now: tuple[str, dict[str, Any]] | None = None
         self._next: tuple[str, dict[str, Any]] | None = None
@@ -237,6 +247,7 @@ class RemoteCheckpoints:
             self.mirror.fs, self.mirror.path(f"{FOLDER}/{name}/{STATE}"), json.dumps(state, indent=1).encode()
         )
         self._there[name] = state.get("metric")
+        self.completed()
         try:
             self._drop_old()
         except OSError as error:  # the next one tries again

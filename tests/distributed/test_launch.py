@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -223,8 +224,11 @@ def wait_until(done: Callable[[], bool], process: subprocess.Popen) -> None:
 
 def workers(name: str = "RayTrainWorker") -> list[psutil.Process]:
     """Return the training workers, or other actors, of this process's own cluster."""
-    mine = psutil.Process().children(recursive=True)
-    return [process for process in mine if name in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            found += [process] if name in " ".join(process.cmdline()) else []
+    return found
 
 
 @pytest.mark.slow
@@ -313,6 +317,52 @@ def test_worker_that_dies_once_too_often_fails_the_run(ray_cluster, sprites, run
     assert Ended(job.folder, display).status == "FAILED"
 
 
+class Killing(Watching):
+    """Kill the worker in its first attempt, and in its second once something holds."""
+
+    def __init__(self, once: Callable[[], Any]) -> None:
+        super().__init__()
+        self.holds = [lambda: True, once]
+        self.killed: list[int] = []
+
+    @property
+    def attempts(self) -> int:
+        return len([text for text in self.said if text.startswith("training on")])
+
+    def show(self, event: dict[str, Any]) -> None:
+        super().show(event)
+        if self.holds and self.attempts > len(self.killed) and self.holds[0]():
+            self.holds.pop(0)
+            worker = workers()[-1]
+            self.killed.append(worker.pid)
+            worker.send_signal(signal.SIGKILL)
+
+
+ONE_MORE = ("workers.count=1", "workers.max_failures=1")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_worker_that_dies_again_after_a_new_checkpoint_does_not_end_the_run(ray_cluster, sprites, runs):
+    job = prepared(sprites, runs, *LONG, *ONE_MORE)
+    display = Killing(lambda: complete(job.checkpoints))
+    ended = Ended(launch.train(job, display), display)
+    assert len(set(display.killed)) == 2 and display.attempts == 3 and ended.status == "FINISHED"
+    assert "from the checkpoint at" in display.said[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_worker_that_dies_again_with_no_new_checkpoint_fails_the_run(ray_cluster, sprites, runs):
+    unsaved = ("train.samples=1000000", "checkpoint.every_samples=1000000")
+    job = prepared(sprites, runs, *unsaved, *ONE_MORE)
+    display = Killing(lambda: True)
+    with pytest.raises(RunError, match=r"^worker 0 failed: "):
+        launch.train(job, display)
+    assert len(set(display.killed)) == display.attempts == 2
+    assert Ended(job.folder, display).status == "FAILED"
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_run_whose_cluster_gives_way_is_told_how_to_go_on(ray_cluster, sprites, runs):
@@ -377,6 +427,39 @@ def test_events_and_wishes_cross_the_board():
     board.fail(RunError("first"))
     board.fail(RunError("second"))
     assert str(board.failure()) == "first"
+
+
+def test_failures_in_a_row_end_a_run_and_a_new_checkpoint_starts_their_count_anew():
+    board = Board()
+    assert not board.failed(RunError("first"), most=1)
+    board.post({"kind": "saved"})
+    assert not board.failed(RunError("second"), most=1)
+    board.post({"kind": "progress"})
+    assert board.failed(RunError("third"), most=1) and str(board.failure()) == "third"
+
+
+def test_failure_that_a_restart_would_repeat_ends_a_run_at_once():
+    board = Board()
+    board.fail(RunError("of the data"))
+    assert board.failed(RunError("worker 0 failed"), most=3) and str(board.failure()) == "of the data"
+
+
+def test_reclaimed_node_that_was_announced_is_no_failure(monkeypatch):
+    from ray.exceptions import ActorDiedError, RayActorError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    from mmdiff_ray.distributed.failures import FailureLimit
+
+    board = Board()
+    monkeypatch.setattr(board, "failed", SimpleNamespace(remote=board.failed))
+    monkeypatch.setattr("ray.get", lambda answer: answer)
+    limit = FailureLimit(board, most=0)
+    reclaimed = WorkerHealthCheckFailedError("its node", RayActorError("ab", "gone", preempted=True))
+    limit.after_exception(None, {0: RuntimeError("connection reset"), 1: reclaimed})
+    assert board.failure() is None
+    dead = WorkerHealthCheckFailedError("its node", ActorDiedError())
+    with pytest.raises(RunError, match=r"^worker 1 failed: .*died"):
+        limit.after_exception(None, {1: dead})
 
 
 def test_run_file_is_json_for_other_programs(whole):

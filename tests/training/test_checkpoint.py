@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,13 +82,18 @@ def test_what_is_written_is_the_state_of_the_moment_of_saving_though_training_go
 
 
 def test_folder_gets_its_name_when_all_is_written(job, tmp_path):
-    trainer, store = tiny.trainer(job), CheckpointStore(tmp_path, CheckpointConfig())
+    told: list[list[Path]] = []
+    trainer = tiny.trainer(job)
+    store = CheckpointStore(
+        tmp_path, CheckpointConfig(), completed=lambda: told.append(list(tmp_path.iterdir()))
+    )
     trainer.advance(tiny.batches(job), 16)
     final = store.save(trainer, {})
-    assert not final.exists() and complete(tmp_path) == []
+    assert not final.exists() and complete(tmp_path) == [] == told
     while not final.exists():
         store.poll()
     assert complete(tmp_path) == [final] and [path.name for path in tmp_path.iterdir()] == ["000000000016"]
+    assert told == [[final]]
 
 
 def test_unfinished_folder_is_ignored_and_written_anew(job, written, tmp_path):

@@ -106,7 +106,8 @@ def test_training_goes_on_while_storage_is_away_and_the_newest_gets_there_in_the
 ):
     monkeypatch.setattr(remote, "STILL_S", 1.0)
     storage = tmp_path / "storage"
-    store = make_store(f"file://{storage}", tmp_path / "one")
+    store, told = make_store(f"file://{storage}", tmp_path / "one"), []
+    store.remote.completed = lambda: told.append(names(store)[-1])
     storage.write_text("a file where the folder should be")
     for samples in (16, 32, 48, 64):
         trainer.progress.samples_seen = samples
@@ -115,10 +116,11 @@ def test_training_goes_on_while_storage_is_away_and_the_newest_gets_there_in_the
     store.close()
     assert store.unsent == ["checkpoint 000000000016", "checkpoint 000000000064"]
     assert [int(path.name) for path in complete(store.folder)] == [16, 48, 64]  # 32 is old, 16 on its way
+    assert told == []
     storage.unlink()
     monkeypatch.setattr(remote, "STILL_S", 30.0)
     store.close()
-    assert store.unsent == [] and names(store) == [16, 64]
+    assert store.unsent == [] and names(store) == told == [16, 64]
 
 
 # --- two machines and S3 ---------------------------------------------------------------------------------
