@@ -194,7 +194,7 @@ def test_images_have_what_ray_calls_in_a_cluster():
 def test_every_image_of_the_page_can_be_built():
     builds = [line.split() for line in COMMANDS if line.startswith("docker build ")]
     assert {words[words.index("-t") + 1] for words in builds} == {
-        f"$REGISTRY/mmdiff:{tag}" for tag in ("cpu", "gpu", "mlflow")
+        f"$REGISTRY/mmdiff:{name}-$TAG" for name in ("cpu", "gpu", "mlflow")
     }
     for words in builds:
         assert (ROOT / words[words.index("-f") + 1]) == FILE and words[-1] == "."

@@ -14,11 +14,12 @@ import jsonpatch
 import jsonschema
 import kubernetes_validate
 import pytest
+import yaml
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.arguments import make_parser
 from mmdiff_ray.distributed.cluster import cpus_needed
-from tests.cluster.files import CLUSTER, COMMANDS, ROOT, documents, locked, pairs
+from tests.cluster.files import CLUSTER, COMMANDS, README, ROOT, documents, locked, pairs
 
 KUBERNETES = "1.34"
 SCHEMA = json.loads((Path(__file__).parent / "schemas/kuberay.json").read_text(encoding="utf8"))
@@ -158,6 +159,40 @@ def test_cluster_has_the_locked_ray_a_token_and_workers_from_zero_upwards(kind):
         (container,) = group["template"]["spec"]["containers"]
         assert {"name": "MLFLOW_TRACKING_URI", "value": "http://mlflow:5000"} in container["env"]
         assert container["image"].endswith(":gpu") == ("nvidia.com/gpu" in container["resources"]["limits"])
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_every_group_of_workers_has_its_name_as_a_label(kind):
+    """Ray's labels, which `workers.labels` and `workers.data_labels` name."""
+    for group in SPECS[kind]["workerGroupSpecs"]:
+        assert group["labels"] == {"pool": group["groupName"]}
+
+
+def test_applied_manifests_name_the_images_that_were_pushed_and_the_registrys_secret():
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash")
+    page = "\n".join(COMMANDS)
+    applying = [line for line in COMMANDS if "cluster/kuberay/" in line and "sed " in line]
+    pushing = re.search(r"^for name in .*docker push .*$", page, re.M).group()
+    program = ["kubectl() { cat; echo ---; }", "docker() { echo $2 >&2; }", *applying, pushing]
+    variables = {"PATH": os.environ["PATH"], "REGISTRY": "here.example.com/us", "TAG": "1a2b3c4"}
+    done = subprocess.run(
+        [bash, "-c", "\n".join(program)], capture_output=True, text=True, cwd=ROOT, env=variables, check=True
+    )
+    pushed = {f"here.example.com/us/mmdiff:{name}-1a2b3c4" for name in ("cpu", "gpu", "mlflow")}
+    assert set(done.stderr.split()) == pushed
+    specs = [
+        spec
+        for item in yaml.safe_load_all(done.stdout)
+        for spec in pairs(item, "spec")
+        if "containers" in spec
+    ]
+    ours = [(spec, spec["containers"][0]["image"]) for spec in specs if "imagePullSecrets" in spec]
+    assert {image for _, image in ours} == pushed and len(ours) == len(specs) - 1
+    for spec, _ in ours:
+        assert spec["imagePullSecrets"] == [{"name": "mmdiff-registry"}]
+    assert "docker-registry mmdiff-registry" in README
 
 
 def test_jobs_cluster_is_the_other_one_but_for_the_workers_that_must_be_there():

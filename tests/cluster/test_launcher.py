@@ -1,6 +1,7 @@
 """The files of Ray's cluster launcher are what Ray, EC2 and Compute Engine take."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import botocore.validate
 import googleapiclient
 import pytest
 import ray.autoscaler
+import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.distributed.cluster import cpus_needed
-from tests.cluster.files import ROOT, documents
+from tests.cluster.files import CLUSTER, README, ROOT, documents, pairs
 
 FILES = ("aws", "gcp")
 SCHEMA = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text(encoding="utf8"))
@@ -24,6 +26,12 @@ def read(name: str) -> dict[str, Any]:
     """Return a launcher file."""
     (config,) = documents(f"{name}.yaml")
     return config
+
+
+def with_roles(name: str) -> dict[str, Any]:
+    """Return a launcher file with its lines on the role of the workers in force."""
+    lines = (CLUSTER / f"{name}.yaml").read_text(encoding="utf8").splitlines(keepends=True)
+    return yaml.safe_load("".join(re.sub(r"^( {6})# (?= *[-\w]+:| +- )", r"\1", line) for line in lines))
 
 
 def workers(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -50,7 +58,7 @@ def test_ec2_accepts_the_machines_and_workers_alone_are_spot():
     shape = (
         botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     )
-    config = read("aws")
+    config = with_roles("aws")
     for node in config["available_node_types"].values():
         asked = {**node["node_config"], "MinCount": 1, "MaxCount": 1}
         report = botocore.validate.ParamValidator().validate(asked, shape)
@@ -62,12 +70,22 @@ def test_ec2_accepts_the_machines_and_workers_alone_are_spot():
 
 def test_compute_engine_accepts_the_machines_and_workers_alone_are_spot():
     schemas = json.loads(DISCOVERY.read_text(encoding="utf8"))["schemas"]
-    config = read("gcp")
+    config = with_roles("gcp")
     for node in config["available_node_types"].values():
         check(node["node_config"], {"$ref": "Instance"}, schemas, "node_config")
     assert "scheduling" not in config["available_node_types"]["head"]["node_config"]
     for node in workers(config).values():
         assert node["node_config"]["scheduling"]["provisioningModel"] == "SPOT"
+
+
+@pytest.mark.parametrize(("name", "role"), [("aws", "IamInstanceProfile"), ("gcp", "serviceAccounts")])
+def test_every_type_of_worker_can_be_given_a_role_and_the_head_keeps_rays(name, role):
+    assert not list(pairs(read(name), role))
+    roles = {
+        kind: node["node_config"].get(role) for kind, node in with_roles(name)["available_node_types"].items()
+    }
+    assert roles.pop("head") is None and all(roles.values()) and len(roles) == 2
+    assert f"`{role}`" in README
 
 
 def check(value: Any, schema: dict[str, Any], schemas: dict[str, Any], where: str) -> None:
@@ -116,6 +134,13 @@ def test_containers_have_our_images_the_shared_folder_and_the_tracking_server(na
         "mount -t nfs" in line and line.rstrip().endswith("/mnt/mmdiff")
         for line in config["initialization_commands"]
     )
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_type_of_worker_has_its_name_as_a_label(name):
+    assert {kind: node["labels"] for kind, node in workers(read(name)).items()} == {
+        kind: {"pool": kind} for kind in ("cpu", "gpu")
+    }
 
 
 @pytest.mark.parametrize("name", FILES)
