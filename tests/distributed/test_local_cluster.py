@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,10 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mmdiff_ray.arguments import make_parser
 from mmdiff_ray.cli import main
 from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.distributed import local_cluster, processes
 from mmdiff_ray.distributed.local_cluster import LocalCluster
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +108,21 @@ def test_folder_without_a_cluster_is_told_calmly(capsys):
 def test_cluster_without_workers_is_refused():
     with pytest.raises(ConfigError, match=r"--workers \(0\) and --cpus \(4\) must be at least 1"):
         local_cluster.up(0, 4)
+
+
+@pytest.mark.parametrize(("target", "action"), [("cluster", "up"), ("cluster-down", "down")])
+def test_make_runs_the_command_that_is_tested_with_the_three_nodes_it_speaks_of(target, action):
+    if shutil.which("make") is None:
+        pytest.skip("no make")
+    installed = [target, "--old-file", ".venv/.installed"]
+    done = subprocess.run(
+        ["make", "--dry-run", "--no-print-directory", *installed], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == f".venv/bin/mmdiff cluster {action}\n", done.stderr
+    (about,) = re.findall(rf"^{target}: install ## (.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert action == "down" or "three nodes" in about
+    given = make_parser().parse_args(["cluster", action])
+    assert given.run == f"cluster_{action}" and getattr(given, "workers", 2) == 2
 
 
 @pytest.mark.slow
