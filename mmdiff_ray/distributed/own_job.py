@@ -10,21 +10,20 @@ def note_run(run_id: str) -> None:
     """Add a run's id to the metadata of this process's job; do nothing where it is no job.
 
     Ray has no public way for a job to add to its own metadata. Where the private one is another, only the
-    run says what belongs together, by its tag.
+    run says what belongs together, by its tag. Ray need not run in this process: a job knows its cluster.
     """
-    import ray
-
-    job = os.environ.get(JOB_VARIABLE)
-    if not job or not ray.is_initialized():
+    job, cluster = os.environ.get(JOB_VARIABLE), os.environ.get("RAY_ADDRESS")
+    if not job or not cluster:
         return
     try:
         from ray._private.ray_constants import KV_NAMESPACE_JOB
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
         from ray.dashboard.modules.job.common import JobInfoStorageClient
-        from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
-        key = JobInfoStorageClient.JOB_DATA_KEY.format(job_id=job)
-        known = json.loads(_internal_kv_get(key, namespace=KV_NAMESPACE_JOB) or b"")
+        store = GcsClient(address=cluster)
+        key = JobInfoStorageClient.JOB_DATA_KEY.format(job_id=job).encode()
+        known = json.loads(store.internal_kv_get(key, KV_NAMESPACE_JOB) or b"")
         known["metadata"] = {**(known.get("metadata") or {}), RUN_KEY: run_id}
-        _internal_kv_put(key, json.dumps(known), overwrite=True, namespace=KV_NAMESPACE_JOB)
+        store.internal_kv_put(key, json.dumps(known).encode(), True, KV_NAMESPACE_JOB)
     except Exception:  # private names
         return
