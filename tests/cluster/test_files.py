@@ -143,6 +143,11 @@ def test_mmdiff_takes_every_command_of_the_page():
             assert re.search(rf"^{line.split()[1]}:", makefile, re.M), line
 
 
+def test_job_that_a_cluster_elsewhere_may_lose_can_be_submitted_again_as_it_is():
+    lines = [line for line in COMMANDS if "mmdiff submit --address" in line]
+    assert len(lines) == 2 and all(line.endswith(" --continue") for line in lines)
+
+
 def test_page_says_what_the_run_needs():
     workers = configuration.load([ROOT / "pipelines/configs/openmoji_gpu.yaml"]).workers
     needed = f"{cpus_needed(workers) - 1} CPUs and {workers.count * workers.gpus:g} GPU"
