@@ -145,16 +145,19 @@ def watched(experiment: Experiment, runs: Path) -> dict[str, list[dict[str, Any]
         points = read(cell_folder(experiment, cell, runs) / "watched.json")
         if points:
             found.setdefault(cell.method.name, []).append(points)
-    return {name: [_mean(points) for points in zip(*seeds, strict=False)] for name, seeds in found.items()}
+    return {
+        name: [mean_point(points) for points in zip(*seeds, strict=False)] for name, seeds in found.items()
+    }
 
 
-def _mean(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the mean of points at the same number of samples; of values that are not all NaN."""
+def mean_point(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the mean of points at the same number of samples; of values that are not all NaN, over the
+    points that have them."""
     mean: dict[str, Any] = {"samples": points[0]["samples"], "seeds": len(points)}
     for kind in ("losses", "gradients", "cosines"):
         mean[kind] = {}
-        for key in points[0][kind]:
-            values = [point[kind][key] for point in points if not np.isnan(point[kind][key])]
+        for key in dict.fromkeys(key for point in points for key in point[kind]):
+            values = [point[kind][key] for point in points if not np.isnan(point[kind].get(key, np.nan))]
             mean[kind][key] = float(np.mean(values)) if values else None
     return mean
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmdiff_ray.evaluation.statistics import difference, interval, mean_of
-from mmdiff_ray.experiments.table import Series, summary
+from mmdiff_ray.experiments.table import Series, mean_point, summary
 
 
 class Plan:
@@ -74,3 +74,23 @@ def test_a_rule_stands_beside_every_seed(series):
     assert line["paired_seeds"] == [0, 1, 2] and line["verdict"] == "main better"
     alone = interval([rule.tallies[0]])
     assert line["interval"] == pytest.approx([alone.low, alone.high])
+
+
+def test_points_of_seeds_are_averaged_over_those_that_have_a_value():
+    none = float("nan")
+    points = [
+        {"samples": 8, "losses": {"joint": 1.0}, "gradients": {"joint": 4.0}, "cosines": {}},
+        {
+            "samples": 8,
+            "losses": {"joint": 3.0, "hole": 5.0},
+            "gradients": {"joint": none},
+            "cosines": {"a~b": none},
+        },
+    ]
+    assert mean_point(points) == {
+        "samples": 8,
+        "seeds": 2,
+        "losses": {"joint": 2.0, "hole": 5.0},
+        "gradients": {"joint": 4.0},
+        "cosines": {"a~b": None},
+    }
