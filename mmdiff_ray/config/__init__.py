@@ -5,7 +5,7 @@ Every error names the key, what it got and what it wants.
 
 from mmdiff_ray.config.changes import check_changes, in_force, is_live, next_change
 from mmdiff_ray.config.checks import check, check_batch
-from mmdiff_ray.config.errors import ConfigError, RunError, UnreachableError, named
+from mmdiff_ray.config.errors import ConfigError, OutageError, RunError, UnreachableError, named
 from mmdiff_ray.config.loading import (
     flatten,
     from_plain,
@@ -51,6 +51,7 @@ __all__ = [
     "LossConfig",
     "ModalityConfig",
     "ModelConfig",
+    "OutageError",
     "RunError",
     "ScheduleConfig",
     "SourceConfig",

@@ -16,6 +16,10 @@ class RunError(RuntimeError):
     """A run that failed once it had started, in words for the person who runs it."""
 
 
+class OutageError(RunError):
+    """Storage that did not answer for minutes: what needs it may go on later, from its last checkpoint."""
+
+
 @contextmanager
 def named(name: str) -> Iterator[None]:
     """Put what a mistake is in before the words of a ConfigError."""

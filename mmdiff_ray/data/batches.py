@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import math
+import threading
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -153,15 +154,17 @@ def _read_ahead(
     """Yield (lane, window, its rows) in order, reading `ahead` windows before they are asked for."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
     waiting: deque[tuple[int, Window, Future[Arrays]]] = deque()
+    ended = threading.Event()
     try:
         for lane, window in items:
-            waiting.append((lane, window, pool.submit(reader.read, window)))
+            waiting.append((lane, window, pool.submit(reader.read, window, ended)))
             if len(waiting) > ahead:
                 lane, window, future = waiting.popleft()
                 yield lane, window, future.result()
         for lane, window, future in waiting:
             yield lane, window, future.result()
     finally:
+        ended.set()
         pool.shutdown(cancel_futures=True)
 
 

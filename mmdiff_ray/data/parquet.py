@@ -1,5 +1,6 @@
 """Turn rows into Parquet files and read their row groups back; no corrupt byte passes unnoticed."""
 
+import contextlib
 import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 
 from mmdiff_ray.data.manifest import RowGroup
 from mmdiff_ray.data.schema import Column
-from mmdiff_ray.data.storage import filesystem
+from mmdiff_ray.data.storage import filesystem, read_bytes
 
 FOOTERS_KEPT = 256
 TAIL_BYTES = 1 << 16
@@ -58,7 +59,8 @@ def read_row_group(
 
     take: the rows wanted, in this order (all by default). tables: who reads, else this process. image, mask:
     PNG bytes; label: int; embedding: float32 array (D,); text: str; None where the row lacks one. Raises
-    OSError or ValueError if a column is missing or the bytes are not those that were written.
+    ValueError if a column is missing or the bytes are not those that were written, and OSError where storage
+    does not give them.
     """
     wanted = list(dict.fromkeys(("id", *columns)))
     table = (tables or read_table)(uri, row_group, wanted)
@@ -82,15 +84,31 @@ def _values(array: pa.Array) -> list[Any]:
 
 
 def read_table(uri: str, row_group: RowGroup, columns: Sequence[str]) -> pa.Table:
-    """Return a row group as written, or raise: the pages have checksums, the manifest has the footer's."""
+    """Return a row group as written: the pages have checksums, the manifest has the footer's.
+
+    Raises ValueError if the bytes are not those that were written, and OSError where storage does not give
+    them.
+    """
     fs, root = filesystem(uri)
+    path = f"{root}/{row_group.path}"
     try:
         footer = _footer(uri, row_group.path, row_group.footer_crc32)
-        with fs.open_input_file(f"{root}/{row_group.path}") as file:
-            parquet = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, pre_buffer=True)
-            return parquet.read_row_group(row_group.group, columns=list(columns), use_threads=False)
+        with fs.open_input_file(path) as file, contextlib.suppress(OSError):
+            return _parsed(file, footer, row_group.group, columns)
     except pa.ArrowException as error:
         raise ValueError(str(error)) from None
+    data = read_bytes(
+        fs, path
+    )  # pyarrow raises OSError for corrupt bytes too: with them here, only for those
+    try:
+        return _parsed(pa.BufferReader(data), footer, row_group.group, columns)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(str(error)) from None
+
+
+def _parsed(file: pa.NativeFile, footer: pq.FileMetaData, group: int, columns: Sequence[str]) -> pa.Table:
+    parquet = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, pre_buffer=True)
+    return parquet.read_row_group(group, columns=list(columns), use_threads=False)
 
 
 @functools.lru_cache(maxsize=FOOTERS_KEPT)

@@ -1,14 +1,17 @@
 """Read rows of shards as the modalities want them."""
 
+import functools
+import threading
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mmdiff_ray.config import ConfigError, DataConfig
-from mmdiff_ray.data.manifest import RowGroup, read_manifest
+from mmdiff_ray.config import ConfigError, DataConfig, OutageError
+from mmdiff_ray.data.manifest import Manifest, RowGroup, read_manifest
 from mmdiff_ray.data.parquet import Tables, read_row_group
+from mmdiff_ray.data.patience import patiently
 from mmdiff_ray.data.plan import Window
 from mmdiff_ray.data.storage import absolute
 from mmdiff_ray.modalities.base import Modality, RowContext
@@ -42,7 +45,7 @@ class RowReader:
         self.bad_row_limit = data.bad_row_limit
         self._modalities = in_reading_order(modalities)
         wanted = dict.fromkeys(column for modality in modalities.values() for column in modality.columns)
-        self._columns = [_has(wanted, read_manifest(uri).columns) for uri in self.uris]
+        self._columns = [_has(wanted, _manifest(uri).columns) for uri in self.uris]
         self._size = next(iter(modalities.values())).size
         self._seed, self._backgrounds, self._flip = seed, data.backgrounds, data.flip
         self._tables = tables
@@ -52,19 +55,24 @@ class RowReader:
         """Return the size of a row as it is returned, in bytes."""
         return sum(values.nbytes for values in self._blank(1, 0).values())
 
-    def read(self, window: Window) -> Arrays:
+    def read(self, window: Window, ended: threading.Event | None = None) -> Arrays:
         """Return the rows of a window in its order.
 
         A row that cannot be read or decoded keeps its slot, so that no other row moves: it is not real, and
         its error says why. Corrupt data never raises here; who makes batches of the rows counts them and
-        stops.
+        stops. Storage that does not answer makes no row bad: it is tried again, for minutes, unless `ended`
+        is set. Raises OutageError then.
         """
         places = window.places()
         arrays, errors = self._blank(len(places), window.visit), np.full(len(places), "", dtype=object)
         for row_group, slots in _by_row_group(places).items():
             where = f"{self.uris[window.source]}/{row_group.path}, row group {row_group.group}"
+            take = [places[slot][1] for slot in slots]
+            rows_of = functools.partial(self._rows, window.source, row_group, take)
             try:
-                rows = self._rows(window.source, row_group, [places[slot][1] for slot in slots])
+                rows = patiently(rows_of, f"read {self.uris[window.source]}", ended)
+            except OutageError:
+                raise
             except Exception as error:
                 errors[slots] = f"{where}: {_words(error)}"
                 continue
@@ -109,6 +117,10 @@ class RowReader:
             arrays[DATA + name][slot] = value
             arrays[PRESENT + name][slot] = True
         return ""
+
+
+def _manifest(uri: str) -> Manifest:
+    return patiently(lambda: read_manifest(uri), f"read {uri}")
 
 
 def _by_row_group(places: Sequence[tuple[RowGroup, int]]) -> dict[RowGroup, list[int]]:

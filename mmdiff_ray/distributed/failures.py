@@ -6,7 +6,7 @@ from typing import Any
 import ray
 from ray.train import UserCallback
 
-from mmdiff_ray.config import RunError
+from mmdiff_ray.config import OutageError, RunError
 
 
 class FailureLimit(UserCallback):
@@ -30,9 +30,13 @@ class FailureLimit(UserCallback):
 
 
 def in_words(failures: Mapping[int, Exception]) -> RunError:
-    """Return what the first of the failed workers raised, by rank, without Ray's layers around it."""
-    rank, cause = next(iter(failures.items()))
-    inner = getattr(cause, "cause", None) or cause
+    """Return what the first of the failed workers raised, by rank, without Ray's layers around it; an outage
+    of storage that one had, since the others failed because that one did."""
+    causes = {rank: getattr(cause, "cause", None) or cause for rank, cause in failures.items()}
+    for cause in causes.values():
+        if isinstance(cause, OutageError):
+            return cause
+    rank, inner = next(iter(causes.items()))
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]
     return RunError(f"worker {rank} failed: {lines[-1] if lines else type(inner).__name__}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import ConfigError, RunError
+from mmdiff_ray.config import ConfigError, OutageError, RunError
 from mmdiff_ray.data.storage import is_uri, join
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import runs
@@ -116,6 +116,8 @@ def run(job: Job, display: Display) -> Path:
         with display:
             state = work(job, display)
         return job.folder
+    except OutageError as error:
+        raise RunError(f"{error}; {_goes_on(job)}") from None
     except (KeyboardInterrupt, SystemExit):  # the latter: SIGTERM while Ray's own handler takes it
         state = "stopped"
         raise
@@ -155,15 +157,16 @@ def _run_on_ray(job: Job, display: Display) -> str:
             ended = _listen(job, board, thread, stopped, display)
         except ray.exceptions.RayError as error:  # its node ran out of memory, or it is gone
             what = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise RunError(
-                f"the run lost its cluster: {what}. "
-                f"mmdiff train --resume {runs.address(job.folder)} goes on from the last checkpoint"
-            ) from None
+            raise RunError(f"the run lost its cluster: {what}. {_goes_on(job)}") from None
     raised = done.get()
     failure = ray.get(board.failure.remote()) or raised
     if failure is not None:
         raise failure
     return ended
+
+
+def _goes_on(job: Job) -> str:
+    return f"mmdiff train --resume {runs.address(job.folder)} goes on from the last checkpoint"
 
 
 def _fit(job: Job, board: Any, done: queue.Queue) -> None:

@@ -13,6 +13,7 @@ import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from mmdiff_ray.batch import Batch
+from mmdiff_ray.config import OutageError
 from mmdiff_ray.data.batches import rank_batches
 from mmdiff_ray.data.plan import Plan, Window
 from mmdiff_ray.data.reader import Arrays, RowReader
@@ -49,8 +50,15 @@ class WindowReader:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         arrays = np.empty(1, dtype=object)
-        arrays[0] = pickle.dumps(self.reader.read(batch["window"][0]), protocol=5)
+        arrays[0] = pickle.dumps(self._read(batch["window"][0]), protocol=5)
         return {"number": batch["number"], "arrays": arrays}
+
+    def _read(self, window: Window) -> Arrays | OutageError:
+        """Return the rows of a window. An OutageError travels in their place: Ray would garble it."""
+        try:
+            return self.reader.read(window)
+        except OutageError as error:
+            return error
 
 
 def stream_batches(
@@ -114,4 +122,7 @@ def _decoded(
             **asked,
         )
         for row in dataset.iter_rows():
-            yield *segment[row["number"]], pickle.loads(row["arrays"])
+            arrays = pickle.loads(row["arrays"])
+            if isinstance(arrays, OutageError):
+                raise arrays
+            yield *segment[row["number"]], arrays

@@ -12,7 +12,7 @@ import torch
 from mmdiff_ray import __version__
 from mmdiff_ray import config as configuration
 from mmdiff_ray.batch import Batch, share
-from mmdiff_ray.config import ConfigError, RunError
+from mmdiff_ray.config import ConfigError, OutageError, RunError
 from mmdiff_ray.data.batches import local_batches, split_batches
 from mmdiff_ray.distributed.cluster import log_folder
 from mmdiff_ray.distributed.job import Job
@@ -226,6 +226,9 @@ def ray_train_loop(settings: dict[str, Any]) -> None:
     board.post.remote({"kind": "worker", "rank": world()[0], "pid": os.getpid(), "logs": log_folder()})
     try:
         ended = train_worker(job, ray_stream, lambda event: board.post.remote(event), stopped)
+    except OutageError as error:  # a restart, which goes on from the last checkpoint, may find storage back
+        ray.get(board.post.remote({"kind": "note", "text": str(error)}))
+        raise
     except (ConfigError, RunError) as error:
         ray.get(board.fail.remote(error))
         if isinstance(error, TrainingError):

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mmdiff_ray.config import RunError
+from mmdiff_ray.config import OutageError, RunError
 from mmdiff_ray.data.mirror import Mirror, download
+from mmdiff_ray.data.patience import patiently
 from mmdiff_ray.data.storage import read_bytes, remove, write_bytes_atomic
-from mmdiff_ray.data.uploader import FIRST_PAUSE_S, LONGEST_PAUSE_S, Errand
+from mmdiff_ray.data.uploader import Errand
 from mmdiff_ray.training.checkpoint import files_of, read_state, worth_keeping, write_json, written
 from mmdiff_ray.training.parallel import world
 
@@ -138,7 +139,7 @@ class RemoteCheckpoints:
         """Return the newest complete checkpoint of storage and of these machines, brought here, or None.
 
         One that storage does not have is brought there, also by several machines that have a part each.
-        Raises RunError on all workers where storage does not answer, unless all have one here.
+        Raises OutageError on all workers where storage does not answer, unless all have one here.
         """
         mine = {path.name: read_state(path) for path in written(self.folder)}
         mine = {name: state for name, state in mine.items() if state.get("run") == self.run}
@@ -188,19 +189,16 @@ class RemoteCheckpoints:
 
     def _look(self, here: set[str]) -> dict[str, dict[str, Any]] | RunError:
         """Return what is in storage; where it does not answer, nothing if there is something here."""
-        begun, pause = time.monotonic(), FIRST_PAUSE_S
-        while True:
-            try:
-                found = self.stored()
-                self._there = {name: state.get("metric") for name, state in found.items()}
-                return found
-            except OSError as error:
-                words = f"cannot look for checkpoints in {self.mirror.uri}: {error}"
-                if time.monotonic() - begun > STILL_S:
-                    _log.warning(words)
-                    return {} if here else RunError(words)
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+        looking = f"look for checkpoints in {self.mirror.uri}"
+        try:
+            found = patiently(self.stored, looking, longest_s=STILL_S if here else None)
+        except (OSError, OutageError) as error:
+            if here:
+                _log.warning("%s", error)
+                return {}
+            return error if isinstance(error, OutageError) else RunError(f"cannot {looking}: {error}")
+        self._there = {name: state.get("metric") for name, state in found.items()}
+        return found
 
     def _state(self, name: str) -> dict[str, Any]:
         """Return a checkpoint's state; an empty one where it is not whole JSON."""
@@ -211,15 +209,18 @@ class RemoteCheckpoints:
 
     def _fetch(self, name: str, state: dict[str, Any]) -> None:
         """Bring a checkpoint here, once for all workers that see the same folder."""
-        problem = ""
+        problem: RunError | None = None
+        bringing = f"bring checkpoint {name} from {self.mirror.uri}"
         if self.is_first_here():
             try:
-                self._download(name, state)
+                patiently(lambda: self._download(name, state), bringing)
+            except OutageError as error:
+                problem = error
             except OSError as error:
-                problem = f"cannot bring checkpoint {name} from {self.mirror.uri}: {error}"
-        problems = [problem for problem in self._of_all(problem) if problem]
+                problem = RunError(f"cannot {bringing}: {error}")
+        problems = [problem for problem in self._of_all(problem) if problem is not None]
         if problems:
-            raise RunError(problems[0])
+            raise problems[0]
 
     def _download(self, name: str, state: dict[str, Any]) -> None:
         """Write the files that are not here yet, and the state last."""

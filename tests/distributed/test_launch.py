@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmdiff_ray.config import ConfigError, RunError
+from mmdiff_ray.data import patience
 from mmdiff_ray.data.batches import BadRowsError
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import launch
@@ -25,6 +27,7 @@ from mmdiff_ray.distributed.board import Board
 from mmdiff_ray.distributed.cluster import cluster
 from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.distributed.evaluate import evaluate_run
+from mmdiff_ray.distributed.worker import ray_train_loop
 from mmdiff_ray.tracking import queries, store
 from mmdiff_ray.training.checkpoint import complete
 from mmdiff_ray.training.trainer import TrainingError
@@ -33,6 +36,7 @@ from tests.data.samples import flip_bit
 
 LONG = ("train.samples=1280", "checkpoint.every_samples=160", "data.flip=true")
 """Long enough that a run can be disturbed in its middle."""
+UNREAD = r"^cannot read .*sprites, tried for 0 s: .*; mmdiff train --resume .* from the last checkpoint$"
 
 
 class Watching(Display):
@@ -163,6 +167,35 @@ def test_corrupt_row_ends_a_run_and_a_higher_limit_lets_it_go_on(sprites, runs, 
     assert resume(job.folder, "data.bad_row_limit=1000").status == "FINISHED"
 
 
+def test_outage_of_the_data_ends_a_run_in_words_and_it_goes_on_to_the_same_end(
+    sprites, runs, tmp_path, monkeypatch
+):
+    data = Path(shutil.copytree(sprites, tmp_path / "sprites"))
+    job = prepared(str(data), runs, "train.samples=640")
+    monkeypatch.setattr(patience, "OUTAGE_S", 0.0)
+    with pytest.raises(RunError, match=UNREAD):
+        launch.train(job, Watching(64, lambda: take_away(data / "train")))
+    assert Ended(job.folder, Watching()).status == "FAILED"
+    give_back(data / "train")
+    ended = resume(job.folder)
+    assert "from the checkpoint at" in ended.display.said[0]
+    assert tiny.same(ended.weights, train(sprites, runs, "train.samples=640").weights)
+
+
+def take_away(split: Path) -> None:
+    """Put a folder in the place of each shard: the disk gives neither its bytes nor a reason."""
+    shutil.copytree(split, split.with_name("kept"))
+    for shard in split.iterdir():
+        shard.unlink()
+        shard.mkdir()
+
+
+def give_back(split: Path) -> None:
+    """Undo `take_away`."""
+    shutil.rmtree(split)
+    split.with_name("kept").rename(split)
+
+
 def prepared_on_sound_data(sprites: str, data: Path, runs: Path, *overrides: str):
     """Return a job on data that are found corrupt only while training reads them."""
     held, broken = data / "train", data / "broken"
@@ -175,8 +208,6 @@ def prepared_on_sound_data(sprites: str, data: Path, runs: Path, *overrides: str
 
 def corrupted(sprites: str, folder: Path) -> Path:
     """Return a copy of the sprites, with a corrupt twin of its training rows in `broken`."""
-    import shutil
-
     data = Path(shutil.copytree(sprites, folder / "sprites"))
     shutil.copytree(data / "train", data / "broken")
     for shard in (data / "broken").iterdir():
@@ -305,6 +336,45 @@ def test_corrupt_shard_ends_a_run_on_workers_with_its_name(ray_cluster, sprites,
         launch.train(job, display)
     assert len([text for text in display.said if text.startswith("training on")]) == 1
     assert Ended(job.folder, display).status == "FAILED"
+
+
+def impatient_loop(settings: dict[str, Any]) -> None:
+    """Be a worker that does not wait for storage."""
+    patience.OUTAGE_S = 0.0
+    ray_train_loop(settings)
+
+
+class Restoring(Watching):
+    """Bring the held-out rows back once a worker has told that it cannot read them."""
+
+    def __init__(self, data: Path) -> None:
+        super().__init__()
+        self.data = data
+
+    def say(self, text: str) -> None:
+        super().say(text)
+        if text.startswith("cannot read") and (self.data / "kept").exists():
+            give_back(self.data / "val")
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_workers_are_started_anew_after_an_outage_of_the_data(
+    ray_cluster, sprites, runs, tmp_path, monkeypatch, comes_back
+):
+    data = Path(shutil.copytree(sprites, tmp_path / "sprites"))
+    failures = 3 if comes_back else 0
+    job = prepared(str(data), runs, "train.samples=64", "workers.count=1", f"workers.max_failures={failures}")
+    take_away(data / "val")
+    monkeypatch.setattr(launch, "ray_train_loop", impatient_loop)
+    display = Restoring(data) if comes_back else Watching()
+    if comes_back:
+        assert Ended(launch.train(job, display), display).status == "FINISHED"
+    else:
+        with pytest.raises(RunError, match=UNREAD):
+            launch.train(job, display)
+    assert sum(text.startswith("cannot read") for text in display.said) >= 1
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mmdiff_ray.batch import Batch
+from mmdiff_ray.config import OutageError
 from mmdiff_ray.data.batches import BadRowsError, local_batches
 from mmdiff_ray.distributed import stream
 from mmdiff_ray.distributed.stream import stream_batches
@@ -73,6 +74,23 @@ def test_corrupt_shard_stops_the_reader_of_the_stream_and_is_named(ray_cluster, 
     reader = tiny.jobs.make_reader(bad, job.denoiser())
     with pytest.raises(BadRowsError, match=rf"data.bad_row_limit \(0\).*{shard.name}, row group"):
         list(stream_batches(job.plan(), reader, 0, 1, 0, STOP, data_workers=1))
+
+
+def test_outage_of_the_readers_reaches_the_trainer_as_itself(ray_cluster, sprites):
+    job = tiny.job(sprites)
+    silent = SilentReader(job.reader(job.denoiser()))
+    with pytest.raises(OutageError, match=r"^cannot read s3://toys$"):
+        next(stream_batches(job.plan(), silent, 0, 1, 0, STOP, data_workers=1))
+
+
+class SilentReader:
+    """Read from storage that does not answer."""
+
+    def __init__(self, reader) -> None:
+        self.row_bytes, self.bad_row_limit = reader.row_bytes, reader.bad_row_limit
+
+    def read(self, window):
+        raise OutageError("cannot read s3://toys")
 
 
 def test_reading_ahead_of_a_slow_trainer_is_bounded(ray_cluster, sprites, tmp_path):

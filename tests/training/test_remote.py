@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmdiff_ray.config import RunError
+from mmdiff_ray.config import OutageError, RunError
+from mmdiff_ray.data import mirror, patience
 from mmdiff_ray.data.storage import read_bytes, write_bytes_atomic
 from mmdiff_ray.training import remote
 from mmdiff_ray.training.checkpoint import complete
@@ -129,13 +130,38 @@ def test_training_goes_on_while_storage_is_away_and_the_newest_gets_there_in_the
 @pytest.mark.slow
 def test_storage_that_does_not_answer_is_no_empty_storage(trainer, bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "STILL_S", 0.1)
+    monkeypatch.setattr(patience, "OUTAGE_S", 0.1)
     with faulty(bucket.port) as network:
         uri = bucket.uri("silent", network.port)
         save(make_store(uri, tmp_path / "one"), trainer, 16)
         network.down = True
         assert int(make_store(uri, tmp_path / "one").latest().name) == 16
-        with pytest.raises(RunError, match=r"cannot look for checkpoints in s3://toys/silent"):
+        with pytest.raises(OutageError, match=r"cannot look for checkpoints in s3://toys/silent"):
             make_store(uri, tmp_path / "two").latest()
+
+
+@pytest.mark.parametrize("failures", [1, 100])
+def test_a_checkpoint_that_storage_does_not_give_is_asked_for_again(trainer, tmp_path, monkeypatch, failures):
+    uri, left = f"file://{tmp_path}/storage", [OSError("no route")] * failures
+    save(make_store(uri, tmp_path / "one"), trainer, 16)
+
+    def download(*given: Any) -> None:
+        if left:
+            raise left.pop()
+        mirror.download(*given)
+
+    monkeypatch.setattr(remote, "download", download)
+    two = make_store(uri, tmp_path / "two")
+    if failures == 1:
+        assert int(two.latest().name) == 16 and [int(path.name) for path in complete(two.folder)] == [16]
+        return
+    monkeypatch.setattr(patience, "OUTAGE_S", 0.0)
+    with pytest.raises(OutageError, match=r"^cannot bring checkpoint 0+16 from file://.*: no route$"):
+        two.latest()
+    monkeypatch.setattr(remote, "download", lambda *_: (tmp_path / "nothing").read_bytes())
+    with pytest.raises(RunError, match=r"^cannot bring checkpoint 0+16 .*No such file") as caught:
+        two.latest()
+    assert not isinstance(caught.value, OutageError)
 
 
 @pytest.fixture(scope="module")
