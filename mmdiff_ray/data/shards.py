@@ -1,10 +1,10 @@
 """Write a data set as Parquet shards with a manifest, and check its files."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, OutageError, RunError
 from mmdiff_ray.data.journal import RESTART, Journal, load_journal, make_room
 from mmdiff_ray.data.manifest import (
     FORMAT_VERSION,
@@ -19,6 +19,7 @@ from mmdiff_ray.data.manifest import (
     to_json,
 )
 from mmdiff_ray.data.parquet import encode, footer_crc32, read_row_group
+from mmdiff_ray.data.patience import patiently
 from mmdiff_ray.data.schema import Column, Tally, add_tallies, make_column
 from mmdiff_ray.data.storage import cannot_write, checksum, filesystem, remove, write_bytes_atomic
 
@@ -31,7 +32,8 @@ class ShardWriter:
     chosen by a hash of the row's id, so that a row stays in its split whatever is added later. force:
     replace a finished or unfinished data set; only files that its manifest or journal names are removed.
     done: keys of the rows that an interrupted build has already written; a restarted pipeline must skip
-    them. Memory: one shard per split, and an id per row against double keys.
+    them. Memory: one shard per split, and an id per row against double keys. Raises RunError where storage
+    does not take a file any more.
     """
 
     def __init__(
@@ -114,8 +116,8 @@ class ShardWriter:
             created_by=created_by(),
         )
         fs, root = filesystem(self.uri)
-        write_bytes_atomic(fs, f"{root}/{MANIFEST}", to_json(manifest))
-        remove(fs, f"{root}/{JOURNAL}")
+        self._bring(lambda: write_bytes_atomic(fs, f"{root}/{MANIFEST}", to_json(manifest)))
+        self._bring(lambda: remove(fs, f"{root}/{JOURNAL}"))
         return manifest
 
     def _checked_key(self, row: Mapping[str, Any]) -> str:
@@ -134,7 +136,7 @@ class ShardWriter:
         path = f"{split}/{len(self._journal.shards[split]):05d}.parquet"
         data = encode(rows, self._columns, self._rows_per_group)
         fs, root = filesystem(self.uri)
-        write_bytes_atomic(fs, f"{root}/{path}", data)
+        self._bring(lambda: write_bytes_atomic(fs, f"{root}/{path}", data))
         groups = _group_sizes(len(rows), self._rows_per_group)
         digest = hashlib.sha256(data).hexdigest()
         self._journal.shards[split].append(
@@ -147,7 +149,15 @@ class ShardWriter:
                 shard |= {own: shard[part] for part, own in parts if part in shard}
             self._journal.totals[name] = add_tallies([total, shard])
         self._rows[split], self._tallies[split] = [], []
-        self._journal.save(self.uri)
+        self._bring(lambda: self._journal.save(self.uri))
+
+    def _bring(self, action: Callable[[], None]) -> None:
+        """Change something in storage, and wait an outage out. Raises RunError where that cannot be done."""
+        try:
+            patiently(action, f"write to {self.uri}")
+        except (OSError, OutageError) as error:
+            what = str(error) if isinstance(error, OutageError) else f"cannot write to {self.uri}: {error}"
+            raise RunError(f"{what}; run the same command again, it goes on where it stopped") from None
 
     def _resume(self) -> set[str]:
         earlier = load_journal(self.uri)
@@ -203,8 +213,12 @@ def _group_sizes(rows: int, rows_per_group: int) -> tuple[int, ...]:
 
 def _keys(uri: str, shard: Shard) -> list[str]:
     groups = [shard.row_group(group) for group in range(len(shard.row_groups))]
-    try:
+
+    def read() -> list[str]:
         return [key for group in groups for key in read_row_group(uri, group, ["key"])["key"]]
+
+    try:
+        return patiently(read, f"read {uri}")
     except (OSError, ValueError) as error:
         where = f"{uri}/{shard.path} of an interrupted build"
         raise ConfigError(f"{where} cannot be read: {error}; {RESTART}") from None

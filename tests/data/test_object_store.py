@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, RunError
+from mmdiff_ray.data import patience
 from mmdiff_ray.data.batches import BadRowsError, local_batches
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.data.plan import Plan
@@ -12,6 +13,8 @@ from mmdiff_ray.data.shards import verify
 from mmdiff_ray.data.storage import files_under, filesystem, read_bytes, write_bytes_atomic
 from tests import s3
 from tests.data.samples import interrupted, pairs, reader, write
+from tests.data.test_patience import when_told
+from tests.faults import faulty
 
 pytestmark = pytest.mark.slow
 
@@ -53,6 +56,30 @@ def test_a_data_set_on_an_object_store_is_written_taken_up_read_and_checked(
 
     write(uri, range(20), force=True)
     assert files_under(fs, root) == [f"{root}/{name}" for name in names_of(uri)]
+
+
+def test_an_upload_that_breaks_off_is_made_again_and_a_build_that_gives_up_goes_on(
+    bucket: s3.Bucket, tmp_path, monkeypatch
+) -> None:
+    whole = write(str(tmp_path / "toy"), range(60))
+    with faulty(bucket.port) as network:
+        uri = bucket.uri("toy", network.port)
+        rows = interrupted(uri, range(60))
+        for number in rows:
+            if number == 5:
+                network.cut_after = 2000
+                break
+        with when_told(lambda: setattr(network, "cut_after", None)) as told:
+            assert next(number for number in rows if number == 40)
+        assert network.cut > 0 and len(told) == 1
+        assert told[0].startswith(f"cannot write to {uri}, which is tried again for 180 s: ")
+
+        network.cut_after = 2000
+        monkeypatch.setattr(patience, "OUTAGE_S", 0.0)
+        with pytest.raises(RunError, match=r"^cannot write to s3://toys/toy.*; run the same command again"):
+            list(rows)
+        network.cut_after = None
+        assert write(uri, range(60)) == whole and verify(uri) == []
 
 
 def names_of(uri: str) -> list[str]:
