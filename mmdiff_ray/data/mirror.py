@@ -1,7 +1,9 @@
 """A folder of this machine with its copy in storage: what is made here is brought there, and back elsewhere.
 
 The folder lies in a cache: `MMDIFF_CACHE`, else `mmdiff_ray` in `XDG_CACHE_HOME` or `~/.cache`. What is not
-brought to storage yet is noted in its folder `.unsent`, and so survives the process.
+brought to storage yet is noted in its folder `.unsent`, and so survives the process. In `.seen` is what
+storage told of each file when it was last sent or fetched: if it tells something else later, another machine
+has brought the file.
 """
 
 import contextlib
@@ -14,13 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from pyarrow.fs import FileSystem
+from pyarrow.fs import FileInfo, FileSystem, FileType
 
 from mmdiff_ray.config import RunError
 from mmdiff_ray.data.storage import (
     CHUNK_BYTES,
     PART,
-    exists,
     filesystem,
     frugal,
     join,
@@ -38,6 +39,7 @@ CACHE_VARIABLE = "MMDIFF_CACHE"
 FILES = "files.json"
 """Lists the files of a folder in storage with their sizes; written last: what has none is no whole."""
 UNSENT = ".unsent"
+SEEN = ".seen"
 
 Went = Callable[[int], None]
 
@@ -86,12 +88,34 @@ class Mirror:
         Raises OSError where storage does not answer.
         """
         for name in self.unsent():
-            listed = f"{name}/{FILES}" if (self.folder / name).is_dir() else name
-            there = self.fs.get_file_info(self.path(listed)).mtime_ns
-            if there is not None and there > self._note(name).stat().st_mtime_ns:
+            if self._is_overtaken(name):
                 self._note(name).unlink(missing_ok=True)
             else:
                 self._queue(name)
+
+    def _is_overtaken(self, name: str) -> bool:
+        """Return whether another machine has brought since what is noted as unsent here.
+
+        Times are compared only where this machine has neither sent nor fetched it before: storage has a clock
+        of its own.
+        """
+        there, seen = self._in_storage(name), self.folder / SEEN / quote(name, safe="")
+        if there.type != FileType.File:
+            return False
+        if seen.is_file():
+            return seen.read_text() != _told_by(there)
+        return there.mtime_ns > self._note(name).stat().st_mtime_ns
+
+    def _in_storage(self, name: str) -> FileInfo:
+        """Return what storage tells of a file, or of the list of a folder."""
+        listed = f"{name}/{FILES}" if (self.folder / name).is_dir() else name
+        return self.fs.get_file_info(self.path(listed))
+
+    def _see(self, name: str, there: FileInfo) -> None:
+        """Keep what storage tells of what is the same there and here."""
+        seen = self.folder / SEEN / quote(name, safe="")
+        seen.parent.mkdir(parents=True, exist_ok=True)
+        seen.write_text(_told_by(there))
 
     def _queue(self, name: str) -> None:
         send = self._send_folder if (self.folder / name).is_dir() else self._send_file
@@ -123,10 +147,12 @@ class Mirror:
         if any(name == unsent or name.startswith(f"{unsent}/") for unsent in self.unsent()):
             return (self.folder / name).is_file()
         with _said(self.uri):
-            if not exists(self.fs, self.path(name)):
+            there = self.fs.get_file_info(self.path(name))
+            if there.type != FileType.File:
                 (self.folder / name).unlink(missing_ok=True)
                 return False
             download(self.fs, self.path(name), self.folder / name)
+            self._see(name, there)
         return True
 
     def fetch_folder(self, name: str) -> bool:
@@ -138,11 +164,13 @@ class Mirror:
         if name in self.unsent():
             return here.is_dir()
         with _said(self.uri):
-            if not exists(self.fs, self.path(f"{name}/{FILES}")):
+            there = self.fs.get_file_info(self.path(f"{name}/{FILES}"))
+            if there.type != FileType.File:
                 return False
             listed = read_bytes(self.fs, self.path(f"{name}/{FILES}"))
             if not _is_whole(here, listed):
                 self._fetch_files(name, listed)
+            self._see(name, there)
         return True
 
     def _fetch_files(self, name: str, listed: bytes) -> None:
@@ -189,6 +217,7 @@ class Mirror:
             write_atomic(self.fs, self.path(name), _counted(file, went))
 
     def _sent(self, name: str) -> None:
+        self._see(name, self._in_storage(name))
         if self.uploader.count(name) < 2:  # else it has changed since, and goes again
             self._note(name).unlink(missing_ok=True)
 
@@ -238,6 +267,10 @@ def _counted(file: Path, went: Went) -> Iterator[bytes]:
 
 def _behind(went: Went, before: int, sent: int) -> None:
     went(before + sent)
+
+
+def _told_by(there: FileInfo) -> str:
+    return f"{there.mtime_ns} {there.size}"
 
 
 def _is_whole(here: Path, listed: bytes) -> bool:

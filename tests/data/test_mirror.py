@@ -1,14 +1,19 @@
 """A folder and its copy in storage: all of it gets there in the end, and no part is taken for the whole."""
 
+import functools
 import json
+import os
 import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pyarrow.fs import FileSystem
 
 from mmdiff_ray.config import RunError
+from mmdiff_ray.data import mirror as mirror_module
 from mmdiff_ray.data.mirror import FILES, Mirror, cached, download, fetched, mirror
 from mmdiff_ray.data.storage import exists, filesystem, frugal, join, parent, write_bytes_atomic
 from mmdiff_ray.data.uploader import Uploader
@@ -85,6 +90,40 @@ def test_what_another_machine_brought_since_is_not_overwritten(pair: tuple[Mirro
     again.resend()
     assert again.flush(10) == [] and again.fetch("run") and again.fetch_folder("export")
     assert [(two.folder / name).read_text() for name in ("run", "export/weights")] == ["newer", "newer"]
+
+
+@pytest.mark.parametrize("ahead_s", [300, -300])
+def test_who_was_last_is_known_whatever_the_clock_of_storage_says(pair, monkeypatch, ahead_s: int) -> None:
+    one, two = pair
+
+    def by_another_clock(write: Callable[..., None], fs: FileSystem, path: str, data: object) -> None:
+        write(fs, path, data)
+        os.utime(path, (time.time() + ahead_s,) * 2)
+
+    for write in ("write_atomic", "write_bytes_atomic"):
+        original = getattr(mirror_module, write)
+        monkeypatch.setattr(mirror_module, write, functools.partial(by_another_clock, original))
+
+    def bring(machine: Mirror, text: str) -> None:
+        for name in ("run", "export/weights"):
+            fill((machine.folder / name).parent, **{Path(name).name: text})
+        machine.send("run", "export")
+
+    def after_a_new_start() -> list[str]:
+        again = Mirror(one.uri, one.folder)
+        again.resend()
+        assert again.flush(10) == [] and again.fetch("run") and again.fetch_folder("export")
+        return [(one.folder / name).read_text() for name in ("run", "export/weights")]
+
+    bring(one, "old")
+    assert one.flush(10) == []
+    one.uploader.add("something slow", lambda _: threading.Event().wait() and None)
+    bring(one, "new")
+    assert after_a_new_start() == ["new", "new"]
+    bring(one, "newer")
+    bring(two, "by another machine")
+    assert two.flush(10) == []
+    assert after_a_new_start() == ["by another machine"] * 2
 
 
 def test_a_folder_without_its_list_or_with_a_short_file_is_no_whole(pair: tuple[Mirror, Mirror]) -> None:
