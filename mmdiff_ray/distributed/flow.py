@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.distributed.cluster import check_labels, cluster
-from mmdiff_ray.distributed.nodes import fitting
+from mmdiff_ray.distributed.cluster import amount_of, check_labels, cluster
+from mmdiff_ray.distributed.nodes import fitting, start_nodes
 
 Step = Callable[[Any], Any]
 """A function from a chunk to a chunk; what travels must be picklable."""
@@ -96,8 +96,11 @@ def shares(cpus: float, gpus: float, nodes: int, actors: int) -> tuple[dict[str,
     """Return what a task and what an actor asks for, in a cluster of so many CPUs, GPUs and nodes.
 
     All actors together take half of the CPUs at most. So, however they are spread over the nodes, some node
-    has room for a task: what feeds the actors never waits for them.
+    has room for a task: what feeds the actors never waits for them. Where there is no CPU yet, each asks for
+    a whole one: what asks for none would run on the head, and no node would be started for it.
     """
+    if not cpus:
+        return {"num_cpus": 1.0}, {"num_cpus": 1.0}
     task = {"num_cpus": min(1.0, cpus / 2 / max(1, nodes))}
     actor: dict[str, Any] = {"num_cpus": min(1.0, cpus / 2 / max(1, actors))}
     if gpus:
@@ -106,10 +109,24 @@ def shares(cpus: float, gpus: float, nodes: int, actors: int) -> tuple[dict[str,
 
 
 def _shares(actors: int, labels: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    nodes = [node["Resources"] for node in fitting(labels)]
-    nodes = [resources for resources in nodes if resources.get("CPU")]
+    """Return what a task and an actor asks for of the nodes with these labels, of which one is waited for."""
+    nodes = _with_cpus(labels)
+    if not nodes:
+        for count in dict.fromkeys((actors + 1, 1)):
+            why = f"the work asks for {amount_of('CPU', count)}, the cluster has 0"
+            if start_nodes([{"CPU": 1.0}] * count, [labels] * count, why):
+                break
+        else:
+            print(f"{why}; it begins when a node with CPUs comes", flush=True)
+        nodes = _with_cpus(labels)
     cpus, gpus = (sum(resources.get(kind, 0) for resources in nodes) for kind in ("CPU", "GPU"))
     return shares(cpus, gpus, len(nodes), actors)
+
+
+def _with_cpus(labels: Mapping[str, str]) -> list[dict[str, float]]:
+    """Return the resources of the nodes with these labels that have CPUs."""
+    nodes = [node["Resources"] for node in fitting(labels)]
+    return [resources for resources in nodes if resources.get("CPU")]
 
 
 @contextmanager

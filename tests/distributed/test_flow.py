@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mmdiff_ray.config import ConfigError
+from mmdiff_ray.distributed import flow
 from mmdiff_ray.distributed.flow import caught_noise, run, shares
 
 
@@ -51,6 +52,28 @@ def test_a_task_finds_room_beside_the_actors_however_they_are_spread(nodes, acto
 def test_actors_share_whole_gpus(gpus, actors, share):
     assert shares(8, gpus, 1, actors)[1]["num_gpus"] == pytest.approx(share)
     assert "num_gpus" not in shares(8, 0, 1, actors)[1]
+
+
+def test_work_asks_for_cpus_where_the_cluster_has_none_yet(monkeypatch, capsys):
+    """A task of no CPUs would run on the head, and no autoscaler would hear of it."""
+    started = []
+    head, node = {"Resources": {}, "Labels": {}}, {"Resources": {"CPU": 2.0}, "Labels": {"kind": "small"}}
+    monkeypatch.setattr(flow, "fitting", lambda labels: [node] * len(started) if labels else [head])
+
+    def start_one(bundles, labels, why):
+        """Refuse more than a node of two CPUs."""
+        if sum(bundle["CPU"] for bundle in bundles) <= 2:
+            started.extend(labels)
+        return bool(started)
+
+    monkeypatch.setattr(flow, "start_nodes", start_one)
+    assert flow._shares(4, {"kind": "small"}) == ({"num_cpus": 1.0}, {"num_cpus": 0.25})
+    assert started == [{"kind": "small"}]
+    monkeypatch.setattr(flow, "start_nodes", lambda bundles, labels, why: False)
+    assert capsys.readouterr().out == ""
+    assert flow._shares(4, {}) == shares(0, 0, 0, 4) == ({"num_cpus": 1.0}, {"num_cpus": 1.0})
+    told = "the work asks for 1 CPU, the cluster has 0; it begins when a node with CPUs comes\n"
+    assert capsys.readouterr().out == told
 
 
 def test_noise_is_kept_off_the_terminal(capfd):

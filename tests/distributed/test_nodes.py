@@ -81,6 +81,15 @@ def test_a_sweep_waits_for_the_node_that_a_trial_needs(growing, sprites, tmp_pat
     assert code == 0 and "trial 0: finished" in said, said + errors
 
 
+def test_data_are_built_on_nodes_that_are_started_for_it(tmp_path):
+    node = {"resources": {"CPU": 2}, "min_workers": 0, "max_workers": 1, "labels": {"kind": "small"}}
+    words = ["data", "build", "sprites", "--count", "40", "--size", "16", "--out", tmp_path / "sprites"]
+    with autoscaling_cluster(tmp_path, {"small": node}) as address:
+        code, said, errors = mmdiff(address, *words)
+    assert code == 0 and "train" in said, said + errors
+    assert "waiting for the cluster to start nodes: the work asks for 1 CPU, the cluster has 0\n" in said
+
+
 @pytest.fixture(scope="module")
 def mixed() -> Iterator[str]:
     """The address of a cluster of a node that trains and a node that reads."""
