@@ -307,7 +307,7 @@ def _add_sync(commands: argparse._SubParsersAction) -> None:  # type: ignore[typ
         commands, "sync", "sync", "send what runs recorded while MLflow was away", "mmdiff sync runs/demo"
     )
     sync.add_argument(
-        "folder", nargs="?", type=Path, default=Path("runs"), help="a run's, or that of all runs (runs)"
+        "folder", nargs="?", default="runs", help="a run's, or that of all runs, or a URI of either (runs)"
     )
 
 

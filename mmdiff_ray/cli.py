@@ -285,9 +285,13 @@ def _ui(given: argparse.Namespace) -> int:
 
 
 def _sync(given: argparse.Namespace) -> int:
+    if "://" in given.folder:
+        from mmdiff_ray.distributed import records
+
+        return records.sync(given.folder)
     from mmdiff_ray.tracking.sync import sync
 
-    return sync(given.folder)
+    return sync(Path(given.folder))
 
 
 def _doctor(given: argparse.Namespace) -> int:

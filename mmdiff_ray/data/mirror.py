@@ -173,6 +173,22 @@ class Mirror:
             self._see(name, there)
         return True
 
+    def take(self, name: str, place: Path) -> bool:
+        """Move a folder that was sent as a whole to a place here, and out of storage; return whether it was
+        there.
+
+        What storage does not have as a whole, or not yet, stays where it is. Raises RunError as
+        `fetch_folder`.
+        """
+        if name in self.unsent() or not self.fetch_folder(name):
+            return False
+        place.parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / name).rename(place)
+        with _said(self.uri):
+            remove(self.fs, self.path(f"{name}/{FILES}"))
+            self.fs.delete_dir(self.path(name))
+        return True
+
     def _fetch_files(self, name: str, listed: bytes) -> None:
         here = self.folder / name
         partial = here.with_name(f"{here.name}.{secrets.token_hex(4)}.partial")

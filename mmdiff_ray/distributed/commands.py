@@ -17,13 +17,14 @@ from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.data.storage import is_uri, join
 from mmdiff_ray.denoiser import Denoiser, inert_settings
 from mmdiff_ray.distributed import job as jobs
-from mmdiff_ray.distributed import launch, runs
+from mmdiff_ray.distributed import launch, records, runs
 from mmdiff_ray.distributed.cluster import resources
 from mmdiff_ray.distributed.display import Display, duration
 from mmdiff_ray.distributed.evaluate import evaluate_run, record_model
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.evaluation.gallery import free_folder, parse_given, write_gallery
 from mmdiff_ray.evaluation.run import tables
+from mmdiff_ray.tracking.run_life import is_local
 from mmdiff_ray.tracking.store import tracking_uri, ui_command
 from mmdiff_ray.training.export import load_export
 from mmdiff_ray.training.parallel import choose_device
@@ -55,7 +56,7 @@ def train_and_evaluate(
             f"{job.folder.name} is finished at {job.config.train.samples:,} samples; to go on from there: "
             f"mmdiff train --resume {_called(job.folder)} train.samples=N"
         )
-        return 0
+        return _all_sent(console, job.folder)
     if config is not None:
         launch.check_tracking(job)
     begun = time.monotonic()
@@ -83,12 +84,14 @@ def train_and_evaluate(
 
 
 def _all_sent(console: Console, folder: Path) -> int:
-    """Wait until what was made of a run is in storage; return the exit code, 1 where it is not."""
+    """Wait until MLflow has a run's records, and storage what was made of it; return the exit code, 1 where
+    one has not. Records of a run that began without MLflow may wait."""
+    left = records.settle(folder, lambda text: console.print(text, soft_wrap=True))
     mirror = runs.mirror_of(folder)
     unsent = mirror.flush(STILL_S) if mirror is not None else []
     if unsent:
         console.print(runs.not_sent(runs.address(folder), folder, unsent), soft_wrap=True)
-    return 1 if unsent else 0
+    return 1 if unsent or (left and not is_local(jobs.read_run(folder)["run_id"])) else 0
 
 
 def is_finished(job: Job) -> bool:

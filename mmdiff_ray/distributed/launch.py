@@ -17,7 +17,7 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError, OutageError, RunError
 from mmdiff_ray.data.storage import is_uri, join
 from mmdiff_ray.distributed import job as jobs
-from mmdiff_ray.distributed import runs
+from mmdiff_ray.distributed import records, runs
 from mmdiff_ray.distributed.alone import alone
 from mmdiff_ray.distributed.board import Board
 from mmdiff_ray.distributed.cluster import log_folder, resources, this_node
@@ -55,6 +55,7 @@ def resume(job: Job, display: Display) -> Path:
     Raises ConfigError where another process trains it.
     """
     with alone(job.folder), resources(job.config.workers):
+        records.take(job.folder, job.mirror)
         run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
         jobs.write_run(job, state="running")
         note_run(job.run_id)
@@ -123,9 +124,11 @@ def run(job: Job, display: Display) -> Path:
         raise
     finally:
         jobs.write_run(job, state=state)
-        left = run_life.end_run(job.tracking_uri, job.run_id, STATUS[state], job.spool)
+        records.take(job.folder, job.mirror)
+        left = run_life.end_run(job.tracking_uri, job.run_id, STATUS[state], job.spool, say=display.say)
         if left:
-            display.say(f"{left} records wait for MLflow; send them with: mmdiff sync {job.folder}")
+            records.keep(job.folder, job.mirror)
+            display.say(records.advice(job.folder, left))
         unsent = job.mirror.flush(STILL_S) if job.mirror is not None else []
         if unsent and state != "finished":  # what follows a finished run tries again, and tells
             display.say(runs.not_sent(job.uri, job.folder, unsent))

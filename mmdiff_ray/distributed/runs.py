@@ -99,6 +99,24 @@ def runs_in(where: str) -> list[str]:
         raise UnreachableError(f"runs: cannot look into {where}: {error}") from None
 
 
+def addresses(where: str) -> list[str]:
+    """Return the URI of the run in storage, or those of the runs in a folder there.
+
+    Raises UnreachableError where storage does not answer, ConfigError where there is no run.
+    """
+    fs, root = opened(where)
+    try:
+        found = within(ANSWER_S, lambda: exists(fs, f"{root}/run.json"), f"runs: {where} does not answer")
+    except OSError as error:
+        raise UnreachableError(f"runs: cannot look into {where}: {error}") from None
+    if found:
+        return [where]
+    names = runs_in(where)
+    if not names:
+        raise ConfigError(f"there is no run in {where}; give the URI of a run, or of all runs")
+    return [join(where, name) for name in names]
+
+
 def folder_of(runs: str, name: str) -> Path:
     """Return the folder of this machine for a run."""
     return cached(join(runs, name)) if is_uri(runs) else Path(runs).absolute() / name

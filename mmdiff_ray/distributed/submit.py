@@ -30,6 +30,7 @@ COMMANDS = (
     "generate",
     "experiment",
     "sweep",
+    "sync",
     "data_build",
     "data_inspect",
     "data_embed",
@@ -179,7 +180,8 @@ def _folder(given: str | None, place: Place, config: Config | None, known: argpa
         return given
     if place.local is not None:
         return str(Path.cwd())
-    if config is None and not is_uri(str(getattr(known, "runs", ""))):
+    where = str(known.folder if known.run == "sync" else getattr(known, "runs", ""))
+    if config is None and not is_uri(where) and not (known.run == "sync" and Path(where).is_absolute()):
         raise ConfigError(
             "give --folder DIR: the folder, shared by all nodes of the cluster, where runs/ and data/ are"
         )

@@ -101,7 +101,9 @@ def _run(spec: Sweep, folder: Path) -> int:
     if error is not None:
         raise error
     ended = [trial.outcome for trial in read_trials(folder)]
-    return 130 if state == "stopped" else 0 if {"finished", "stopped"} & set(ended) else 1
+    if state == "stopped":
+        return 130
+    return 0 if {"finished", "stopped"} & set(ended) and not waiting else 1
 
 
 def _report(uri: str, run_id: str, out: Path, spool: Path) -> Record:

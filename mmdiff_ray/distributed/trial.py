@@ -229,4 +229,6 @@ def _close(place: Path, state: str) -> None:
     """End a trial's run in MLflow and in its folder. state: finished, stopped or failed."""
     facts = jobs.read_run(place)
     write_json(place / "run.json", {**facts, "state": state})
-    run_life.end_run(facts["tracking_uri"], facts["run_id"], launch.STATUS[state], place / "tracking")
+    run_life.end_run(
+        facts["tracking_uri"], facts["run_id"], launch.STATUS[state], place / "tracking", timeout_s=5
+    )

@@ -16,6 +16,7 @@ from mmdiff_ray.config import ConfigError, OutageError, RunError
 from mmdiff_ray.data.batches import local_batches, split_batches
 from mmdiff_ray.distributed.cluster import log_folder
 from mmdiff_ray.distributed.job import Job
+from mmdiff_ray.distributed.records import keep
 from mmdiff_ray.distributed.runs import not_sent
 from mmdiff_ray.evaluation.grids import to_png
 from mmdiff_ray.evaluation.run import sample_pictures
@@ -31,6 +32,9 @@ from mmdiff_ray.training.remote import STILL_S, RemoteCheckpoints
 from mmdiff_ray.training.trainer import Trainer, TrainingError
 
 _log = logging.getLogger(__name__)
+
+HAND_OVER_S = 10.0
+"""How long a worker waits for MLflow that takes nothing before it leaves its records to the driver."""
 
 Emit = Callable[[dict[str, Any]], None]
 """Takes an event for the driver's display; must not block."""
@@ -93,7 +97,18 @@ class WorkerHooks:
         if self.monitor is not None:
             self.monitor.stop()
         if self.tracker is not None:
-            self.tracker.close(timeout_s=30 if self.job.uri else 5)  # with no shared disk, no other can send
+            self._close_tracker(self.tracker)
+
+    def _close_tracker(self, tracker: Tracker) -> None:
+        """Leave what MLflow does not take to the driver, which waits for it: in a folder that it sees, or in
+        the run's storage."""
+        if not self.job.uri:
+            tracker.close(timeout_s=5)
+        elif tracker.finish(HAND_OVER_S, self._note) and (unsent := keep(self.job.folder, self.job.mirror)):
+            self._note(not_sent(self.job.uri, self.job.folder, unsent))
+
+    def _note(self, text: str) -> None:
+        self.emit({"kind": "note", "text": text})
 
     def _emit(self, kind: str, progress: Progress, metrics: dict[str, float]) -> None:
         if self.first:

@@ -23,6 +23,7 @@ from mmdiff_ray.experiments.page import markdown
 from mmdiff_ray.experiments.spec import Cell, Experiment
 from mmdiff_ray.experiments.table import refusals, result
 from mmdiff_ray.tracking import run_life
+from mmdiff_ray.tracking.spool import left_in
 from mmdiff_ray.tracking.store import tracking_uri
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import write_json
@@ -67,6 +68,12 @@ def _run(experiment: Experiment, runs: Path, out: Path, say: Say, cells: Sequenc
     if failed:
         words = "; ".join(f"{key}: {error}" for key, error in failed.items())
         raise RunError(f"{len(failed)} cells failed, the same command tries them again: {words}")
+    folder = _tracking(experiment, runs).parent
+    if left := sum(left_in(place) for place in folder.glob("**/tracking")):
+        raise RunError(
+            f"the result is in {written[0]}; {left} records of {folder} wait for MLflow; send them with: "
+            f"mmdiff sync {folder}"
+        )
     return written[0]
 
 

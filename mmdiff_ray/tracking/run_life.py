@@ -1,5 +1,6 @@
 """The life of a job's one run in MLflow, led from the driver: it starts, goes on after a restart, ends."""
 
+import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +11,12 @@ from mmdiff_ray.tracking import provenance, store
 from mmdiff_ray.tracking.jobs import is_server, reachable
 from mmdiff_ray.tracking.recorder import DatasetFacts
 from mmdiff_ray.tracking.sender import LOCAL_PREFIX, RunUnknown, Sender
-from mmdiff_ray.tracking.tracker import Tracker
+from mmdiff_ray.tracking.tracker import Say, Tracker
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
 CHECK_S = 20.0
+UNFINISHED_WAIT_S = 30.0
+_log = logging.getLogger(__name__)
 
 
 def start_run(
@@ -81,16 +84,26 @@ def resume_run(uri: str, run_id: str, root: str | Path, timeout_s: float = 30.0)
     return tracker.close(timeout_s=0.0)
 
 
-def end_run(uri: str, run_id: str, status: str, root: str | Path, timeout_s: float = 30.0) -> int:
+def end_run(
+    uri: str,
+    run_id: str,
+    status: str,
+    root: str | Path,
+    timeout_s: float | None = None,
+    say: Say = _log.warning,
+) -> int:
     """Send what the run's processes have left, mark the run as ended, return how many records still wait.
 
-    status: FINISHED, FAILED or KILLED.
+    status: FINISHED, FAILED or KILLED. timeout_s, say: as of `Tracker.finish`; a run that did not finish is
+    not held up for long.
     """
     if status not in STATUSES:
         raise ValueError(f"status ({status}) must be one of {', '.join(STATUSES)}")
+    if timeout_s is None and status != "FINISHED":
+        timeout_s = UNFINISHED_WAIT_S
     tracker = Tracker(uri, run_id, root)
     tracker.status(status)
-    return tracker.close(timeout_s)
+    return tracker.finish(timeout_s, say)
 
 
 def run_id_at(uri: str, run_id: str) -> str | None:

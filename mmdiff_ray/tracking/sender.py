@@ -94,6 +94,11 @@ class Sender:
             )
         return self._found
 
+    @property
+    def unbegun(self) -> bool:
+        """Whether the run began without its store, and has not been seen there; asks nobody."""
+        return self._found is None
+
     def send_next(self, spool: Spool) -> int:
         """Send the oldest records of a spool and return how many left it. Raises what the store raised."""
         entries = spool.read(READ_LINES)

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 SEGMENT_BYTES = 1_000_000
+_held: set[Path] = set()
+"""The spools that this process owns."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,12 @@ class Spool:
     def __init__(self, folder: Path, lock: int):
         self.folder = folder
         self._lock = lock
+        _held.add(folder.resolve())
         self._writing = threading.Lock()
         self._file: Any = None
         self._segment = 0
         self._sent = _read_sent(folder)
-        self._waiting = sum(1 for _ in self._entries())
+        self._waiting = sum(1 for _ in _entries(self.folder, self._sent))
 
     @classmethod
     def create(cls, root: str | Path, target: dict[str, str]) -> "Spool":
@@ -108,7 +111,7 @@ class Spool:
     def read(self, limit: int) -> list[Entry]:
         """Return the oldest lines that have not arrived yet, at most `limit`."""
         entries = []
-        for entry in self._entries():
+        for entry in _entries(self.folder, self._sent):
             entries.append(entry)
             if len(entries) == limit:
                 break
@@ -127,7 +130,7 @@ class Spool:
                 shutil.rmtree(self.files(entry.record.id), ignore_errors=True)
         for segment in range(self._sent[0] - 1, -1, -1):
             try:
-                self._path(segment).unlink()
+                _segment(self.folder, segment).unlink()
             except FileNotFoundError:
                 break
 
@@ -139,42 +142,64 @@ class Spool:
     def close(self, keep: bool = True) -> None:
         """Give the spool up: with records it waits to be adopted; an empty or unwanted one is removed."""
         with self._writing:
+            _held.discard(self.folder.resolve())
             if self._file is not None:
                 self._file.close()
             if not (self._waiting and keep):
                 shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._lock)
 
-    def _path(self, segment: int) -> Path:
-        return self.folder / f"{segment:05d}.jsonl"
-
     def _open_segment(self) -> Any:
         if self._file is not None and self._file.tell() >= SEGMENT_BYTES:
             self._file.close()
             self._file, self._segment = None, self._segment + 1
         if self._file is None:
-            self._file = open(self._path(self._segment), "ab")  # noqa: SIM115 (kept open between records)
+            self._file = open(_segment(self.folder, self._segment), "ab")  # noqa: SIM115 (kept open between records)
         return self._file
-
-    def _entries(self) -> Iterator[Entry]:
-        segment, offset = self._sent
-        while self._path(segment).exists():
-            full = self._path(segment + 1).exists()  # asked before reading: lines may come while we read
-            with open(self._path(segment), "rb") as file:
-                file.seek(offset)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        return
-                    offset += len(line)
-                    yield Entry(_parsed(line), (segment, offset))
-            if not full:
-                return
-            segment, offset = segment + 1, 0
 
 
 def waiting(root: str | Path) -> list[Path]:
     """Return the folders of the spools under a root, oldest first."""
     return sorted(path.parent for path in Path(root).glob("[0-9]*/lock"))
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether this process owns a spool."""
+    return folder.resolve() in _held
+
+
+def left_in(root: str | Path) -> int:
+    """Return how many records wait under a root, without those that another living process sends itself."""
+    left = 0
+    for folder in waiting(root):
+        spool = Spool.adopt(folder)
+        if spool is not None:
+            left += len(spool)
+            spool.close()
+        elif is_held(folder):  # by a thread that hangs in a request
+            left += sum(1 for _ in _entries(folder, _read_sent(folder)))
+    return left
+
+
+def _entries(folder: Path, sent: tuple[int, int]) -> Iterator[Entry]:
+    """Yield the lines of a spool behind a place."""
+    segment, offset = sent
+    while _segment(folder, segment).exists():
+        full = _segment(folder, segment + 1).exists()  # asked before reading: lines may come while we read
+        with open(_segment(folder, segment), "rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                offset += len(line)
+                yield Entry(_parsed(line), (segment, offset))
+        if not full:
+            return
+        segment, offset = segment + 1, 0
+
+
+def _segment(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.jsonl"
 
 
 def _parsed(line: bytes) -> Record | None:

@@ -17,8 +17,9 @@ from mmdiff_ray.config import ConfigError, UnreachableError
 from mmdiff_ray.data.mirror import cached
 from mmdiff_ray.data.storage import folders_in, join
 from mmdiff_ray.distributed import job as jobs
-from mmdiff_ray.distributed import launch, runs
+from mmdiff_ray.distributed import launch, records, runs, worker
 from mmdiff_ray.distributed.display import Display
+from mmdiff_ray.tracking.spool import Spool, left_in, waiting
 from mmdiff_ray.training import remote
 from tests import s3
 from tests import sprites as tiny
@@ -125,6 +126,59 @@ def test_a_run_that_cannot_be_recorded_leaves_nothing_in_storage(sprites, tmp_pa
     ):
         launch.begin(job, required=True)
     assert list((tmp_path / "storage").iterdir()) == [] and not job.folder.exists()
+
+
+def test_records_that_a_worker_cannot_send_reach_the_driver_on_another_machine(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "HAND_OVER_S", 0.2)
+    job = dataclasses.replace(made, tracking_uri="http://me:a-secret@127.0.0.1:9")
+    notes: list[dict] = []
+    hooks = worker.WorkerHooks(job, [], notes.append, lambda: False)
+    hooks.tracker.metrics({"loss": 1}, 1)
+    hooks.tracker.text("hello", "note.txt")
+    hooks.close()
+    (said,) = (note["text"] for note in notes)
+    assert (
+        said.startswith("MLflow at http://127.0.0.1:9: ") and "; 2 records wait. Trying again until" in said
+    )
+    assert left_in(job.spool) == 0
+    for file in (tmp_path / "storage" / "tiny" / "records").rglob("*.*"):
+        assert not file.is_file() or "a-secret" not in file.read_text()
+
+    monkeypatch.setenv("MMDIFF_CACHE", str(tmp_path / "another"))
+    folder = runs.open_run(made.uri)
+    for _ in range(2):
+        records.take(folder, runs.mirror_of(folder))
+        (place,) = waiting(folder / "tracking")
+        spool = Spool.adopt(place)
+        assert [entry.record.kind for entry in spool.read(9)] == ["metrics", "artifact"]
+        assert (spool.files(spool.read(9)[1].record.id) / "note.txt").read_text() == "hello"
+        assert spool.target == {"uri": "sqlite:///x.db", "run_id": "1"}
+        spool.close()
+    assert not list((tmp_path / "storage" / "tiny" / "records").glob("*"))
+
+
+def test_records_that_storage_does_not_take_either_are_named_with_where_they_lie(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "HAND_OVER_S", 0.2)
+    monkeypatch.setattr(records, "STILL_S", 0.2)
+    (tmp_path / "storage" / "tiny" / "records").write_text("no folder")
+    notes: list[dict] = []
+    hooks = worker.WorkerHooks(
+        dataclasses.replace(made, tracking_uri="http://127.0.0.1:9"), [], notes.append, lambda: False
+    )
+    hooks.tracker.metrics({"loss": 1}, 1)
+    hooks.close()
+    assert f"not in {made.uri}: records/" in notes[-1]["text"]
+    assert f"All is in {made.folder}; " in notes[-1]["text"]
+    (tmp_path / "storage" / "tiny" / "records").unlink()
+    folder = runs.open_run(made.uri)
+    records.take(folder, runs.mirror_of(folder))
+    assert left_in(folder / "tracking") == 1
+
+
+def test_sync_of_storage_without_a_run_is_refused(tmp_path, capsys):
+    (tmp_path / "storage").mkdir()
+    assert main(["sync", f"file://{tmp_path}/storage"]) == 2
+    assert f"there is no run in file://{tmp_path}/storage" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -315,6 +315,8 @@ def test_token_file_that_is_not_there_is_told(dead_url, monkeypatch):
         (("--", "train", "nowhere.yaml"), "no config file nowhere.yaml"),
         (("--num-workers", "2", "--", "evaluate", "x"), "--num-workers is for train"),
         (("--", "evaluate", "x"), "give --folder DIR"),
+        (("--", "sync"), "give --folder DIR"),
+        (("--", "sync", "runs/x"), "give --folder DIR"),
         (("--folder", "here", "--", "evaluate", "x"), "--folder (here) must be an absolute path"),
         (("--", "experiment", "nothing"), "experiment: unknown 'nothing'"),
         (("--", "sweep", "nothing.yaml"), "nothing.yaml"),
@@ -366,6 +368,13 @@ def test_path_of_this_machine_is_refused_where_no_folder_of_the_cluster_is_named
     for word in ("runs=runs", "data.sources=[{uri: data/x}]"):
         error = refused(capsys, "submit", "--address", dead_url, "--", "train", str(file), word)
         assert "is a path of this machine; give --folder DIR" in error
+
+
+@pytest.mark.parametrize("where", ["s3://bucket/runs/x", "/mnt/shared/runs/x"])
+def test_records_are_sent_from_where_the_nodes_see_them(capsys, dead_url, where):
+    assert f"no cluster answers at {dead_url}" in refused(
+        capsys, "submit", "--address", dead_url, "--", "sync", where
+    ), "nothing else is wrong with it"
 
 
 def test_data_of_the_cluster_alone_are_no_error_and_it_is_said(dead_url):

@@ -1,6 +1,9 @@
 """A network that fails between a run and its MLflow server: nothing waits, nothing is lost, nothing twice."""
 
 import logging
+import os
+import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,12 +11,13 @@ from typing import Any
 import pytest
 
 from mmdiff_ray.cli import main
+from mmdiff_ray.distributed import commands, launch, worker
 from mmdiff_ray.distributed import job as jobs
-from mmdiff_ray.distributed import launch
 from mmdiff_ray.distributed.display import Display
-from mmdiff_ray.tracking import run_life, store
+from mmdiff_ray.tracking import run_life, store, tracker
 from mmdiff_ray.tracking.sender import LOCAL_TAG
-from mmdiff_ray.tracking.tracker import Tracker
+from mmdiff_ray.tracking.spool import left_in
+from mmdiff_ray.tracking.tracker import GIVE_UP_FAILURES, Tracker
 from tests import sprites as tiny
 from tests.faults import Faults, faulty
 from tests.tracking.conftest import Server
@@ -162,6 +166,146 @@ def test_training_takes_all_its_steps_while_the_server_holds_every_request(
     launch.train(job, Acting({32: hold, 160: let_go}))
     assert found and len(found[0]) < 2, "requests were not held"
     assert steps(server, recorded(server, folder)) == REPORTS
+
+
+# --- away when a run ends ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_store_missed(monkeypatch):
+    """Let no test know what others have waited for."""
+    monkeypatch.setattr(tracker, "_missed", set())
+
+
+def comes_back(monkeypatch, network: Faults, failures: int) -> None:
+    """Bring the network back once those that close have tried so often."""
+    note, seen = Tracker._note, []
+
+    def counted(self: Tracker, problem: Exception | None) -> None:
+        note(self, problem)
+        if problem and self._hurry:
+            seen.append(problem)
+            network.down = network.down and len(seen) < failures
+
+    monkeypatch.setattr(Tracker, "_note", counted)
+
+
+def typed(monkeypatch, network: Faults, *words: str) -> tuple[int, list[str]]:
+    """Type a command that loses the network at its last report; return its exit code and what was said."""
+
+    def down() -> None:
+        network.down = True
+
+    display = Acting({REPORTS[-1]: down})
+    monkeypatch.setattr(commands, "Display", lambda console: display)
+    return main(words), display.said
+
+
+def test_the_end_waits_by_time_for_a_store_that_is_away_and_says_so_once(
+    server, network, tmp_path, monkeypatch
+):
+    run_id = run_life.start_run(network.url, "ends", "x", tmp_path, {}, "name: x\n")
+    network.down, said = True, []
+    comes_back(monkeypatch, network, GIVE_UP_FAILURES + 1)
+    assert run_life.end_run(network.url, run_id, "FINISHED", tmp_path, say=said.append) == 0
+    (line,) = said
+    assert line.startswith(f"MLflow at {network.url}: ") and "; 1 records wait. Trying again until " in line
+    assert f"they stay in {tmp_path}" in line
+    assert store.client(server.uri).get_run(run_id).info.status == "FINISHED"
+
+
+def test_a_second_end_in_a_process_does_not_wait_as_long_again(network, tmp_path, monkeypatch):
+    run_id = run_life.start_run(network.url, "ends", "x", tmp_path, {}, "name: x\n")
+    monkeypatch.setattr(tracker, "AGAIN_S", 0.2)
+    network.down = True
+    assert run_life.end_run(network.url, run_id, "FINISHED", tmp_path, timeout_s=0.2) == 1
+    assert run_life.end_run(network.url, run_id, "FINISHED", tmp_path) == 2
+    network.down = False
+    assert run_life.end_run(network.url, run_id, "FINISHED", tmp_path) == 0 and not tracker._missed
+
+
+def test_ctrl_c_ends_the_wait_and_the_records_stay(network, tmp_path):
+    run_id = run_life.start_run(network.url, "ends", "x", tmp_path, {}, "name: x\n")
+    network.down = True
+
+    def interrupt(_: str) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_life.end_run(network.url, run_id, "FINISHED", tmp_path, say=interrupt)
+    assert left_in(tmp_path) == 1
+
+
+def test_a_run_whose_server_was_never_there_ends_without_a_wait(
+    sprites, network, tmp_path, monkeypatch, capsys
+):
+    network.down = True
+    file = tiny.write_config(
+        tmp_path, sprites, f"tracking.uri={network.url}", *QUIET, "tracking.required=false", "workers.count=0"
+    )
+    code, said = typed(monkeypatch, network, "train", str(file))
+    assert code == 0 and not any("Trying again" in line for line in said)
+    assert "records wait for MLflow; send them with: mmdiff sync" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_server_that_is_away_for_seconds_at_the_end_gets_everything(
+    sprites, server, network, tmp_path, monkeypatch, workers
+):
+    comes_back(monkeypatch, network, 2 * GIVE_UP_FAILURES + 1)
+    file = tiny.write_config(
+        tmp_path, sprites, f"tracking.uri={network.url}", *QUIET, f"workers.count={workers}"
+    )
+    code, said = typed(monkeypatch, network, "train", str(file))
+    assert code == 0 and sum("Trying again until" in line for line in said) == 1
+    (folder,) = (tmp_path / "runs").iterdir()
+    run = recorded(server, folder)
+    assert run.info.status == "FINISHED" and steps(server, run) == REPORTS
+
+
+def test_a_server_that_does_not_come_back_fails_the_command_and_gets_everything_by_sync(
+    sprites, server, network, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(tracker, "END_WAIT_S", 0.5)
+    file = tiny.write_config(tmp_path, sprites, f"tracking.uri={network.url}", *QUIET, "workers.count=0")
+    assert typed(monkeypatch, network, "train", str(file))[0] == 1
+    (folder,) = (tmp_path / "runs").iterdir()
+    said = capsys.readouterr().out
+    assert f"in {folder / 'tracking'}: {left_in(folder / 'tracking')} records wait for MLflow; " in said
+    assert f"send them with: mmdiff sync {folder}\n" in said
+    assert main(["train", "--resume", str(folder)]) == 1, "it is finished, and not recorded"
+
+    network.down = False
+    assert main(["sync", str(folder)]) == 0
+    run = recorded(server, folder)
+    assert run.info.status == "FINISHED" and steps(server, run) == REPORTS
+    assert main(["train", "--resume", str(folder)]) == 0
+
+
+@pytest.mark.parametrize("sender", ["sync", "sync of all", "next start"])
+def test_records_of_a_run_in_storage_outlive_the_machine_that_made_them(
+    sprites, server, network, tmp_path, monkeypatch, capsys, sender
+):
+    monkeypatch.setenv("MMDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tracker, "END_WAIT_S", 0.5)
+    monkeypatch.setattr(worker, "HAND_OVER_S", 0.5)
+    runs = f"file://{tmp_path}/storage"
+    file = tiny.write_config(
+        tmp_path, sprites, f"tracking.uri={network.url}", *QUIET, "workers.count=0", f"runs={runs}"
+    )
+    assert typed(monkeypatch, network, "train", str(file))[0] == 1
+    uri = f"{runs}/tiny"
+    said = capsys.readouterr().out
+    assert f"in {uri}/records: " in said and f"send them with: mmdiff sync {uri}\n" in said
+    shutil.rmtree(tmp_path / "cache")
+
+    network.down = False
+    words = {"sync": ["sync", uri], "sync of all": ["sync", runs], "next start": ["train", "--resume", uri]}
+    assert main(words[sender]) == 0
+    assert not list((tmp_path / "storage" / "tiny").glob("records/*"))
+    client = store.client(server.uri)
+    run = client.get_run(jobs.read_run(tmp_path / "storage" / "tiny")["run_id"])
+    assert run.info.status == "FINISHED" and steps(server, run) == REPORTS
 
 
 FAULTS = {

@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -6,7 +7,7 @@ import time
 import pytest
 
 from mmdiff_ray.tracking import spool as spool_module
-from mmdiff_ray.tracking.spool import Spool, waiting
+from mmdiff_ray.tracking.spool import Spool, left_in, waiting
 
 TARGET = {"uri": "sqlite:////x.db", "run_id": "r"}
 
@@ -30,6 +31,19 @@ def adopted_by_another(spool: Spool) -> Spool:
 def append_numbers(spool: Spool, count: int) -> None:
     for n in range(count):
         spool.append("metrics", {"n": n})
+
+
+def test_what_is_left_is_counted_also_where_a_thread_here_still_holds_it(tmp_path):
+    held, given_up = filled(tmp_path, 5), filled(tmp_path, 3)
+    held.acknowledge(held.read(1))
+    given_up.close()
+    assert left_in(tmp_path) == 4 + 3
+    program = f"""
+from mmdiff_ray.tracking.spool import left_in
+print(left_in({str(tmp_path)!r}))
+"""
+    counted = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert counted.stdout == "3\n", "another process will send the others"
 
 
 def test_records_come_back_in_order_and_once_acknowledged_no_more(tmp_path):
