@@ -241,8 +241,8 @@ def _add_submit(commands: argparse._SubParsersAction) -> None:  # type: ignore[t
         "mmdiff submit --follow -- train pipelines/configs/demo.yaml train.samples=500000",
     )
     submit.epilog += (
-        f"\n\n{TOKEN}\nVariables that begin with MLFLOW_ or AWS_ go with the job. Ray keeps them and shows\n"
-        "them to everyone who has the token of the cluster: there, give the nodes a role instead."
+        f"\n\n{TOKEN}\nVariables that begin with MLFLOW_ or AWS_ go with the job. Ray shows them to all who\n"
+        "have the token of the cluster, and writes them to its logs: there, give the nodes a role instead."
     )
     submit.add_argument("--address", metavar="URL", help=ADDRESS)
     submit.add_argument("--name", help="how the job's id begins (default: the run's name)")

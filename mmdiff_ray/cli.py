@@ -9,6 +9,7 @@ from typing import Any
 
 from mmdiff_ray.arguments import make_parser
 from mmdiff_ray.config import ConfigError, RunError
+from mmdiff_ray.words import check, check_to_send, labels_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if known.working_folder:
             _go_to(known.working_folder)
+        check(known)
         return RUNS[known.run](known)
     except ConfigError as error:
         print(f"mmdiff: {error}", file=sys.stderr)
@@ -42,7 +44,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         extra = [word for word in extra if word.startswith("-")]
     if extra and known.run != "data_build":
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if known.run in ("train", "sweep") and known.resume:
+        _take_overrides(known)
     return known
+
+
+def _take_overrides(known: argparse.Namespace) -> None:
+    """Make all words of a command that goes on with something its overrides: it has no file to begin with."""
+    file = "config" if known.run == "train" else "file"
+    if (word := getattr(known, file)) is not None:
+        known.overrides.insert(0, word)
+        setattr(known, file, None)
+    if known.run == "train":
+        named = [word for word in known.overrides if word.startswith("runs=")]
+        known.overrides = [word for word in known.overrides if word not in named]
+        known.runs = named[-1].partition("=")[2] if named else known.runs
 
 
 def _go_to(folder: str) -> None:
@@ -57,9 +73,7 @@ def _data_build(given: argparse.Namespace) -> int:
     from pipelines.options import pipeline_options
 
     options = pipeline_options([*given.options, *given.extra])
-    labels = {key: value for key, _, value in (word.partition("=") for word in given.label)}
-    if not all(labels.values()):
-        raise ConfigError(f"--label ({', '.join(given.label)}) wants KEY=VALUE")
+    labels = labels_of(given.label)
     built = build(given.pipeline, given.out, options, force=given.force, workers=given.workers, labels=labels)
     for key, reason in list(built.bad.items())[:10]:
         print(f"left out {key}: {reason}")
@@ -90,26 +104,11 @@ def _train(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed.commands import dry_run, train_and_evaluate
     from mmdiff_ray.distributed.job import begun
 
-    overrides = list(given.overrides)
-    if given.go_on and (given.resume or given.dry_run):
-        raise ConfigError(
-            "--continue begins a run or goes on with it; it goes with no --resume, no --dry-run"
-        )
-    if given.resume and given.dry_run:
-        raise ConfigError("--dry-run checks a config file; it does not go with --resume")
     if given.resume:
-        if given.config is not None:
-            overrides.insert(0, given.config)
-        named = [word.partition("=")[2] for word in overrides if word.startswith("runs=")]
-        overrides = [word for word in overrides if not word.startswith("runs=")]
-        return train_and_evaluate(None, given.resume, (named or [given.runs])[-1], overrides)
-    if given.config is None:
-        raise ConfigError(
-            "train needs a config file, for example pipelines/configs/demo.yaml, or --resume RUN"
-        )
-    config = configuration.load([given.config], overrides, {"name": Path(given.config).stem})
+        return train_and_evaluate(None, given.resume, given.runs, given.overrides)
+    config = configuration.load([given.config], given.overrides, {"name": Path(given.config).stem})
     if given.go_on and (folder := begun(config)):
-        return train_and_evaluate(None, str(folder), config.runs, overrides)
+        return train_and_evaluate(None, str(folder), config.runs, given.overrides)
     return dry_run(config) if given.dry_run else train_and_evaluate(config, None, config.runs, [])
 
 
@@ -146,16 +145,10 @@ def _experiment(given: argparse.Namespace) -> int:
     from mmdiff_ray.experiments.command import run
     from mmdiff_ray.experiments.spec import load_experiment
 
-    _check_folder(given.runs, "an experiment")
     experiment = load_experiment(given.name, given.preset)
     if not given.table:
         _build_missing(experiment.data)
     return run(experiment, Path(given.runs), given.out, given.table, given.cells)
-
-
-def _check_folder(runs: str, what: str) -> None:
-    if "://" in runs:
-        raise ConfigError(f"--runs ({runs}): {what} needs a folder there, on a disk that all nodes share")
 
 
 def _build_missing(data: Mapping[str, Any]) -> None:
@@ -171,17 +164,10 @@ def _sweep(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed.sweep_commands import dry_run, report, resume, sweep
     from mmdiff_ray.sweeps.spec import load_sweep
 
-    _check_folder(given.runs, "a sweep")
     if given.file == "report":
-        if len(given.overrides) != 1:
-            raise ConfigError("sweep report needs the name or the id of a sweep's run in MLflow")
         return report(given.overrides[0], given.runs)
     if given.resume:
-        if given.dry_run:
-            raise ConfigError("--dry-run checks a sweep's file; it does not go with --resume")
-        return resume(given.resume, given.runs, [*([given.file] if given.file else []), *given.overrides])
-    if given.file is None:
-        raise ConfigError("sweep needs a file, for example sweeps/quickstart.yaml, or --resume SWEEP")
+        return resume(given.resume, given.runs, given.overrides)
     spec = load_sweep(given.file, given.overrides)
     _build_missing(spec.data)
     return (dry_run if given.dry_run else sweep)(spec, given.file, given.overrides, given.runs)
@@ -196,16 +182,7 @@ def _submit(given: argparse.Namespace) -> int:
     if not words:
         raise ConfigError("submit needs a command: mmdiff submit -- train pipelines/configs/demo.yaml")
     known = parse(words)
-    if known.run in ("experiment", "sweep"):
-        _check_folder(known.runs, f"a{'n' if known.run == 'experiment' else ''} {known.run}")
-    if known.run == "experiment":
-        from mmdiff_ray.experiments.spec import load_experiment
-
-        load_experiment(known.name, known.preset)
-    if known.run == "sweep" and known.file and known.file != "report" and not known.resume:
-        from mmdiff_ray.sweeps.spec import check_space, load_sweep
-
-        check_space(load_sweep(known.file, known.overrides))
+    check_to_send(known)
     console = make_console()
     job = submit(given, words, known, console)
     if given.follow:

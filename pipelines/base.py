@@ -140,11 +140,18 @@ class Build:
 
 def make_pipeline(name: str, options: Mapping[str, Any] | None = None) -> Pipeline:
     """Return a registered pipeline. Raises ConfigError for an unknown name or option, or a wrong value."""
+    kind, checked = check_options(name, options)
+    return kind(checked)
+
+
+def check_options(name: str, options: Mapping[str, Any] | None = None) -> tuple[type[Pipeline], Options]:
+    """Return the class of a registered pipeline and its options; nothing of the source is looked at. Raises
+    ConfigError as `make_pipeline` does."""
     try:
         kind = registry.look_up("pipeline", name)
     except KeyError as error:
         raise ConfigError(str(error.args[0])) from None
-    return kind(config.options(kind.Options, dict(options or {}), prefix=""))
+    return kind, config.options(kind.Options, dict(options or {}), prefix="")
 
 
 def build(

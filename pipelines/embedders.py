@@ -68,13 +68,24 @@ def make_embedder(spec: str, inputs: str) -> Embedder:
     """
     assert inputs in INPUTS, f"inputs must be one of {INPUTS}, got {inputs!r}"
     name, _, detail = spec.partition(":")
-    try:
-        kind = registry.look_up("embedder", name)
-    except KeyError as error:
-        raise ConfigError(str(error.args[0])) from None
+    kind = _kind(name)
     if inputs not in kind.takes:
         raise ConfigError(f"embedder {name!r} takes {' or '.join(kind.takes)}, not {inputs}")
     return kind(detail, inputs)
+
+
+def check_embedding(spec: str, out: Path) -> None:
+    """Raise ConfigError for an unknown embedder, and a file of another kind than `write_embedding` makes."""
+    _kind(spec.partition(":")[0])
+    if out.suffix != ".npy":
+        raise ConfigError(f"--out: got {str(out)!r}, want a file whose name ends in .npy")
+
+
+def _kind(name: str) -> Any:
+    try:
+        return registry.look_up("embedder", name)
+    except KeyError as error:
+        raise ConfigError(str(error.args[0])) from None
 
 
 def write_embedding(spec: str, value: str, out: Path) -> int:
@@ -83,8 +94,7 @@ def write_embedding(spec: str, value: str, out: Path) -> int:
     Raises ConfigError for what `make_embedder` refuses, an unreadable picture or a file that cannot be
     written.
     """
-    if out.suffix != ".npy":
-        raise ConfigError(f"--out: got {str(out)!r}, want a file whose name ends in .npy")
+    check_embedding(spec, out)
     picture = Path(value).is_file()
     embedder = make_embedder(spec, "image" if picture else "text")
     try:

@@ -384,3 +384,72 @@ def test_every_key_is_explained_by_the_docstring_of_its_section():
             subsection = section is Config and dataclasses.is_dataclass(field.default_factory)
             explained = re.search(rf"\b{field.name}\b", section.__doc__)
             assert explained or subsection or field.name in inherited, f"{section.__name__}.{field.name}"
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("train.samplez=3", "train.samplez: unknown key 'samplez'"),
+        ("tasks.joint.drops=0.5", "tasks.joint.drops: unknown key 'drops'"),
+        ("workers=3", "workers: got 3, want a section"),
+        ("train.samples=many", "train.samples: "),
+        ("train.samples", "must read key=value"),
+    ],
+)
+def test_override_that_no_configuration_takes_is_told_without_one(override, said):
+    with pytest.raises(ConfigError) as error:
+        configuration.check_overrides(["train.global_batch=8", override])
+    assert said in str(error.value)
+
+
+def test_override_that_some_configuration_takes_is_none_to_be_told():
+    configuration.check_overrides(
+        [
+            "modalities.pixels=null",
+            "modalities.alpha.weights.scale=0.3",
+            "tasks.joint=null",
+            "tasks.mine.frequency=2",
+            "train.betas.0=0.8",
+            "data.sources.0.uri=x",
+            "data.sources[0].weight=2",
+            "train.max_minutes=${train.samples}",
+            "loss.modalities.alpha=2",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "override, key, variable",
+    [
+        (
+            "data.sources=[{uri: data/x}, {uri: 's3://KEY:hidden@bucket/x'}]",
+            "data.sources[1].uri",
+            "AWS_ACCESS",
+        ),
+        ("data.sources=[{uri: 's3://KEY:hid/den@bucket/x'}]", "data.sources[0].uri", "AWS_ACCESS"),
+        ("data.sources=[{uri: 's3://hidden@bucket/x'}]", "data.sources[0].uri", "AWS_ACCESS"),
+        ("data.sources=[{uri: 'abfs://box@me/x?client_secret=hidden'}]", "data.sources[0].uri", "AWS_ACCESS"),
+        ("tracking.uri=http://me:hidden@host:5000", "tracking.uri", "MLFLOW_TRACKING_PASSWORD"),
+        ("tracking.uri=http://hidden@host:5000", "tracking.uri", "MLFLOW_TRACKING_TOKEN"),
+        ("tracking.uri=postgresql://host/db?password=hidden", "tracking.uri", "MLFLOW_TRACKING_URI"),
+    ],
+)
+def test_password_in_an_address_is_refused_and_not_repeated(base, override, key, variable):
+    said = message(override, base=base)
+    assert said.startswith(f"{key}: a key in a URI would be recorded") and variable in said
+    assert "hidden" not in said and "hid/den" not in said
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://bucket/a@b?scheme=http&endpoint_override=host:9000",
+        "gs://anonymous@bucket/x",
+        "abfs://box@account.dfs.core.windows.net/x",
+        "file:///data/a@b",
+        "http://[::1]:9000/a@b",
+        "data/a:b@c",
+    ],
+)
+def test_address_without_a_password_is_taken_as_it_is(base, uri):
+    assert load([base], [f"data.sources=[{{uri: '{uri}'}}]"]).data.sources[0].uri == uri

@@ -24,7 +24,7 @@ LAYERS = [
     ("sweeps",),
     ("distributed",),
     ("experiments",),
-    ("cli", "arguments", "doctor"),
+    ("cli", "arguments", "words", "doctor"),
 ]
 RANKS = {name: rank for rank, names in enumerate([LEAVES, *LAYERS]) for name in names}
 DOORS = {
@@ -35,7 +35,7 @@ DOORS = {
     "optuna": ("distributed/", "sweeps/"),
 }
 OUTSIDE = ("pipelines", "tests", "benchmarks")
-FRONT_DOOR = ("cli.py", "arguments.py")
+FRONT_DOOR = ("cli.py", "arguments.py", "words.py")
 
 
 @cache

@@ -3,10 +3,12 @@
 Every error names the key, what it got and what it wants.
 """
 
+from mmdiff_ray.config.addresses import IN_STORAGE, IN_TRACKING, refuse_password, without_passwords
 from mmdiff_ray.config.changes import check_changes, in_force, is_live, next_change
 from mmdiff_ray.config.checks import check, check_batch
 from mmdiff_ray.config.errors import ConfigError, OutageError, RunError, UnreachableError, named
 from mmdiff_ray.config.loading import (
+    check_overrides,
     flatten,
     from_plain,
     load,
@@ -40,6 +42,8 @@ from mmdiff_ray.config.schema import (
 )
 
 __all__ = [
+    "IN_STORAGE",
+    "IN_TRACKING",
     "ChangeConfig",
     "CheckpointConfig",
     "CoefficientsConfig",
@@ -65,6 +69,7 @@ __all__ = [
     "check",
     "check_batch",
     "check_changes",
+    "check_overrides",
     "flatten",
     "from_plain",
     "in_force",
@@ -77,6 +82,8 @@ __all__ = [
     "parse_value",
     "plain_yaml",
     "read_yaml",
+    "refuse_password",
     "to_plain",
     "to_yaml",
+    "without_passwords",
 ]

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmdiff_ray import registry
-from mmdiff_ray.config.errors import ConfigError
+from mmdiff_ray.config.addresses import IN_STORAGE, IN_TRACKING, refuse_password
+from mmdiff_ray.config.errors import ConfigError, named
 from mmdiff_ray.config.schema import Config, TaskConfig
 
 
@@ -31,6 +32,15 @@ def check(config: Config) -> None:
         one_of("evaluate.lpips", backbone, ("alex", "vgg"))
     one_of("evaluate.inpaint", config.evaluate.inpaint, ("given", "repaint", "both"))
     check_batch(config)
+    _check_addresses(config)
+
+
+def _check_addresses(config: Config) -> None:
+    for index, source in enumerate(config.data.sources):
+        with named(f"data.sources[{index}].uri"):
+            refuse_password(source.uri, IN_STORAGE)
+    with named("tracking.uri"):
+        refuse_password(config.tracking.uri or "", IN_TRACKING)
 
 
 def check_batch(config: Config) -> None:

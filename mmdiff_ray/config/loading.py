@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from mmdiff_ray import registry
 from mmdiff_ray.config.checks import check, generates, one_of, unknown
 from mmdiff_ray.config.errors import ConfigError
 from mmdiff_ray.config.schema import Config
+
+_ENTRY = re.compile(r"\.\d+(\.|$)|\[")
+"""What the key of a single entry of a list has in it."""
 
 
 def load(
@@ -35,15 +39,23 @@ def load(
     for file in files:
         with _as_config_errors(str(file)):
             tree = OmegaConf.merge(tree, _read(Path(file)))
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise ConfigError(f"override {override!r} must read key=value")
-        with _as_config_errors(f"override {override!r}"):
-            tree.merge_with_dotlist([override])
+    _override(tree, overrides)
     with _as_config_errors("configuration"):
         plain = OmegaConf.to_container(tree, resolve=True)
     return from_plain(cast(dict[str, Any], plain))
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for overrides that no configuration takes: a form other than `key=value`, an unknown
+    key, a wrong type.
+
+    For the rest, and for modalities and single entries of lists, it takes the configuration that they change.
+    """
+    tree: Any = OmegaConf.create()
+    _override(tree, [word for word in overrides if not _ENTRY.search(word.partition("=")[0])])
+    plain = cast(dict[str, Any], OmegaConf.to_container(tree))
+    plain.pop("modalities", None)
+    _merge(Config, _without(plain, set()), prefix="")
 
 
 def from_plain(plain: Mapping[str, Any]) -> Config:
@@ -109,6 +121,16 @@ def parse_value(text: str) -> Any:
     with _as_config_errors(repr(text)):
         tree: Any = OmegaConf.from_dotlist([f"value={text}"])
         return cast(dict[str, Any], OmegaConf.to_container(tree))["value"]
+
+
+def _override(tree: Any, overrides: Sequence[str]) -> None:
+    """Change a tree of values as `key=value` words say."""
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"override {override!r} must read key=value")
+        with _as_config_errors(f"override {override!r}"):
+            tree.merge_with_dotlist([override])
 
 
 def _read(file: Path) -> Any:

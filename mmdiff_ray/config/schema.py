@@ -278,7 +278,8 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Where the run is recorded. uri: MLflow's; else MLFLOW_TRACKING_URI; else SQLite beside the runs.
+    """Where the run is recorded. uri: MLflow's, without a password; else MLFLOW_TRACKING_URI; else SQLite
+    beside the runs.
 
     required: whether MLflow must answer when a run begins; if not, what is recorded waits on disk until it
     does. experiment: MLflow's. log_model, system_metrics: whether the model, and the machines' load, are

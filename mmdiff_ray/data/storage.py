@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, S3FileSystem
 
-from mmdiff_ray.config import ConfigError, UnreachableError
+from mmdiff_ray.config import IN_STORAGE, ConfigError, UnreachableError, refuse_password
 
 CHUNK_BYTES = 1 << 20
 PART = ".part"
@@ -24,7 +24,7 @@ def filesystem(uri: str) -> tuple[FileSystem, str]:
     """Return the file system of a URI and the path inside it.
 
     An s3:// URI may carry options, as in `s3://bucket/folder?endpoint_override=host:9000&scheme=http`.
-    Raises ConfigError for a scheme or option that pyarrow does not know.
+    Raises ConfigError for a scheme or option that pyarrow does not know, and for a key in it.
     """
     if is_uri(uri):
         return _remote(uri)
@@ -190,6 +190,7 @@ def within(seconds: float, function: Callable[[], Any], words: str) -> Any:
 
 @functools.lru_cache(maxsize=32)
 def _remote(uri: str) -> tuple[FileSystem, str]:
+    refuse_password(uri, IN_STORAGE)
     try:
         fs, path = FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError) as error:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
-from mmdiff_ray.config import ConfigError, WorkersConfig
+from mmdiff_ray.config import ConfigError, WorkersConfig, without_passwords
 from mmdiff_ray.distributed.nodes import Labels, alive, autoscales, fitting, start_nodes
 
 _log = logging.getLogger(__name__)
@@ -31,6 +31,11 @@ def cluster(cpus: int = 4) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"RAY_ADDRESS ({without_passwords(address)}) is the address of a dashboard; want that of the "
+            "cluster itself, HEAD:6379, or none. Where `mmdiff submit` sends jobs is RAY_API_SERVER_ADDRESS"
+        )
     local: dict[str, Any] = (
         {} if address else {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False}
     )
@@ -42,6 +47,10 @@ def cluster(cpus: int = 4) -> Iterator[None]:
             ray.init(address=address or "local", logging_level=logging.ERROR, log_to_driver=False, **local)
         except ConnectionError as error:
             raise ConfigError(f"RAY_ADDRESS ({address}): no Ray cluster answers there: {error}") from None
+        except ValueError as error:
+            if not address:
+                raise
+            raise ConfigError(f"RAY_ADDRESS ({address}): {error}; want HEAD:6379, or none") from None
     _keep_messages_off_the_terminal()
     try:
         with _sigterm_as_interrupt():

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdiff_ray.backbones.cost import forward_flops
-from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.config import Config
 from mmdiff_ray.data.storage import is_uri, join
 from mmdiff_ray.denoiser import Denoiser, inert_settings
 from mmdiff_ray.distributed import job as jobs
@@ -25,7 +25,7 @@ from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.evaluation.gallery import free_folder, parse_given, write_gallery
 from mmdiff_ray.evaluation.run import tables
 from mmdiff_ray.tracking.run_life import is_local
-from mmdiff_ray.tracking.store import tracking_uri, ui_command
+from mmdiff_ray.tracking.store import shown, tracking_uri, ui_command
 from mmdiff_ray.training.export import load_export
 from mmdiff_ray.training.parallel import choose_device
 from mmdiff_ray.training.remote import STILL_S
@@ -125,7 +125,7 @@ def _say_where(console: Console, folder: Path, uri: str) -> None:
 def _ui(folder: Path, uri: str) -> str:
     """Return how to look at a run's store: by our own command where that finds it."""
     where = folder.parent
-    if is_uri(runs.address(folder)) or uri != tracking_uri(None, where):
+    if is_uri(runs.address(folder)) or uri != shown(tracking_uri(None, where)):
         return ui_command(uri)
     return "mmdiff ui" if where == Path("runs").absolute() else f"mmdiff ui --runs {_near(where)}"
 
@@ -238,10 +238,6 @@ def _cost(job: Job, denoiser: Denoiser) -> str:
 def sample(given: argparse.Namespace) -> int:
     """Draw samples from a run's exported model and write them."""
     console = make_console()
-    if given.num < 1:
-        raise ConfigError(f"--num ({given.num}) must be at least 1")
-    if not given.guidance >= 0:
-        raise ConfigError(f"--guidance ({given.guidance:g}) must be at least 0; 1 is none, above 1 more")
     if given.guidance != 1 and not given.given:
         console.print("note: --guidance changes nothing where nothing is given")
     folder = jobs.find_run(given.model, given.runs)
@@ -277,8 +273,6 @@ def sample(given: argparse.Namespace) -> int:
 def evaluate(run: str, where: str, overrides: Sequence[str], pool: int) -> int:
     """Evaluate a run again and print its figures. where: runs lie; pool: as of `evaluate_run`."""
     console = make_console()
-    if pool < 0:
-        raise ConfigError(f"--workers ({pool}) must be at least 0; 0 samples in this process")
     folder = jobs.find_run(run, where)
     findings, place = evaluate_run(folder, overrides, pool=pool, progress=True)
     for table in tables(findings.figures):

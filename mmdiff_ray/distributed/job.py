@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mmdiff_ray.data.reader import RowReader
 from mmdiff_ray.data.storage import is_uri, join, parent
 from mmdiff_ray.denoiser import Denoiser, build_denoiser, build_modalities, build_process, is_generated
 from mmdiff_ray.distributed import runs
-from mmdiff_ray.tracking.store import tracking_uri
+from mmdiff_ray.tracking.store import full, shown, tracking_uri
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.fit import calibrate
 from mmdiff_ray.training.parallel import check_strategy, choose_device
@@ -74,7 +74,7 @@ class Job:
     manifests: list[Manifest]
     folder: Path
     calibration: dict[str, Tensor]
-    tracking_uri: str = ""
+    tracking_uri: str = field(default="", repr=False)  # Ray Train shows a job's text on its dashboard
     run_id: str = ""
     pause_at: int | None = None
     tables: Tables | None = None
@@ -264,7 +264,7 @@ def write_run(job: Job, **facts: Any) -> None:
     (job.folder / "config.yaml").write_text(configuration.to_yaml(job.config), encoding="utf8")
     known = {
         "name": job.folder.name,
-        "tracking_uri": job.tracking_uri,
+        "tracking_uri": shown(job.tracking_uri),
         "run_id": job.run_id,
         "datasets": [manifest.digest for manifest in job.manifests],
     }
@@ -299,7 +299,7 @@ def load_job(folder: Path, overrides: Sequence[str] = ()) -> Job:
         )
     origin = runs.address(folder)
     uri = origin if is_uri(origin) else ""
-    return dataclasses.replace(job, tracking_uri=facts["tracking_uri"], run_id=facts["run_id"], uri=uri)
+    return dataclasses.replace(job, tracking_uri=full(facts["tracking_uri"]), run_id=facts["run_id"], uri=uri)
 
 
 def check_kept(before: Config, now: Config, allowed: Sequence[str], what: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -10,17 +11,20 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from mmdiff_ray.config import ConfigError, RunError, without_passwords
 from mmdiff_ray.distributed.display import duration
 from mmdiff_ray.distributed.job_server import Place, connect, find_place, server_errors
 from mmdiff_ray.distributed.submit import STOP_S, STOP_VARIABLE
 from mmdiff_ray.tracking.jobs import runs_of_job
 
 POLL_S = 0.5
+AGAIN_S = 5.0
 SPARE_S = 30.0
 EXIT = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 130}
 SECRET = re.compile(r"KEY|SECRET|TOKEN|PASS|CREDENTIAL", re.IGNORECASE)
 """What the name of a variable with a secret has in it."""
 PASSWORD_IN_URI = re.compile(r"://[^/@]*:([^/@]+)@")
+TOKEN_IN_URI = re.compile(r"://([^/@:\s]+)@")
 
 
 def list_jobs(address: str | None, console: Console) -> int:
@@ -30,9 +34,9 @@ def list_jobs(address: str | None, console: Console) -> int:
     with server_errors(place):
         jobs = [job for job in client.list_jobs() if job.submission_id]
     if not jobs:
-        console.print(f"no jobs at {place.url} yet; mmdiff submit -- train CONFIG")
+        console.print(f"no jobs at {place} yet; mmdiff submit -- train CONFIG")
         return 0
-    table = Table(box=SIMPLE, title=f"jobs at {place.url}", title_justify="left")
+    table = Table(box=SIMPLE, title=f"jobs at {place}", title_justify="left")
     for heading in ("job", "status", "began", "took", "command"):
         table.add_column(heading, overflow="fold")
     for job in sorted(jobs, key=lambda job: -(job.start_time or 0)):
@@ -76,12 +80,13 @@ def follow_job(client: Any, place: Place, job_id: str, console: Console) -> int:
     """Print a job's output as it comes. Interrupting this leaves the job alone."""
     try:
         job = _when(client, place, job_id, lambda status: status != "PENDING")
-        with server_errors(place, job_id):
-            asyncio.run(_tail(client, job_id, job, console))
-        job = _when(client, place, job_id, lambda status: status in EXIT)
+        job = _follow(client, place, job_id, job, console)
     except KeyboardInterrupt:
         console.print(f"\nthe job goes on; end it with: mmdiff jobs stop {job_id}")
         return 130
+    except ConfigError as error:
+        again = f"mmdiff jobs logs --follow {job_id}"
+        raise RunError(f"{error}; the job goes on if its cluster does, see: {again}") from None
     console.print(f"{job_id}: {job.status.value} after {_took(job)}")
     return EXIT[job.status.value]
 
@@ -119,8 +124,9 @@ def without_secrets(text: str, job: Any) -> str:
     hidden = set()
     for name, value in _variables(job).items():
         hidden |= {value} if SECRET.search(name) else set(PASSWORD_IN_URI.findall(value))
+        hidden |= {f"://{token}@" for token in TOKEN_IN_URI.findall(value)}  # may be a word, as a user's name
     for value in sorted(hidden - {""}, key=len, reverse=True):
-        text = text.replace(value, "***")
+        text = text.replace(value, "://***@" if value.startswith("://") else "***")
     return text
 
 
@@ -128,9 +134,54 @@ def _variables(job: Any) -> dict[str, str]:
     return (job.runtime_env or {}).get("env_vars") or {}
 
 
-async def _tail(client: Any, job_id: str, job: Any, console: Console) -> None:
+@dataclass
+class _Output:
+    """A job's output on the terminal: all of it once, however often it is read from its beginning."""
+
+    job: Any
+    console: Console
+    shown: int = 0
+
+    def show(self, text: str, start: int = 0) -> None:
+        """Print what is new in a part of the output, which starts after so many characters."""
+        new = text[max(0, self.shown - start) :]
+        self.shown += len(new)
+        self.console.out(without_secrets(new, self.job), end="", highlight=False)
+
+
+def _follow(client: Any, place: Place, job_id: str, job: Any, console: Console) -> Any:
+    """Print a job's output until it has ended, and return its facts then.
+
+    Where the connection that sends the output breaks, or a proxy lets none through, the job's output is asked
+    for and the connection is tried again, for as long as the job runs.
+    """
+    output, told = _Output(job, console), False
+    while job.status.value not in EXIT:
+        try:
+            with server_errors(place, job_id):
+                asyncio.run(_tail(client, job_id, output))
+            pause_s = POLL_S
+        except ConfigError as error:
+            if not told:
+                console.print(f"note: {error}; the output is asked for every {AGAIN_S:g} s", soft_wrap=True)
+            told, pause_s = True, AGAIN_S
+            _show_rest(client, place, job_id, output)
+        time.sleep(pause_s)
+        job = _info(client, place, job_id)
+    _show_rest(client, place, job_id, output)
+    return job
+
+
+async def _tail(client: Any, job_id: str, output: _Output) -> None:
+    start = 0
     async for text in client.tail_job_logs(job_id):
-        console.out(without_secrets(text, job), end="", highlight=False)
+        output.show(text, start)
+        start += len(text)
+
+
+def _show_rest(client: Any, place: Place, job_id: str, output: _Output) -> None:
+    with server_errors(place, job_id):
+        output.show(client.get_job_logs(job_id))
 
 
 def _info(client: Any, place: Place, job_id: str) -> Any:
@@ -153,7 +204,7 @@ def _stop_s(job: Any) -> float:
 
 
 def _command(job: Any) -> str:
-    return (job.metadata or {}).get("mmdiff.command") or job.entrypoint
+    return without_passwords((job.metadata or {}).get("mmdiff.command") or job.entrypoint)
 
 
 def _began(job: Any) -> str:

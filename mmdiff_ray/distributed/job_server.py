@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, UnreachableError, without_passwords
 from mmdiff_ray.distributed import local_cluster
 from mmdiff_ray.distributed.local_cluster import LocalCluster
 
@@ -32,6 +32,9 @@ class Place:
     said_by: str
     local: LocalCluster | None = None
 
+    def __str__(self) -> str:
+        return without_passwords(self.url)
+
 
 def find_place(given: str | None, folder: Path = local_cluster.FOLDER) -> Place:
     """Return the job server of `--address`, of the environment, or of the folder's local cluster.
@@ -46,8 +49,8 @@ def find_place(given: str | None, folder: Path = local_cluster.FOLDER) -> Place:
             return Place(url, said_by, local if local and local.address == url else None)
     if local is None:
         raise ConfigError(
-            "no cluster is named: give --address http://HEAD:8265, set RAY_ADDRESS to it, or start one on "
-            "this machine: mmdiff cluster up"
+            "no cluster is named: give --address http://HEAD:8265, set RAY_API_SERVER_ADDRESS to it, or "
+            "start one on this machine: mmdiff cluster up"
         )
     return Place(local.address, f"{folder}/{local_cluster.STATE}", local)
 
@@ -68,6 +71,7 @@ def connect(place: Place) -> Any:
 @contextmanager
 def server_errors(place: Place, job: str = "", asked_with_token: bool = True) -> Iterator[None]:
     """Turn what Ray's client raises in the block into ConfigError, in words."""
+    import aiohttp
     import requests
     from ray.exceptions import AuthenticationError
 
@@ -76,12 +80,15 @@ def server_errors(place: Place, job: str = "", asked_with_token: bool = True) ->
     except AuthenticationError:
         found = "the token is not that of the cluster" if asked_with_token else "it asks for a token"
         raise ConfigError(f"the cluster at {_named(place)} refused: {found}; {HOW_TO_TOKEN}") from None
+    except aiohttp.ClientError as error:  # of the connection that sends a job's output
+        said = without_passwords(_first_line(error))
+        raise UnreachableError(f"the cluster at {_named(place)} cannot be listened to: {said}") from None
     except (ConnectionError, requests.exceptions.RequestException):
         mend = "mmdiff cluster up" if place.local else "is its dashboard reachable from here?"
         raise ConfigError(f"no cluster answers at {_named(place)}; {mend}") from None
     except RuntimeError as error:
         if job and "does not exist" in str(error):
-            raise ConfigError(f"there is no job {job!r} at {place.url}; see: mmdiff jobs list") from None
+            raise ConfigError(f"there is no job {job!r} at {place}; see: mmdiff jobs list") from None
         raise ConfigError(f"the cluster at {_named(place)} refused: {_first_line(error)}") from None
 
 
@@ -108,14 +115,14 @@ def _read(path: Path, said_by: str) -> str:
 def _checked(url: str, said_by: str) -> str:
     if not url.startswith(("http://", "https://")):
         raise ConfigError(
-            f"{said_by} ({url}) must be the address of the cluster's dashboard, where jobs are submitted: "
-            "http://HEAD:8265 (--address goes before the environment)"
+            f"{said_by} ({without_passwords(url)}) must be the address of the cluster's dashboard, where "
+            "jobs are submitted: http://HEAD:8265 (--address goes before the environment)"
         )
     return url.rstrip("/")
 
 
 def _named(place: Place) -> str:
-    return f"{place.url} ({place.said_by})"
+    return f"{place} ({place.said_by})"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,15 @@
-"""What a cluster gets of this folder: the code and the files that a command names; no data, runs, secrets."""
+"""What a cluster gets of this folder: the code, what git does not ignore, and the files that a command names.
 
+No data and runs, no hidden files, and none that are called as keys are. Other secrets stay where git ignores
+them, or they lie elsewhere.
+"""
+
+import itertools
 import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 
 import mmdiff_ray
@@ -27,6 +33,23 @@ LEFT_OUT = (
 )
 """Folders of the working folder that no command needs on the cluster."""
 CACHES = ("__pycache__", "node_modules")
+KEYS = (
+    "id_rsa*",
+    "id_dsa*",
+    "id_ecdsa*",
+    "id_ed25519*",
+    "*.pem",
+    "*.key",
+    "*.p12",
+    "*.pfx",
+    "*.env",
+    "credentials",
+    "credentials.json",
+    "*_credentials.json",
+    "service-account*.json",
+    "service_account*.json",
+)
+"""Names of files that hold keys and passwords."""
 LIMIT_BYTES = 50 * 2**20
 SHOWN_FILES = 5
 
@@ -39,9 +62,42 @@ def code_folder() -> Path:
 def contents(folder: Path, named: Iterable[Path] = ()) -> dict[str, Path]:
     """Return what goes into the package: path inside it -> file here.
 
-    The code that runs here; of the working folder all that git does not ignore, without hidden files and the
-    folders above; the named files, wherever they are. A later one takes the place of an earlier one.
+    The code that runs here; of the working folder all that git does not ignore, without hidden files, the
+    folders above and what `left_keys` names; the named files, wherever they are and whatever they are called.
+    A later one takes the place of an earlier one.
     """
+    found = {name: file for name, file in _found(folder).items() if not _is_key(name)}
+    return found | {place: file for file, place in places(named, folder).items()}
+
+
+def left_keys(folder: Path, sent: Mapping[str, Path]) -> list[str]:
+    """Return the files of a folder that are not sent since they are called as keys are, sorted."""
+    return sorted(name for name in _found(folder) if _is_key(name) and name not in sent)
+
+
+def places(named: Iterable[Path], folder: Path) -> dict[Path, str]:
+    """Return where named files lie in the package: where they are in the working folder, or beside it all,
+    those of one name apart."""
+    found: dict[Path, str] = {}
+
+    def is_taken(place: str) -> bool:
+        return place in found.values() or (folder / place).exists()
+
+    for file in named:
+        if file in found:
+            continue
+        here = file.absolute()
+        if here.is_relative_to(folder.absolute()):
+            found[file] = here.relative_to(folder.absolute()).as_posix()
+            continue
+        folders = itertools.chain([NAMED], (f"{NAMED}/{number}" for number in itertools.count(2)))
+        free = (place for where in folders if not is_taken(place := f"{where}/{file.name}"))
+        found[file] = next(free)
+    return found
+
+
+def _found(folder: Path) -> dict[str, Path]:
+    """Return the code and the files of the working folder that may go, whatever they are called."""
     found: dict[str, Path] = {}
     for part in CODE:
         found |= _under(code_folder(), code_folder() / part)
@@ -51,13 +107,7 @@ def contents(folder: Path, named: Iterable[Path] = ()) -> dict[str, Path]:
         found |= _files(folder)
     lock = code_folder() / LOCK
     found |= {LOCK: lock} if lock.is_file() and LOCK not in found else {}
-    return found | {place(file, folder): file for file in named}
-
-
-def place(file: Path, folder: Path) -> str:
-    """Return where a named file lies in the package: where it is in the working folder, or beside it all."""
-    file, folder = file.absolute(), folder.absolute()
-    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else f"{NAMED}/{file.name}"
+    return found
 
 
 def check_size(files: Mapping[str, Path], limit_bytes: int = LIMIT_BYTES) -> int:
@@ -116,6 +166,10 @@ def _may_go(name: str) -> bool:
     parts = name.split("/")
     hidden = any(part.startswith(".") or part in CACHES for part in parts)
     return not hidden and parts[0] not in LEFT_OUT and not name.endswith((".pyc", ".egg-info"))
+
+
+def _is_key(name: str) -> bool:
+    return any(fnmatch(name.rpartition("/")[2].lower(), pattern) for pattern in KEYS)
 
 
 def _mib(size: int) -> str:

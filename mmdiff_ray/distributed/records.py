@@ -19,7 +19,6 @@ from mmdiff_ray.distributed import runs
 from mmdiff_ray.tracking.jobs import JOB_VARIABLE
 from mmdiff_ray.tracking.sender import replay
 from mmdiff_ray.tracking.spool import Spool, is_held, left_in, waiting
-from mmdiff_ray.tracking.store import shown
 from mmdiff_ray.tracking.tracker import Say, Tracker
 from mmdiff_ray.training.remote import STILL_S
 
@@ -36,7 +35,7 @@ def root(folder: Path) -> Path:
 def keep(folder: Path, mirror: Mirror | None) -> list[str]:
     """Bring the spools that nobody sends to the storage of a run; return what is not there then.
 
-    A spool that a thread of this process still sends stays. The address of MLflow goes without its password.
+    A spool that a thread of this process still sends stays.
     """
     if mirror is None:
         return []
@@ -47,11 +46,9 @@ def keep(folder: Path, mirror: Mirror | None) -> list[str]:
             busy += [place.relative_to(folder).as_posix()] if is_held(place) else []
             continue
         if len(spool):
-            target = spool.target
             kept = folder / PLACE / place.name
             kept.parent.mkdir(exist_ok=True)
             place.rename(kept)
-            (kept / TARGET).write_text(json.dumps({**target, "uri": shown(target["uri"])}))
             mirror.send(f"{PLACE}/{place.name}")
         spool.close()
     return [*busy, *(name for name in mirror.flush(STILL_S) if name.startswith(f"{PLACE}/"))]

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from mmdiff_ray.config import ConfigError, RunError, UnreachableError
 from mmdiff_ray.data.mirror import Mirror, cached, fetched, mirror
@@ -54,12 +53,6 @@ def check_runs(runs: str) -> None:
 
 def opened(runs: str) -> tuple[Any, str]:
     """Return the file system of the storage of runs and the path in it. Raises ConfigError."""
-    parts = urlsplit(runs)
-    if parts.password:
-        raise ConfigError(
-            "runs: a key in a URI would be recorded with the run; want it in the environment "
-            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
-        )
     try:
         fs, root = filesystem(runs)
     except ConfigError as error:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.config import IN_STORAGE, IN_TRACKING, Config, ConfigError, named, refuse_password
 from mmdiff_ray.data.storage import is_uri
 from mmdiff_ray.distributed import package
 from mmdiff_ray.distributed.ahead import check_ahead, check_paths
@@ -36,15 +36,34 @@ COMMANDS = (
     "data_embed",
 )
 EXPERIMENTS = Path("pipelines/configs/experiments")
+NAMED = ("uri", "out")
+"""Arguments of commands that name a folder or a URI, beside `--runs`."""
 PASSED_ON = ("MLFLOW_", "AWS_")
 OF_THIS_MACHINE = (
     "AWS_CA_BUNDLE",
     "AWS_CONFIG_FILE",
+    "AWS_CONTAINER_",
+    "AWS_DEFAULT_PROFILE",
+    "AWS_EC2_METADATA_",
+    "AWS_PROFILE",
+    "AWS_ROLE_",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "MLFLOW_TRACKING_CLIENT_CERT_PATH",
+    "MLFLOW_TRACKING_SERVER_CERT_PATH",
+)
+"""How variables begin that name files here (a profile is in one), or say where this machine finds its
+credentials, which would hide those of the cluster's machines; another cluster gets them by --env alone."""
+CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_CONFIG_FILE",
+    "AWS_CONTAINER_",
     "AWS_DEFAULT_PROFILE",
     "AWS_PROFILE",
     "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
 )
-"""Variables that name files here; a cluster elsewhere gets them by --env alone."""
+"""How variables begin that lead a job to credentials for S3."""
 STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 STOP_S = 120
 """How long a job that is stopped may take for its checkpoint before Ray kills it (Ray's own: 3 s)."""
@@ -61,6 +80,9 @@ def submit(
     if known.run not in COMMANDS:
         names = ", ".join(name.replace("_", " ") for name in COMMANDS)
         raise ConfigError(f"submit runs one of {names}; got {' '.join(words[:2])}")
+    for word in words:  # Ray shows a job's command to everyone, and so does `ps` on its machines
+        with named("submit"):
+            refuse_password(word, IN_TRACKING if word.startswith("tracking.") else IN_STORAGE)
     words = _with_workers(words, known, given.num_workers)
     place = find_place(given.address)
     config = _config(known)
@@ -69,9 +91,16 @@ def submit(
     for sentence in _checked(config, here):
         console.print(sentence, soft_wrap=True)
     variables = environment(given.env, here=place.local is not None)
-    files = package.contents(Path.cwd(), [file for _, file in _named(words, known).values()])
-    if place.local is None and (warning := _loopback(config, variables)):
-        console.print(f"warning   {warning}", soft_wrap=True)
+    named_files = [file for _, file in _named(words, known).values()]
+    files = package.contents(Path.cwd(), named_files)
+    if keys := package.left_keys(Path.cwd(), files):
+        named_keys = ", ".join(keys[: package.SHOWN_FILES]) + (", ..." if keys[package.SHOWN_FILES :] else "")
+        console.print(f"note      not sent, for these are names of keys: {named_keys}", soft_wrap=True)
+    if place.local is None:
+        for sentence in [*_loopback(config, variables), *_no_keys(words, named_files, config, variables)]:
+            console.print(sentence, soft_wrap=True)
+    if passed := sorted(variables.keys() - {STOP_VARIABLE}):
+        console.print(f"variables {', '.join(passed)}", soft_wrap=True)
     size = package.check_size(files)
     client = connect(place)
     job = f"{_slug(given.name or _name(known, config))}-{secrets.token_hex(3)}"
@@ -81,14 +110,13 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="mmdiff-") as stage, server_errors(place):
         package.stage(files, Path(stage))
         if known.run == "sweep":  # relative names in it are of this folder, and the job starts in another
-            for _, file in _named(words, known).values():
-                sent = Path(stage) / package.place(file, Path.cwd())
-                sent.write_text(whole_text(file), encoding="utf8")
+            for file, place_there in package.places(named_files, Path.cwd()).items():
+                (Path(stage) / place_there).write_text(whole_text(file), encoding="utf8")
         _send(
             client, job, stage, entrypoint(words, known, folder), variables, given.pip, _facts(words, store)
         )
     console.print(f"sent      {len(files)} files, {size / 2**20:.1f} MiB")
-    console.print(f"job       {job}, at {place.url}", soft_wrap=True)
+    console.print(f"job       {job}, at {place}", soft_wrap=True)
     console.print(f"MLflow    {page}", soft_wrap=True)
     return job
 
@@ -101,7 +129,7 @@ def environment(given: Sequence[str], here: bool, around: Mapping[str, str] = os
     found = {
         name: value
         for name, value in around.items()
-        if name.startswith(PASSED_ON) and (here or name not in OF_THIS_MACHINE)
+        if name.startswith(PASSED_ON) and (here or not name.startswith(OF_THIS_MACHINE))
     }
     if uri := found.get("MLFLOW_TRACKING_URI"):
         found["MLFLOW_TRACKING_URI"] = tracking_uri(uri, ".")
@@ -113,6 +141,10 @@ def environment(given: Sequence[str], here: bool, around: Mapping[str, str] = os
         if not equals and name not in around:
             raise ConfigError(f"--env {name}: there is no such variable here; write --env {name}=VALUE")
         found[name] = value if equals else around[name]
+    if not re.fullmatch(r"[0-9]+", found[STOP_VARIABLE]):
+        raise ConfigError(
+            f"--env {STOP_VARIABLE}: got {found[STOP_VARIABLE]!r}, want whole seconds, such as {STOP_S}"
+        )
     return found
 
 
@@ -122,17 +154,16 @@ def entrypoint(words: Sequence[str], known: argparse.Namespace, folder: str | No
     `exec` leaves no shell between Ray and the driver, which gets Ray's SIGTERM itself.
     """
     named = _named(words, known)
+    places = package.places([file for _, file in named.values()], Path.cwd())
+    there = {word: (before, places[file]) for word, (before, file) in named.items()}
     at = ["-C", shlex.quote(folder)] if folder else []
-    shell = [_shell(word, named) for word in words]
+    shell = [_shell(*there[word]) if word in there else shlex.quote(word) for word in words]
     return " ".join(["exec python -m mmdiff_ray.cli", *at, *shell])
 
 
-def _shell(word: str, named: Mapping[str, tuple[str, Path]]) -> str:
-    """Return a word for the shell; a file of the package by its place there."""
-    if word not in named:
-        return shlex.quote(word)
-    before, file = named[word]
-    return f'{shlex.quote(before) if before else ""}"$PWD"/{shlex.quote(package.place(file, Path.cwd()))}'
+def _shell(before: str, place: str) -> str:
+    """Return a word for the shell that names a file of the package by its place there."""
+    return f'{shlex.quote(before) if before else ""}"$PWD"/{shlex.quote(place)}'
 
 
 def _named(words: Sequence[str], known: argparse.Namespace) -> dict[str, tuple[str, Path]]:
@@ -140,12 +171,12 @@ def _named(words: Sequence[str], known: argparse.Namespace) -> dict[str, tuple[s
     found: dict[str, tuple[str, Path]] = {}
     for word in words:
         before, _, value = word.partition("=")
-        if known.run == "train" and not known.resume and word == known.config:
+        if known.run == "train" and word == known.config:
             found[word] = ("", Path(word))
         elif known.run == "experiment" and word == known.name:
             file = Path(word) if word.endswith(".yaml") else EXPERIMENTS / f"{word}.yaml"
             found |= {word: ("", file)} if file.is_file() else {}
-        elif known.run == "sweep" and not known.resume and word == known.file and Path(word).is_file():
+        elif known.run == "sweep" and word == known.file and Path(word).is_file():
             found[word] = ("", Path(word))
         elif word in getattr(known, "given", []) and Path(value).is_file():
             found[word] = (f"{before}=", Path(value))
@@ -165,10 +196,6 @@ def _config(known: argparse.Namespace) -> Config | None:
     """Return the configuration that would be trained; None for what has none here."""
     if known.run != "train" or known.resume:
         return None
-    if known.config is None:
-        raise ConfigError(
-            "train needs a config file, for example pipelines/configs/demo.yaml, or --resume RUN"
-        )
     return configuration.load([known.config], known.overrides, {"name": Path(known.config).stem})
 
 
@@ -180,14 +207,26 @@ def _folder(given: str | None, place: Place, config: Config | None, known: argpa
         return given
     if place.local is not None:
         return str(Path.cwd())
-    where = str(known.folder if known.run == "sync" else getattr(known, "runs", ""))
-    if config is None and not is_uri(where) and not (known.run == "sync" and Path(where).is_absolute()):
+    elsewhere = known.run == "sync" and Path(known.folder).is_absolute()
+    if config is None and not elsewhere and not all(map(is_uri, _places(known))):
         raise ConfigError(
             "give --folder DIR: the folder, shared by all nodes of the cluster, where runs/ and data/ are"
         )
     if config is not None:
         check_paths(config)
     return None
+
+
+def _places(known: argparse.Namespace) -> list[str]:
+    """Return what a command names of the cluster: where runs are, what is read, where the result goes."""
+    if known.run == "sync":
+        return [known.folder]
+    run = getattr(known, "model", None) or getattr(known, "resume", None) or ""
+    named = (
+        run if is_uri(run) else getattr(known, "runs", None),
+        *(getattr(known, name, None) for name in NAMED),
+    )
+    return [str(place) for place in named if place is not None]
 
 
 def _checked(config: Config | None, here: bool) -> list[str]:
@@ -211,7 +250,18 @@ def _store(
     return ""
 
 
-def _loopback(config: Config | None, variables: Mapping[str, str]) -> str:
+def _no_keys(
+    words: Sequence[str], files: Sequence[Path], config: Config | None, variables: Mapping[str, str]
+) -> list[str]:
+    """Return a note where a command uses S3 and no credentials go along; else nothing."""
+    texts = [*words, *(file.read_text(encoding="utf8") for file in files if file.suffix in (".yaml", ".yml"))]
+    texts += [config.runs, *(source.uri for source in config.data.sources)] if config else []
+    if any(name.startswith(CREDENTIALS) for name in variables) or not any("s3://" in text for text in texts):
+        return []
+    return ["note      no AWS credentials go with the job: the cluster's machines need their own for s3://"]
+
+
+def _loopback(config: Config | None, variables: Mapping[str, str]) -> list[str]:
     """Return a warning where a cluster elsewhere would look for MLflow on its own nodes; else nothing."""
     named = {
         "tracking.uri": config.tracking.uri if config else None,
@@ -221,13 +271,13 @@ def _loopback(config: Config | None, variables: Mapping[str, str]) -> str:
         if uri:
             host = urlsplit(uri).hostname or ""
             if host != "localhost" and not host.startswith("127.") and host != "::1":
-                return ""
-            return (
-                f"{name} ({shown(uri)}) is this machine alone: on the cluster that address leads each node "
-                "to itself. If MLflow is not there, name it as the nodes reach it, or leave it out (env -u "
-                "MLFLOW_TRACKING_URI)"
-            )
-    return ""
+                return []
+            return [
+                f"warning   {name} ({shown(uri)}) is this machine alone: on the cluster that address leads "
+                "each node to itself. If MLflow is not there, name it as the nodes reach it, or leave it out "
+                "(env -u MLFLOW_TRACKING_URI)"
+            ]
+    return []
 
 
 def _facts(words: Sequence[str], store: str) -> dict[str, str]:

@@ -34,7 +34,7 @@ from mmdiff_ray.sweeps.journal import read_trials
 from mmdiff_ray.sweeps.space import Look, Make, check_point, look, sizes_network
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.tracking import run_life
-from mmdiff_ray.tracking.store import tracking_uri
+from mmdiff_ray.tracking.store import full, shown, tracking_uri
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.inference import Generator
 
@@ -140,7 +140,7 @@ def begin_sweep(sweep: Sweep, seen: Look, text: str, command: str, runs: str) ->
         texts={"sweep.yaml": text},
     )
     (folder / "sweep.yaml").write_text(text, encoding="utf8")
-    write_json(folder / "sweep.json", {"tracking_uri": uri, "run_id": run_id, "begun": time.time()})
+    write_json(folder / "sweep.json", {"tracking_uri": shown(uri), "run_id": run_id, "begun": time.time()})
     return folder
 
 
@@ -153,13 +153,11 @@ def run_sweep(sweep: Sweep, folder: Path, say: Say) -> str:
     facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
     with sweep_cluster(sweep), stop_requests() as stopped:
         note_run(facts["run_id"])
-        state = _tune(sweep, folder, facts["run_id"], facts["begun"], say, stopped)
+        state = _tune(sweep, folder, facts, say, stopped)
     return state
 
 
-def _tune(
-    sweep: Sweep, folder: Path, parent: str, begun: float, say: Say, stopped: Callable[[], bool]
-) -> str:
+def _tune(sweep: Sweep, folder: Path, facts: Mapping[str, Any], say: Say, stopped: Callable[[], bool]) -> str:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours says what is left open
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that diverges ends without a score
@@ -168,7 +166,7 @@ def _tune(
     from ray import tune
 
     known = list(read_trials(folder))
-    deadline = None if sweep.budget.hours is None else begun + 3600 * sweep.budget.hours
+    deadline = None if sweep.budget.hours is None else facts["begun"] + 3600 * sweep.budget.hours
     make = make_configs(sweep)
     searcher = SpaceSearcher(sweep, make, known, deadline)
     watch = Watch(sweep, folder, searcher, say, stopped)
@@ -181,7 +179,8 @@ def _tune(
         run_trial,
         sweep=sweep,
         folder=folder,
-        parent=parent,
+        parent=facts["run_id"],
+        store=full(facts["tracking_uri"]),
         where=os.getcwd(),
         tables=SharedTables(shelf),
     )

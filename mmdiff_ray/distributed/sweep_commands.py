@@ -55,11 +55,15 @@ def sweep(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
             return _run(spec, folder)
 
 
-def resume(name: str, runs: str, overrides: Sequence[str]) -> int:
-    """Go on with a sweep; what of its budget may change stays changed."""
+def check_changed(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for an override that no sweep can go on with."""
     for word in overrides:
         if word.partition("=")[0] not in MAY_CHANGE:
             raise ConfigError(f"{word}: a sweep goes on as it began, but for {', '.join(MAY_CHANGE)}")
+
+
+def resume(name: str, runs: str, overrides: Sequence[str]) -> int:
+    """Go on with a sweep; what of its budget may change stays changed."""
     folder = sweep_folder(name, runs)
     facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
     spec = load_sweep(folder / "sweep.yaml", overrides)

@@ -26,6 +26,7 @@ from mmdiff_ray.evaluation.run import metrics_of
 from mmdiff_ray.sweeps.journal import Trial, number_of, read_trial, trial_folder, write_trial
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.tracking import run_life
+from mmdiff_ray.tracking.store import full
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import complete, drop, write_json
 from mmdiff_ray.training.trainer import TrainingError
@@ -44,17 +45,19 @@ def score(sweep: Sweep, figures: Mapping[str, float]) -> float:
 
 
 def run_trial(
-    config: dict[str, Any], sweep: Sweep, folder: Path, parent: str, where: str, tables: Tables
+    config: dict[str, Any], sweep: Sweep, folder: Path, parent: str, store: str, where: str, tables: Tables
 ) -> None:
     """Be a trial of Ray Tune: train, judge and report until the samples are used up or Tune ends it.
 
-    config: `number` and `values`. folder: the sweep's. parent: the sweep's run in MLflow. where: the working
-    folder of the driver. tables: what all trials read row groups through. Goes on from what its own folder
-    holds, or, after population based training copied another trial into this one, from that checkpoint.
+    config: `number` and `values`. folder: the sweep's. parent: the sweep's run in MLflow. store: MLflow's
+    address, with the password that no file holds. where: the working folder of the driver. tables: what all
+    trials read row groups through. Goes on from what its own folder holds, or, after population based
+    training copied another trial into this one, from that checkpoint.
     """
     from ray import tune
 
     os.chdir(where)
+    os.environ["MLFLOW_TRACKING_URI"] = store
     number = number_of(folder, tune.get_context().get_trial_id(), config["number"])
     trial = read_trial(folder, number) or Trial(number, dict(config["values"]))
     fresh = tune.get_checkpoint() is None
@@ -92,7 +95,7 @@ def _job(sweep: Sweep, folder: Path, trial: Trial, parent: str, tables: Tables) 
         for checkpoint in complete(job.checkpoints):
             if int(checkpoint.name) > trial.samples:
                 drop(checkpoint)
-        job = dataclasses.replace(job, tracking_uri=facts["tracking_uri"], run_id=facts["run_id"])
+        job = dataclasses.replace(job, tracking_uri=full(facts["tracking_uri"]), run_id=facts["run_id"])
         if trial.outcome is None:
             run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
         return job

@@ -30,17 +30,23 @@ def parse_given(model: Generator, given: list[str], hole: str | None = None) -> 
     that is given."""
     rows = {}
     for text in given:
-        name, separator, value = text.partition("=")
-        if not separator:
-            raise ConfigError(
-                f"--given {text!r} must read instance=value, for example --given label='Food & Drink'"
-            )
+        name, value = split_given(text)
         name = model.instance(name)
         modality = model.modality(name)
         rows[name] = modality.parse(f"{value},{hole}" if hole and modality.only_given else value)
     if hole and not any(model.modality(name).only_given for name in rows):
         raise ConfigError("--hole goes with a masked image: --given masked=picture.png --hole hole.png")
     return rows
+
+
+def split_given(text: str) -> tuple[str, str]:
+    """Return the instance and the value of an `instance=value` text. Raises ConfigError for another form."""
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ConfigError(
+            f"--given {text!r} must read instance=value, for example --given label='Food & Drink'"
+        )
+    return name, value
 
 
 def write_gallery(

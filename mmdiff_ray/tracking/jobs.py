@@ -1,7 +1,6 @@
 """The tie between a job on a cluster and its runs: every run that it begins or goes on with has its id as a
 tag."""
 
-import os
 import ssl
 import urllib.error
 import urllib.request
@@ -56,10 +55,8 @@ def runs_of_job(uri: str, job: str) -> list[RunOfJob]:
     """Return the runs that a job began or went on with, the newest first; none where the store is away, or
     tells nothing to this person.
 
-    uri: as a job carries it, without a password; MLFLOW_TRACKING_URI of the same store may have one.
+    uri: as a job carries it, without a password; MLFLOW_TRACKING_URI of the same store may have it.
     """
-    around = os.environ.get("MLFLOW_TRACKING_URI", "")
-    uri = around if around and store.shown(around) == uri else uri
     gone = uri.startswith(store.SQLITE) and not store.sqlite_file(uri).is_file()
     if not uri or gone or (is_server(uri) and not reachable(uri)):
         return []

@@ -2,13 +2,12 @@
 
 import logging
 import os
-import re
 import shlex
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, without_passwords
 
 # A request to a server that does not answer must end; the spool tries again. (MLflow's own: 120 s and 7
 # retries.)
@@ -36,10 +35,10 @@ def tracking_uri(explicit: str | None, runs: str | Path) -> str:
             f"tracking.uri: runs in {runs} have no folder for MLflow's own file; name a store, "
             "tracking.uri=http://host:5000 or sqlite:////path/to/mlflow.db, or set MLFLOW_TRACKING_URI"
         )
-    uri = named or f"{SQLITE}{Path(runs).absolute() / 'mlflow.db'}"
+    uri = full(named or f"{SQLITE}{Path(runs).absolute() / 'mlflow.db'}")
     if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
         raise ConfigError(
-            f"tracking.uri ({uri}) is a folder, which MLflow no longer records into; "
+            f"tracking.uri ({shown(uri)}) is a folder, which MLflow no longer records into; "
             "write sqlite:////path/to/mlflow.db or the address of a server, http://host:5000"
         )
     return f"{SQLITE}{sqlite_file(uri)}" if uri.startswith(SQLITE) else uri
@@ -51,14 +50,15 @@ def sqlite_file(uri: str) -> Path:
 
 
 def shown(uri: str) -> str:
-    """Return an address without the user name and password it may carry."""
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if parts.password else uri
+    """Return an address as it is stored and shown: without the user, password or token it may carry."""
+    return without_passwords(uri)
 
 
-def without_passwords(text: str) -> str:
-    """Return a text without the user names and passwords of the addresses in it."""
-    return re.sub(r"://[^/@\s:'\"]*:[^/@\s'\"]+@", "://", text)
+def full(uri: str, *known: str) -> str:
+    """Return a stored address with the user and password that a known one of the same store has, or that in
+    MLFLOW_TRACKING_URI."""
+    around = [*known, os.environ.get("MLFLOW_TRACKING_URI", "")]
+    return next((address for address in around if address and shown(address) == uri), uri)
 
 
 def ui_command(uri: str) -> str:
@@ -83,13 +83,14 @@ def prepare(uri: str) -> None:
 
 
 def client(uri: str) -> Any:
-    """Return MLflow's client of a store. A missing SQLite file is created, which takes seconds."""
+    """Return MLflow's client of a store, whose address may be the stored one. A missing SQLite file is
+    created, which takes seconds."""
     prepare(uri)
     from mlflow import MlflowClient
 
     for name in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):  # a line per table, per retry
         logging.getLogger(name).setLevel(logging.ERROR)
-    return MlflowClient(uri)
+    return MlflowClient(full(uri))
 
 
 def get_or_create_experiment(uri: str, name: str) -> str:

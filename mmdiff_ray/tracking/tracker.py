@@ -50,7 +50,7 @@ class Tracker(Recorder):
         self._hurry = self._closing = self._discarded = False
         self._failures, self._away = 0, False
         self._moved = time.monotonic()
-        super().__init__(Spool.create(root, {"uri": uri, "run_id": run_id}))
+        super().__init__(Spool.create(root, {"uri": store.shown(uri), "run_id": run_id}))
         self._adopt()
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
         self._thread.start()
@@ -178,8 +178,10 @@ class Tracker(Recorder):
         """Take over the spools that ended processes of this run have left."""
         for folder in waiting(self._root):
             if folder != self._spool.folder and (spool := Spool.adopt(folder)) is not None:
+                target = spool.target
+                sender = Sender(store.full(target["uri"], self._sender.uri), target["run_id"])
                 with self._changed:
-                    self._adopted = [*self._adopted, (spool, Sender(**spool.target))]
+                    self._adopted = [*self._adopted, (spool, sender)]
 
     def _send_all(self) -> None:
         """Send everything, ended processes' records first; raise the last error after all had their turn."""

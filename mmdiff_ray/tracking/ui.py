@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.tracking.store import SQLITE, client, sqlite_file, tracking_uri
+from mmdiff_ray.tracking.store import SQLITE, client, shown, sqlite_file, tracking_uri
 
 ENDING_S = 5.0
 
@@ -22,7 +22,7 @@ def serve(runs: str | Path, host: str, port: int) -> int:
     """
     uri = tracking_uri(None, runs)
     if not uri.startswith(SQLITE):
-        print(f"the runs are on a server: open {uri}")
+        print(f"the runs are on a server: open {shown(uri)}")
         return 0
     if not sqlite_file(uri).is_file():
         raise ConfigError(f"no runs in {runs}/ yet; make some with: mmdiff train pipelines/configs/demo.yaml")

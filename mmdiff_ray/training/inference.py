@@ -280,6 +280,11 @@ def _check_settings(num: int, steps: int, sampler: str) -> None:
     for name, value in (("num", num), ("steps", steps)):
         if value < 1:
             raise ConfigError(f"{name} ({value}) must be at least 1")
+    check_sampler(sampler)
+
+
+def check_sampler(sampler: str) -> None:
+    """Raise ConfigError for an unknown sampler."""
     try:
         look_up("sampler", sampler)
     except KeyError as error:

@@ -21,6 +21,28 @@ def test_training_in_this_process_asks_for_no_cluster():
         assert ray.is_initialized() == before
 
 
+@pytest.mark.parametrize(
+    "address, message",
+    [
+        ("http://head:8265", "is the address of a dashboard; want that of the cluster itself, HEAD:6379"),
+        ("https://me:hidden@head", r"\(https://head\) is the address of a dashboard"),
+        ("nonsense", "Invalid address: nonsense; want HEAD:6379, or none"),
+    ],
+)
+def test_address_that_is_none_of_a_cluster_is_told(monkeypatch, address, message):
+    import ray
+
+    def init(address: str, **options: object) -> None:
+        raise ValueError(f"Invalid address: {address}")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=f"^RAY_ADDRESS .*{message}") as error, cluster():
+        raise AssertionError("the block must not run")
+    assert "hidden" not in str(error.value)
+
+
 @pytest.mark.ray
 def test_cluster_in_use_is_shared_and_outlives_the_block(ray_cluster):
     import ray

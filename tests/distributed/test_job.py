@@ -24,6 +24,17 @@ def made(sprites, tmp_path):
     return job
 
 
+def test_run_goes_on_with_the_password_of_the_environment_which_its_files_do_not_hold(made, monkeypatch):
+    whole = "http://me:hidden@host:5000"
+    job = dataclasses.replace(made, tracking_uri=whole)
+    jobs.write_run(job, state="stopped")
+    assert "hidden" not in str(job)
+    assert not any("hidden" in file.read_text() for file in made.folder.rglob("*") if file.is_file())
+    assert jobs.load_job(made.folder).tracking_uri == "http://host:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", whole)
+    assert jobs.load_job(made.folder).tracking_uri == whole
+
+
 def test_prepared_job_writes_nothing_and_knows_what_the_data_say(sprites, tmp_path):
     job = tiny.job(sprites, folder=tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

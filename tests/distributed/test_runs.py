@@ -187,6 +187,7 @@ def test_sync_of_storage_without_a_run_is_refused(tmp_path, capsys):
         ("nope://bucket/runs", r"^runs: cannot open nope://bucket/runs"),
         ("s3://bucket/runs?colour=red", r"^runs: cannot open s3://bucket/runs\?colour=red"),
         ("s3://me:secret@bucket/runs", r"^runs: a key in a URI would be recorded.*AWS_ACCESS_KEY_ID"),
+        ("s3://secret@bucket/runs", r"^runs: a key in a URI would be recorded.*AWS_ACCESS_KEY_ID"),
         ("file:///proc/nothing", r"^runs: cannot write to file:///proc/nothing: .*the right to write"),
     ],
 )

@@ -134,6 +134,8 @@ def test_the_password_of_the_store_is_not_recorded(dead_uri, uri, client, tmp_pa
         secret, "tests", "secret", tmp_path, {"tracking.uri": secret}, f"uri: {secret}\n",
         tags={"command": f"mmdiff train a.yaml tracking.uri={secret}", "count": 3}, required=False,
     )  # fmt: skip
+    kept = [file.read_text() for file in tmp_path.rglob("*") if file.is_file()]
+    assert any(dead_uri in text for text in kept) and not any("hidden" in text for text in kept)
     replay(tmp_path, uri)
     run = queries.find_run(uri, local)
     assert run.data.params == {"tracking.uri": store.shown(secret)} == {"tracking.uri": dead_uri}

@@ -50,6 +50,19 @@ def test_texts_lose_passwords_and_nothing_else():
 
 def test_what_a_person_types_shows_no_password():
     assert store.ui_command("https://me:secret@host:5000/x") == "open https://host:5000/x"
+    assert store.ui_command("https://t0ken@host:5000/x") == "open https://host:5000/x"
+
+
+def test_stored_address_is_asked_with_the_password_of_the_environment(monkeypatch):
+    stored, whole = "http://host:5000", "http://me:secret@host:5000"
+    assert store.full(stored) == stored
+    assert store.full(stored, "http://me:secret@other:5000", whole) == whole
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", whole)
+    assert (
+        store.full(stored) == store.tracking_uri(stored, "runs") == store.tracking_uri(None, "runs") == whole
+    )
+    assert store.full("http://host:5001") == "http://host:5001"
+    assert store.client(stored).tracking_uri == whole
 
 
 def test_the_command_to_look_at_runs_survives_a_space_in_a_path():
