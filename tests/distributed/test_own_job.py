@@ -22,13 +22,15 @@ assert not ray.is_initialized()
 def test_job_that_has_not_started_ray_itself_gets_its_run_beside_what_it_has(ray_cluster):
     import ray
     from ray._private.ray_constants import KV_NAMESPACE_JOB
+    from ray._raylet import GcsClient
     from ray.dashboard.modules.job.common import JobInfoStorageClient
-    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
-    key = JobInfoStorageClient.JOB_DATA_KEY.format(job_id="tiny-1a2b3c")
+    address = ray.get_runtime_context().gcs_address
+    store = GcsClient(address=address)  # Ray's own one of this process goes with any cluster that ends in it
+    key = JobInfoStorageClient.JOB_DATA_KEY.format(job_id="tiny-1a2b3c").encode()
     facts = {"status": "RUNNING", "metadata": {"mmdiff.command": "train tiny.yaml"}}
-    _internal_kv_put(key, json.dumps(facts), overwrite=True, namespace=KV_NAMESPACE_JOB)
-    job = {JOB_VARIABLE: "tiny-1a2b3c", "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    store.internal_kv_put(key, json.dumps(facts).encode(), True, KV_NAMESPACE_JOB)
+    job = {JOB_VARIABLE: "tiny-1a2b3c", "RAY_ADDRESS": address}
     subprocess.run([sys.executable, "-c", NOTE], env=os.environ | job, check=True)
-    noted = json.loads(_internal_kv_get(key, namespace=KV_NAMESPACE_JOB))
+    noted = json.loads(store.internal_kv_get(key, KV_NAMESPACE_JOB))
     assert noted == {**facts, "metadata": {**facts["metadata"], RUN_KEY: "the run"}}
