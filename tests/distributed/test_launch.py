@@ -254,12 +254,13 @@ def wait_until(done: Callable[[], bool], process: subprocess.Popen) -> None:
 
 
 def workers(name: str = "RayTrainWorker") -> list[psutil.Process]:
-    """Return the training workers, or other actors, of this process's own cluster."""
+    """Return the training workers, or other actors, of this process's own cluster, the newest last: one of an
+    earlier run may still be there, and the numbers of processes start again from low ones."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has just ended
             found += [process] if name in " ".join(process.cmdline()) else []
-    return found
+    return sorted(found, key=psutil.Process.create_time)
 
 
 @pytest.mark.slow
