@@ -22,9 +22,9 @@ def check_to_send(given: argparse.Namespace) -> None:
             "--dry-run starts nothing and is for this machine; submit checks a command before it is sent"
         )
     if given.run == "sweep" and given.file is not None and given.file != "report":
-        from mmdiff_ray.sweeps.spec import check_space, load_sweep
+        from mmdiff_ray.sweeps.spec import any_config, load_sweep
 
-        check_space(load_sweep(given.file, given.overrides))
+        any_config(load_sweep(given.file, given.overrides))
 
 
 def labels_of(words: Sequence[str]) -> dict[str, str]:
@@ -94,12 +94,14 @@ def _evaluate(given: argparse.Namespace) -> None:
 def _experiment(given: argparse.Namespace) -> None:
     from mmdiff_ray.experiments.spec import load_experiment
 
-    _check_folder(given.runs, "an experiment")
+    if "://" in given.runs:
+        raise ConfigError(
+            f"--runs ({given.runs}): an experiment needs a folder there, on a disk that all nodes share"
+        )
     load_experiment(given.name, given.preset).matching(given.cells)
 
 
 def _sweep(given: argparse.Namespace) -> None:
-    _check_folder(given.runs, "a sweep")
     if given.file == "report":
         if len(given.overrides) != 1:
             raise ConfigError("sweep report needs the name or the id of a sweep's run in MLflow")
@@ -111,11 +113,6 @@ def _sweep(given: argparse.Namespace) -> None:
         check_changed(given.overrides)
     elif given.file is None:
         raise ConfigError("sweep needs a file, for example sweeps/quickstart.yaml, or --resume SWEEP")
-
-
-def _check_folder(runs: str, what: str) -> None:
-    if "://" in runs:
-        raise ConfigError(f"--runs ({runs}): {what} needs a folder there, on a disk that all nodes share")
 
 
 def _check_workers(given: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ def check_ahead(config: Config, here: bool) -> list[str]:
     here: whether the cluster is this machine, so that paths and weights here are those there. Raises
     ConfigError for what cannot run; data and runs that cannot be reached from here are no error.
     """
-    notes = _look_at_runs(config.runs) if is_uri(config.runs) else []
+    notes = look_at_runs(config.runs) if is_uri(config.runs) else []
     if here:
         jobs.prepare(config, Path("unused"))
         return ["checked against its data", *notes]
@@ -39,7 +39,7 @@ def check_ahead(config: Config, here: bool) -> list[str]:
     return ["checked without its data: names, numbers, tasks", *notes]
 
 
-def _look_at_runs(where: str) -> list[str]:
+def look_at_runs(where: str) -> list[str]:
     """Return why the storage of runs could not be looked at. Raises ConfigError for a URI that is none."""
     try:
         within(ANSWER_S, lambda: runs.opened(where), f"runs: {where} does not answer this machine")

@@ -5,7 +5,6 @@ import dataclasses
 import os
 import queue
 import secrets
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -88,9 +87,7 @@ def begin(job: Job, required: bool, tags: Mapping[str, Any] | None = None) -> Jo
             required=required,
         )
     except BaseException:
-        shutil.rmtree(job.folder, ignore_errors=True)
-        if job.uri:
-            runs.release(job.uri)
+        runs.release(job.uri or str(job.folder))
         raise
     job = dataclasses.replace(job, tracking_uri=uri, run_id=run_id)
     jobs.write_run(job, state="running")

@@ -5,6 +5,7 @@ machine, which may go: the spool is brought to `records/` of the storage, and wh
 next takes it from there.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from mmdiff_ray.data.storage import is_uri, join
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import runs
 from mmdiff_ray.tracking.jobs import JOB_VARIABLE
-from mmdiff_ray.tracking.sender import replay
+from mmdiff_ray.tracking.sender import Replayed, replay
 from mmdiff_ray.tracking.spool import Spool, is_held, left_in, waiting
 from mmdiff_ray.tracking.tracker import Say, Tracker
 from mmdiff_ray.training.remote import STILL_S
@@ -55,10 +56,12 @@ def keep(folder: Path, mirror: Mirror | None) -> list[str]:
 
 
 def take(folder: Path, mirror: Mirror | None) -> None:
-    """Bring the spools here that a run has in storage, to be sent. Where that fails, they stay there."""
+    """Bring the spools here that a run or a sweep has in storage, to be sent. Where that fails, they stay
+    there."""
     if mirror is None:
         return
-    uri = jobs.read_run(folder)["tracking_uri"]
+    file = next(file for name in (runs.RUN, runs.SWEEP) if (file := folder / name).is_file())
+    uri = json.loads(file.read_text(encoding="utf8"))["tracking_uri"]
     try:
         for name in sorted({file.partition("/")[0] for file in mirror.names(PLACE)}):
             place = root(folder) / name
@@ -94,7 +97,7 @@ def advice(folder: Path, left: int) -> str:
 
 
 def sync(where: str) -> int:
-    """Send all that waits of a run in storage, or of all runs there; return 1 if some still waits.
+    """Send all that waits of a run or a sweep in storage, or of all runs there; return 1 if some still waits.
 
     Raises ConfigError where there is no such run.
     """
@@ -103,16 +106,24 @@ def sync(where: str) -> int:
     return 1 if kept else 0
 
 
-def _sync_run(address: str) -> int:
-    """Send what waits of a run in storage; return how many records still wait."""
-    folder = runs.open_run(address)
+def send(where: str) -> Replayed:
+    """Send what waits of a run at an address; what still waits of one in storage is kept there."""
+    if not is_uri(where):
+        return replay(root(Path(where)))
+    folder = runs.open_run(where, (*runs.SMALL, runs.SWEEP))
     mirror = runs.mirror_of(folder)
     take(folder, mirror)
     done = replay(root(folder))
     unsent = keep(folder, mirror)
+    if unsent:
+        print(runs.not_sent(where, folder, unsent))
+    return dataclasses.replace(done, waiting=done.waiting + len(unsent))
+
+
+def _sync_run(address: str) -> int:
+    """Send what waits of a run in storage; return how many records still wait."""
+    done = send(address)
     if done.sent or done.waiting:
         why = f", {done.waiting} wait: {done.error}" if done.waiting else ""
         print(f"{address}: {done.sent} records sent{why}")
-    if unsent:
-        print(runs.not_sent(address, folder, unsent))
-    return done.waiting + len(unsent)
+    return done.waiting

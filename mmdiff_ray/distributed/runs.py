@@ -26,7 +26,9 @@ from mmdiff_ray.data.storage import (
 
 ORIGIN = ".origin"
 CLAIMS = "claims"
-SMALL = ("run.json", "config.yaml", "evaluation.json", "export/facts.json")
+RUN, SWEEP = "run.json", "sweep.json"
+"""What every run has beside it, and every sweep."""
+SMALL = (RUN, "config.yaml", "evaluation.json", "export/facts.json")
 """What every command that names a run brings to this machine."""
 ANSWER_S = 20.0
 RESEND_S = 8.0
@@ -79,12 +81,15 @@ def names_in(runs: str) -> list[str]:
     return sorted({*found, *(path.name for path in here.iterdir())} if here.is_dir() else found)
 
 
-def runs_in(where: str) -> list[str]:
-    """Return the names of the runs in storage. Raises UnreachableError where it does not answer."""
+def runs_in(where: str, marked_by: str = RUN) -> list[str]:
+    """Return the names of the runs in storage, or of the sweeps.
+
+    Raises UnreachableError where it does not answer.
+    """
     fs, root = opened(where)
 
     def look() -> list[str]:
-        return [name for name in folders_in(fs, root) if exists(fs, f"{root}/{name}/run.json")]
+        return [name for name in folders_in(fs, root) if exists(fs, f"{root}/{name}/{marked_by}")]
 
     try:
         return within(ANSWER_S, look, f"runs: {where} does not answer")
@@ -93,21 +98,30 @@ def runs_in(where: str) -> list[str]:
 
 
 def addresses(where: str) -> list[str]:
-    """Return the URI of the run in storage, or those of the runs in a folder there.
+    """Return the URI of the run in storage, those of a sweep and its trials, or all in a folder there.
 
     Raises UnreachableError where storage does not answer, ConfigError where there is no run.
     """
     fs, root = opened(where)
+
+    def look() -> set[str]:
+        return {name for name in (RUN, SWEEP) if exists(fs, f"{root}/{name}")}
+
     try:
-        found = within(ANSWER_S, lambda: exists(fs, f"{root}/run.json"), f"runs: {where} does not answer")
+        found = within(ANSWER_S, look, f"runs: {where} does not answer")
     except OSError as error:
         raise UnreachableError(f"runs: cannot look into {where}: {error}") from None
-    if found:
+    if RUN in found:
         return [where]
-    names = runs_in(where)
-    if not names:
-        raise ConfigError(f"there is no run in {where}; give the URI of a run, or of all runs")
-    return [join(where, name) for name in names]
+    if SWEEP in found:
+        trials = join(where, "trials")
+        return [where, *(join(trials, name) for name in runs_in(trials))]
+    sweeps = join(where, "sweeps")
+    inside = [join(where, name) for name in runs_in(where)]
+    inside += [one for name in runs_in(sweeps, SWEEP) for one in addresses(join(sweeps, name))]
+    if not inside:
+        raise ConfigError(f"there is no run in {where}; give the URI of a run, a sweep, or of all runs")
+    return inside
 
 
 def folder_of(runs: str, name: str) -> Path:
@@ -170,25 +184,32 @@ def begun(uri: str) -> Path | None:
     return None
 
 
-def release(uri: str) -> None:
-    """Give the name of a run back that has not begun, and remove what is here and there of it."""
-    fs, root = filesystem(uri)
+def release(where: str) -> None:
+    """Give the name of a run back that has not begun, and remove what is here and there of it, if it can
+    be."""
     with contextlib.suppress(OSError):
+        clear(where)
+
+
+def clear(where: str) -> None:
+    """Remove all that is here and in storage of a run. Raises OSError where storage does not answer."""
+    shutil.rmtree(cached(where) if is_uri(where) else where, ignore_errors=True)
+    fs, root = filesystem(where)
+    with contextlib.suppress(FileNotFoundError):
         fs.delete_dir(root)
-    shutil.rmtree(cached(uri), ignore_errors=True)
 
 
-def open_run(uri: str) -> Path:
+def open_run(uri: str, small: Sequence[str] = SMALL) -> Path:
     """Return the folder of this machine for a run that is in storage, with its small files up to date.
 
-    What an earlier command could not send is sent. Raises ConfigError where storage does not answer.
+    What an earlier command could not send is sent. Raises UnreachableError where storage does not answer.
     """
     run = mirror(uri, make(uri))
 
     def bring() -> None:
         run.resend()
         run.flush(RESEND_S)
-        for name in SMALL:
+        for name in small:
             run.fetch(name)
 
     try:

@@ -1,6 +1,7 @@
 """Run a command on a cluster: check it here, pack the code, hand both to the cluster's job server."""
 
 import argparse
+import dataclasses
 import os
 import re
 import secrets
@@ -17,9 +18,9 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.config import IN_STORAGE, IN_TRACKING, Config, ConfigError, named, refuse_password
 from mmdiff_ray.data.storage import is_uri
 from mmdiff_ray.distributed import package
-from mmdiff_ray.distributed.ahead import check_ahead, check_paths
+from mmdiff_ray.distributed.ahead import check_ahead, check_paths, look_at_runs
 from mmdiff_ray.distributed.job_server import Place, connect, find_place, server_errors
-from mmdiff_ray.sweeps.spec import whole_text
+from mmdiff_ray.sweeps.spec import any_config, load_sweep, whole_text
 from mmdiff_ray.tracking.jobs import JOB_VARIABLE, REVISION_VARIABLE, page_of_job
 from mmdiff_ray.tracking.provenance import git_revision
 from mmdiff_ray.tracking.store import shown, tracking_uri, without_passwords
@@ -88,7 +89,7 @@ def submit(
     config = _config(known)
     folder = _folder(given.folder, place, config, known)
     here = place.local is not None and folder == str(Path.cwd())
-    for sentence in _checked(config, here):
+    for sentence in _checked(config, known, here):
         console.print(sentence, soft_wrap=True)
     variables = environment(given.env, here=place.local is not None)
     named_files = [file for _, file in _named(words, known).values()]
@@ -214,6 +215,8 @@ def _folder(given: str | None, place: Place, config: Config | None, known: argpa
         )
     if config is not None:
         check_paths(config)
+    elif known.run == "sweep" and known.file not in (None, "report"):
+        check_paths(dataclasses.replace(any_config(load_sweep(known.file, known.overrides)), runs=known.runs))
     return None
 
 
@@ -229,9 +232,10 @@ def _places(known: argparse.Namespace) -> list[str]:
     return [str(place) for place in named if place is not None]
 
 
-def _checked(config: Config | None, here: bool) -> list[str]:
+def _checked(config: Config | None, known: argparse.Namespace, here: bool) -> list[str]:
     if config is None:
-        return []
+        where = str(getattr(known, "runs", ""))
+        return [f"note      {note}" for note in look_at_runs(where)] if is_uri(where) else []
     first, *notes = check_ahead(config, here)
     return [f"config    {config.name}: {first}", *(f"note      {note}" for note in notes)]
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import Config, ConfigError, named
+from mmdiff_ray.config import Config, ConfigError, RunError, named
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
+from mmdiff_ray.data.storage import filesystem, is_uri, join, parent
 from mmdiff_ray.distributed import job as jobs
+from mmdiff_ray.distributed import runs
 from mmdiff_ray.distributed.cluster import amount_of, check_resources, cluster, places
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.launch import stop_requests
@@ -37,8 +39,11 @@ from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.store import full, shown, tracking_uri
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.inference import Generator
+from mmdiff_ray.training.remote import STILL_S
 
 Say = Callable[[str], None]
+FACTS, TEXT = runs.SWEEP, "sweep.yaml"
+"""What a sweep has beside its trials: where it is recorded, and what it is."""
 FEW = 16
 """Rows that an untrained model is judged on, to see which figures there are."""
 DRIVER_CPUS = 0.05
@@ -95,27 +100,73 @@ def check_sweep(sweep: Sweep) -> tuple[Look, Job]:
     return seen, job
 
 
-def sweep_folder(name: str, runs: str = "runs") -> Path:
-    """Return the folder of a sweep by its name or path. Raises ConfigError naming those that there are."""
-    for folder in (Path(name), Path(runs) / "sweeps" / name):
-        if (folder / "sweep.json").is_file():
-            return folder.absolute()
-    known = sorted(path.parent.name for path in Path(runs).glob("sweeps/*/sweep.json"))
-    raise ConfigError(f"no sweep {name!r} in {runs}/sweeps; there are: {', '.join(known) or 'none yet'}")
+def sweeps_in(where: str) -> str:
+    """Return where the sweeps are of a folder or storage of runs."""
+    return join(where if is_uri(where) else str(Path(where).absolute()), "sweeps")
 
 
-def begin_sweep(sweep: Sweep, seen: Look, text: str, command: str, runs: str) -> Path:
+def sweep_folder(name: str, where: str = "runs") -> Path:
+    """Return the folder of this machine for a sweep by its name, path or URI; where: of all runs.
+
+    What is small of one in storage is brought here. Raises ConfigError naming those that there are.
+    """
+    place = sweeps_in(where)
+    if not is_uri(name) and (Path(name) / FACTS).is_file():
+        name = runs.address(Path(name).absolute())
+        if not is_uri(name):
+            return Path(name)
+    if is_uri(name):
+        place, name = parent(name)
+    if is_uri(place):
+        known = runs.runs_in(place, FACTS)
+        if name in known:
+            return runs.open_run(join(place, name), (FACTS, TEXT))
+    else:
+        known = sorted(path.parent.name for path in Path(place).glob(f"*/{FACTS}"))
+        if name in known:
+            return Path(place) / name
+    shown_place = place if is_uri(place) else f"{where}/sweeps"
+    raise ConfigError(f"no sweep {name!r} in {shown_place}; there are: {', '.join(known) or 'none yet'}")
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return what a sweep's `sweep.json` says: the address of MLflow, the id of its run, when it began."""
+    return json.loads((folder / FACTS).read_text(encoding="utf8"))
+
+
+def write_text(folder: Path, text: str) -> None:
+    """Write a sweep's YAML beside it. Raises RunError where storage does not take it."""
+    (folder / TEXT).write_text(text, encoding="utf8")
+    _bring(folder, TEXT)
+
+
+def _bring(folder: Path, *names: str) -> None:
+    mirror = runs.mirror_of(folder)
+    if mirror is not None:
+        mirror.send(*names)
+        if left := mirror.flush(STILL_S):
+            raise RunError(runs.not_sent(mirror.uri, folder, left))
+
+
+def begin_sweep(sweep: Sweep, seen: Look, text: str, command: str, where: str) -> Path:
     """Return the folder of a new sweep, with its run in MLflow begun.
 
-    seen: what `check_sweep` found; text: the sweep's YAML, overrides applied; command: what was typed.
+    seen: what `check_sweep` found; text: the sweep's YAML, overrides applied; command: what was typed; where:
+    of all runs.
     """
-    root = Path(runs).absolute() / "sweeps"
+    first = sweep.config(seen.good or {})
+    uri = tracking_uri(first.tracking.uri, where if is_uri(where) else Path(where).absolute())
+    place = sweeps_in(where)
+    taken = set(runs.names_in(place))
     numbers = range(1, 10_000)
     names = (sweep.name if number == 1 else f"{sweep.name}-{number}" for number in numbers)
-    folder = next(root / name for name in names if not (root / name).exists())
-    folder.mkdir(parents=True)
-    first = sweep.config(seen.good or {})
-    uri = tracking_uri(first.tracking.uri, Path(runs).absolute())
+    name = next(name for name in names if name not in taken)
+    address, folder = join(place, name), runs.folder_of(place, name)
+    if is_uri(address):
+        runs.claim(address)
+        runs.make(address)
+    else:
+        folder.mkdir(parents=True)
     settings = {
         **{f"space.{key}": _said(dimension) for key, dimension in sweep.space.items()},
         **{f"metrics.{metric}": way for metric, way in sweep.metrics.items()},
@@ -133,14 +184,15 @@ def begin_sweep(sweep: Sweep, seen: Look, text: str, command: str, runs: str) ->
         configuration.to_yaml(first),
         tags={
             "mmdiff.sweep": sweep.name,
-            "mmdiff.run_folder": str(folder),
+            "mmdiff.run_folder": address,
             "mmdiff.command": command,
             "mmdiff.machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
         },
         texts={"sweep.yaml": text},
     )
-    (folder / "sweep.yaml").write_text(text, encoding="utf8")
-    write_json(folder / "sweep.json", {"tracking_uri": shown(uri), "run_id": run_id, "begun": time.time()})
+    write_text(folder, text)
+    write_json(folder / FACTS, {"tracking_uri": shown(uri), "run_id": run_id, "begun": time.time()})
+    _bring(folder, FACTS)
     return folder
 
 
@@ -150,14 +202,14 @@ def run_sweep(sweep: Sweep, folder: Path, say: Say) -> str:
     Every trial is closed in MLflow whatever happens to it, or to the sweep; what was known before is not done
     again.
     """
-    facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
+    facts = read_facts(folder)
     with sweep_cluster(sweep), stop_requests() as stopped:
         note_run(facts["run_id"])
-        state = _tune(sweep, folder, facts, say, stopped)
+        state = _tune(sweep, runs.address(folder), facts, say, stopped)
     return state
 
 
-def _tune(sweep: Sweep, folder: Path, facts: Mapping[str, Any], say: Say, stopped: Callable[[], bool]) -> str:
+def _tune(sweep: Sweep, where: str, facts: Mapping[str, Any], say: Say, stopped: Callable[[], bool]) -> str:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours says what is left open
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that diverges ends without a score
@@ -165,11 +217,11 @@ def _tune(sweep: Sweep, folder: Path, facts: Mapping[str, Any], say: Say, stoppe
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     from ray import tune
 
-    known = list(read_trials(folder))
+    known = list(read_trials(where))
     deadline = None if sweep.budget.hours is None else facts["begun"] + 3600 * sweep.budget.hours
     make = make_configs(sweep)
     searcher = SpaceSearcher(sweep, make, known, deadline)
-    watch = Watch(sweep, folder, searcher, say, stopped)
+    watch = Watch(sweep, where, searcher, say, stopped)
     if not searcher.has_more:
         return "finished"
     first = sweep.config({})
@@ -178,15 +230,16 @@ def _tune(sweep: Sweep, folder: Path, facts: Mapping[str, Any], say: Say, stoppe
     function = partial(
         run_trial,
         sweep=sweep,
-        folder=folder,
+        where=where,
         parent=facts["run_id"],
         store=full(facts["tracking_uri"]),
-        where=os.getcwd(),
+        working_folder=os.getcwd(),
         tables=SharedTables(shelf),
     )
     pbt = sweep.scheduler.name == "pbt"
     if pbt:
         random.seed(sweep.seed + len(known))  # a population's draws are Ray's, from Python's own generator
+    fs, root = filesystem(where)
     chosen: dict[str, Any] = {"num_samples": -1, "search_alg": searcher, "max_concurrent_trials": at_once}
     tuner = tune.Tuner(
         tune.with_resources(function, asks),
@@ -200,7 +253,8 @@ def _tune(sweep: Sweep, folder: Path, facts: Mapping[str, Any], say: Say, stoppe
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(folder / "ray"),
+            storage_path=f"{root}/ray",
+            storage_filesystem=fs if is_uri(where) else None,
             stop=Deadline(deadline, stopped),
             callbacks=[watch],
             failure_config=tune.FailureConfig(max_failures=sweep.budget.retries),

@@ -1,6 +1,5 @@
 """The commands around sweeps, with what they print."""
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -8,7 +7,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mmdiff_ray.config import ConfigError, RunError
+from mmdiff_ray.config import ConfigError, RunError, UnreachableError
+from mmdiff_ray.data.storage import is_uri, join, parent
+from mmdiff_ray.distributed import records, runs
 from mmdiff_ray.distributed.alone import alone
 from mmdiff_ray.distributed.cluster import amount_of
 from mmdiff_ray.distributed.commands import make_console, rows_per_s
@@ -16,41 +17,49 @@ from mmdiff_ray.distributed.display import duration
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.launch import STATUS
 from mmdiff_ray.distributed.sweep import (
+    TEXT,
     begin_sweep,
     check_sweep,
+    read_facts,
     resources_of,
     run_sweep,
     sweep_cluster,
     sweep_folder,
+    sweeps_in,
+    write_text,
 )
 from mmdiff_ray.sweeps.findings import figures_of
-from mmdiff_ray.sweeps.journal import read_trials
+from mmdiff_ray.sweeps.journal import read_trials, trial_address
 from mmdiff_ray.sweeps.record import Record, read_record
 from mmdiff_ray.sweeps.report import chosen, verdict, write_report
 from mmdiff_ray.sweeps.spec import Sweep, load_sweep, whole_text
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.jobs import is_server, reachable
-from mmdiff_ray.tracking.sender import replay
 from mmdiff_ray.tracking.store import shown, tracking_uri
 from mmdiff_ray.tracking.tracker import Tracker
+from mmdiff_ray.training.remote import STILL_S
 
+REPORT = "report"
 MAY_CHANGE = ("budget.trials", "budget.hours", "budget.concurrent", "budget.retries")
 """What a resumed sweep may have otherwise; trials of other samples or reports would not compare."""
 
 
-def sweep(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
-    """Run a new sweep and write its report."""
+def sweep(spec: Sweep, file: str, overrides: Sequence[str], where: str) -> int:
+    """Run a new sweep and write its report. where: of all runs, a folder or a URI."""
     console = make_console()
     seen, job = check_sweep(spec)
-    run_life.check_store(tracking_uri(job.config.tracking.uri, Path(runs).absolute()))
+    run_life.check_store(_store(job.config.tracking.uri, where))
+    if is_uri(where):
+        runs.check_runs(where)
     with sweep_cluster(spec):
         resources_of(spec, job.config)
         command = shlex.join(["mmdiff", "sweep", file, *overrides])
-        folder = begin_sweep(spec, seen, whole_text(file, overrides), command, runs)
+        folder = begin_sweep(spec, seen, whole_text(file, overrides), command, where)
         size = f"up to {spec.trials} trials of {spec.budget.samples:,} samples"
         console.print(f"{spec.title} (sweep {folder.name}): {size}")
         if folder.name != spec.name:
-            console.print(f"{spec.name} is there already; mmdiff sweep --resume {spec.name} goes on with it")
+            before = shlex.join([spec.name] if where == "runs" else [spec.name, "--runs", where])
+            console.print(f"{spec.name} is there already; mmdiff sweep --resume {before} goes on with it")
         with alone(folder):
             return _run(spec, folder)
 
@@ -62,91 +71,123 @@ def check_changed(overrides: Sequence[str]) -> None:
             raise ConfigError(f"{word}: a sweep goes on as it began, but for {', '.join(MAY_CHANGE)}")
 
 
-def resume(name: str, runs: str, overrides: Sequence[str]) -> int:
+def _store(named: str | None, where: str) -> str:
+    """Return the address of MLflow: the named one, or that of the runs. Raises ConfigError."""
+    return tracking_uri(named, where if is_uri(where) else Path(where).absolute())
+
+
+def resume(name: str, where: str, overrides: Sequence[str]) -> int:
     """Go on with a sweep; what of its budget may change stays changed."""
-    folder = sweep_folder(name, runs)
-    facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
-    spec = load_sweep(folder / "sweep.yaml", overrides)
+    folder = sweep_folder(name, where)
+    facts = read_facts(folder)
+    spec = load_sweep(folder / TEXT, overrides)
     with alone(folder), sweep_cluster(spec):
         resources_of(spec, spec.config({}))
-        run_life.resume_run(facts["tracking_uri"], facts["run_id"], folder / "tracking")
-        text = whole_text(folder / "sweep.yaml", overrides)
-        (folder / "sweep.yaml").write_text(text, encoding="utf8")
+        records.take(folder, runs.mirror_of(folder))
+        run_life.resume_run(facts["tracking_uri"], facts["run_id"], records.root(folder))
+        write_text(folder, whole_text(folder / TEXT, overrides))
         return _run(spec, folder)
 
 
 def _run(spec: Sweep, folder: Path) -> int:
     """Run what is left of a sweep, and write its report, whatever ended it."""
-    console = make_console()
+    console, where = make_console(), runs.address(folder)
     state, error = "failed", None
     try:
         state = run_sweep(spec, folder, lambda line: console.print(line, soft_wrap=True))
     except BaseException as raised:
         state, error = "stopped" if isinstance(raised, KeyboardInterrupt) else "failed", raised
-    facts = json.loads((folder / "sweep.json").read_text(encoding="utf8"))
-    run_life.end_run(facts["tracking_uri"], facts["run_id"], STATUS[state], folder / "tracking")
-    waiting = sum(replay(place).waiting for place in sorted(folder.glob("trials/*/tracking")))
+    facts = read_facts(folder)
+    run_life.end_run(facts["tracking_uri"], facts["run_id"], STATUS[state], records.root(folder))
+    waiting = 0
     try:
-        record = _report(facts["tracking_uri"], facts["run_id"], folder / "report", folder / "tracking")
+        waiting = _send_records(where)
+        record = _report(facts["tracking_uri"], facts["run_id"], folder)
         for line in verdict(record):
             console.print(line, soft_wrap=True)
-        _say_where(folder / "report", trained=state == "finished")
-    except RunError as unmade:
+        _say_where(folder, trained=state == "finished")
+    except (RunError, UnreachableError) as unmade:
         console.print(str(unmade), soft_wrap=True)
         error = error or unmade
+    records.keep(folder, runs.mirror_of(folder))
     if waiting:
         console.print(
-            f"{waiting} records of trials wait for MLflow and are not in this report; later: mmdiff sync "
-            f"{folder}, then: mmdiff sweep report {folder.name}",
+            f"{waiting} records of trials wait for MLflow and are not in this report; later: "
+            f"{_later(folder)}",
             soft_wrap=True,
         )
     if state == "stopped":
-        console.print(f"stopped. Go on with: mmdiff sweep --resume {folder}", soft_wrap=True)
+        console.print(f"stopped. Go on with: mmdiff sweep --resume {shlex.quote(where)}", soft_wrap=True)
     if error is not None:
         raise error
-    ended = [trial.outcome for trial in read_trials(folder)]
+    ended = [trial.outcome for trial in read_trials(where)]
     if state == "stopped":
         return 130
     return 0 if {"finished", "stopped"} & set(ended) and not waiting else 1
 
 
-def _report(uri: str, run_id: str, out: Path, spool: Path) -> Record:
-    """Write the report of a sweep, from MLflow alone, into a folder and into its run."""
+def _send_records(where: str) -> int:
+    """Send what trials have left for MLflow; return how many records still wait."""
+    trials = [trial.number for trial in read_trials(where) if trial.run_id]
+    return sum(records.send(trial_address(where, number)).waiting for number in trials)
+
+
+def _later(folder: Path) -> str:
+    """Return the commands that bring what waits to MLflow, and make the report of it."""
+    where = runs.address(folder)
+    named = [folder.name, "--runs", parent(parent(where)[0])[0]] if is_uri(where) else [folder.name]
+    return f"mmdiff sync {shlex.quote(where)}, then: mmdiff sweep report {shlex.join(named)}"
+
+
+def _report(uri: str, run_id: str, folder: Path) -> Record:
+    """Write the report of a sweep, from MLflow alone, into its folder and into its run."""
     if is_server(uri) and not reachable(uri):
         raise RunError(
-            f"MLflow at {shown(uri)} does not answer, and the report is made of what it holds; later: mmdiff "
-            f"sync {out.parent}, then: mmdiff sweep report {out.parent.name}"
+            f"MLflow at {shown(uri)} does not answer, and the report is made of what it holds; later: "
+            f"{_later(folder)}"
         )
     record = read_record(uri, run_id)
-    files = write_report(record, out)
-    tracker = Tracker(uri, record.run_id, spool)
+    files = write_report(record, folder / REPORT)
+    tracker = Tracker(uri, record.run_id, records.root(folder))
     for file in files:
-        tracker.artifact(file, "report")
+        tracker.artifact(file, REPORT)
     best = chosen(record)
     if best:
         tracker.metrics({f"best/{metric}": value for metric, value in figures_of(best[0]).items()}, 0)
     tracker.close(timeout_s=60)
+    mirror = runs.mirror_of(folder)
+    if mirror is not None:
+        mirror.send(REPORT)
+        if left := mirror.flush(STILL_S):
+            raise RunError(runs.not_sent(mirror.uri, folder, left, "mmdiff sweep report"))
     return record
 
 
-def report(name: str, runs: str) -> int:
+def report(name: str, where: str) -> int:
     """Write the report of a sweep anew, from MLflow alone."""
-    out = Path(runs) / "sweeps" / Path(name).name / "report"
-    facts = out.parent / "sweep.json"
-    known = json.loads(facts.read_text(encoding="utf8")) if facts.is_file() else {}
-    uri = known.get("tracking_uri") or tracking_uri(None, Path(runs).absolute())
-    record = _report(uri, known.get("run_id", name), out, out.parent / "tracking")
+    try:
+        folder = sweep_folder(name, where)
+        facts = read_facts(folder)
+        uri, run_id = facts["tracking_uri"], facts["run_id"]
+    except ConfigError:  # it lies elsewhere; or it is named by its run
+        uri, run_id = _store(None, where), Path(name).name
+        folder = runs.folder_of(sweeps_in(where), run_id)
+        if is_uri(where):
+            runs.make(join(sweeps_in(where), run_id))
+    record = _report(uri, run_id, folder)
     console = make_console()
     for line in verdict(record):
         console.print(line, soft_wrap=True)
-    _say_where(out)
+    _say_where(folder)
     return 0
 
 
-def _say_where(out: Path, trained: bool = True) -> None:
-    console = make_console()
-    console.print(f"report    {out}/report.html", soft_wrap=True)
-    best = sorted((out / "best").glob("*.yaml"))
+def _say_where(folder: Path, trained: bool = True) -> None:
+    console, where = make_console(), runs.address(folder)
+    console.print(f"report    {join(where, REPORT, 'report.html')}", soft_wrap=True)
+    if is_uri(where):
+        console.print(f"here      {folder / REPORT}", soft_wrap=True)
+    best = sorted((folder / REPORT / "best").glob("*.yaml"))
     if best and trained:
         console.print(f"next      mmdiff train {best[0]}", soft_wrap=True)
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -16,19 +15,23 @@ from rich.console import Console
 from mmdiff_ray.config import ChangeConfig, Config, ConfigError, in_force
 from mmdiff_ray.config.checks import unknown
 from mmdiff_ray.data.parquet import Tables
+from mmdiff_ray.data.patience import patiently
+from mmdiff_ray.data.storage import is_uri, join
 from mmdiff_ray.distributed import job as jobs
-from mmdiff_ray.distributed import launch
+from mmdiff_ray.distributed import launch, records, runs
 from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.distributed.evaluate import measure, measure_on_ray
 from mmdiff_ray.distributed.job import Job
+from mmdiff_ray.distributed.worker import go_to
 from mmdiff_ray.evaluation.grids import to_png
 from mmdiff_ray.evaluation.run import metrics_of
-from mmdiff_ray.sweeps.journal import Trial, number_of, read_trial, trial_folder, write_trial
+from mmdiff_ray.sweeps.journal import TRIALS, Trial, number_of, read_trial, trial_address, write_trial
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.tracking import run_life
-from mmdiff_ray.tracking.store import full
+from mmdiff_ray.tracking.store import full, shown
 from mmdiff_ray.tracking.tracker import Tracker
-from mmdiff_ray.training.checkpoint import complete, drop, write_json
+from mmdiff_ray.training.checkpoint import write_json
+from mmdiff_ray.training.remote import FOLDER, STILL_S, copy_checkpoint, set_back
 from mmdiff_ray.training.trainer import TrainingError
 
 SCORE = "score"
@@ -45,28 +48,34 @@ def score(sweep: Sweep, figures: Mapping[str, float]) -> float:
 
 
 def run_trial(
-    config: dict[str, Any], sweep: Sweep, folder: Path, parent: str, store: str, where: str, tables: Tables
+    config: dict[str, Any],
+    sweep: Sweep,
+    where: str,
+    parent: str,
+    store: str,
+    working_folder: str,
+    tables: Tables,
 ) -> None:
     """Be a trial of Ray Tune: train, judge and report until the samples are used up or Tune ends it.
 
-    config: `number` and `values`. folder: the sweep's. parent: the sweep's run in MLflow. store: MLflow's
-    address, with the password that no file holds. where: the working folder of the driver. tables: what all
-    trials read row groups through. Goes on from what its own folder holds, or, after population based
+    config: `number` and `values`. where: the sweep's address. parent: the sweep's run in MLflow. store:
+    MLflow's address, with the password that no file holds. working_folder: the driver's. tables: what all
+    trials read row groups through. Goes on from what lies at its own address, or, after population based
     training copied another trial into this one, from that checkpoint.
     """
     from ray import tune
 
-    os.chdir(where)
+    go_to(working_folder)
     os.environ["MLFLOW_TRACKING_URI"] = store
-    number = number_of(folder, tune.get_context().get_trial_id(), config["number"])
-    trial = read_trial(folder, number) or Trial(number, dict(config["values"]))
+    number = number_of(where, tune.get_context().get_trial_id(), config["number"])
+    trial = read_trial(where, number) or Trial(number, dict(config["values"]))
     fresh = tune.get_checkpoint() is None
     if trial.outcome is not None and not fresh:
         return  # a member of a population that had come to its end when it was told to copy another
     try:
         if not fresh:
-            _adopt(folder, trial, _pointer(tune.get_checkpoint()), config["values"])
-        job = _job(sweep, folder, trial, parent, tables)
+            _adopt(sweep, where, trial, _pointer(tune.get_checkpoint()), config["values"])
+        job = _job(sweep, where, trial, parent, store, tables)
         if fresh:
             # Tune knows nothing of what was before it began. A population acts on each report that it hears,
             # and is told only where the trial stands.
@@ -77,43 +86,57 @@ def run_trial(
             trial.reports.append(report)
             if report["samples"] >= job.config.train.samples:
                 trial.outcome = "finished"
-            write_trial(folder, trial)
+            write_trial(where, trial)
             if trial.outcome:
-                _close(job.folder, "finished")
+                _close(where, trial, "finished")
             _tell(sweep, trial, report)
     except (TrainingError, ConfigError) as error:  # to try again would end in the same way
-        give_up(folder, trial, "diverged" if isinstance(error, TrainingError) else "failed", str(error))
+        give_up(where, trial, "diverged" if isinstance(error, TrainingError) else "failed", str(error))
 
 
-def _job(sweep: Sweep, folder: Path, trial: Trial, parent: str, tables: Tables) -> Job:
+def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables: Tables) -> Job:
     """Return the trial's job with its run in MLflow, begun or gone on with, set back to its last report."""
-    place = trial_folder(folder, trial.number)
-    config = trial_config(sweep, trial, folder)
+    address = trial_address(where, trial.number)
+    config = trial_config(sweep, trial, where, store)
+    place = runs.folder_of(join(where, TRIALS), f"{trial.number:04d}")
+    job = patiently(lambda: jobs.prepare(config, place, tables), f"look at the data of trial {trial.number}")
     if trial.run_id:
-        job = jobs.prepare(config, place, tables)
-        facts = jobs.read_run(place)
-        for checkpoint in complete(job.checkpoints):
-            if int(checkpoint.name) > trial.samples:
-                drop(checkpoint)
-        job = dataclasses.replace(job, tracking_uri=full(facts["tracking_uri"]), run_id=facts["run_id"])
+        facts = jobs.read_run(_open(where, trial))
+        uri = address if is_uri(address) else ""
+        job = dataclasses.replace(
+            job, tracking_uri=full(facts["tracking_uri"]), run_id=facts["run_id"], uri=uri
+        )
+        set_back(job.checkpoints, job.mirror, trial.samples)
         if trial.outcome is None:
             run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
         return job
-    shutil.rmtree(place, ignore_errors=True)  # a trial that died before its run had begun
     tags = {
         "mlflow.parentRunId": parent,
         "mmdiff.sweep": sweep.name,
         "mmdiff.trial": trial.number,
         "mmdiff.values": json.dumps(trial.values),
     }
-    # The sweep's own run has begun: a trial does not wait for the store.
-    job = launch.begin(jobs.prepare(config, place, tables), required=False, tags=tags)
+
+    # The sweep's own run has begun: a trial does not wait for MLflow.
+    def begin() -> Job:
+        runs.clear(address)  # of a trial that died before its run had begun
+        return launch.begin(job, required=False, tags=tags)
+
+    job = patiently(begin, f"begin {address}")
     trial.run_id = job.run_id
-    write_trial(folder, trial)
+    write_trial(where, trial)
     return job
 
 
-def trial_config(sweep: Sweep, trial: Trial, folder: Path) -> Config:
+def _open(where: str, trial: Trial) -> Path:
+    """Return the folder of this machine for a trial's run, with what is small of it in storage."""
+    address = trial_address(where, trial.number)
+    if not is_uri(address):
+        return Path(address)
+    return patiently(lambda: runs.open_run(address), f"open {address}")
+
+
+def trial_config(sweep: Sweep, trial: Trial, where: str, store: str) -> Config:
     """Return the configuration that a trial trains with; a single worker trains in the trial's process."""
     config = sweep.config(trial.values)
     changes = [ChangeConfig(change["at"], change["values"]) for change in trial.changes]
@@ -126,13 +149,13 @@ def trial_config(sweep: Sweep, trial: Trial, folder: Path) -> Config:
     return dataclasses.replace(
         config,
         name=f"{trial.number:04d}",
-        runs=str(folder / "trials"),
+        runs=join(where, TRIALS),
         train=dataclasses.replace(config.train, changes=changes),
         workers=workers,
         checkpoint=dataclasses.replace(config.checkpoint, keep_last=keep),
         tracking=dataclasses.replace(
             config.tracking,
-            uri=json.loads((folder / "sweep.json").read_text(encoding="utf8"))["tracking_uri"],
+            uri=shown(store),
             experiment=f"sweep-{sweep.name}",
             log_model=False,
             system_metrics=False,
@@ -145,8 +168,10 @@ def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
     begun, total = time.monotonic(), job.config.train.samples
     pause = min(total, (trial.samples // sweep.period + 1) * sweep.period)
     launch.work(dataclasses.replace(job, pause_at=pause), Display(Console(quiet=True)))
-    seen = json.loads((job.export / "facts.json").read_text(encoding="utf8"))["progress"]["samples_seen"]
     nested = job.config.workers.count > 0
+    if nested:  # where no disk is shared, a worker of another machine has brought the model to storage
+        runs.with_export(runs.address(job.folder))
+    seen = json.loads((job.export / "facts.json").read_text(encoding="utf8"))["progress"]["samples_seen"]
     now = in_force(job.config, seen)  # a model is asked with the weights that it was trained with last
     findings = (measure_on_ray if nested else measure)(job.folder, now, tables=job.tables)
     figures = {key.removeprefix("eval/"): value for key, value in metrics_of(findings.figures).items()}
@@ -162,6 +187,7 @@ def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
     for name, picture in findings.pictures.items():  # of every report: who knows which is a trial's last?
         tracker.image(f"evaluation/{name}", to_png(picture), seen)
     tracker.close(timeout_s=5)
+    records.keep(job.folder, job.mirror)
     return {"samples": seen, "figures": figures, "seconds": time.monotonic() - begun}
 
 
@@ -185,19 +211,24 @@ def _pointer(checkpoint: Any) -> dict[str, int]:
         return json.loads((Path(place) / "pointer.json").read_text(encoding="utf8"))
 
 
-def _adopt(folder: Path, trial: Trial, pointer: Mapping[str, int], values: Mapping[str, Any]) -> None:
-    """Copy the state that Tune points at into a trial, and note which values change from there on."""
+def _adopt(
+    sweep: Sweep, where: str, trial: Trial, pointer: Mapping[str, int], values: Mapping[str, Any]
+) -> None:
+    """Copy the state that Tune points at into a trial, and note which values change from there on.
+
+    A trial goes on as it is where nothing would follow a copy, the donor being at its end, or where the donor
+    itself has copied another meanwhile.
+    """
     at = pointer["samples"]
-    donor = read_trial(folder, pointer["number"]) if pointer["number"] != trial.number else trial
+    if at >= sweep.budget.samples:
+        return
+    donor = read_trial(where, pointer["number"]) if pointer["number"] != trial.number else trial
     assert donor is not None, f"trial {pointer['number']} reported and left no journal"
     if donor is not trial:
-        mine, theirs = (trial_folder(folder, one.number) / "checkpoints" for one in (trial, donor))
-        source = next((path for path in complete(theirs) if int(path.name) == at), None)
-        if source is None:  # the donor itself has copied another meanwhile: this trial goes on as it is
+        mine = _open(where, trial)
+        theirs = join(trial_address(where, donor.number), FOLDER, f"{at:012d}")
+        if not copy_checkpoint(theirs, mine / FOLDER, runs.mirror_of(mine), trial.run_id):
             return
-        shutil.rmtree(mine, ignore_errors=True)
-        partial = shutil.copytree(source, mine / f"{source.name}.partial")
-        partial.rename(mine / source.name)
         trial.values = dict(donor.values)
         trial.changes = [change for change in donor.changes if change["at"] < at]
         trial.reports = [report for report in donor.reports if report["samples"] <= at]
@@ -206,32 +237,35 @@ def _adopt(folder: Path, trial: Trial, pointer: Mapping[str, int], values: Mappi
         same = trial.changes.pop() if trial.changes and trial.changes[-1]["at"] == at else {"values": {}}
         changed = {**same["values"], **changed}
         trial.changes.append({"at": at, "values": changed, "source": donor.number})
-    write_trial(folder, trial)
+    write_trial(where, trial)
 
 
-def interrupt(folder: Path, trial: Trial) -> None:
+def interrupt(where: str, trial: Trial) -> None:
     """Close the run of a trial that goes on when the sweep does."""
     if trial.run_id:
-        _close(trial_folder(folder, trial.number), "stopped")
+        _close(where, trial, "stopped")
 
 
-def give_up(folder: Path, trial: Trial, outcome: str, why: str = "") -> None:
+def give_up(where: str, trial: Trial, outcome: str, why: str = "") -> None:
     """Note how a trial ended that did not come to its end, and close its run."""
     trial.outcome, trial.why = outcome, why
-    place = trial_folder(folder, trial.number)
-    write_trial(folder, trial)
+    write_trial(where, trial)
     if trial.run_id:
-        facts = jobs.read_run(place)
-        tracker = Tracker(facts["tracking_uri"], facts["run_id"], place / "tracking")
-        tracker.tags({"mmdiff.outcome": outcome, **({"mmdiff.why": why[:500]} if why else {})})
-        tracker.close(timeout_s=5)
-        _close(place, "finished" if outcome == "stopped" else "failed")
+        tags = {"mmdiff.outcome": outcome, **({"mmdiff.why": why[:500]} if why else {})}
+        _close(where, trial, "finished" if outcome == "stopped" else "failed", tags)
 
 
-def _close(place: Path, state: str) -> None:
-    """End a trial's run in MLflow and in its folder. state: finished, stopped or failed."""
-    facts = jobs.read_run(place)
+def _close(where: str, trial: Trial, state: str, tags: Mapping[str, str] | None = None) -> None:
+    """End a trial's run in MLflow, with more tags, and where it lies. state: finished, stopped or failed."""
+    place = _open(where, trial)
+    facts, spool = jobs.read_run(place), records.root(place)
     write_json(place / "run.json", {**facts, "state": state})
-    run_life.end_run(
-        facts["tracking_uri"], facts["run_id"], launch.STATUS[state], place / "tracking", timeout_s=5
-    )
+    if tags:
+        tracker = Tracker(facts["tracking_uri"], facts["run_id"], spool)
+        tracker.tags(tags)
+        tracker.close(timeout_s=5)
+    run_life.end_run(facts["tracking_uri"], facts["run_id"], launch.STATUS[state], spool, timeout_s=5)
+    if (mirror := runs.mirror_of(place)) is not None:
+        mirror.send("run.json")
+        records.keep(place, mirror)
+        mirror.flush(STILL_S)

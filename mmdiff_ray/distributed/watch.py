@@ -20,13 +20,13 @@ class Watch(Callback):
     """Says what happens to trials, closes their journals and runs, and tells the searcher."""
 
     def __init__(
-        self, sweep: Sweep, folder: Path, searcher: SpaceSearcher, say: Say, stopped: Callable[[], bool]
+        self, sweep: Sweep, where: str, searcher: SpaceSearcher, say: Say, stopped: Callable[[], bool]
     ) -> None:
-        self.sweep, self.folder, self.searcher, self.say = sweep, folder, searcher, say
+        self.sweep, self.where, self.searcher, self.say = sweep, where, searcher, say
         self.stopped = stopped
         self.begun = time.monotonic()
         sign = 1 if sweep.metrics[sweep.main] == "max" else -1
-        known = [report["figures"] for trial in read_trials(folder) for report in trial.reports]
+        known = [report["figures"] for trial in read_trials(where) for report in trial.reports]
         self.best = max((sign * figures[sweep.main] for figures in known), default=None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Watch(Callback):
         self.ended(self._number(trial), str(trial.error_file or "its process died"), trial.config["values"])
 
     def _number(self, trial: Any) -> int:
-        return number_of(self.folder, trial.trial_id, trial.config["number"])
+        return number_of(self.where, trial.trial_id, trial.config["number"])
 
     def reported(self, result: Mapping[str, Any]) -> None:
         """Say what a trial reported."""
@@ -62,26 +62,26 @@ class Watch(Callback):
 
     def ended(self, number: int, error: str | None, values: Mapping[str, Any]) -> None:
         """Close a trial that Tune is done with. values: as it was to begin, should it have died before."""
-        trial = read_trial(self.folder, number)
+        trial = read_trial(self.where, number)
         if trial is None:
             trial = Trial(number, dict(values), why="it died before it began")
         if trial.outcome is None and error is None and self.stopped():
             return  # `close` says so
         if trial.outcome is None:
             if error is None:
-                give_up(self.folder, trial, "stopped")
+                give_up(self.where, trial, "stopped")
             else:
-                give_up(self.folder, trial, "failed", _last_line(error))
+                give_up(self.where, trial, "failed", _last_line(error))
         self.searcher.note(trial)
         why = f": {trial.why}" if trial.why else ""
         self.say(f"trial {number}: {trial.outcome} at {trial.samples:,} samples{why}")
 
     def close(self) -> None:
         """Close the runs of trials that were cut short, and say how it went."""
-        trials = list(read_trials(self.folder))
+        trials = list(read_trials(self.where))
         for trial in trials:
             if trial.outcome is None:
-                interrupt(self.folder, trial)
+                interrupt(self.where, trial)
                 self.say(f"trial {trial.number}: interrupted at {trial.samples:,} samples")
         ended = [trial.outcome or "interrupted" for trial in trials]
         counts = ", ".join(f"{ended.count(kind)} {kind}" for kind in dict.fromkeys(ended))

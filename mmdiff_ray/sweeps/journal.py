@@ -1,4 +1,9 @@
-"""What a sweep keeps of every trial beside its run: values, reports, changes on the way, how it ended."""
+"""What a sweep keeps of every trial beside its run: values, reports, changes on the way, how it ended.
+
+A sweep lies where its address says, in a folder or in storage; the journals are read and written there and
+nowhere else, so that all machines see the same. Where storage does not answer, it is asked again for minutes,
+and then all functions raise OutageError.
+"""
 
 import json
 from collections.abc import Iterator
@@ -6,7 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmdiff_ray.training.checkpoint import write_json
+from mmdiff_ray.data.patience import patiently
+from mmdiff_ray.data.storage import filesystem, folders_in, join, read_bytes, write_bytes_atomic
+
+TRIALS = "trials"
+FILE = "trial.json"
 
 
 @dataclass
@@ -41,34 +50,52 @@ class Trial:
         return values
 
 
-def trial_folder(sweep: Path, number: int) -> Path:
-    """Return the folder of a trial, which is that of its run."""
-    return sweep / "trials" / f"{number:04d}"
+def trial_address(sweep: str | Path, number: int) -> str:
+    """Return where a trial lies, which is where its run does."""
+    return join(str(sweep), TRIALS, f"{number:04d}")
 
 
-def read_trial(sweep: Path, number: int) -> Trial | None:
+def read_trial(sweep: str | Path, number: int) -> Trial | None:
     """Return a trial, or None where it has not begun."""
-    file = trial_folder(sweep, number) / "trial.json"
-    return Trial(**json.loads(file.read_text(encoding="utf8"))) if file.is_file() else None
+    text = _read(join(trial_address(sweep, number), FILE))
+    return None if text is None else Trial(**json.loads(text))
 
 
-def write_trial(sweep: Path, trial: Trial) -> None:
+def write_trial(sweep: str | Path, trial: Trial) -> None:
     """Write a trial beside its run."""
-    write_json(trial_folder(sweep, trial.number) / "trial.json", asdict(trial))
+    _write(join(trial_address(sweep, trial.number), FILE), asdict(trial))
 
 
-def number_of(sweep: Path, tune_id: str, number: int) -> int:
+def number_of(sweep: str | Path, tune_id: str, number: int) -> int:
     """Return the number of the trial that Ray Tune calls `tune_id`; the one given counts where it is new.
 
     A member of a population that copies another is told the other's configuration, number and all.
     """
-    file = sweep / "ids" / tune_id
-    if not file.is_file():
-        write_json(file, number)
-    return int(json.loads(file.read_text(encoding="utf8")))
+    file = join(str(sweep), "ids", tune_id)
+    known = _read(file)
+    if known is None:
+        _write(file, number)
+    return number if known is None else int(json.loads(known))
 
 
-def read_trials(sweep: Path) -> Iterator[Trial]:
+def read_trials(sweep: str | Path) -> Iterator[Trial]:
     """Yield the trials that have begun, by number."""
-    for file in sorted(sweep.glob("trials/*/trial.json")):
-        yield Trial(**json.loads(file.read_text(encoding="utf8")))
+    fs, root = filesystem(join(str(sweep), TRIALS))
+    for name in patiently(lambda: folders_in(fs, root), f"look into {sweep}"):
+        trial = read_trial(sweep, int(name)) if name.isdigit() else None
+        if trial is not None:
+            yield trial
+
+
+def _read(file: str) -> bytes | None:
+    fs, path = filesystem(file)
+    try:
+        return patiently(lambda: read_bytes(fs, path), f"read {file}")
+    except FileNotFoundError:
+        return None
+
+
+def _write(file: str, value: Any) -> None:
+    fs, path = filesystem(file)
+    data = json.dumps(value, indent=1).encode()
+    patiently(lambda: write_bytes_atomic(fs, path, data), f"write {file}")

@@ -154,17 +154,16 @@ def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         return _made(plain, Path(file), [word for word in overrides if word not in own])
 
 
-def check_space(sweep: Sweep) -> None:
-    """Raise ConfigError where no corner of the space is a configuration at all; needs no data."""
-    error = None
+def any_config(sweep: Sweep) -> Config:
+    """Return the configuration of a corner of the space; needs no data. Raises ConfigError where none is
+    one."""
+    error = ConfigError("space: it has no corner")
     for values in corners(sweep.space):
         try:
-            sweep.config(values)
-            return
+            return sweep.config(values)
         except ConfigError as refused:
             error = refused
-    if error is not None:
-        raise error
+    raise error
 
 
 def whole_text(file: str | Path, overrides: Sequence[str] = ()) -> str:

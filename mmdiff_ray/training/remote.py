@@ -21,9 +21,9 @@ import torch.distributed as dist
 from mmdiff_ray.config import OutageError, RunError
 from mmdiff_ray.data.mirror import Mirror, download
 from mmdiff_ray.data.patience import patiently
-from mmdiff_ray.data.storage import read_bytes, remove, write_bytes_atomic
+from mmdiff_ray.data.storage import filesystem, read_bytes, remove, sizes_under, write_bytes_atomic
 from mmdiff_ray.data.uploader import Errand
-from mmdiff_ray.training.checkpoint import files_of, read_state, worth_keeping, write_json, written
+from mmdiff_ray.training.checkpoint import drop, files_of, read_state, worth_keeping, write_json, written
 from mmdiff_ray.training.parallel import world
 
 STILL_S = 30.0
@@ -180,7 +180,7 @@ class RemoteCheckpoints:
         """Return the states of the complete checkpoints in storage by name. Raises OSError."""
         sizes, found = self.mirror.names(FOLDER), {}
         for name in sorted(file.partition("/")[0] for file in sizes if file.endswith(f"/{STATE}")):
-            state = self._state(name)
+            state = _stored_state(self.mirror, name)
             if state.get("run") == self.run and all(
                 sizes.get(f"{name}/{file}") == size for file, size in state["files"].items()
             ):
@@ -199,13 +199,6 @@ class RemoteCheckpoints:
             return error if isinstance(error, OutageError) else RunError(f"cannot {looking}: {error}")
         self._there = {name: state.get("metric") for name, state in found.items()}
         return found
-
-    def _state(self, name: str) -> dict[str, Any]:
-        """Return a checkpoint's state; an empty one where it is not whole JSON."""
-        try:
-            return json.loads(read_bytes(self.mirror.fs, self.mirror.path(f"{FOLDER}/{name}/{STATE}")))
-        except (ValueError, FileNotFoundError):
-            return {}
 
     def _fetch(self, name: str, state: dict[str, Any]) -> None:
         """Bring a checkpoint here, once for all workers that see the same folder."""
@@ -258,10 +251,9 @@ class RemoteCheckpoints:
         """Remove what need not be kept, and what was never completed before the newest."""
         kept = worth_keeping(self._there, self.keep_last, self.better)
         newest = max(self._there)
-        for name in sorted({file.partition("/")[0] for file in self.mirror.names(FOLDER)}):
-            if name.isdigit() and name < newest and name not in kept:
-                remove(self.mirror.fs, self.mirror.path(f"{FOLDER}/{name}/{STATE}"))
-                self.mirror.fs.delete_dir(self.mirror.path(f"{FOLDER}/{name}"))
+        for name in _names(self.mirror):
+            if name < newest and name not in kept:
+                _remove(self.mirror, name)
                 self._there.pop(name, None)
 
     def _of_all(self, value: Any) -> list[Any]:
@@ -281,6 +273,81 @@ class RemoteCheckpoints:
     def _barrier(self) -> None:
         if self._group is not None:
             dist.barrier(self._group)
+
+
+def set_back(folder: Path, mirror: Mirror | None, samples: int) -> None:
+    """Remove the checkpoints of a run that were written after so many samples, here and in storage; and those
+    here of which storage has another saving, by another machine.
+
+    folder: the checkpoints' on this machine. Raises OutageError where storage does not answer.
+    """
+    for path in written(folder):
+        if int(path.name) > samples:
+            drop(path)
+    if mirror is not None:
+        patiently(lambda: _set_storage_back(folder, mirror, samples), f"look for checkpoints in {mirror.uri}")
+
+
+def _set_storage_back(folder: Path, mirror: Mirror, samples: int) -> None:
+    for name in _names(mirror):
+        if int(name) > samples:
+            _remove(mirror, name)
+        elif (folder / name).exists() and _stored_state(mirror, name).get("mark") != _mark(folder / name):
+            drop(folder / name)
+
+
+def copy_checkpoint(source: str, folder: Path, mirror: Mirror | None, run: str) -> bool:
+    """Make another run's checkpoint the only one of a run; return False, and do nothing, where it is gone.
+
+    source: where it lies, a path or a URI. folder: the run's checkpoints on this machine, mirror: of the run.
+    run: its id. Raises OutageError where storage does not answer.
+    """
+    fs, root = filesystem(source)
+    name = root.rpartition("/")[2]
+    partial = folder / f"{name}.partial"
+
+    def bring() -> dict[str, Any]:
+        state, there = json.loads(read_bytes(fs, f"{root}/{STATE}")), sizes_under(fs, root)
+        files = state.get("files", there)
+        if any(there.get(file) != size for file, size in files.items()):
+            raise FileNotFoundError(f"{source} is not whole")
+        shutil.rmtree(partial, ignore_errors=True)
+        for file in files.keys() - {STATE}:
+            download(fs, f"{root}/{file}", partial / file, files[file])
+        return state
+
+    try:
+        state = patiently(bring, f"copy {source}")
+    except FileNotFoundError:
+        shutil.rmtree(partial, ignore_errors=True)
+        return False
+    write_json(partial / STATE, {**state, "run": run} if mirror is not None else state)
+    set_back(folder, mirror, -1)
+    partial.rename(folder / name)
+    return True
+
+
+def _names(mirror: Mirror) -> list[str]:
+    """Return the names of what storage has of checkpoints, complete or not. Raises OSError."""
+    return sorted(filter(str.isdigit, {file.partition("/")[0] for file in mirror.names(FOLDER)}))
+
+
+def _stored_state(mirror: Mirror, name: str) -> dict[str, Any]:
+    """Return a checkpoint's state; an empty one where it is not whole JSON."""
+    try:
+        return json.loads(read_bytes(mirror.fs, mirror.path(f"{FOLDER}/{name}/{STATE}")))
+    except (ValueError, FileNotFoundError):
+        return {}
+
+
+def _mark(path: Path) -> str | None:
+    return read_state(path).get("mark") if (path / STATE).is_file() else None
+
+
+def _remove(mirror: Mirror, name: str) -> None:
+    """Remove a checkpoint from storage; its state first: what is left of it is none."""
+    remove(mirror.fs, mirror.path(f"{FOLDER}/{name}/{STATE}"))
+    mirror.fs.delete_dir(mirror.path(f"{FOLDER}/{name}"))
 
 
 def _called(name: str) -> str:

@@ -206,10 +206,12 @@ def test_storage_that_cannot_be_used_is_refused_before_anything_starts(sprites, 
             "tracking.uri: runs in file:///nowhere have no folder for MLflow's own file",
         ),
         (("ui", "--runs", "file:///nowhere"), "tracking.uri: runs in file:///nowhere have no folder"),
-        (("sweep", "x.yaml", "--runs", "s3://b/c"), r"--runs (s3://b/c): a sweep needs a folder"),
-        (("sweep", "report", "x", "--runs", "s3://b/c"), r"--runs (s3://b/c): a sweep needs a folder"),
+        (("sweep", "report", "x", "--runs", "file:///nowhere"), "tracking.uri: runs in file:///nowhere have"),
         (("experiment", "weights", "--runs", "s3://b/c"), r"--runs (s3://b/c): an experiment needs a folder"),
-        (("submit", "--", "sweep", "x.yaml", "--runs", "s3://b"), r"--runs (s3://b): a sweep needs a folder"),
+        (
+            ("submit", "--", "experiment", "weights", "--runs", "s3://b"),
+            r"--runs (s3://b): an experiment needs a folder",
+        ),
     ],
 )
 def test_what_needs_a_folder_says_so(machines, sprites, monkeypatch, command, message):

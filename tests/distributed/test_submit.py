@@ -540,6 +540,15 @@ def test_path_of_this_machine_is_refused_where_no_folder_of_the_cluster_is_named
         assert "is a path of this machine; give --folder DIR" in error
 
 
+def test_sweep_in_storage_needs_no_folder_unless_its_data_do(capsys, dead_url, tmp_path):
+    words = ("submit", "--address", dead_url, "--", "sweep", "tiny.yaml", "--runs", "s3://bucket/runs?region=us-east-1")
+    tiny_sweep.write(Path.cwd(), "data/x")
+    assert "data.sources (data/x) is a path of this machine; give --folder" in refused(capsys, *words)
+    tiny_sweep.write(Path.cwd(), "s3://bucket/x?region=us-east-1")
+    assert f"no cluster answers at {dead_url}" in refused(capsys, *words)
+    assert "give --folder DIR" in refused(capsys, *words[:-2])
+
+
 @pytest.mark.parametrize("where", ["s3://bucket/runs/x", "/mnt/shared/runs/x"])
 def test_records_are_sent_from_where_the_nodes_see_them(capsys, dead_url, where):
     assert f"no cluster answers at {dead_url}" in refused(

@@ -214,7 +214,7 @@ def test_stopped_job_keeps_a_checkpoint_closes_its_run_and_goes_on_by_another_jo
     assert services.run_of(found[1]).info.status == "FINISHED"
 
 
-def test_sweep_runs_as_a_job_and_its_report_is_made_by_anyone_from_mlflow_alone(
+def test_sweep_runs_as_a_job_with_all_it_makes_in_s3_and_its_report_is_made_by_anyone_from_mlflow_alone(
     services, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(services.folder)
@@ -225,7 +225,7 @@ def test_sweep_runs_as_a_job_and_its_report_is_made_by_anyone_from_mlflow_alone(
     base = services.folder / "searches" / "base.yaml"  # is not over there
     base.write_text(yaml.safe_dump(plain["base"]))
     file.write_text(yaml.safe_dump({**plain, "base": "searches/base.yaml"}))
-    job = services.submit("--folder", str(services.shared), "--", "sweep", "searches/tiny.yaml")
+    job = services.submit("--", "sweep", "searches/tiny.yaml", "--runs", services.runs)
     code, said = services.mmdiff("jobs", "logs", "--follow", job)
     assert code == 0, said
     assert "up to 2 trials of 32 samples" in said and "Best: trial" in said
@@ -240,14 +240,22 @@ def test_sweep_runs_as_a_job_and_its_report_is_made_by_anyone_from_mlflow_alone(
         run.run_id for run in runs.values()
     }
     assert all("eval/shape/head_nll" in child.data.metrics for child in children)
+    kept = services.there("runs/sweeps/tiny/")
+    assert {f"trials/{n:04d}/checkpoints/{32:012d}/state.json" for n in range(2)} <= kept
+    assert {f"trials/{n:04d}/{name}" for n in range(2) for name in ("trial.json", "run.json")} <= kept
+    assert not (services.folder / "runs" / "sweeps").exists()
 
     no_keys = {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}  # artifacts come through the server
     elsewhere = tmp_path / "runs"
     code, again = services.mmdiff("sweep", "report", "tiny", "--runs", str(elsewhere), **no_keys)
     assert code == 0, again
-    made, kept = (place / "sweeps" / "tiny" / "report" for place in (elsewhere, services.shared / "runs"))
-    assert (made / "results.json").read_text() == (kept / "results.json").read_text()
-    assert sorted(file.name for file in made.rglob("*")) == sorted(file.name for file in kept.rglob("*"))
+    made = elsewhere / "sweeps" / "tiny" / "report"
+    there = services.s3.get_object(Bucket="toys", Key="runs/sweeps/tiny/report/results.json")["Body"].read()
+    assert (made / "results.json").read_bytes() == there
+    names = {file.relative_to(made).as_posix() for file in made.rglob("*") if file.is_file()}
+    assert {f"report/{name}" for name in names} | {"report/files.json"} == {
+        name for name in kept if name.startswith("report/")
+    }
 
 
 def test_mistakes_are_told_with_what_to_do(services, monkeypatch, capsys):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.sweeps.spec import check_space, load_sweep, whole_text
+from mmdiff_ray.sweeps.spec import any_config, load_sweep, whole_text
 from tests.sweeps import tiny
 from tests.sweeps.tiny import WEIGHTS
 
@@ -121,8 +121,8 @@ def test_what_is_kept_of_a_sweep_needs_no_other_file(tmp_path):
 def test_a_space_in_which_nothing_is_a_configuration_is_told_without_data(tmp_path):
     space = {"modalities.shape.weights.scala": {"uniform": [0, 1]}}
     with pytest.raises(ConfigError, match="scala"):
-        check_space(tiny.sweep(tmp_path, space=space))
-    check_space(tiny.sweep(tmp_path))
+        any_config(tiny.sweep(tmp_path, space=space))
+    any_config(tiny.sweep(tmp_path))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -1,0 +1,233 @@
+"""Sweeps in storage: on nodes that share no disk, copied between them, gone on with from another machine."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmdiff_ray.cli import main
+from mmdiff_ray.data.mirror import cached, mirror
+from mmdiff_ray.data.storage import join
+from mmdiff_ray.distributed import trial as trials
+from mmdiff_ray.sweeps.journal import Trial, number_of, read_trial, read_trials, write_trial
+from mmdiff_ray.sweeps.spec import Sweep
+from mmdiff_ray.training.remote import copy_checkpoint, set_back
+from tests import s3
+from tests import sprites as tiny_sprites
+from tests.sweeps import tiny
+from tests.sweeps.tiny import WEIGHTS
+
+SCALE = f"{WEIGHTS}.scale"
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[s3.Bucket]:
+    """Yield an empty bucket."""
+    for name, value in s3.KEYS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with s3.serve() as bucket:
+        yield bucket
+
+
+def test_journals_in_storage_are_the_same_for_every_machine(tmp_path):
+    for where in (tmp_path / "folder", f"file://{tmp_path}/storage/sweeps/tiny"):
+        assert list(read_trials(where)) == [] and read_trial(where, 0) is None
+        for number in (10, 2):
+            write_trial(where, Trial(number, {"a": number}))
+        assert [trial.number for trial in read_trials(where)] == [2, 10]
+        assert read_trial(where, 10) == Trial(10, {"a": 10})
+        assert [number_of(where, "x_1", number) for number in (4, 7)] == [4, 4]
+
+
+def saved(uri: str, folder: Path, samples: int, run: str, mark: str, value: float) -> Path:
+    """Write a checkpoint of one file here and, under a URI, in storage; return where it is here."""
+    place = folder / "checkpoints" / f"{samples:012d}"
+    (place / mark).mkdir(parents=True)
+    torch.save(value, place / mark / "0.distcp")
+    files = {f"{mark}/0.distcp": (place / mark / "0.distcp").stat().st_size}
+    state = {"format_version": 1, "run": run, "mark": mark, "files": files}
+    (place / "state.json").write_text(json.dumps(state))
+    if uri:
+        run_there = mirror(uri, folder)
+        for name in (*files, "state.json"):
+            run_there.send_file(f"checkpoints/{place.name}/{name}")
+        assert run_there.uploader.flush(10) == []
+    return place
+
+
+def test_a_checkpoint_is_copied_from_storage_as_the_only_one_and_another_machines_saving_counts(tmp_path):
+    where = f"file://{tmp_path}/storage"
+    mine, theirs = tmp_path / "here", tmp_path / "there"
+    saved(join(where, "donor"), theirs, 32, "donor", "d", 1.0)
+    for samples in (32, 64):
+        saved(join(where, "mine"), mine, samples, "mine", "m", 2.0)
+    run = mirror(join(where, "mine"), mine)
+    source = join(where, "donor", "checkpoints", f"{64:012d}")
+    before = run.names("checkpoints")
+    assert not copy_checkpoint(source, mine / "checkpoints", run, "mine")
+    assert run.names("checkpoints") == before and len(list((mine / "checkpoints").iterdir())) == 2
+
+    source = join(where, "donor", "checkpoints", f"{32:012d}")
+    assert copy_checkpoint(source, mine / "checkpoints", run, "mine")
+    (kept,) = (mine / "checkpoints").iterdir()
+    assert kept.name == f"{32:012d}" and torch.load(kept / "d" / "0.distcp") == 1.0
+    state = json.loads((kept / "state.json").read_text())
+    assert (state["run"], state["mark"]) == ("mine", "d") and run.names("checkpoints") == {}
+
+    old = tmp_path / "old"  # a machine that this trial was on before
+    for samples, mark in ((32, "m"), (64, "m")):
+        saved("", old, samples, "mine", mark, 2.0)
+    for name in ("d/0.distcp", "state.json"):
+        run.send_file(f"checkpoints/{kept.name}/{name}")
+    run.uploader.flush(10)
+    set_back(old / "checkpoints", mirror(join(where, "mine"), old), 32)
+    assert list((old / "checkpoints").iterdir()) == []
+    set_back(mine / "checkpoints", run, 32)
+    assert [path.name for path in (mine / "checkpoints").iterdir()] == [kept.name]
+
+
+class Machines:
+    """Machines, each with a cache of its own, that train the trials of one sweep, a report at a time.
+
+    where: the sweep's address.
+    """
+
+    def __init__(self, sweep: Sweep, where: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.sweep, self.where, self.folder, self.patch = sweep, where, folder, patch
+        self.store = f"sqlite:///{folder}/mlflow.db"
+
+    def train(self, machine: str, number: int, samples: int) -> Path:
+        """Train a trial to so many samples on a machine; return the folder of its run there."""
+        self.patch.setenv("MMDIFF_CACHE", str(self.folder / machine))
+        trial = read_trial(self.where, number) or Trial(number, {SCALE: 0.1 * (number + 1)})
+        job = trials._job(self.sweep, self.where, trial, "parent", self.store, None)
+        while trial.samples < samples:
+            trial.reports.append(trials._segment(self.sweep, job, trial))
+            write_trial(self.where, trial)
+        return job.folder
+
+    def copy(self, machine: str, number: int, source: int, samples: int) -> Trial:
+        """Copy another trial's state after so many samples into a trial, on a machine; return the trial."""
+        self.patch.setenv("MMDIFF_CACHE", str(self.folder / machine))
+        trial = read_trial(self.where, number)
+        pointer = {"number": source, "samples": samples}
+        trials._adopt(self.sweep, self.where, trial, pointer, {SCALE: 0.3})
+        return read_trial(self.where, number)
+
+
+@pytest.mark.slow
+def test_a_trial_copies_another_and_moves_between_machines_as_it_would_in_one_folder(
+    sprites, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    sweep = tiny.sweep(
+        tmp_path, sprites, space={SCALE: {"loguniform": [0.02, 0.5]}},
+        scheduler={"name": "pbt", "grace": 0.25, "quantile": 0.5},
+        budget={"trials": 2, "samples": 128, "reports": 4},
+    )  # fmt: skip
+    found = []
+    for where in (f"{tmp_path}/sweeps/tiny", f"file://{tmp_path}/storage/sweeps/tiny"):
+        machines = Machines(sweep, where, tmp_path, monkeypatch)
+        machines.train("a", 0, 64)
+        machines.train("b", 1, 64)  # leaves checkpoints on b which are soon not those of this trial
+        before = read_trial(where, 1)
+        assert machines.copy("c", 1, 0, 96) == before, "there is no such checkpoint"
+        assert machines.copy("c", 1, 0, 128) == before, "nothing would follow"
+        after = machines.copy("c", 1, 0, 32)
+        assert after.changes == [{"at": 32, "values": {SCALE: 0.3}, "source": 0}] and after.samples == 32
+        machines.train("c", 1, 64)
+        folder = machines.train("b", 1, 128)
+        trial = read_trial(where, 1)
+        assert [report["samples"] for report in trial.reports] == [32, 64, 96, 128]
+        assert trial.reports[1]["figures"] != before.reports[1]["figures"]
+        figures = [report["figures"] for report in trial.reports]
+        found.append((figures, load_file(folder / "export" / "model.safetensors")))
+    assert found[0][0] == found[1][0] and tiny_sprites.same(found[0][1], found[1][1])
+    names = mirror(join(where, "trials", "0001"), tmp_path / "looking").names("checkpoints")
+    assert {name.partition("/")[0] for name in names} == {f"{samples:012d}" for samples in (32, 64, 96, 128)}
+
+
+@pytest.fixture
+def nodes(bucket, tmp_path) -> Iterator[str]:
+    """Yield the address of a cluster of a head and two nodes, each with a cache of its own and room for one
+    trial."""
+    from ray.cluster_utils import Cluster
+
+    kept = [{"MMDIFF_CACHE": str(tmp_path / f"node-{number}")} for number in range(3)]
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "env_vars": kept[0]}
+    )
+    for own in kept[1:]:
+        cluster.add_node(num_cpus=1, env_vars=own)
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_sweep_on_nodes_that_share_no_disk_goes_on_from_another_machine(
+    bucket, sprites, tmp_path, nodes, monkeypatch, capsys
+):
+    where = bucket.uri("runs")
+    file = tiny.write(
+        tmp_path, sprites, scheduler={"name": "fifo"}, budget={"trials": 4, "samples": 64, "reports": 2},
+        base__tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"},
+    )  # fmt: skip
+    address = join(where, "sweeps", "tiny")
+
+    def start(machine: str, *words: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "mmdiff_ray.cli", "sweep", *words, "--runs", where]
+        environment = {**os.environ, "RAY_ADDRESS": nodes, "MMDIFF_CACHE": str(tmp_path / machine)}
+        return subprocess.Popen(
+            command,
+            env=environment,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    first = start("driver-1", str(file))
+    deadline = time.monotonic() + 240
+    while not any(trial.outcome for trial in read_trials(address)):
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    first.send_signal(signal.SIGINT)
+    out, _ = first.communicate(timeout=120)
+    assert first.returncode == 130, out
+    assert f"Go on with: mmdiff sweep --resume '{address}'" in out
+    before = {trial.number: trial for trial in read_trials(address)}
+    assert len(before) < 4
+
+    out, _ = (second := start("driver-2", "--resume", "tiny")).communicate(timeout=400)
+    assert second.returncode == 0, out
+    after = list(read_trials(address))
+    assert [trial.outcome for trial in after] == ["finished"] * 4, [trial.why for trial in after]
+    assert all([report["samples"] for report in trial.reports] == [32, 64] for trial in after)
+    for trial in before.values():
+        assert after[trial.number].reports[: len(trial.reports)] == trial.reports
+    assert all(list((tmp_path / f"node-{number}").rglob("run.json")) for number in (1, 2))
+    there = set(mirror(address, tmp_path / "looking").names())
+    assert {"sweep.json", "sweep.yaml", "report/report.html", "trials/0000/run.json"} <= there
+    assert {f"trials/{n:04d}/checkpoints/{64:012d}/state.json" for n in range(4)} <= there
+    assert f"report    {join(address, 'report', 'report.html')}" in out
+
+    monkeypatch.setenv("MMDIFF_CACHE", str(tmp_path / "laptop"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert main(["sweep", "report", "tiny", "--runs", where]) == 0
+    assert (cached(address) / "report" / "report.html").is_file()
+    best = sorted((cached(address) / "report" / "best").glob("*.yaml"))[0]
+    assert f"next      mmdiff train {best}" in capsys.readouterr().out
+    assert main(["sync", address]) == 0 and "nothing waits any more" in capsys.readouterr().out
+    assert main(["sweep", "--resume", "tin", "--runs", where]) == 2
+    assert "no sweep 'tin' in s3://" in capsys.readouterr().err
