@@ -9,7 +9,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -175,24 +175,28 @@ def begin_sweep(sweep: Sweep, seen: Look, text: str, command: str, where: str) -
         **{f"scheduler.{key}": value for key, value in vars(sweep.scheduler).items()},
         "seed": sweep.seed,
     }
-    run_id = run_life.start_run(
-        uri,
-        f"sweep-{sweep.name}",
-        folder.name,
-        folder / "tracking",
-        settings,
-        configuration.to_yaml(first),
-        tags={
-            "mmdiff.sweep": sweep.name,
-            "mmdiff.run_folder": address,
-            "mmdiff.command": command,
-            "mmdiff.machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
-        },
-        texts={"sweep.yaml": text},
-    )
-    write_text(folder, text)
-    write_json(folder / FACTS, {"tracking_uri": shown(uri), "run_id": run_id, "begun": time.time()})
-    _bring(folder, FACTS)
+    try:
+        run_id = run_life.start_run(
+            uri,
+            f"sweep-{sweep.name}",
+            folder.name,
+            folder / "tracking",
+            settings,
+            configuration.to_yaml(first),
+            tags={
+                "mmdiff.sweep": sweep.name,
+                "mmdiff.run_folder": address,
+                "mmdiff.command": command,
+                "mmdiff.machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+            },
+            texts={"sweep.yaml": text},
+        )
+        write_text(folder, text)
+        write_json(folder / FACTS, {"tracking_uri": shown(uri), "run_id": run_id, "begun": time.time()})
+        _bring(folder, FACTS)
+    except BaseException:
+        runs.release(address)
+        raise
     return folder
 
 
@@ -266,6 +270,9 @@ def _tune(sweep: Sweep, where: str, facts: Mapping[str, Any], say: Say, stopped:
             tuner.fit()
     finally:
         watch.close()
+        if is_uri(where):  # Tune's own notes, which nothing is restored from
+            with suppress(OSError):
+                fs.delete_dir(f"{root}/ray")
     say("data: " + read_once(shelf))
     return "stopped" if stopped() else "finished"
 

@@ -541,7 +541,16 @@ def test_path_of_this_machine_is_refused_where_no_folder_of_the_cluster_is_named
 
 
 def test_sweep_in_storage_needs_no_folder_unless_its_data_do(capsys, dead_url, tmp_path):
-    words = ("submit", "--address", dead_url, "--", "sweep", "tiny.yaml", "--runs", "s3://bucket/runs?region=us-east-1")
+    words = (
+        "submit",
+        "--address",
+        dead_url,
+        "--",
+        "sweep",
+        "tiny.yaml",
+        "--runs",
+        "s3://bucket/runs?region=us-east-1",
+    )
     tiny_sweep.write(Path.cwd(), "data/x")
     assert "data.sources (data/x) is a path of this machine; give --folder" in refused(capsys, *words)
     tiny_sweep.write(Path.cwd(), "s3://bucket/x?region=us-east-1")

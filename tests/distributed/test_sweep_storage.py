@@ -2,12 +2,13 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,26 +157,26 @@ def test_a_trial_copies_another_and_moves_between_machines_as_it_would_in_one_fo
     assert {name.partition("/")[0] for name in names} == {f"{samples:012d}" for samples in (32, 64, 96, 128)}
 
 
-@pytest.fixture
-def nodes(bucket, tmp_path) -> Iterator[str]:
-    """Yield the address of a cluster of a head and two nodes, each with a cache of its own and room for one
-    trial."""
+@contextmanager
+def cluster(caches: Path) -> Iterator[Any]:
+    """Start a head and two nodes, each with a cache of its own below a folder and room for one trial."""
     from ray.cluster_utils import Cluster
 
-    kept = [{"MMDIFF_CACHE": str(tmp_path / f"node-{number}")} for number in range(3)]
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "env_vars": kept[0]}
-    )
-    for own in kept[1:]:
-        cluster.add_node(num_cpus=1, env_vars=own)
-    yield cluster.address
-    cluster.shutdown()
+    kept = [{"MMDIFF_CACHE": str(caches / f"node-{number}")} for number in range(3)]
+    head = {"num_cpus": 0, "include_dashboard": False, "env_vars": kept[0]}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for own in kept[1:]:
+            cluster.add_node(num_cpus=1, env_vars=own)
+        yield cluster
+    finally:
+        cluster.shutdown()
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_sweep_on_nodes_that_share_no_disk_goes_on_from_another_machine(
-    bucket, sprites, tmp_path, nodes, monkeypatch, capsys
+def test_a_sweep_whose_cluster_died_goes_on_on_another_that_shares_nothing_but_storage(
+    bucket, sprites, tmp_path, monkeypatch, capsys
 ):
     where = bucket.uri("runs")
     file = tiny.write(
@@ -184,42 +185,39 @@ def test_a_sweep_on_nodes_that_share_no_disk_goes_on_from_another_machine(
     )  # fmt: skip
     address = join(where, "sweeps", "tiny")
 
-    def start(machine: str, *words: str) -> subprocess.Popen:
+    def start(nodes: str, machine: str, *words: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "mmdiff_ray.cli", "sweep", *words, "--runs", where]
-        environment = {**os.environ, "RAY_ADDRESS": nodes, "MMDIFF_CACHE": str(tmp_path / machine)}
-        return subprocess.Popen(
-            command,
-            env=environment,
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        quick = {"RAY_gcs_rpc_server_reconnect_timeout_s": "3", "RAY_ADDRESS": nodes}
+        environment = {**os.environ, **quick, "MMDIFF_CACHE": str(tmp_path / machine)}
+        said = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=environment, cwd=tmp_path, **said)
 
-    first = start("driver-1", str(file))
-    deadline = time.monotonic() + 240
-    while not any(trial.outcome for trial in read_trials(address)):
-        assert first.poll() is None, first.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    first.send_signal(signal.SIGINT)
-    out, _ = first.communicate(timeout=120)
-    assert first.returncode == 130, out
-    assert f"Go on with: mmdiff sweep --resume '{address}'" in out
+    with cluster(tmp_path / "first") as nodes:
+        first = start(nodes.address, "driver-1", str(file))
+        deadline = time.monotonic() + 240
+        while not any(trial.outcome for trial in read_trials(address)):
+            assert first.poll() is None, first.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        nodes.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        out, _ = first.communicate(timeout=120)
+        assert first.returncode != 0, out
     before = {trial.number: trial for trial in read_trials(address)}
-    assert len(before) < 4
 
-    out, _ = (second := start("driver-2", "--resume", "tiny")).communicate(timeout=400)
-    assert second.returncode == 0, out
+    with cluster(tmp_path / "second") as nodes:
+        out, _ = (second := start(nodes.address, "driver-2", "--resume", "tiny")).communicate(timeout=400)
+        assert second.returncode == 0, out
     after = list(read_trials(address))
     assert [trial.outcome for trial in after] == ["finished"] * 4, [trial.why for trial in after]
     assert all([report["samples"] for report in trial.reports] == [32, 64] for trial in after)
-    for trial in before.values():
+    assert all(trial == after[trial.number] for trial in before.values() if trial.outcome == "finished")
+    for trial in before.values():  # went on from what it had
         assert after[trial.number].reports[: len(trial.reports)] == trial.reports
-    assert all(list((tmp_path / f"node-{number}").rglob("run.json")) for number in (1, 2))
+    assert all(list((tmp_path / "first" / f"node-{number}").rglob("run.json")) for number in (1, 2))
     there = set(mirror(address, tmp_path / "looking").names())
     assert {"sweep.json", "sweep.yaml", "report/report.html", "trials/0000/run.json"} <= there
     assert {f"trials/{n:04d}/checkpoints/{64:012d}/state.json" for n in range(4)} <= there
+    assert not any(name.startswith("ray/") for name in there)
     assert f"report    {join(address, 'report', 'report.html')}" in out
 
     monkeypatch.setenv("MMDIFF_CACHE", str(tmp_path / "laptop"))

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from mmdiff_ray.tracking import run_life, store, tracker
 from mmdiff_ray.tracking.sender import LOCAL_TAG
 from mmdiff_ray.tracking.spool import left_in
 from mmdiff_ray.tracking.tracker import GIVE_UP_FAILURES, Tracker
+from tests import s3 as s3_server
 from tests import sprites as tiny
 from tests.faults import Faults, faulty
 from tests.tracking.conftest import Server
@@ -353,3 +355,55 @@ def test_what_a_fault_hit_is_sent_again_and_stored_once(server, network, tmp_pat
     (model,) = client.search_logged_models([experiment])
     assert [output.model_id for output in run.outputs.model_outputs] == [model.model_id]
     assert not (tmp_path / "refused.jsonl").exists()
+
+
+@pytest.mark.parametrize("fault", ["dead", "refusing", "cut", "slow"])
+def test_artifacts_arrive_in_s3_behind_the_server_whatever_its_network_does(
+    behind_s3, tmp_path, monkeypatch, fault
+):
+    server, network, s3 = behind_s3
+    run_id = store.client(server.uri).create_run("0").info.run_id
+    running = Tracker(server.uri, run_id, tmp_path / "spool")
+    file, whole = tmp_path / "model.bin", os.urandom(300_000)
+    file.write_bytes(whole)
+    seen = network.connections
+    network.down = fault == "dead"
+    network.fail_next = {"refusing": 12}.get(fault, 0)
+    network.cut_after = {"cut": 100_000}.get(fault)
+    network.delay_s = {"slow": 0.1}.get(fault, 0.0)
+    running.artifact(file, fault)
+    running.metrics({"loss": 1.0}, 1)
+    if fault == "dead":
+        assert running.flush(60, failures=1) > 0 and running.error
+    elif fault == "cut":
+        assert running.flush(60, failures=1) > 0 and network.cut > 0
+    network.down, network.cut_after = False, None
+    assert running.finish() == 0
+    assert network.connections > seen and network.fail_next == 0, "the fault hit nothing"
+    network.delay_s = 0.0
+    kept = s3.get_object(Bucket="toys", Key=f"artifacts/0/{run_id}/artifacts/{fault}/model.bin")
+    assert kept["Body"].read() == whole
+    assert [point.step for point in store.client(server.uri).get_metric_history(run_id, "loss")] == [1]
+
+
+@pytest.fixture(scope="module")
+def behind_s3(tmp_path_factory) -> Iterator[tuple[Server, Faults, Any]]:
+    """An MLflow server that keeps artifacts on S3, the network between the two, and a client of S3."""
+    import boto3
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.KEYS.items():
+            patch.setenv(name, value)
+        with s3_server.serve() as bucket, faulty(bucket.port) as faults, socket.socket() as probe:
+            patch.setenv("MLFLOW_S3_ENDPOINT_URL", faults.url)
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+            probe.close()
+            server = Server(tmp_path_factory.mktemp("behind"), port, artifacts="s3://toys/artifacts")
+            server.start()
+            try:
+                endpoint = f"http://127.0.0.1:{bucket.port}"
+                yield server, faults, boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1")
+            finally:
+                server.kill()
