@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from pyarrow.fs import FileInfo, FileSystem, FileType
 
-from mmdiff_ray.config import RunError
+from mmdiff_ray.config import RunError, UnreachableError
 from mmdiff_ray.data.storage import (
     CHUNK_BYTES,
     PART,
@@ -142,7 +142,8 @@ class Mirror:
     def fetch(self, name: str) -> bool:
         """Bring a file from storage, or remove it where storage has none; return whether it is here.
 
-        A file here that storage does not have yet stays. Raises RunError where storage does not answer.
+        A file here that storage does not have yet stays. Raises UnreachableError where storage does not
+        answer.
         """
         if any(name == unsent or name.startswith(f"{unsent}/") for unsent in self.unsent()):
             return (self.folder / name).is_file()
@@ -158,7 +159,8 @@ class Mirror:
     def fetch_folder(self, name: str) -> bool:
         """Bring a folder that was sent as a whole, unless it is here; return whether it is.
 
-        Raises RunError where storage does not answer, or the folder changes while it is read.
+        Raises UnreachableError where storage does not answer, RunError where the folder changes while it is
+        read.
         """
         here = self.folder / name
         if name in self.unsent():
@@ -177,8 +179,7 @@ class Mirror:
         """Move a folder that was sent as a whole to a place here, and out of storage; return whether it was
         there.
 
-        What storage does not have as a whole, or not yet, stays where it is. Raises RunError as
-        `fetch_folder`.
+        What storage does not have as a whole, or not yet, stays where it is. Raises as `fetch_folder`.
         """
         if name in self.unsent() or not self.fetch_folder(name):
             return False
@@ -247,7 +248,7 @@ def mirror(uri: str, folder: Path) -> Mirror:
 def fetched(uri: str) -> Path:
     """Return the folder of this machine with what lies at a URI, brought here where it is not.
 
-    Raises RunError where storage does not answer.
+    Raises as `Mirror.fetch_folder`.
     """
     place, (above, name) = cached(uri), parent(uri)
     mirror(above, place.parent).fetch_folder(name)
@@ -302,4 +303,4 @@ def _said(uri: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"cannot read from {uri}: {error}") from None
+        raise UnreachableError(f"cannot read from {uri}: {error}") from None

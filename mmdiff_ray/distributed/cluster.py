@@ -12,7 +12,8 @@ from types import MappingProxyType
 from typing import Any
 
 from mmdiff_ray.config import ConfigError, WorkersConfig, without_passwords
-from mmdiff_ray.distributed.nodes import Labels, alive, autoscales, fitting, start_nodes
+from mmdiff_ray.data.storage import is_uri
+from mmdiff_ray.distributed.nodes import Labels, alive, autoscales, fitting, machines, start_nodes
 
 _log = logging.getLogger(__name__)
 
@@ -94,6 +95,19 @@ def _keep_messages_off_the_terminal() -> None:
         return
     dispatcher.remove_handler("ray_print_logs")
     dispatcher.add_handler("mmdiff", lambda data: _log.info("%s", "\n".join(map(str, data.get("lines", [])))))
+
+
+def split_records(store: str, runs: str) -> str:
+    """Return the warning where every machine of the cluster would record into an SQLite file of its own.
+
+    store: MLflow's address. runs: where runs are kept; a folder, and so the file beside it, is of all nodes.
+    """
+    if not (store.startswith("sqlite:") and is_uri(runs) and len(machines()) > 1):
+        return ""
+    return (
+        f"tracking.uri: {store} is a file, and the cluster has {len(machines())} machines: unless they "
+        "share it, each records into one of its own, and figures are missing; name a server (`mlflow server`)"
+    )
 
 
 def cpus_needed(workers: WorkersConfig) -> int:

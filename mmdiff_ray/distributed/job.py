@@ -67,7 +67,8 @@ class Job:
     folder: where everything of the run lies. calibration: the modalities' fixed scales. pause_at: where
     training ends for now, with a checkpoint, at the first report after so many samples; None: at its end.
     tables: who reads row groups from storage, else every reader for itself.
-    uri: of a run in storage; the folder is then of this machine alone.
+    uri: of a run in storage; the folder is then of this machine alone. stored_only: whether only checkpoints
+    that storage has count, since other machines go on with the run, too.
     """
 
     config: Config
@@ -79,6 +80,7 @@ class Job:
     pause_at: int | None = None
     tables: Tables | None = None
     uri: str = ""
+    stored_only: bool = False
 
     @property
     def mirror(self) -> Mirror | None:

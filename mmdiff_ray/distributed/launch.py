@@ -19,7 +19,7 @@ from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import records, runs
 from mmdiff_ray.distributed.alone import alone
 from mmdiff_ray.distributed.board import Board
-from mmdiff_ray.distributed.cluster import log_folder, resources, this_node
+from mmdiff_ray.distributed.cluster import log_folder, resources, split_records, this_node
 from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.own_job import note_run
@@ -43,6 +43,8 @@ def train(job: Job, display: Display) -> Path:
         job = begin(job, job.config.tracking.required)
         if run_life.is_local(job.run_id):
             display.say(f"MLflow at {shown(job.tracking_uri)} does not answer; records wait in {job.spool}")
+        if job.config.workers.count and (warning := split_records(job.tracking_uri, job.config.runs)):
+            display.say(warning)
         note_run(job.run_id)
         with alone(job.folder):
             return run(job, display)

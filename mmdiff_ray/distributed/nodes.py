@@ -54,6 +54,11 @@ def alive() -> list[dict]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
+def machines() -> set[str]:
+    """Return the addresses of the machines that nodes are up on now."""
+    return {node["NodeManagerAddress"] for node in alive()}
+
+
 def fitting(labels: Labels) -> list[dict]:
     """Return the nodes with these labels that are up now."""
     return [node for node in alive() if labels.items() <= node["Labels"].items()]

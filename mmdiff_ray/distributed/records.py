@@ -12,7 +12,7 @@ import os
 import shlex
 from pathlib import Path
 
-from mmdiff_ray.config import RunError
+from mmdiff_ray.config import RunError, UnreachableError
 from mmdiff_ray.data.mirror import Mirror
 from mmdiff_ray.data.storage import is_uri, join
 from mmdiff_ray.distributed import job as jobs
@@ -60,7 +60,9 @@ def take(folder: Path, mirror: Mirror | None) -> None:
     there."""
     if mirror is None:
         return
-    file = next(file for name in (runs.RUN, runs.SWEEP) if (file := folder / name).is_file())
+    file = next((file for name in (runs.RUN, runs.SWEEP) if (file := folder / name).is_file()), None)
+    if file is None:  # it never began
+        return
     uri = json.loads(file.read_text(encoding="utf8"))["tracking_uri"]
     try:
         for name in sorted({file.partition("/")[0] for file in mirror.names(PLACE)}):
@@ -68,7 +70,7 @@ def take(folder: Path, mirror: Mirror | None) -> None:
             if mirror.take(f"{PLACE}/{name}", place):
                 target = json.loads((place / TARGET).read_text())
                 (place / TARGET).write_text(json.dumps({**target, "uri": uri}))
-    except (OSError, RunError) as error:
+    except (OSError, RunError, UnreachableError) as error:
         _log.warning("records of the run stay in %s: %s", join(mirror.uri, PLACE), error)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import secrets
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ SMALL = (RUN, "config.yaml", "evaluation.json", "export/facts.json")
 ANSWER_S = 20.0
 RESEND_S = 8.0
 BRING_S = 60.0
+LOOKS = 16
+"""How many runs of a storage are looked at at once."""
 
 
 def check_runs(runs: str) -> None:
@@ -89,7 +92,10 @@ def runs_in(where: str, marked_by: str = RUN) -> list[str]:
     fs, root = opened(where)
 
     def look() -> list[str]:
-        return [name for name in folders_in(fs, root) if exists(fs, f"{root}/{name}/{marked_by}")]
+        names = folders_in(fs, root)
+        with ThreadPoolExecutor(LOOKS) as pool:
+            marked = pool.map(lambda name: exists(fs, f"{root}/{name}/{marked_by}"), names)
+            return [name for name, has in zip(names, marked, strict=True) if has]
 
     try:
         return within(ANSWER_S, look, f"runs: {where} does not answer")
@@ -214,13 +220,16 @@ def open_run(uri: str, small: Sequence[str] = SMALL) -> Path:
 
     try:
         within(BRING_S, bring, f"runs: {uri} does not answer")
-    except (OSError, RunError) as error:
+    except (OSError, RunError, UnreachableError) as error:
         raise UnreachableError(f"runs: {error}") from None
     return run.folder
 
 
 def with_export(where: str) -> Path:
-    """Return the folder on this machine of a run at an address, with its exported model where it has one."""
+    """Return the folder on this machine of a run at an address, with its exported model where it has one.
+
+    Raises UnreachableError where storage does not answer.
+    """
     return fetched(join(where, "export")).parent if is_uri(where) else Path(where)
 
 

@@ -21,7 +21,7 @@ from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.data.storage import filesystem, is_uri, join, parent
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import runs
-from mmdiff_ray.distributed.cluster import amount_of, check_resources, cluster, places
+from mmdiff_ray.distributed.cluster import amount_of, check_resources, cluster, places, split_records
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.launch import stop_requests
 from mmdiff_ray.distributed.nodes import autoscales
@@ -209,7 +209,10 @@ def run_sweep(sweep: Sweep, folder: Path, say: Say) -> str:
     facts = read_facts(folder)
     with sweep_cluster(sweep), stop_requests() as stopped:
         note_run(facts["run_id"])
-        state = _tune(sweep, runs.address(folder), facts, say, stopped)
+        where = runs.address(folder)
+        if warning := split_records(facts["tracking_uri"], where):
+            say(warning)
+        state = _tune(sweep, where, facts, say, stopped)
     return state
 
 

@@ -169,7 +169,10 @@ def report(name: str, where: str) -> int:
         folder = sweep_folder(name, where)
         facts = read_facts(folder)
         uri, run_id = facts["tracking_uri"], facts["run_id"]
-    except ConfigError:  # it lies elsewhere; or it is named by its run
+    except ConfigError as error:
+        if isinstance(error, UnreachableError) or is_uri(name):
+            raise
+        # It lies elsewhere, or it is named by its run.
         uri, run_id = _store(None, where), Path(name).name
         folder = runs.folder_of(sweeps_in(where), run_id)
         if is_uri(where):

@@ -12,10 +12,10 @@ from typing import Any
 
 from rich.console import Console
 
-from mmdiff_ray.config import ChangeConfig, Config, ConfigError, in_force
+from mmdiff_ray.config import ChangeConfig, Config, ConfigError, OutageError, in_force
 from mmdiff_ray.config.checks import unknown
 from mmdiff_ray.data.parquet import Tables
-from mmdiff_ray.data.patience import patiently
+from mmdiff_ray.data.patience import OUTAGE_S, patiently
 from mmdiff_ray.data.storage import is_uri, join
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import launch, records, runs
@@ -74,7 +74,7 @@ def run_trial(
         return  # a member of a population that had come to its end when it was told to copy another
     try:
         if not fresh:
-            _adopt(sweep, where, trial, _pointer(tune.get_checkpoint()), config["values"])
+            _adopt(sweep, where, trial, {**_pointer(tune.get_checkpoint()), "values": config["values"]})
         job = _job(sweep, where, trial, parent, store, tables)
         if fresh:
             # Tune knows nothing of what was before it began. A population acts on each report that it hears,
@@ -95,7 +95,12 @@ def run_trial(
 
 
 def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables: Tables) -> Job:
-    """Return the trial's job with its run in MLflow, begun or gone on with, set back to its last report."""
+    """Return the trial's job with its run in MLflow, begun or gone on with, set back to its last report.
+
+    Raises OutageError where storage does not answer, or does not take what a new run begins with.
+    """
+    if trial.copying is not None:  # the sweep ended in the middle of it
+        _adopt(sweep, where, trial, trial.copying)
     address = trial_address(where, trial.number)
     config = trial_config(sweep, trial, where, store)
     place = runs.folder_of(join(where, TRIALS), f"{trial.number:04d}")
@@ -104,7 +109,7 @@ def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables
         facts = jobs.read_run(_open(where, trial))
         uri = address if is_uri(address) else ""
         job = dataclasses.replace(
-            job, tracking_uri=full(facts["tracking_uri"]), run_id=facts["run_id"], uri=uri
+            job, tracking_uri=full(facts["tracking_uri"]), run_id=facts["run_id"], uri=uri, stored_only=True
         )
         set_back(job.checkpoints, job.mirror, trial.samples)
         if trial.outcome is None:
@@ -122,8 +127,11 @@ def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables
         runs.clear(address)  # of a trial that died before its run had begun
         return launch.begin(job, required=False, tags=tags)
 
-    job = patiently(begin, f"begin {address}")
-    trial.run_id = job.run_id
+    job = dataclasses.replace(patiently(begin, f"begin {address}"), stored_only=True)
+    if job.mirror is not None and (left := job.mirror.flush(OUTAGE_S)):
+        run_life.end_run(job.tracking_uri, job.run_id, launch.STATUS["failed"], job.spool, timeout_s=5)
+        raise OutageError(f"{address} does not take {', '.join(left)}")
+    trial.run_id = job.run_id  # from here on, all machines find the run where it lies
     write_trial(where, trial)
     return job
 
@@ -170,8 +178,10 @@ def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
     launch.work(dataclasses.replace(job, pause_at=pause), Display(Console(quiet=True)))
     nested = job.config.workers.count > 0
     if nested:  # where no disk is shared, a worker of another machine has brought the model to storage
-        runs.with_export(runs.address(job.folder))
+        _fetch_export(job)
     seen = json.loads((job.export / "facts.json").read_text(encoding="utf8"))["progress"]["samples_seen"]
+    if seen <= trial.samples:
+        raise OutageError(f"{runs.address(job.folder)} has the model of {seen:,} samples and no later one")
     now = in_force(job.config, seen)  # a model is asked with the weights that it was trained with last
     findings = (measure_on_ray if nested else measure)(job.folder, now, tables=job.tables)
     figures = {key.removeprefix("eval/"): value for key, value in metrics_of(findings.figures).items()}
@@ -189,6 +199,14 @@ def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
     tracker.close(timeout_s=5)
     records.keep(job.folder, job.mirror)
     return {"samples": seen, "figures": figures, "seconds": time.monotonic() - begun}
+
+
+def _fetch_export(job: Job) -> None:
+    """Bring the model here that a worker has exported. Raises OutageError where storage does not have it."""
+    where = runs.address(job.folder)
+    patiently(lambda: runs.with_export(where), f"bring the model of {where}")
+    if not (job.export / "facts.json").is_file():
+        raise OutageError(f"{where} has no export; its worker could not bring it there")
 
 
 def _tell(sweep: Sweep, trial: Trial, report: Mapping[str, Any]) -> None:
@@ -211,15 +229,13 @@ def _pointer(checkpoint: Any) -> dict[str, int]:
         return json.loads((Path(place) / "pointer.json").read_text(encoding="utf8"))
 
 
-def _adopt(
-    sweep: Sweep, where: str, trial: Trial, pointer: Mapping[str, int], values: Mapping[str, Any]
-) -> None:
+def _adopt(sweep: Sweep, where: str, trial: Trial, pointer: Mapping[str, Any]) -> None:
     """Copy the state that Tune points at into a trial, and note which values change from there on.
 
-    A trial goes on as it is where nothing would follow a copy, the donor being at its end, or where the donor
-    itself has copied another meanwhile.
+    pointer: `number`, `samples` and the `values` to go on with. A trial goes on as it is where nothing would
+    follow a copy, the donor being at its end, or where the donor itself has copied another meanwhile.
     """
-    at = pointer["samples"]
+    at, values = pointer["samples"], pointer["values"]
     if at >= sweep.budget.samples:
         return
     donor = read_trial(where, pointer["number"]) if pointer["number"] != trial.number else trial
@@ -227,8 +243,12 @@ def _adopt(
     if donor is not trial:
         mine = _open(where, trial)
         theirs = join(trial_address(where, donor.number), FOLDER, f"{at:012d}")
-        if not copy_checkpoint(theirs, mine / FOLDER, runs.mirror_of(mine), trial.run_id):
-            return
+        trial.copying = dict(pointer)
+        write_trial(where, trial)
+        there = copy_checkpoint(theirs, mine / FOLDER, runs.mirror_of(mine), trial.run_id)
+        trial.copying = None
+        if not there:
+            return write_trial(where, trial)
         trial.values = dict(donor.values)
         trial.changes = [change for change in donor.changes if change["at"] < at]
         trial.reports = [report for report in donor.reports if report["samples"] <= at]
@@ -258,14 +278,16 @@ def give_up(where: str, trial: Trial, outcome: str, why: str = "") -> None:
 def _close(where: str, trial: Trial, state: str, tags: Mapping[str, str] | None = None) -> None:
     """End a trial's run in MLflow, with more tags, and where it lies. state: finished, stopped or failed."""
     place = _open(where, trial)
+    if not (place / runs.RUN).is_file():
+        return  # somebody has removed it
     facts, spool = jobs.read_run(place), records.root(place)
-    write_json(place / "run.json", {**facts, "state": state})
+    write_json(place / runs.RUN, {**facts, "state": state})
     if tags:
         tracker = Tracker(facts["tracking_uri"], facts["run_id"], spool)
         tracker.tags(tags)
         tracker.close(timeout_s=5)
     run_life.end_run(facts["tracking_uri"], facts["run_id"], launch.STATUS[state], spool, timeout_s=5)
     if (mirror := runs.mirror_of(place)) is not None:
-        mirror.send("run.json")
+        mirror.send(runs.RUN)
         records.keep(place, mirror)
         mirror.flush(STILL_S)

@@ -166,7 +166,7 @@ def _store(job: Job, emit: Emit) -> CheckpointStore:
     if world()[0] == 0:
         job.mirror.uploader.say = lambda text: emit({"kind": "note", "text": text})
     keep = job.config.checkpoint.keep_last
-    remote = RemoteCheckpoints(job.mirror, job.run_id, keep, completed=completed)
+    remote = RemoteCheckpoints(job.mirror, job.run_id, keep, completed=completed, stored_only=job.stored_only)
     return CheckpointStore(job.checkpoints, job.config.checkpoint, remote=remote)
 
 

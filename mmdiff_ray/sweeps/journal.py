@@ -25,7 +25,8 @@ class Trial:
     number: from 0. values: swept key -> value, as it began. reports: `samples` and `figures`, in order.
     changes: `at`, `values` and `source`, the trial that the state before was copied from (population based
     training). outcome: None while it trains; finished, with all its samples; stopped, by the scheduler or the
-    budget; diverged, not finite; failed. why: in words, where it went wrong.
+    budget; diverged, not finite; failed. why: in words, where it went wrong. copying: `number`, `samples` and
+    `values` of what a copy is made of until it is there whole.
     """
 
     number: int
@@ -35,6 +36,7 @@ class Trial:
     changes: list[dict[str, Any]] = field(default_factory=list)
     outcome: str | None = None
     why: str = ""
+    copying: dict[str, Any] | None = None
 
     @property
     def samples(self) -> int:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from mmdiff_ray.config import OutageError, RunError
 from mmdiff_ray.data.mirror import Mirror, download
-from mmdiff_ray.data.patience import patiently
+from mmdiff_ray.data.patience import OUTAGE_S, patiently
 from mmdiff_ray.data.storage import filesystem, read_bytes, remove, sizes_under, write_bytes_atomic
 from mmdiff_ray.data.uploader import Errand
 from mmdiff_ray.training.checkpoint import drop, files_of, read_state, worth_keeping, write_json, written
@@ -40,7 +40,9 @@ class RemoteCheckpoints:
 
     mirror: of the run's folder on this machine, which other workers may see or not. run: the run's id: what
     another run of the same name left does not count. keep_last, better: as of `CheckpointStore`. completed:
-    called on the first worker, in a thread, for every checkpoint that is complete in storage.
+    called on the first worker, in a thread, for every checkpoint that is complete in storage. stored_only:
+    whether what storage does not have does not count either: other machines may have gone on since it was
+    written here, from an earlier state or from another run's.
     """
 
     def __init__(
@@ -50,12 +52,14 @@ class RemoteCheckpoints:
         keep_last: int,
         better: str = "min",
         completed: Callable[[], None] = lambda: None,
+        stored_only: bool = False,
     ) -> None:
         self.mirror = mirror
         self.run = run
         self.keep_last = keep_last
         self.better = better
         self.completed = completed
+        self.stored_only = stored_only
         self._group: Any = dist.new_group(backend="gloo") if world()[1] > 1 else None
         self._now: tuple[str, dict[str, Any]] | None = None
         self._next: tuple[str, dict[str, Any]] | None = None
@@ -139,6 +143,7 @@ class RemoteCheckpoints:
         """Return the newest complete checkpoint of storage and of these machines, brought here, or None.
 
         One that storage does not have is brought there, also by several machines that have a part each.
+        Storage's saving counts where these machines have another of the same samples.
         Raises OutageError on all workers where storage does not answer, unless all have one here.
         """
         mine = {path.name: read_state(path) for path in written(self.folder)}
@@ -150,7 +155,9 @@ class RemoteCheckpoints:
             if all(theirs >= set(states[name]["files"]) for theirs in files)
         }
         joint = {name for name, files in seen.items() if set().union(*files) >= set(states[name]["files"])}
-        there = self._of_first(self._look(here) if world()[0] == 0 else None)
+        if self.stored_only:
+            joint = set()
+        there = self._of_first(self._look(here & joint) if world()[0] == 0 else None)
         if isinstance(there, RunError):
             raise there
         newest = max(joint | there.keys(), default=None)
@@ -158,6 +165,8 @@ class RemoteCheckpoints:
             return None
         if newest not in there:
             self.add(newest, states[newest])
+        elif newest in here and states[newest]["mark"] != there[newest]["mark"]:
+            here.remove(newest)
         if newest not in here:
             if newest not in there and (left := self.close()):
                 raise RunError(
@@ -276,8 +285,7 @@ class RemoteCheckpoints:
 
 
 def set_back(folder: Path, mirror: Mirror | None, samples: int) -> None:
-    """Remove the checkpoints of a run that were written after so many samples, here and in storage; and those
-    here of which storage has another saving, by another machine.
+    """Remove the checkpoints of a run that were written after so many samples, here and in storage.
 
     folder: the checkpoints' on this machine. Raises OutageError where storage does not answer.
     """
@@ -285,22 +293,20 @@ def set_back(folder: Path, mirror: Mirror | None, samples: int) -> None:
         if int(path.name) > samples:
             drop(path)
     if mirror is not None:
-        patiently(lambda: _set_storage_back(folder, mirror, samples), f"look for checkpoints in {mirror.uri}")
+        patiently(lambda: _set_storage_back(mirror, samples), f"look for checkpoints in {mirror.uri}")
 
 
-def _set_storage_back(folder: Path, mirror: Mirror, samples: int) -> None:
+def _set_storage_back(mirror: Mirror, samples: int) -> None:
     for name in _names(mirror):
         if int(name) > samples:
             _remove(mirror, name)
-        elif (folder / name).exists() and _stored_state(mirror, name).get("mark") != _mark(folder / name):
-            drop(folder / name)
 
 
 def copy_checkpoint(source: str, folder: Path, mirror: Mirror | None, run: str) -> bool:
     """Make another run's checkpoint the only one of a run; return False, and do nothing, where it is gone.
 
-    source: where it lies, a path or a URI. folder: the run's checkpoints on this machine, mirror: of the run.
-    run: its id. Raises OutageError where storage does not answer.
+    source: where it lies, a path or a URI. folder: the run's checkpoints on this machine, mirror: of the run,
+    to whose storage the copy is brought, too. run: its id. Raises OutageError where storage does not answer.
     """
     fs, root = filesystem(source)
     name = root.rpartition("/")[2]
@@ -323,7 +329,13 @@ def copy_checkpoint(source: str, folder: Path, mirror: Mirror | None, run: str) 
         return False
     write_json(partial / STATE, {**state, "run": run} if mirror is not None else state)
     set_back(folder, mirror, -1)
+    drop(folder / name)  # what is no checkpoint, but has its name
     partial.rename(folder / name)
+    if mirror is not None:
+        for file in (*sorted(files_of(folder / name, state)), STATE):
+            mirror.send_file(f"{FOLDER}/{name}/{file}")
+        if left := mirror.uploader.flush(OUTAGE_S):
+            raise OutageError(f"{mirror.uri} does not take {', '.join(left)}")
     return True
 
 
@@ -338,10 +350,6 @@ def _stored_state(mirror: Mirror, name: str) -> dict[str, Any]:
         return json.loads(read_bytes(mirror.fs, mirror.path(f"{FOLDER}/{name}/{STATE}")))
     except (ValueError, FileNotFoundError):
         return {}
-
-
-def _mark(path: Path) -> str | None:
-    return read_state(path).get("mark") if (path / STATE).is_file() else None
 
 
 def _remove(mirror: Mirror, name: str) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,19 @@ import torch
 from safetensors.torch import load_file
 
 from mmdiff_ray.cli import main
+from mmdiff_ray.config import OutageError
 from mmdiff_ray.data.mirror import cached, mirror
 from mmdiff_ray.data.storage import join
+from mmdiff_ray.distributed import job as jobs
+from mmdiff_ray.distributed import launch
 from mmdiff_ray.distributed import trial as trials
 from mmdiff_ray.sweeps.journal import Trial, number_of, read_trial, read_trials, write_trial
 from mmdiff_ray.sweeps.spec import Sweep
-from mmdiff_ray.training.remote import copy_checkpoint, set_back
+from mmdiff_ray.tracking import store
+from mmdiff_ray.training.remote import RemoteCheckpoints, copy_checkpoint, set_back
 from tests import s3
 from tests import sprites as tiny_sprites
+from tests.faults import faulty
 from tests.sweeps import tiny
 from tests.sweeps.tiny import WEIGHTS
 
@@ -82,18 +88,24 @@ def test_a_checkpoint_is_copied_from_storage_as_the_only_one_and_another_machine
     (kept,) = (mine / "checkpoints").iterdir()
     assert kept.name == f"{32:012d}" and torch.load(kept / "d" / "0.distcp") == 1.0
     state = json.loads((kept / "state.json").read_text())
-    assert (state["run"], state["mark"]) == ("mine", "d") and run.names("checkpoints") == {}
+    assert (state["run"], state["mark"]) == ("mine", "d")
+    assert set(run.names("checkpoints")) == {f"{kept.name}/{file}" for file in ("d/0.distcp", "state.json")}
 
     old = tmp_path / "old"  # a machine that this trial was on before
     for samples, mark in ((32, "m"), (64, "m")):
         saved("", old, samples, "mine", mark, 2.0)
-    for name in ("d/0.distcp", "state.json"):
-        run.send_file(f"checkpoints/{kept.name}/{name}")
-    run.uploader.flush(10)
+
+    def latest(folder: Path) -> Path:
+        there = mirror(join(where, "mine"), folder)
+        return RemoteCheckpoints(there, "mine", keep_last=2, stored_only=True).latest()
+
+    for machine in (mine, old, tmp_path / "new"):
+        assert latest(machine) == machine / "checkpoints" / kept.name
+        assert torch.load(machine / "checkpoints" / kept.name / "d" / "0.distcp") == 1.0
     set_back(old / "checkpoints", mirror(join(where, "mine"), old), 32)
-    assert list((old / "checkpoints").iterdir()) == []
-    set_back(mine / "checkpoints", run, 32)
-    assert [path.name for path in (mine / "checkpoints").iterdir()] == [kept.name]
+    assert [path.name for path in (old / "checkpoints").iterdir()] == [kept.name]
+    (mine / "checkpoints" / kept.name / "state.json").unlink()  # is no checkpoint any more
+    assert copy_checkpoint(source, mine / "checkpoints", run, "mine") and latest(mine) == kept
 
 
 class Machines:
@@ -120,9 +132,47 @@ class Machines:
         """Copy another trial's state after so many samples into a trial, on a machine; return the trial."""
         self.patch.setenv("MMDIFF_CACHE", str(self.folder / machine))
         trial = read_trial(self.where, number)
-        pointer = {"number": source, "samples": samples}
-        trials._adopt(self.sweep, self.where, trial, pointer, {SCALE: 0.3})
+        pointer = {"number": source, "samples": samples, "values": {SCALE: 0.3}}
+        trials._adopt(self.sweep, self.where, trial, pointer)
         return read_trial(self.where, number)
+
+
+def interrupted(*_: object) -> bool:
+    raise KeyboardInterrupt
+
+
+def test_a_trial_whose_beginning_or_model_does_not_reach_storage_begins_or_goes_on_anew(
+    bucket, sprites, tmp_path, monkeypatch
+):
+    sweep = tiny.sweep(tmp_path, sprites, budget={"trials": 1, "samples": 64, "reports": 2})
+    with faulty(bucket.port) as network:
+        where = bucket.uri("runs/sweeps/tiny", network.port)
+        machines = Machines(sweep, where, tmp_path, monkeypatch)
+        write_run = jobs.write_run
+
+        def cut_off(job: jobs.Job, state: str) -> None:
+            network.down = True
+            write_run(job, state=state)
+
+        with monkeypatch.context() as bad:
+            bad.setattr(jobs, "write_run", cut_off)
+            bad.setattr(trials, "OUTAGE_S", 1.0)
+            with pytest.raises(OutageError, match=r"trials/0000.* does not take config.yaml, run.json"):
+                machines.train("a", 0, 32)
+        network.down = False
+        assert read_trial(where, 0) is None
+        machines.train("a", 0, 32)
+        with monkeypatch.context() as bad:
+            bad.setattr(launch, "work", lambda *_: "finished")  # its model stays where its worker was
+            with pytest.raises(
+                OutageError, match=r"trials/0000.* has the model of 32 samples and no later one"
+            ):
+                machines.train("a", 0, 64)
+        machines.train("b", 0, 64)
+        assert [report["samples"] for report in read_trial(where, 0).reports] == [32, 64]
+    client = store.client(machines.store)
+    runs = client.search_runs([client.get_experiment_by_name(f"sweep-{sweep.name}").experiment_id])
+    assert sorted(run.info.status for run in runs) == ["FAILED", "RUNNING"]
 
 
 @pytest.mark.slow
@@ -143,10 +193,17 @@ def test_a_trial_copies_another_and_moves_between_machines_as_it_would_in_one_fo
         before = read_trial(where, 1)
         assert machines.copy("c", 1, 0, 96) == before, "there is no such checkpoint"
         assert machines.copy("c", 1, 0, 128) == before, "nothing would follow"
-        after = machines.copy("c", 1, 0, 32)
+        with monkeypatch.context() as ended, pytest.raises(KeyboardInterrupt):
+            ended.setattr(trials, "copy_checkpoint", interrupted)
+            machines.copy("c", 1, 0, 32)
+        pointer = {"number": 0, "samples": 32, "values": {SCALE: 0.3}}
+        assert read_trial(where, 1) == replace(before, copying=pointer)
+        machines.train("a", 1, 32)  # the copy is made before anything else
+        after = read_trial(where, 1)
+        assert machines.copy("c", 1, 0, 32) == after
         assert after.changes == [{"at": 32, "values": {SCALE: 0.3}, "source": 0}] and after.samples == 32
-        machines.train("c", 1, 64)
-        folder = machines.train("b", 1, 128)
+        machines.train("b", 1, 64)
+        folder = machines.train("c", 1, 128)
         trial = read_trial(where, 1)
         assert [report["samples"] for report in trial.reports] == [32, 64, 96, 128]
         assert trial.reports[1]["figures"] != before.reports[1]["figures"]
@@ -159,15 +216,19 @@ def test_a_trial_copies_another_and_moves_between_machines_as_it_would_in_one_fo
 
 @contextmanager
 def cluster(caches: Path) -> Iterator[Any]:
-    """Start a head and two nodes, each with a cache of its own below a folder and room for one trial."""
+    """Start a head and two nodes, each with a cache of its own below a folder and room for one trial.
+
+    By their addresses the nodes are two machines.
+    """
     from ray.cluster_utils import Cluster
 
     kept = [{"MMDIFF_CACHE": str(caches / f"node-{number}")} for number in range(3)]
     head = {"num_cpus": 0, "include_dashboard": False, "env_vars": kept[0]}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        for own in kept[1:]:
-            cluster.add_node(num_cpus=1, env_vars=own)
+        for number, own in enumerate(kept[1:]):
+            address = {"node_ip_address": "127.0.0.2"} if number else {}
+            cluster.add_node(num_cpus=1, env_vars=own, **address)
         yield cluster
     finally:
         cluster.shutdown()
@@ -219,6 +280,7 @@ def test_a_sweep_whose_cluster_died_goes_on_on_another_that_shares_nothing_but_s
     assert {f"trials/{n:04d}/checkpoints/{64:012d}/state.json" for n in range(4)} <= there
     assert not any(name.startswith("ray/") for name in there)
     assert f"report    {join(address, 'report', 'report.html')}" in out
+    assert "is a file, and the cluster has 2 machines: unless they share it, each records into" in out
 
     monkeypatch.setenv("MMDIFF_CACHE", str(tmp_path / "laptop"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -229,3 +291,6 @@ def test_a_sweep_whose_cluster_died_goes_on_on_another_that_shares_nothing_but_s
     assert main(["sync", address]) == 0 and "nothing waits any more" in capsys.readouterr().out
     assert main(["sweep", "--resume", "tin", "--runs", where]) == 2
     assert "no sweep 'tin' in s3://" in capsys.readouterr().err
+    for named, said in ((join(where, "sweeps", "tin"), "no sweep 'tin' in s3://"), ("tin", "tin")):
+        assert main(["sweep", "report", named, "--runs", where]) == 2
+        assert said in capsys.readouterr().err
