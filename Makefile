@@ -26,8 +26,8 @@ demo: install ## build OpenMoji shards, train 4 to 5 minutes on two Ray workers,
 	@test -f $(DATA)/manifest.json || $(BIN)/mmdiff data build openmoji --out $(DATA)
 	@$(BIN)/mmdiff train pipelines/configs/demo.yaml
 
-test: install ## all tests
-	@$(BIN)/python -m pytest
+test: install ## all tests: those that use Ray, and beside them the others
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 test-fast: install ## the tests that take seconds
 	@$(BIN)/python -m pytest -m "not slow"

@@ -21,6 +21,16 @@ def pytest_configure() -> None:
     os.environ.setdefault("RAY_num_workers_soft_limit", "2")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have one process run all tests that use Ray: they count its processes, and ask for the machine's CPUs.
+
+    They wait most of the time; another process runs the other tests meanwhile.
+    """
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def sprites(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The path of a data set of 200 sprites."""

@@ -129,7 +129,7 @@ def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables
 
     job = dataclasses.replace(patiently(begin, f"begin {address}"), stored_only=True)
     if job.mirror is not None and (left := job.mirror.flush(OUTAGE_S)):
-        run_life.end_run(job.tracking_uri, job.run_id, launch.STATUS["failed"], job.spool, timeout_s=5)
+        run_life.end_run(job.tracking_uri, job.run_id, launch.STATUS["failed"], job.spool)
         raise OutageError(f"{address} does not take {', '.join(left)}")
     trial.run_id = job.run_id  # from here on, all machines find the run where it lies
     write_trial(where, trial)
