@@ -106,6 +106,12 @@ class Mirror:
             return seen.read_text() != _told_by(there)
         return there.mtime_ns > self._note(name).stat().st_mtime_ns
 
+    def _is_surely_overtaken(self, name: str) -> bool:
+        """Return whether storage says that another machine has brought since what is unsent here."""
+        with contextlib.suppress(OSError):
+            return self._is_overtaken(name)
+        return False
+
     def _in_storage(self, name: str) -> FileInfo:
         """Return what storage tells of a file, or of the list of a folder."""
         listed = f"{name}/{FILES}" if (self.folder / name).is_dir() else name
@@ -163,7 +169,7 @@ class Mirror:
         read.
         """
         here = self.folder / name
-        if name in self.unsent():
+        if name in self.unsent() and not self._is_surely_overtaken(name):
             return here.is_dir()
         with _said(self.uri):
             there = self.fs.get_file_info(self.path(f"{name}/{FILES}"))

@@ -106,7 +106,8 @@ def split_records(store: str, runs: str) -> str:
         return ""
     return (
         f"tracking.uri: {store} is a file, and the cluster has {len(machines())} machines: unless they "
-        "share it, each records into one of its own, and figures are missing; name a server (`mlflow server`)"
+        "share it, each records into one of its own, and figures are missing or trials fail; name a server "
+        "(`mlflow server`)"
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import Config, ConfigError, RunError
+from mmdiff_ray.config import Config, ConfigError, OutageError, RunError
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.data.parquet import Tables
@@ -167,8 +167,13 @@ def _mark(folder: Path, config: Config) -> str:
     return hashlib.sha256(words.encode()).hexdigest()[:12]
 
 
-def measure_on_ray(folder: Path, config: Config, tables: Tables | None = None) -> Findings:
-    """Return what `measure` finds, as a task that asks for what one training worker has."""
+def measure_on_ray(
+    folder: Path, config: Config, tables: Tables | None = None, facts: Mapping[str, Any] | None = None
+) -> Findings:
+    """Return what `measure` finds, as a task that asks for what one training worker has.
+
+    facts: the model's; raises OutageError where the task's machine sees another model.
+    """
     import ray
 
     workers = config.workers
@@ -178,15 +183,26 @@ def measure_on_ray(folder: Path, config: Config, tables: Tables | None = None) -
     asks |= {"label_selector": workers.labels} if workers.labels else {}
     task = ray.remote(**asks, scheduling_strategy="DEFAULT")(_with_all_threads)
     try:
-        return ray.get(task.remote(runs.address(folder), config, os.getcwd(), tables))
+        return ray.get(task.remote(runs.address(folder), config, os.getcwd(), tables, facts))
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, ConfigError | RunError) else error) from None
 
 
-def _with_all_threads(where: str, config: Config, working_folder: str, tables: Tables | None) -> Findings:
+def _with_all_threads(
+    where: str, config: Config, working_folder: str, tables: Tables | None, facts: Mapping[str, Any] | None
+) -> Findings:
     go_to(working_folder)
     torch.set_num_threads(os.cpu_count() or 1)
-    return measure(runs.with_export(where), config, tables=tables)
+    folder = runs.with_export(where)
+    if facts is not None and export_facts(folder) != facts:
+        raise OutageError(f"{where} has another model than the one to judge, which did not get there")
+    return measure(folder, config, tables=tables)
+
+
+def export_facts(folder: Path) -> dict[str, Any]:
+    """Return what is known of a run's exported model; nothing where there is none here."""
+    file = folder / "export" / "facts.json"
+    return json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
 
 
 def _record(folder: Path, place: Path, findings: Findings) -> None:
@@ -239,5 +255,5 @@ def plain(figure: Figure) -> dict[str, Any]:
 
 
 def _samples_seen(folder: Path) -> int:
-    facts = json.loads((folder / "export" / "facts.json").read_text(encoding="utf8"))
+    facts = export_facts(folder)
     return int(facts["progress"]["samples_seen"])

@@ -67,8 +67,9 @@ class Job:
     folder: where everything of the run lies. calibration: the modalities' fixed scales. pause_at: where
     training ends for now, with a checkpoint, at the first report after so many samples; None: at its end.
     tables: who reads row groups from storage, else every reader for itself.
-    uri: of a run in storage; the folder is then of this machine alone. stored_only: whether only checkpoints
-    that storage has count, since other machines go on with the run, too.
+    uri: of a run in storage; the folder is then of this machine alone. lineage: whose checkpoints and model
+    count, of a run that may have taken another's; else the run's own do. stored_only: whether of one in
+    storage only checkpoints count that are there, since other machines go on with it, too.
     """
 
     config: Config
@@ -80,6 +81,7 @@ class Job:
     pause_at: int | None = None
     tables: Tables | None = None
     uri: str = ""
+    lineage: str = ""
     stored_only: bool = False
 
     @property

@@ -54,7 +54,8 @@ class SpaceSearcher(Searcher):
             return self.FINISHED
         if self.waiting:
             trial = self.waiting.pop(0)
-            return {"number": trial.number, "values": trial.now}
+            values = trial.now if trial.copying is None else trial.copying["values"]
+            return {"number": trial.number, "values": values}
         number = self.next
         fixed = self.points is not None or self.sweep.is_baseline(number)
         values = self._fixed(number) if fixed else self._draw()

@@ -4,15 +4,17 @@ import dataclasses
 import json
 import math
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from mmdiff_ray.config import ChangeConfig, Config, ConfigError, OutageError, in_force
+from mmdiff_ray.config import ChangeConfig, Config, ConfigError, OutageError, UnreachableError, in_force
 from mmdiff_ray.config.checks import unknown
 from mmdiff_ray.data.parquet import Tables
 from mmdiff_ray.data.patience import OUTAGE_S, patiently
@@ -20,7 +22,7 @@ from mmdiff_ray.data.storage import is_uri, join
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import launch, records, runs
 from mmdiff_ray.distributed.display import Display
-from mmdiff_ray.distributed.evaluate import measure, measure_on_ray
+from mmdiff_ray.distributed.evaluate import export_facts, measure, measure_on_ray
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.worker import go_to
 from mmdiff_ray.evaluation.grids import to_png
@@ -74,7 +76,9 @@ def run_trial(
         return  # a member of a population that had come to its end when it was told to copy another
     try:
         if not fresh:
-            _adopt(sweep, where, trial, {**_pointer(tune.get_checkpoint()), "values": config["values"]})
+            pointer = {**_pointer(tune.get_checkpoint()), "values": config["values"]}
+            if pointer["number"] != trial.number:  # else it was paused, or lost, and goes on
+                _adopt(sweep, where, trial, pointer)
         job = _job(sweep, where, trial, parent, store, tables)
         if fresh:
             # Tune knows nothing of what was before it began. A population acts on each report that it hears,
@@ -90,6 +94,8 @@ def run_trial(
             if trial.outcome:
                 _close(where, trial, "finished")
             _tell(sweep, trial, report)
+    except UnreachableError:
+        raise
     except (TrainingError, ConfigError) as error:  # to try again would end in the same way
         give_up(where, trial, "diverged" if isinstance(error, TrainingError) else "failed", str(error))
 
@@ -107,9 +113,13 @@ def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables
     job = patiently(lambda: jobs.prepare(config, place, tables), f"look at the data of trial {trial.number}")
     if trial.run_id:
         facts = jobs.read_run(_open(where, trial))
-        uri = address if is_uri(address) else ""
         job = dataclasses.replace(
-            job, tracking_uri=full(facts["tracking_uri"]), run_id=facts["run_id"], uri=uri, stored_only=True
+            job,
+            tracking_uri=full(facts["tracking_uri"]),
+            run_id=facts["run_id"],
+            uri=address if is_uri(address) else "",
+            lineage=trial.lineage,
+            stored_only=True,
         )
         set_back(job.checkpoints, job.mirror, trial.samples)
         if trial.outcome is None:
@@ -127,7 +137,8 @@ def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables
         runs.clear(address)  # of a trial that died before its run had begun
         return launch.begin(job, required=False, tags=tags)
 
-    job = dataclasses.replace(patiently(begin, f"begin {address}"), stored_only=True)
+    job = patiently(begin, f"begin {address}")
+    job = dataclasses.replace(job, lineage=job.run_id, stored_only=True)
     if job.mirror is not None and (left := job.mirror.flush(OUTAGE_S)):
         run_life.end_run(job.tracking_uri, job.run_id, launch.STATUS["failed"], job.spool)
         raise OutageError(f"{address} does not take {', '.join(left)}")
@@ -176,14 +187,10 @@ def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
     begun, total = time.monotonic(), job.config.train.samples
     pause = min(total, (trial.samples // sweep.period + 1) * sweep.period)
     launch.work(dataclasses.replace(job, pause_at=pause), Display(Console(quiet=True)))
-    nested = job.config.workers.count > 0
-    if nested:  # where no disk is shared, a worker of another machine has brought the model to storage
-        _fetch_export(job)
-    seen = json.loads((job.export / "facts.json").read_text(encoding="utf8"))["progress"]["samples_seen"]
-    if seen <= trial.samples:
-        raise OutageError(f"{runs.address(job.folder)} has the model of {seen:,} samples and no later one")
+    model, seen = _exported(job, trial)
     now = in_force(job.config, seen)  # a model is asked with the weights that it was trained with last
-    findings = (measure_on_ray if nested else measure)(job.folder, now, tables=job.tables)
+    judge = partial(measure_on_ray, facts=model) if job.config.workers.count else measure
+    findings = patiently(lambda: judge(job.folder, now, tables=job.tables), f"judge {job.folder.name}")
     figures = {key.removeprefix("eval/"): value for key, value in metrics_of(findings.figures).items()}
     for metric in sweep.metrics:
         if not math.isfinite(figures.get(metric, 0.0)):
@@ -201,12 +208,19 @@ def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
     return {"samples": seen, "figures": figures, "seconds": time.monotonic() - begun}
 
 
-def _fetch_export(job: Job) -> None:
-    """Bring the model here that a worker has exported. Raises OutageError where storage does not have it."""
+def _exported(job: Job, trial: Trial) -> tuple[dict[str, Any], int]:
+    """Return what is known of the model that a worker has exported now, perhaps on another machine, and the
+    samples that it has seen. Raises OutageError where the worker could not bring it to storage."""
     where = runs.address(job.folder)
-    patiently(lambda: runs.with_export(where), f"bring the model of {where}")
-    if not (job.export / "facts.json").is_file():
-        raise OutageError(f"{where} has no export; its worker could not bring it there")
+    if job.config.workers.count:
+        patiently(lambda: runs.with_export(where), f"bring the model of {where}")
+    model = export_facts(job.folder)
+    seen = model.get("progress", {}).get("samples_seen", 0)
+    if seen <= trial.samples or model.get("lineage") != job.lineage:
+        raise OutageError(
+            f"{where} has no model of later than {trial.samples:,} samples; it did not get there"
+        )
+    return model, seen
 
 
 def _tell(sweep: Sweep, trial: Trial, report: Mapping[str, Any]) -> None:
@@ -232,31 +246,25 @@ def _pointer(checkpoint: Any) -> dict[str, int]:
 def _adopt(sweep: Sweep, where: str, trial: Trial, pointer: Mapping[str, Any]) -> None:
     """Copy the state that Tune points at into a trial, and note which values change from there on.
 
-    pointer: `number`, `samples` and the `values` to go on with. A trial goes on as it is where nothing would
-    follow a copy, the donor being at its end, or where the donor itself has copied another meanwhile.
+    pointer: another trial's `number`, `samples`, and the `values` to go on with. A trial goes on as it is
+    where nothing would follow a copy, the donor being at its end, or where the donor itself copies another.
     """
     at, values = pointer["samples"], pointer["values"]
     if at >= sweep.budget.samples:
         return
-    donor = read_trial(where, pointer["number"]) if pointer["number"] != trial.number else trial
+    donor = read_trial(where, pointer["number"])
     assert donor is not None, f"trial {pointer['number']} reported and left no journal"
-    if donor is not trial:
-        mine = _open(where, trial)
-        theirs = join(trial_address(where, donor.number), FOLDER, f"{at:012d}")
-        trial.copying = dict(pointer)
-        write_trial(where, trial)
-        there = copy_checkpoint(theirs, mine / FOLDER, runs.mirror_of(mine), trial.run_id)
-        trial.copying = None
-        if not there:
-            return write_trial(where, trial)
-        trial.values = dict(donor.values)
+    trial.copying = dict(pointer)
+    write_trial(where, trial)
+    mine, copied = _open(where, trial), f"{trial.run_id}-{secrets.token_hex(4)}"
+    theirs = join(trial_address(where, donor.number), FOLDER, f"{at:012d}")
+    if copy_checkpoint(theirs, donor.lineage, mine / FOLDER, runs.mirror_of(mine), copied):
+        trial.copied, trial.values = copied, dict(donor.values)
         trial.changes = [change for change in donor.changes if change["at"] < at]
         trial.reports = [report for report in donor.reports if report["samples"] <= at]
-    changed = {key: value for key, value in values.items() if trial.now.get(key) != value}
-    if changed or donor is not trial:
-        same = trial.changes.pop() if trial.changes and trial.changes[-1]["at"] == at else {"values": {}}
-        changed = {**same["values"], **changed}
+        changed = {key: value for key, value in values.items() if trial.now.get(key) != value}
         trial.changes.append({"at": at, "values": changed, "source": donor.number})
+    trial.copying = None
     write_trial(where, trial)
 
 

@@ -148,6 +148,7 @@ def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], boo
         model = trainer.averaged()
         if model is not None:
             known = {"progress": vars(trainer.progress), "version": __version__, "state": ended}
+            known |= {"lineage": job.lineage} if job.lineage else {}
             save_export(job.export, trainer.config, model, known)
             _bring(job, store.unsent, emit)
         return ended
@@ -162,11 +163,12 @@ def _store(job: Job, emit: Emit) -> CheckpointStore:
         emit({"kind": "saved"})
 
     if job.mirror is None:
-        return CheckpointStore(job.checkpoints, job.config.checkpoint, completed=completed)
+        return CheckpointStore(job.checkpoints, job.config.checkpoint, run=job.lineage, completed=completed)
     if world()[0] == 0:
         job.mirror.uploader.say = lambda text: emit({"kind": "note", "text": text})
     keep = job.config.checkpoint.keep_last
-    remote = RemoteCheckpoints(job.mirror, job.run_id, keep, completed=completed, stored_only=job.stored_only)
+    run = job.lineage or job.run_id
+    remote = RemoteCheckpoints(job.mirror, run, keep, completed=completed, stored_only=job.stored_only)
     return CheckpointStore(job.checkpoints, job.config.checkpoint, remote=remote)
 
 

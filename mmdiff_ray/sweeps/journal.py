@@ -25,8 +25,9 @@ class Trial:
     number: from 0. values: swept key -> value, as it began. reports: `samples` and `figures`, in order.
     changes: `at`, `values` and `source`, the trial that the state before was copied from (population based
     training). outcome: None while it trains; finished, with all its samples; stopped, by the scheduler or the
-    budget; diverged, not finite; failed. why: in words, where it went wrong. copying: `number`, `samples` and
-    `values` of what a copy is made of until it is there whole.
+    budget; diverged, not finite; failed. why: in words, where it went wrong. copied: whose the checkpoints
+    are since it copied another, a new name for every copy. copying: `number`, `samples` and `values` of what
+    a copy is made of, until it is there whole.
     """
 
     number: int
@@ -36,7 +37,13 @@ class Trial:
     changes: list[dict[str, Any]] = field(default_factory=list)
     outcome: str | None = None
     why: str = ""
+    copied: str = ""
     copying: dict[str, Any] | None = None
+
+    @property
+    def lineage(self) -> str:
+        """Return whose checkpoints and model are the trial's."""
+        return self.copied or self.run_id
 
     @property
     def samples(self) -> int:

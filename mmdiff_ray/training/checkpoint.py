@@ -36,7 +36,9 @@ class CheckpointStore:
     """The checkpoints of one run in a folder that all workers see, or on several disks and in storage.
 
     Workers call its methods together. better: "min" or "max", which metric value counts as the best.
-    remote: the run's checkpoints in storage; then workers on several machines have a folder each.
+    run: whose checkpoints these are; those of another in the folder do not count. "": all do. remote: the
+    run's checkpoints in storage, which know whose they are; then workers on several machines have a folder
+    each.
     completed: called on the first worker for every checkpoint that is complete on disk, where that is all.
     unsent: after `close`, what did not reach storage.
     """
@@ -46,12 +48,14 @@ class CheckpointStore:
         folder: Path,
         config: CheckpointConfig,
         better: str = "min",
+        run: str = "",
         remote: "RemoteCheckpoints | None" = None,
         completed: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
         self.keep_last = config.keep_last
         self.better = better
+        self.run = remote.run if remote is not None else run
         self.remote = remote
         self.completed = completed
         self.unsent: list[str] = []
@@ -80,10 +84,11 @@ class CheckpointStore:
             "format_version": FORMAT_VERSION,
             "progress": vars(trainer.progress).copy(),
             "metric": metric,
+            "run": self.run,
             **facts,
         }
         if self.remote is not None:
-            state |= {"run": self.remote.run, "mark": mark}
+            state["mark"] = mark
         future = _quietly(
             async_save,
             _tensors(trainer),
@@ -163,6 +168,8 @@ class CheckpointStore:
         if self.remote is not None:
             return self.remote.latest()
         found = complete(self.folder)
+        if self.run:
+            found = [path for path in found if read_state(path).get("run", self.run) == self.run]
         return found[-1] if found else None
 
 

@@ -46,7 +46,9 @@ def fit(
     if latest is not None:
         restore(trainer, latest)
     hooks.resumed(trainer.progress)
-    stream, stopped = batches(trainer.progress.steps), False
+    # A worker that was lost after the last checkpoint of all has nothing left to train.
+    stopped = latest is not None and _asked_to_stop(hooks, trainer.progress)
+    stream = batches(trainer.progress.steps)
     try:
         while not (trainer.progress.done or stopped):
             stopped = _advance(trainer, store, stream, validation, hooks, facts)
@@ -71,7 +73,7 @@ def _advance(
     config, progress, before = trainer.config, trainer.progress, trainer.progress.samples_seen
     metrics = trainer.advance(stream, _next(before, trainer.whole))
     store.poll()
-    stop = bool(same_everywhere(float(hooks.should_stop(progress)))) and not progress.done
+    stop = _asked_to_stop(hooks, progress)
     save = progress.done or stop or crossed(before, progress.samples_seen, config.checkpoint.every_samples)
     if save:
         metrics.update(trainer.validate(validation()))
@@ -81,6 +83,10 @@ def _advance(
     if save:
         store.save(trainer, facts, metrics.get("val/loss/total"))
     return stop
+
+
+def _asked_to_stop(hooks: Hooks, progress: Progress) -> bool:
+    return bool(same_everywhere(float(hooks.should_stop(progress)))) and not progress.done
 
 
 def crossed(before: int, now: int, every: int) -> bool:

@@ -302,11 +302,12 @@ def _set_storage_back(mirror: Mirror, samples: int) -> None:
             _remove(mirror, name)
 
 
-def copy_checkpoint(source: str, folder: Path, mirror: Mirror | None, run: str) -> bool:
+def copy_checkpoint(source: str, donor: str, folder: Path, mirror: Mirror | None, run: str) -> bool:
     """Make another run's checkpoint the only one of a run; return False, and do nothing, where it is gone.
 
-    source: where it lies, a path or a URI. folder: the run's checkpoints on this machine, mirror: of the run,
-    to whose storage the copy is brought, too. run: its id. Raises OutageError where storage does not answer.
+    source: where it lies, a path or a URI. donor: whose it must be, run: whose the copy is, as of
+    `CheckpointStore`. folder: the run's checkpoints on this machine, mirror: of the run, to whose storage the
+    copy is brought, too. Raises OutageError where storage does not answer.
     """
     fs, root = filesystem(source)
     name = root.rpartition("/")[2]
@@ -315,6 +316,8 @@ def copy_checkpoint(source: str, folder: Path, mirror: Mirror | None, run: str) 
     def bring() -> dict[str, Any]:
         state, there = json.loads(read_bytes(fs, f"{root}/{STATE}")), sizes_under(fs, root)
         files = state.get("files", there)
+        if state.get("run", donor) != donor:
+            raise FileNotFoundError(f"{source} is of {state['run']}")
         if any(there.get(file) != size for file, size in files.items()):
             raise FileNotFoundError(f"{source} is not whole")
         shutil.rmtree(partial, ignore_errors=True)
@@ -327,7 +330,7 @@ def copy_checkpoint(source: str, folder: Path, mirror: Mirror | None, run: str) 
     except FileNotFoundError:
         shutil.rmtree(partial, ignore_errors=True)
         return False
-    write_json(partial / STATE, {**state, "run": run} if mirror is not None else state)
+    write_json(partial / STATE, {**state, "run": run})
     set_back(folder, mirror, -1)
     drop(folder / name)  # what is no checkpoint, but has its name
     partial.rename(folder / name)

@@ -80,11 +80,13 @@ def test_a_checkpoint_is_copied_from_storage_as_the_only_one_and_another_machine
     run = mirror(join(where, "mine"), mine)
     source = join(where, "donor", "checkpoints", f"{64:012d}")
     before = run.names("checkpoints")
-    assert not copy_checkpoint(source, mine / "checkpoints", run, "mine")
+    assert not copy_checkpoint(source, "donor", mine / "checkpoints", run, "mine")
     assert run.names("checkpoints") == before and len(list((mine / "checkpoints").iterdir())) == 2
 
     source = join(where, "donor", "checkpoints", f"{32:012d}")
-    assert copy_checkpoint(source, mine / "checkpoints", run, "mine")
+    assert not copy_checkpoint(source, "what it was before", mine / "checkpoints", run, "mine")
+    assert run.names("checkpoints") == before and len(list((mine / "checkpoints").iterdir())) == 2
+    assert copy_checkpoint(source, "donor", mine / "checkpoints", run, "mine")
     (kept,) = (mine / "checkpoints").iterdir()
     assert kept.name == f"{32:012d}" and torch.load(kept / "d" / "0.distcp") == 1.0
     state = json.loads((kept / "state.json").read_text())
@@ -105,7 +107,7 @@ def test_a_checkpoint_is_copied_from_storage_as_the_only_one_and_another_machine
     set_back(old / "checkpoints", mirror(join(where, "mine"), old), 32)
     assert [path.name for path in (old / "checkpoints").iterdir()] == [kept.name]
     (mine / "checkpoints" / kept.name / "state.json").unlink()  # is no checkpoint any more
-    assert copy_checkpoint(source, mine / "checkpoints", run, "mine") and latest(mine) == kept
+    assert copy_checkpoint(source, "donor", mine / "checkpoints", run, "mine") and latest(mine) == kept
 
 
 class Machines:
@@ -137,7 +139,9 @@ class Machines:
         return read_trial(self.where, number)
 
 
-def interrupted(*_: object) -> bool:
+def interrupted(*words: Any) -> bool:
+    """Copy, and be killed before anybody knows of it."""
+    assert copy_checkpoint(*words)
     raise KeyboardInterrupt
 
 
@@ -164,9 +168,7 @@ def test_a_trial_whose_beginning_or_model_does_not_reach_storage_begins_or_goes_
         machines.train("a", 0, 32)
         with monkeypatch.context() as bad:
             bad.setattr(launch, "work", lambda *_: "finished")  # its model stays where its worker was
-            with pytest.raises(
-                OutageError, match=r"trials/0000.* has the model of 32 samples and no later one"
-            ):
+            with pytest.raises(OutageError, match=r"trials/0000.* has no model of later than 32 samples"):
                 machines.train("a", 0, 64)
         machines.train("b", 0, 64)
         assert [report["samples"] for report in read_trial(where, 0).reports] == [32, 64]
@@ -198,9 +200,14 @@ def test_a_trial_copies_another_and_moves_between_machines_as_it_would_in_one_fo
             machines.copy("c", 1, 0, 32)
         pointer = {"number": 0, "samples": 32, "values": {SCALE: 0.3}}
         assert read_trial(where, 1) == replace(before, copying=pointer)
+        donor = read_trial(where, 0)
+        assert machines.copy("c", 0, 1, 32) == donor, (
+            "what lies there is not of trial 1 as its journal has it"
+        )
         machines.train("a", 1, 32)  # the copy is made before anything else
         after = read_trial(where, 1)
-        assert machines.copy("c", 1, 0, 32) == after
+        again = machines.copy("c", 1, 0, 32)
+        assert again.copied != after.copied and replace(again, copied="") == replace(after, copied="")
         assert after.changes == [{"at": 32, "values": {SCALE: 0.3}, "source": 0}] and after.samples == 32
         machines.train("b", 1, 64)
         folder = machines.train("c", 1, 128)
@@ -272,8 +279,12 @@ def test_a_sweep_whose_cluster_died_goes_on_on_another_that_shares_nothing_but_s
     assert [trial.outcome for trial in after] == ["finished"] * 4, [trial.why for trial in after]
     assert all([report["samples"] for report in trial.reports] == [32, 64] for trial in after)
     assert all(trial == after[trial.number] for trial in before.values() if trial.outcome == "finished")
+    client = store.client(f"sqlite:///{tmp_path}/mlflow.db")
     for trial in before.values():  # went on from what it had
         assert after[trial.number].reports[: len(trial.reports)] == trial.reports
+        if trial.reports:
+            trained = client.get_metric_history(trial.run_id, "loss/l0/pixels")
+            assert [point.step for point in trained].count(32) == 1
     assert all(list((tmp_path / "first" / f"node-{number}").rglob("run.json")) for number in (1, 2))
     there = set(mirror(address, tmp_path / "looking").names())
     assert {"sweep.json", "sweep.yaml", "report/report.html", "trials/0000/run.json"} <= there

@@ -95,6 +95,9 @@ def test_stopped_run_saves_and_goes_on_to_the_same_end_bit_for_bit(job, whole, t
     ended, half = run(job, tmp_path, stopped)
     assert ended == "stopped" and half.progress.samples_seen == 96
     assert int(complete(tmp_path)[-1].name) == 96
+    again = Diary(stop_at=80)  # what a worker is that was lost after that checkpoint
+    ended, half = run(job, tmp_path, again)
+    assert (ended, again.began, half.progress.samples_seen, again.reports) == ("stopped", 96, 96, {})
     resumed = Diary()
     ended, end = run(job, tmp_path, resumed)
     assert ended == "finished" and resumed.began == 96
