@@ -271,6 +271,7 @@ def write_run(job: Job, **facts: Any) -> None:
         "tracking_uri": shown(job.tracking_uri),
         "run_id": job.run_id,
         "datasets": [manifest.digest for manifest in job.manifests],
+        "lineage": job.lineage,
     }
     write_json(job.folder / "run.json", {**known, **facts})
     if job.mirror is not None:
@@ -303,7 +304,13 @@ def load_job(folder: Path, overrides: Sequence[str] = ()) -> Job:
         )
     origin = runs.address(folder)
     uri = origin if is_uri(origin) else ""
-    return dataclasses.replace(job, tracking_uri=full(facts["tracking_uri"]), run_id=facts["run_id"], uri=uri)
+    return dataclasses.replace(
+        job,
+        tracking_uri=full(facts["tracking_uri"]),
+        run_id=facts["run_id"],
+        uri=uri,
+        lineage=facts.get("lineage", ""),
+    )
 
 
 def check_kept(before: Config, now: Config, allowed: Sequence[str], what: str) -> None:

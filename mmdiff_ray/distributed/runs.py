@@ -199,7 +199,12 @@ def release(where: str) -> None:
 
 def clear(where: str) -> None:
     """Remove all that is here and in storage of a run. Raises OSError where storage does not answer."""
-    shutil.rmtree(cached(where) if is_uri(where) else where, ignore_errors=True)
+    here = cached(where) if is_uri(where) else Path(where)
+    shutil.rmtree(here, ignore_errors=True)
+    if is_uri(where):
+        if mirror(where, here).uploader.flush(ANSWER_S):  # what is on its way would be there again
+            raise OSError(f"{where} does not take what was begun to be sent")
+        shutil.rmtree(here, ignore_errors=True)
     fs, root = filesystem(where)
     with contextlib.suppress(FileNotFoundError):
         fs.delete_dir(root)

@@ -289,7 +289,7 @@ def _close(where: str, trial: Trial, state: str, tags: Mapping[str, str] | None 
     if not (place / runs.RUN).is_file():
         return  # somebody has removed it
     facts, spool = jobs.read_run(place), records.root(place)
-    write_json(place / runs.RUN, {**facts, "state": state})
+    write_json(place / runs.RUN, {**facts, "state": state, "lineage": trial.lineage})
     if tags:
         tracker = Tracker(facts["tracking_uri"], facts["run_id"], spool)
         tracker.tags(tags)

@@ -214,6 +214,8 @@ def test_a_trial_copies_another_and_moves_between_machines_as_it_would_in_one_fo
         trial = read_trial(where, 1)
         assert [report["samples"] for report in trial.reports] == [32, 64, 96, 128]
         assert trial.reports[1]["figures"] != before.reports[1]["figures"]
+        trials.interrupt(where, trial)
+        assert jobs.load_job(folder).lineage == trial.copied  # to go on with it as with any run
         figures = [report["figures"] for report in trial.reports]
         found.append((figures, load_file(folder / "export" / "model.safetensors")))
     assert found[0][0] == found[1][0] and tiny_sprites.same(found[0][1], found[1][1])
