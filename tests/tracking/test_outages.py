@@ -237,8 +237,12 @@ def test_ctrl_c_ends_the_wait_and_the_records_stay(network, tmp_path):
     def interrupt(_: str) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        run_life.end_run(network.url, run_id, "FINISHED", tmp_path, say=interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_life.end_run(network.url, run_id, "FINISHED", tmp_path, say=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert left_in(tmp_path) == 1
 
 
