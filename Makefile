@@ -27,7 +27,7 @@ demo: install ## build OpenMoji shards, train 4 to 5 minutes on two Ray workers,
 	@$(BIN)/mmdiff train pipelines/configs/demo.yaml
 
 test: install ## all tests: those that use Ray, and beside them the others
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	@$(BIN)/python -m pytest --numprocesses 2
 
 test-fast: install ## the tests that take seconds
 	@$(BIN)/python -m pytest -m "not slow"

@@ -1,7 +1,9 @@
 """What all tests share."""
 
+import functools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,14 +23,23 @@ def pytest_configure() -> None:
     os.environ.setdefault("RAY_num_workers_soft_limit", "2")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have one process run all tests that use Ray: they count its processes, and ask for the machine's CPUs.
-
-    They wait most of the time; another process runs the other tests meanwhile.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Have one process run all files that use Ray: their tests count its processes, and ask for the machine's
+    CPUs. They wait most of the time; the other process runs the other tests meanwhile.
     """
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RayApart(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if _uses_ray(nodeid.partition("::")[0]) else nodeid
+
+    return RayApart(config, log)
+
+
+@functools.cache
+def _uses_ray(file: str) -> bool:
+    return "pytest.mark.ray" in (Path(__file__).parents[1] / file).read_text(encoding="utf8")
 
 
 @pytest.fixture(scope="session")
