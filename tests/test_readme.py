@@ -190,6 +190,27 @@ def test_readme_says_which_weights_work():
     )
 
 
+def test_readme_says_how_loud_a_given_image_should_be():
+    values = json.loads((ROOT / "results/weights_given.json").read_text(encoding="utf8"))
+    part = " ".join(README.split("And a given masked image")[1].split("\n\n")[0].split())
+    lines = [
+        line
+        for line in values["figures"]
+        if (line["measure"], line["figure"]) == ("blocks 30 %", "pixels_from_masked/lpips_hole")
+        and not line["method"].startswith(("rule", "real"))
+    ]
+    hole = {line["method"]: line["mean"] for line in lines}
+    assert f"{len(hole)} settings" in part and len(lines[0]["seeds"]) == 1 and "one seed" in part
+    assert f"beside z ({hole['beside']:.3f})" in part
+    in_z = {name: mean for name, mean in hole.items() if name.startswith(("own", "shared", "literal"))}
+    assert len(in_z) == 7 and hole["beside"] < min(in_z.values())
+    own = [hole[name] for name in ("own_quiet", "own", "own_loud")]
+    assert sorted(own, reverse=True) == own
+    assert "(kappa 0.3: {:.3f}, 1: {:.3f}, 3: {:.3f})".format(*own) in part
+    best = min(hole[name] for name in ("shared_quiet", "shared", "shared_loud"))
+    assert f"no loudness is good ({best:.3f} at best)" in part
+
+
 @pytest.mark.parametrize(
     "name, measure, figure, methods",
     [

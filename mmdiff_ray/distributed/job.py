@@ -271,8 +271,7 @@ def write_run(job: Job, **facts: Any) -> None:
         "tracking_uri": shown(job.tracking_uri),
         "run_id": job.run_id,
         "datasets": [manifest.digest for manifest in job.manifests],
-        "lineage": job.lineage,
-    }
+    } | ({"lineage": job.lineage} if job.lineage else {})
     write_json(job.folder / "run.json", {**known, **facts})
     if job.mirror is not None:
         job.mirror.send("config.yaml", "run.json")
