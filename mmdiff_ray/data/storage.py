@@ -152,6 +152,13 @@ def sizes_under(fs: FileSystem, path: str) -> dict[str, int]:
     return {info.path[len(path) + 1 :]: info.size for info in found if info.type == FileType.File}
 
 
+def times_in(fs: FileSystem, path: str) -> dict[str, float]:
+    """Return the files in a folder: name -> when it was written, in seconds by the clock of the storage; none
+    if there is no such folder."""
+    found = fs.get_file_info(FileSelector(path, allow_not_found=True))
+    return {info.base_name: (info.mtime_ns or 0) / 1e9 for info in found if info.type == FileType.File}
+
+
 def folders_in(fs: FileSystem, path: str) -> list[str]:
     """Return the names of the folders in a folder; none if there is no such folder."""
     found = fs.get_file_info(FileSelector(path, allow_not_found=True))

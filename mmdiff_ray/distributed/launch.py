@@ -17,11 +17,11 @@ from mmdiff_ray.config import ConfigError, OutageError, RunError
 from mmdiff_ray.data.storage import is_uri, join
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import records, runs
-from mmdiff_ray.distributed.alone import alone
 from mmdiff_ray.distributed.board import Board
 from mmdiff_ray.distributed.cluster import log_folder, resources, split_records, this_node
 from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.distributed.job import Job
+from mmdiff_ray.distributed.lease import only_driver
 from mmdiff_ray.distributed.own_job import note_run
 from mmdiff_ray.distributed.worker import local_stream, ray_train_loop, train_worker
 from mmdiff_ray.tracking import run_life
@@ -46,7 +46,7 @@ def train(job: Job, display: Display) -> Path:
         if job.config.workers.count and (warning := split_records(job.tracking_uri, job.config.runs)):
             display.say(warning)
         note_run(job.run_id)
-        with alone(job.folder):
+        with only_driver(job.folder, display.say, new=True):
             return run(job, display)
 
 
@@ -55,7 +55,7 @@ def resume(job: Job, display: Display) -> Path:
 
     Raises ConfigError where another process trains it.
     """
-    with alone(job.folder), resources(job.config.workers):
+    with only_driver(job.folder, display.say), resources(job.config.workers):
         records.take(job.folder, job.mirror)
         run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
         jobs.write_run(job, state="running")

@@ -26,7 +26,8 @@ from mmdiff_ray.data.storage import (
 )
 
 ORIGIN = ".origin"
-CLAIMS = "claims"
+CLAIMS, DRIVERS = "claims", "drivers"
+"""Who reserves the name of a run in storage, and who drives it."""
 RUN, SWEEP = "run.json", "sweep.json"
 """What every run has beside it, and every sweep."""
 SMALL = (RUN, "config.yaml", "evaluation.json", "export/facts.json")

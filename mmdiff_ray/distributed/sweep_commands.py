@@ -10,12 +10,12 @@ from rich.table import Table
 from mmdiff_ray.config import ConfigError, RunError, UnreachableError
 from mmdiff_ray.data.storage import is_uri, join, parent
 from mmdiff_ray.distributed import records, runs
-from mmdiff_ray.distributed.alone import alone
 from mmdiff_ray.distributed.cluster import amount_of
 from mmdiff_ray.distributed.commands import make_console, rows_per_s
 from mmdiff_ray.distributed.display import duration
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.launch import STATUS
+from mmdiff_ray.distributed.lease import only_driver
 from mmdiff_ray.distributed.sweep import (
     TEXT,
     begin_sweep,
@@ -60,7 +60,7 @@ def sweep(spec: Sweep, file: str, overrides: Sequence[str], where: str) -> int:
         if folder.name != spec.name:
             before = shlex.join([spec.name] if where == "runs" else [spec.name, "--runs", where])
             console.print(f"{spec.name} is there already; mmdiff sweep --resume {before} goes on with it")
-        with alone(folder):
+        with only_driver(folder, _say, new=True):
             return _run(spec, folder)
 
 
@@ -69,6 +69,10 @@ def check_changed(overrides: Sequence[str]) -> None:
     for word in overrides:
         if word.partition("=")[0] not in MAY_CHANGE:
             raise ConfigError(f"{word}: a sweep goes on as it began, but for {', '.join(MAY_CHANGE)}")
+
+
+def _say(line: str) -> None:
+    make_console().print(line, soft_wrap=True)
 
 
 def _store(named: str | None, where: str) -> str:
@@ -81,7 +85,7 @@ def resume(name: str, where: str, overrides: Sequence[str]) -> int:
     folder = sweep_folder(name, where)
     facts = read_facts(folder)
     spec = load_sweep(folder / TEXT, overrides)
-    with alone(folder), sweep_cluster(spec):
+    with only_driver(folder, _say), sweep_cluster(spec):
         resources_of(spec, spec.config({}))
         records.take(folder, runs.mirror_of(folder))
         run_life.resume_run(facts["tracking_uri"], facts["run_id"], records.root(folder))
@@ -94,7 +98,7 @@ def _run(spec: Sweep, folder: Path) -> int:
     console, where = make_console(), runs.address(folder)
     state, error = "failed", None
     try:
-        state = run_sweep(spec, folder, lambda line: console.print(line, soft_wrap=True))
+        state = run_sweep(spec, folder, _say)
     except BaseException as raised:
         state, error = "stopped" if isinstance(raised, KeyboardInterrupt) else "failed", raised
     facts = read_facts(folder)

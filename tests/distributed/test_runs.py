@@ -276,6 +276,9 @@ def test_a_killed_run_goes_on_from_storage_on_another_machine_and_is_used_on_a_t
     killed = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     run = runs.mirror(join(where, "tiny"), tmp_path / "looking")
     wait_for(lambda: any(name.endswith("/state.json") for name in run.names("checkpoints")), killed)
+    killed.send_signal(signal.SIGSTOP)
+    code, _, refused = two("train", "--resume", "tiny", f"runs={where}")
+    assert code == 2 and f"{join(where, 'tiny')}: process {killed.pid} on " in refused, refused
     killed.send_signal(signal.SIGKILL)
     killed.wait()
 

@@ -269,6 +269,9 @@ def test_a_sweep_whose_cluster_died_goes_on_on_another_that_shares_nothing_but_s
             assert first.poll() is None, first.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.1)
+        monkeypatch.setenv("MMDIFF_CACHE", str(tmp_path / "laptop"))
+        assert main(["sweep", "--resume", "tiny", "--runs", where]) == 2
+        assert f"{address}: process {first.pid} on " in capsys.readouterr().err
         nodes.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
         out, _ = first.communicate(timeout=120)
         assert first.returncode != 0, out
@@ -295,7 +298,6 @@ def test_a_sweep_whose_cluster_died_goes_on_on_another_that_shares_nothing_but_s
     assert f"report    {join(address, 'report', 'report.html')}" in out
     assert "is a file, and the cluster has 2 machines: unless they share it, each records into" in out
 
-    monkeypatch.setenv("MMDIFF_CACHE", str(tmp_path / "laptop"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     assert main(["sweep", "report", "tiny", "--runs", where]) == 0
     assert (cached(address) / "report" / "report.html").is_file()
