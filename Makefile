@@ -26,7 +26,7 @@ demo: install ## build OpenMoji shards, train 4 to 5 minutes on two Ray workers,
 	@test -f $(DATA)/manifest.json || $(BIN)/mmdiff data build openmoji --out $(DATA)
 	@$(BIN)/mmdiff train pipelines/configs/demo.yaml
 
-test: install ## all tests: those that use Ray, and beside them the others
+test: install ## all tests, two at a time
 	@$(BIN)/python -m pytest --numprocesses 2
 
 test-fast: install ## the tests that take seconds

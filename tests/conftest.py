@@ -25,16 +25,18 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Have one process run all files that use Ray: their tests count its processes, and ask for the machine's
-    CPUs. They wait most of the time; the other process runs the other tests meanwhile.
+    """Have one process run all tests of a file that uses Ray, for they share a cluster.
+
+    They wait most of the time, and count the processes below their own alone: two such files run at once.
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    class RayApart(LoadScopeScheduling):
+    class FilesOfRay(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "ray" if _uses_ray(nodeid.partition("::")[0]) else nodeid
+            file = nodeid.partition("::")[0]
+            return file if _uses_ray(file) else nodeid
 
-    return RayApart(config, log)
+    return FilesOfRay(config, log)
 
 
 @functools.cache
