@@ -23,7 +23,7 @@ from mmdiff_ray.data.shards import ShardWriter
 from mmdiff_ray.data.storage import check_writable
 from mmdiff_ray.distributed import flow
 from mmdiff_ray.distributed.display import show_progress
-from pipelines.embedders import Embedder
+from pipelines.embedders import Embedder, make_embedder
 
 CHUNK = 32
 """Items that travel, and are embedded, together."""
@@ -79,6 +79,14 @@ class Stage:
         found: dict[int, np.ndarray] = dict(zip(has, vectors, strict=True))
         rows = [{**row, self.column: found.get(index)} for index, row in enumerate(made.rows)]
         return Made(rows, made.bad)
+
+
+def look_stages(spec: str) -> list[Stage]:
+    """Return the stage that embeds the pictures into the column `look`, in a list; none where it is off.
+
+    spec: as of `make_embedder`. Raises ConfigError for one that is not there.
+    """
+    return [] if is_off(spec) else [Stage("look", "pixels", make_embedder(spec, "image"))]
 
 
 def _embeddable(value: bytes | str) -> Image.Image | str:

@@ -1,20 +1,30 @@
 """Digits: the 1,797 handwritten digits of 8 x 8 pixels that scikit-learn brings along, for quick trials."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mmdiff_ray import registry
 from mmdiff_ray.modalities.image import to_png
-from pipelines.base import Item, Pipeline
+from pipelines.base import Item, Options, Pipeline, Stage, look_stages
 
 BRIGHTEST = 16
+
+
+@dataclass(frozen=True)
+class DigitsOptions(Options):
+    """look: embedder of the picture, which makes the column look: efficientnet-lite0,
+    open_clip:MODEL[:weights] or off."""
+
+    look: str = "off"
 
 
 @registry.register("pipeline", "digits")
 class Digits(Pipeline):
     """Handwritten digits of 8 x 8 grey levels on black, and which digit each is."""
 
+    Options = DigitsOptions
     credit = "Optical Recognition of Handwritten Digits, by E. Alpaydin and C. Kaynak, 1998, CC BY 4.0."
 
     def columns(self) -> dict[str, dict[str, Any]]:
@@ -22,6 +32,9 @@ class Digits(Pipeline):
             "pixels": {"kind": "image", "channels": 3},
             "label": {"kind": "label", "names": [str(digit) for digit in range(10)]},
         }
+
+    def stages(self) -> list[Stage]:
+        return look_stages(self.options.look)
 
     def items(self) -> list[Item]:
         from sklearn.datasets import load_digits

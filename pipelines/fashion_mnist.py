@@ -13,7 +13,7 @@ import numpy as np
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.modalities.image import to_png
-from pipelines.base import Item, Options, Pipeline
+from pipelines.base import Item, Options, Pipeline, Stage, look_stages
 
 NAMES = (
     "T-shirt/top",
@@ -37,10 +37,12 @@ UNSIGNED_BYTES = 8
 @dataclass(frozen=True)
 class FashionMnistOptions(Options):
     """source: the folder of the four .gz files, which the Debian package dataset-fashion-mnist installs.
-    size: pixels a side, at least 28; black is put around the pictures."""
+    size: pixels a side, at least 28; black is put around the pictures. look: embedder of the picture, which
+    makes the column look: efficientnet-lite0, open_clip:MODEL[:weights] or off."""
 
     source: str = FOLDER
     size: int = 32
+    look: str = "off"
 
 
 @registry.register("pipeline", "fashion_mnist")
@@ -66,6 +68,9 @@ class FashionMnist(Pipeline):
             "alpha": {"kind": "mask", "classes": 2, "names": ["background", "foreground"]},
             "label": {"kind": "label", "names": list(NAMES)},
         }
+
+    def stages(self) -> list[Stage]:
+        return look_stages(self.options.look)
 
     def items(self) -> list[Item]:
         found: list[Item] = []

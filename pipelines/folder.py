@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.modalities.image import to_png
-from pipelines.base import BadRow, Item, Options, Pipeline, Stage, is_off, is_on
+from pipelines.base import BadRow, Item, Options, Pipeline, Stage, is_off, is_on, look_stages
 from pipelines.embedders import has_alpha, make_embedder
 from pipelines.layouts import Entry, Masks, read_cityscapes, read_coco
 from pipelines.listing import read_csv
@@ -145,9 +145,7 @@ class Folder(Pipeline):
         return self.has_alpha and self.options.masks in ("auto", "alpha")
 
     def stages(self) -> list[Stage]:
-        stages, captions = [], self.options.embed_captions
-        if not is_off(self.options.look):
-            stages.append(Stage("look", "pixels", make_embedder(self.options.look, "image")))
+        stages, captions = look_stages(self.options.look), self.options.embed_captions
         if not is_off(captions):
             if not any(entry.caption for entry in self.entries):
                 raise ConfigError(

@@ -13,7 +13,7 @@ from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.shards import row_id, split_of
 from mmdiff_ray.modalities.image import to_png
-from pipelines.base import Item, Options, Pipeline, Stage, is_off
+from pipelines.base import Item, Options, Pipeline, Stage, is_off, look_stages
 from pipelines.embedders import make_embedder, need
 
 PALETTE = {
@@ -103,12 +103,8 @@ class OpenMoji(Pipeline):
         }
 
     def stages(self) -> list[Stage]:
-        stages = []
-        if not is_off(self.options.look):
-            stages.append(Stage("look", "pixels", make_embedder(self.options.look, "image")))
-        if not is_off(self.options.captions):
-            stages += self._captions()
-        return stages
+        captions = [] if is_off(self.options.captions) else self._captions()
+        return look_stages(self.options.look) + captions
 
     def _captions(self) -> list[Stage]:
         if self.options.captions.lower() not in ("auto", "on", "true"):

@@ -1,9 +1,11 @@
 """Digits: every row is the one of scikit-learn."""
 
 import numpy as np
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipelines.base import build, make_pipeline
+from pipelines.embedders import make_embedder
 from tests.pipelines.reading import decode, read_rows
 
 
@@ -19,6 +21,18 @@ def test_rows_are_scikit_learns_digits_in_full_contrast(tmp_path):
         assert pixels.shape == (8, 8, 3)
         assert all(np.allclose(pixels[..., channel] * (16 / 255), levels, atol=0.04) for channel in range(3))
         assert names[row["label"]] == str(digits.target[int(key)])
+
+
+def test_pictures_are_embedded_where_one_asks_for_it(tmp_path):
+    out = str(tmp_path / "set")
+    options = {"limit": 12, "look": "efficientnet-lite0"}
+    built = build("digits", out, options, workers=0, progress=False)
+    rows = read_rows(out)
+    assert built.manifest.columns["look"]["kind"] == "embedding" and len(rows) == 12
+    looks = np.stack([row["look"] for row in rows.values()])
+    embedder = make_embedder("efficientnet-lite0", "image")
+    pictures = [Image.fromarray(decode(row["pixels"])) for row in rows.values()]
+    assert looks.shape == (12, embedder.dim) and np.allclose(looks, embedder(pictures), atol=1e-4)
 
 
 def test_there_are_all_of_them_and_the_brightest_is_white():

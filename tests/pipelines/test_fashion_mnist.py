@@ -38,6 +38,13 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
+def test_pictures_are_embedded_where_one_asks_for_it(source, tmp_path):
+    out, options = str(tmp_path / "set"), {"source": str(source), "look": "efficientnet-lite0", "limit": 3}
+    built = build("fashion_mnist", out, options, workers=0, progress=False)
+    dim = built.manifest.columns["look"]["dim"]
+    assert [np.shape(row["look"]) for row in read_rows(out).values()] == [(dim,)] * 3
+
+
 def test_rows_are_the_pictures_and_classes_of_both_parts(source, tmp_path):
     out = str(tmp_path / "set")
     built = build("fashion_mnist", out, {"source": str(source)}, workers=0, progress=False)
