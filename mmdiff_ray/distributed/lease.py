@@ -175,7 +175,7 @@ class Lease:
         """Renew the note; return whether another driver has removed it, or may not have seen it in time."""
         begun = time.time()
         was_away = begun - self._renewed > QUIET_S
-        if self._is_written and self._name not in self._notes():
+        if self._is_written and not exists(self._fs, self._note):
             return not self._ended.is_set()
         if self._ended.is_set():
             return False
