@@ -190,6 +190,21 @@ def test_readme_says_which_weights_work():
     )
 
 
+def test_readme_says_who_should_be_settled_first():
+    values = json.loads((ROOT / "results/weights_order.json").read_text(encoding="utf8"))
+    part = " ".join(README.split("With features besides")[1].split("\n\n")[0].split())
+    lines = [line for line in values["figures"] if line["figure"] == "label/judged"]
+    lines = [line for line in lines if not line["method"].startswith(("rule", "real"))]
+    fits = {line["method"]: line["mean"] for line in lines}
+    seeds = len(lines[0]["seeds"])
+    assert f"{len(fits)} orders, {'one seed' if seeds == 1 else f'{seeds} seeds'})" in part
+    names = ("label_first", "together", "pixels_first")
+    assert "first ({:.3f}, together: {:.3f}, pixels first: {:.3f})".format(*(fits[n] for n in names)) in part
+    ends = sorted(fits[name] for name in ("together", "features_first", "features_last"))
+    assert f"makes no difference ({ends[0]:.3f} to {ends[-1]:.3f})" in part
+    assert max(mean for name, mean in fits.items() if name.startswith(("label_f", "pixels_last"))) < ends[0]
+
+
 def test_readme_says_how_loud_a_given_image_should_be():
     values = json.loads((ROOT / "results/weights_given.json").read_text(encoding="utf8"))
     part = " ".join(README.split("And a given masked image")[1].split("\n\n")[0].split())
