@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff_ray.distributed import processes
+from tests.surroundings import is_somebodys
 
 MARK = "MMDIFF_TEST_CLUSTER"
 HEAD = "ray.head.default"
@@ -35,7 +36,7 @@ def autoscaling_cluster(folder: Path, types: Mapping[str, Mapping[str, Any]]) ->
     config = folder / "autoscaler.json"
     config.write_text(json.dumps(_config(address, types)))
     temp = Path(f"/tmp/ray/as-{name}")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
+    environment = {key: value for key, value in os.environ.items() if not is_somebodys(key)} | {
         MARK: name,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",

@@ -16,11 +16,12 @@ def pytest_configure() -> None:
     """Use one thread: on tensors as small as the tests' more threads only wait for each other.
 
     Start Ray's workers when they are wanted, and keep few that are idle: each holds a gigabyte once it has
-    imported torch.
+    imported torch. Let them have their share of the processors: by Ray's default they wait behind all others.
     """
     torch.set_num_threads(1)
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_num_workers_soft_limit", "2")
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,12 +1,15 @@
 """A real S3 server on loopback."""
 
 import contextlib
+import logging
 import os
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+
+from tests.surroundings import is_somebodys
 
 SECRET = "a-very-long-secret"
 """The key of a server that `s3_server` starts."""
@@ -38,6 +41,7 @@ def _running() -> Iterator[int]:
     """Run an empty server; yield its port."""
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # not a line for each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     port = server.get_host_and_port()[1]
@@ -52,7 +56,7 @@ def _running() -> Iterator[int]:
 def s3_server(patch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run an empty server, with its keys in an environment that has no others; yield its host and port."""
     for name in list(os.environ):
-        if name.startswith(("RAY_", "MLFLOW_", "AWS_")):
+        if is_somebodys(name):
             patch.delenv(name)
     patch.setenv("AWS_ACCESS_KEY_ID", "testing")
     patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)

@@ -262,16 +262,18 @@ def fetched(uri: str) -> Path:
 
 
 def download(fs: FileSystem, path: str, file: Path, size: int | None = None) -> None:
-    """Write a file of storage to this machine, as a whole or not at all.
+    """Write a file of storage to this machine, as a whole or not at all; again if it is replaced meanwhile.
 
     Raises OSError, also for one that has another size in bytes than the given one.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{secrets.token_hex(4)}{PART}")
+    version = None
     try:
-        with part.open("wb") as out:
-            for chunk in read_chunks(fs, path):
-                out.write(chunk)
+        while version != (version := _told_by(fs.get_file_info(path))):
+            with part.open("wb") as out:
+                for chunk in read_chunks(fs, path):
+                    out.write(chunk)
         if size is not None and part.stat().st_size != size:
             raise OSError(f"{path} has {part.stat().st_size} bytes, {size} were written")
         part.replace(file)

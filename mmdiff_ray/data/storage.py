@@ -68,9 +68,16 @@ def parent(uri: str) -> tuple[str, str]:
 
 
 def read_bytes(fs: FileSystem, path: str) -> bytes:
-    """Return the bytes of a file. Raises FileNotFoundError or OSError."""
-    with fs.open_input_stream(path, compression=None) as stream:
-        return stream.read()
+    """Return the bytes of a file, those of one version of it. Raises FileNotFoundError or OSError.
+
+    An object store is asked for the size first: of a file that a longer one replaces in between it would give
+    the beginning.
+    """
+    while True:
+        with fs.open_input_file(path) as file:
+            data = file.read()
+        if isinstance(fs, LocalFileSystem) or fs.get_file_info(path).size == len(data):
+            return data
 
 
 def write_bytes_atomic(fs: FileSystem, path: str, data: bytes) -> None:

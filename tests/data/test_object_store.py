@@ -1,5 +1,7 @@
 """The data layer on an object store, a real S3 server on the loopback."""
 
+import contextlib
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +10,7 @@ from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.data import patience
 from mmdiff_ray.data.batches import BadRowsError, local_batches
 from mmdiff_ray.data.manifest import read_manifest
+from mmdiff_ray.data.mirror import download
 from mmdiff_ray.data.plan import Plan
 from mmdiff_ray.data.shards import verify
 from mmdiff_ray.data.storage import files_under, filesystem, read_bytes, write_bytes_atomic
@@ -25,6 +28,36 @@ def bucket(monkeypatch) -> Iterator[s3.Bucket]:
         monkeypatch.setenv(name, value)
     with s3.serve() as bucket:
         yield bucket
+
+
+@contextlib.contextmanager
+def replaced(uri: str, versions: list[bytes]) -> Iterator[None]:
+    """Write versions of a file by turns for the block."""
+    (fs, path), ended = filesystem(uri), threading.Event()
+
+    def write_all() -> None:
+        while not ended.is_set():
+            for data in versions:
+                write_bytes_atomic(fs, path, data)
+
+    write_bytes_atomic(fs, path, versions[0])
+    thread = threading.Thread(target=write_all)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_had_in_one_version(bucket, tmp_path) -> None:
+    uri, versions = bucket.uri("journal"), [b"short", b"a longer one", b"the longest of them all"]
+    fs, path = filesystem(uri)
+    with replaced(uri, versions):
+        for _ in range(100):
+            assert read_bytes(fs, path) in versions
+            download(fs, path, tmp_path / "file")
+            assert (tmp_path / "file").read_bytes() in versions
 
 
 def test_a_data_set_on_an_object_store_is_written_taken_up_read_and_checked(

@@ -24,6 +24,7 @@ from mmdiff_ray.distributed.job_server import Place, connect, find_place
 from mmdiff_ray.distributed.submit import entrypoint, environment, requirements
 from mmdiff_ray.tracking import jobs, provenance
 from tests import sprites as tiny
+from tests.surroundings import is_somebodys
 from tests.sweeps import tiny as tiny_sweep
 
 SECRET = "a-very-long-secret"
@@ -35,7 +36,7 @@ def nothing_around(tmp_path, monkeypatch):
     """Work in an empty folder, with no address, token or store in the environment."""
     monkeypatch.chdir(tmp_path)
     for name in list(os.environ):
-        if name.startswith(("RAY_", "MLFLOW_", "AWS_")):
+        if is_somebodys(name):
             monkeypatch.delenv(name)
 
 

@@ -21,6 +21,7 @@ from mmdiff_ray.sweeps.record import read_record
 from mmdiff_ray.sweeps.spec import load_sweep
 from mmdiff_ray.tracking.store import client
 from mmdiff_ray.training.checkpoint import complete
+from tests.surroundings import is_somebodys
 from tests.sweeps import tiny
 from tests.sweeps.tiny import WEIGHTS
 
@@ -337,7 +338,7 @@ def watched_nodes(tmp_path_factory) -> Iterator[str]:
     kept = [{"MMDIFF_CACHE": str(tmp_path_factory.mktemp("cache"))} for _ in range(2)]
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("RAY_")]:
+        for name in [name for name in os.environ if is_somebodys(name)]:
             patch.delenv(name)
         patch.setenv("RAY_AUTH_MODE", "disabled")  # whatever a test before this one asked for
         cluster = Cluster(
