@@ -194,7 +194,9 @@ def _add_experiment(commands: argparse._SubParsersAction) -> None:  # type: igno
     experiment.add_argument("--preset", default="small", help="how large: smoke, small or gpu")
     experiment.add_argument("--runs", default="runs/experiments", help="the folder where cells are kept")
     experiment.add_argument(
-        "--out", type=Path, help="the result (default: results/NAME, for smoke in --runs)"
+        "--out",
+        type=Path,
+        help="OUT.json, OUT.md and more are written (default: results/NAME, for smoke in --runs)",
     )
     experiment.add_argument(
         "--cells", nargs="+", default=["*"], metavar="PATTERN", help="run these alone, as ours-* or *-0"

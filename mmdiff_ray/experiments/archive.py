@@ -11,6 +11,7 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.distributed.alone import alone
 from mmdiff_ray.experiments.cell import cell_folder, is_measured, training_digest
+from mmdiff_ray.experiments.files import beside
 from mmdiff_ray.experiments.spec import Experiment
 from mmdiff_ray.training.checkpoint import write_json
 
@@ -23,7 +24,7 @@ DAY = (1980, 1, 1, 0, 0, 0)
 
 def archive_file(out: Path) -> Path:
     """Return where the cells of the table at `out` are kept."""
-    return out.with_name(f"{out.name}.cells.zip")
+    return beside(out, ".cells.zip")
 
 
 def pack(experiment: Experiment, runs: Path, out: Path) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmdiff_ray.distributed.commands import make_console
+from mmdiff_ray.experiments.files import result_of
 from mmdiff_ray.experiments.runner import restore, run_experiment, write_result
 from mmdiff_ray.experiments.spec import Experiment
 
@@ -13,12 +14,13 @@ def run(
 ) -> int:
     """Run an experiment, or only write its table again, and say where it is.
 
-    only: patterns of the cells to run (`ours-*`, `*-0`); the table is of all that are there.
+    out: the place of the result, or its table or page. only: patterns of the cells to run (`ours-*`, `*-0`);
+    the table is of all that are there.
     """
     console = make_console()
     preset = experiment.preset.name
     default = {"small": Path("results") / experiment.name, "smoke": runs / experiment.name}
-    target = out or default.get(preset, Path("results") / f"{experiment.name}-{preset}")
+    target = result_of(out) if out else default.get(preset, Path("results") / f"{experiment.name}-{preset}")
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)

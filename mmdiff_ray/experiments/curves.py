@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmdiff_ray.experiments.files import beside
 from mmdiff_ray.experiments.looks import POINTS, RULE, direction, label_ends, looks, numbered, wrapped
 from mmdiff_ray.sweeps.drawing import panels_of
 
@@ -41,7 +42,7 @@ def _draw_curve(
     y_words = f"{curve.get('y', curve['figure'])} ({direction(better)})"
     axes.set(title=f"{curve['title']} (bars: 95 % intervals)", xlabel=curve["x"], ylabel=y_words)
     label_ends(axes, ends)
-    path = out.with_name(f"{out.stem}-{curve['name']}.png")
+    path = beside(out, f"-{curve['name']}.png")
     figure.savefig(path, dpi=120)
     return path
 
@@ -67,10 +68,10 @@ def draw_watched(values: Mapping[str, Any], words: Mapping[str, str], out: Path)
     if main not in watched:
         return []
     compared, own = shown_tasks(watched, main)
-    files = [out.with_name(f"{out.stem}-tasks.png")]
+    files = [beside(out, "-tasks.png")]
     _draw_tasks(values, {task: words.get(task, task) for task in compared}, files[0])
     if watched[main][0]["cosines"]:
-        files.append(out.with_name(f"{out.stem}-conflict.png"))
+        files.append(beside(out, "-conflict.png"))
         _draw_conflict(watched[main], {task: words.get(task, task) for task in own}, files[1])
     return files
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmdiff_ray.experiments.files import beside
 from mmdiff_ray.experiments.looks import POINTS, RULE, Look, direction, looks, wrapped
 from mmdiff_ray.experiments.spec import Panel
 from mmdiff_ray.sweeps.drawing import panels_of
@@ -33,7 +34,7 @@ def draw_overview(values: Mapping[str, Any], overview: Sequence[Panel], out: Pat
     words = _names(rows, [lines for _, lines in drawn], known)
     for tick, name in zip(panels[0, 0].set_yticks(range(len(rows)), words), rows, strict=True):
         tick.label1.set(fontweight=known[name].weight, fontsize=POINTS)
-    path = out.with_name(f"{out.stem}-overview.png")
+    path = beside(out, "-overview.png")
     figure.savefig(path, dpi=120)
     return [path]
 

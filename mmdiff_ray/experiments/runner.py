@@ -18,6 +18,7 @@ from mmdiff_ray.evaluation.run import check_evaluators
 from mmdiff_ray.experiments.archive import archive_file, pack, unpack
 from mmdiff_ray.experiments.cell import CellHooks, cell_folder, hold, is_trained, run_cell
 from mmdiff_ray.experiments.curves import draw_curves, draw_watched
+from mmdiff_ray.experiments.files import beside
 from mmdiff_ray.experiments.overview import draw_overview
 from mmdiff_ray.experiments.page import markdown
 from mmdiff_ray.experiments.spec import Cell, Experiment
@@ -109,22 +110,24 @@ def write_result(experiment: Experiment, runs: Path, out: Path, say: Say) -> lis
     before the tables.
     """
     values, archive = result(experiment, runs), pack(experiment, runs, out)
-    there = json.loads(out.with_suffix(".json").read_text()) if out.with_suffix(".json").is_file() else {}
+    table = beside(out, ".json")
+    there = json.loads(table.read_text(encoding="utf8")) if table.is_file() else {}
     if len(there.get("cells", [])) > len(values["cells"]):
         more, fewer = len(there["cells"]), len(values["cells"])
-        say(f"{out.with_suffix('.json')} stays: it has {more} cells, here are {fewer}")
+        say(f"{table} stays: it has {more} cells, here are {fewer}")
         out = runs / f"{experiment.name}-{experiment.preset.name}" / experiment.name
         out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out.with_suffix(".json"), values)
+        table = beside(out, ".json")
+    write_json(table, values)
     page, *pictures = write_page(experiment, values, out)
     done = len(experiment.cells()) - len(values["missing"]) - len(values["unmeasured"])
     say(f"{done} of {len(experiment.cells())} cells are in {page}")
-    return [page, out.with_suffix(".json"), archive, *pictures]
+    return [page, table, archive, *pictures]
 
 
 def write_page(experiment: Experiment, values: Mapping[str, Any], out: Path) -> list[Path]:
     """Write the page of a result, OUT.md, and its figures; return the files, the page first."""
-    said = out.with_suffix(".discussion.md")
+    said = beside(out, ".discussion.md")
     discussion = said.read_text(encoding="utf8") if said.is_file() else ""
     overview = draw_overview(values, experiment.overview, out)
     pictures = [
@@ -132,7 +135,7 @@ def write_page(experiment: Experiment, values: Mapping[str, Any], out: Path) -> 
         *draw_watched(values, experiment.task_words, out),
     ]
     text = markdown(values, discussion, [one.name for one in overview], [one.name for one in pictures])
-    page = out.with_suffix(".md")
+    page = beside(out, ".md")
     page.write_text(text, encoding="utf8")
     return [page, *overview, *pictures]
 
