@@ -8,7 +8,13 @@ import numpy as np
 from scipy import stats
 
 DRAWS = 2000
-METHOD = "bootstrapped over rows; those of several seeds have their spread besides, by the t distribution"
+FEWEST_SEEDS = 3
+"""From how many seeds on an interval is made of their spread alone."""
+METHOD = (
+    "bootstrapped over rows; those of several seeds have their spread besides, by the t distribution. "
+    "Figures that are not sums over rows, such as Frechet distances, have them over seeds alone, from "
+    f"{FEWEST_SEEDS} on"
+)
 """How intervals are made, for a reader of results."""
 Weighted = Callable[[np.ndarray], np.ndarray]
 """A figure where rows count as often as the weights say: (m, n) -> (m,)."""
@@ -94,6 +100,13 @@ def difference(ours: Sequence[Tally], others: Sequence[Tally], draws: int = DRAW
     return _interval(groups, rows.pop(), draws, seed)
 
 
+def over_seeds(values: Sequence[float]) -> Interval:
+    """Return the mean of one value per seed and its 95 % interval by the t distribution, over seeds alone."""
+    mean = float(np.mean(values))
+    half = float(np.sqrt(_seeds_part([np.asarray(values, dtype=np.float64)])))
+    return Interval(mean, mean - half, mean + half)
+
+
 def _minus(first: Tally, second: Tally) -> Weighted:
     return lambda weights: first.weighted(weights) - second.weighted(weights)
 
@@ -122,9 +135,9 @@ def _interval(groups: Sequence[Sequence[Weighted]], rows: int, draws: int, seed:
     own = sum(np.nanmean((values[:, 1:] - values[:, :1]).var(0, ddof=1)) / len(values) for values in several)
     over_rows = np.nanvar(means[1:])
     common = max(0.0, 1 - own / over_rows) if over_rows > 0 else 0.0
-    over_seeds = _seeds_part([values[:, 0] for values in several])
+    seeds_part = _seeds_part([values[:, 0] for values in several])
     below, above = (
-        float(max(side, np.sqrt(common * side**2 + over_seeds))) for side in (value - low, high - value)
+        float(max(side, np.sqrt(common * side**2 + seeds_part))) for side in (value - low, high - value)
     )
     return Interval(value, value - below, value + above)
 

@@ -60,8 +60,9 @@ def _opening(values: Mapping[str, Any]) -> list[str]:
     lines += [
         f"`{values['command']}`, seeds {', '.join(map(str, seeds))}{fewer}. Mean over seeds, plus or minus "
         f"their standard deviation. Marked ▲ where **{main}** is better, ▼ where it is worse: the 95 % "
-        "interval of the difference, paired by row and by seed over the seeds that both have, excludes 0. "
-        f"Intervals are {values.get('intervals', 'bootstrapped over rows and seeds')}.",
+        "interval of the difference, paired by row and by seed over the seeds that both have, excludes 0; "
+        "△ and ▽ where they have one seed in common, so that another training may differ by more. "
+        f"Intervals are {values.get('intervals', 'bootstrapped over rows and seeds')}. {_marked(values)}",
         "",
     ]
     lines += [f"{sentence}\n" for part, sentence in METHODS.items() if any(part in key for key in keys)]
@@ -74,6 +75,17 @@ def _opening(values: Mapping[str, Any]) -> list[str]:
     for name, sentences in values["notes"].items():
         lines += [f"Inert: {values['methods'][name]}. {' '.join(sentences)}", ""]
     return lines
+
+
+def _marked(values: Mapping[str, Any]) -> str:
+    """Return the words for how many comparisons there are, since none is corrected for that."""
+    shown = [line for line in values["figures"] if not _aside(line["figure"])]
+    verdicts = [line["verdict"] for line in shown if "verdict" in line]
+    marked = sum(verdict != "no difference shown" for verdict in verdicts)
+    return (
+        f"{marked:,} of {len(verdicts):,} comparisons are marked, each judged by itself: where nothing "
+        "differs, one in twenty is marked, too."
+    )
 
 
 def _grid(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
@@ -160,7 +172,25 @@ def _cost(values: Mapping[str, Any]) -> list[str]:
             f"{mean['gflops']:.3g} | {mean['images_per_s']:.0f} | {same[0]['parameters']:,} | "
             f"{len(same)} | {same[0]['machine']} |"
         )
-    return lines
+    return [*lines, "", *_calls(values)]
+
+
+def _calls(values: Mapping[str, Any]) -> list[str]:
+    """Return the words for how samples are drawn, and what they cost: the main method's, then others."""
+    ways = {name: (way["predictions"], way["sampler"]) for name, way in values.get("sampling", {}).items()}
+    if not ways:
+        return []
+    usual = ways[values["main"]]
+    others: dict[tuple[int, str], list[str]] = {}
+    for name, way in ways.items():
+        if way != usual:
+            others.setdefault(way, []).append(values["methods"][name])
+    words = [f"{count} ({sampler}): {'; '.join(names)}" for (count, sampler), names in others.items()]
+    return [
+        "Predictions of the network for a sample, where the title of a table does not say otherwise: "
+        f"{usual[0]} ({usual[1]} sampler){'. ' if words else ''}{'. '.join(words)}.",
+        "",
+    ]
 
 
 def _matrix(values: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[str]:
@@ -230,5 +260,7 @@ def _cell(line: Mapping[str, Any] | None) -> str:
     if line is None or math.isnan(line["mean"]):
         return ""
     spread = "" if line["spread"] is None else f" ± {line['spread']:.3f}"
-    mark = {"main better": " ▲", "main worse": " ▼"}.get(line.get("verdict", ""), "")
+    marks = ("△", "▽") if len(line.get("paired_seeds", ())) == 1 else ("▲", "▼")
+    found = {"main better": f" {marks[0]}", "main worse": f" {marks[1]}"}
+    mark = found.get(line.get("verdict", ""), "")
     return f"{line['mean']:.3f}{spread}{mark}"

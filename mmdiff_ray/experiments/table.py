@@ -13,7 +13,15 @@ from mmdiff_ray.backbones.cost import forward_flops
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.denoiser import build_denoiser, inert_settings
-from mmdiff_ray.evaluation.statistics import METHOD, Tally, difference, interval
+from mmdiff_ray.evaluation.statistics import (
+    FEWEST_SEEDS,
+    METHOD,
+    Interval,
+    Tally,
+    difference,
+    interval,
+    over_seeds,
+)
 from mmdiff_ray.experiments.cell import asked_of, cell_folder, is_measured
 from mmdiff_ray.experiments.spec import Cell, Experiment, Method
 from mmdiff_ray.experiments.watch import read
@@ -101,18 +109,21 @@ def _against(main: Series, other: Series) -> dict[str, Any]:
     shared = sorted(main.values.keys() & other.values.keys())
     if not shared:
         return {}
-    gap = float(np.mean([main.values[seed] - other.values[seed] for seed in shared]))
-    found: dict[str, Any] = {"difference": gap, "paired_seeds": shared}
+    gaps = [main.values[seed] - other.values[seed] for seed in shared]
+    found: dict[str, Any] = {"difference": float(np.mean(gaps)), "paired_seeds": shared}
     if all(seed in main.tallies and seed in other.tallies for seed in shared):
-        gap, low, high = difference(
-            [main.tallies[seed] for seed in shared], [other.tallies[seed] for seed in shared]
-        )
-        good = -1 if main.better == "lower" else 1
-        verdict = "no difference shown"
-        if low > 0 or high < 0:
-            verdict = "main better" if gap * good > 0 else "main worse"
-        found |= {"difference": gap, "difference_interval": [low, high], "verdict": verdict}
+        ours, others = ([series.tallies[seed] for seed in shared] for series in (main, other))
+        return found | _verdict(difference(ours, others), main.better)
+    if len(shared) >= FEWEST_SEEDS and not np.isnan(gaps).any():
+        return found | _verdict(over_seeds(gaps), main.better)
     return found
+
+
+def _verdict(gap: Interval, better: str) -> dict[str, Any]:
+    verdict = "no difference shown"
+    if gap.excludes_zero:
+        verdict = "main better" if (gap.value < 0) == (better == "lower") else "main worse"
+    return {"difference": gap.value, "difference_interval": [gap.low, gap.high], "verdict": verdict}
 
 
 def facts(experiment: Experiment, runs: Path) -> list[dict[str, Any]]:
@@ -134,6 +145,19 @@ def facts(experiment: Experiment, runs: Path) -> list[dict[str, Any]]:
                 **{key: known[key] for key in ("parameters", "machine", "versions", "digest")},
             }
         )
+    return found
+
+
+def sampling(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """Return how each method's samples are drawn where a measure does not say otherwise: method -> `sampler`,
+    and `predictions` of the network for a sample."""
+    found = {}
+    for name, method in experiment.methods.items():
+        if method.refused:
+            continue
+        asked = experiment.config(Cell(method, experiment.preset.seeds[0]), Path()).evaluate
+        repeats = 1 if asked.inpaint == "given" else asked.repeats
+        found[name] = {"sampler": asked.sampler, "predictions": (asked.steps - 1) * repeats + 1}
     return found
 
 
@@ -180,6 +204,7 @@ def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
         "intervals": METHOD,
         "figures": summary(experiment, table),
         "cells": facts(experiment, runs),
+        "sampling": sampling(experiment),
         "watched": watched(experiment, runs),
         "matrices": experiment.matrices,
     }

@@ -69,6 +69,29 @@ def test_rows_tell_their_seeds_where_these_differ():
     assert "| ours, all | 0.500 ± 0.010 | 3 |" in page and "| the other | 0.400 | 1 |" in page
 
 
+def test_a_comparison_by_one_seed_is_marked_apart_and_the_page_counts_them():
+    page = markdown(
+        values(
+            line("ours", "pixels/lpips", 0.1),
+            line("other", "pixels/lpips", 0.2, paired_seeds=[0, 1, 2], verdict="main better"),
+            line("third", "pixels/lpips", 0.3, seeds=1, paired_seeds=[0], verdict="main better"),
+            line("third", "pixels/l1", 0.4, seeds=1, paired_seeds=[0], verdict="no difference shown"),
+        )
+    )
+    assert "0.200 ± 0.010 ▲" in page
+    assert "0.300 △" in page and "0.400 △" not in page
+    assert "2 of 3 comparisons are marked" in page
+
+
+def test_a_page_says_what_a_sample_costs_and_whose_costs_more():
+    ways = {
+        "ours": {"sampler": "ancestral", "predictions": 20},
+        "other": {"sampler": "ancestral", "predictions": 77},
+    }
+    page = markdown(values(line("ours", "pixels/lpips", 0.1), sampling=ways))
+    assert "20 (ancestral sampler). 77 (ancestral): the other." in page
+
+
 def test_a_page_says_how_lpips_and_boundaries_are_measured_where_they_are():
     page = markdown(
         values(line("ours", "alpha/boundary_f", 0.9), line("ours", "pixels_from_masked/lpips", 0.1))

@@ -66,6 +66,19 @@ def test_a_tally_that_a_shared_seed_lacks_leaves_the_difference_without_interval
     assert line["difference"] == pytest.approx(-0.5) and "difference_interval" not in line
 
 
+def test_figures_that_are_not_sums_over_rows_are_compared_over_three_seeds_or_more():
+    def line(gaps: dict[int, float]) -> dict:
+        ours = Series("lower", {seed: 900.0 + 50 * seed for seed in gaps})
+        return line_of(ours, Series("lower", {seed: ours.values[seed] - gap for seed, gap in gaps.items()}))
+
+    found = line({0: 72.0, 1: 76.0, 2: 80.0})
+    half = 4.302653 * 4 / 3**0.5  # t of 2 degrees of freedom, spread of the differences, root of seeds
+    assert found["difference_interval"] == pytest.approx([76 - half, 76 + half], rel=1e-5)
+    assert found["verdict"] == "main worse"
+    assert line({0: -5.0, 1: 1.0, 2: 2.0})["verdict"] == "no difference shown"
+    assert "verdict" not in line({0: 72.0, 1: 76.0})  # of two there is next to nothing to judge by
+
+
 def test_a_rule_stands_beside_every_seed(series):
     ours, rule = series({0: 0.9, 1: 1.0, 2: 1.1}), series({0: 0.0})
     for seed in (1, 2):
