@@ -9,19 +9,23 @@ from mmdiff_ray.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return AdamW; norms, biases, embeddings of roles and learned label codes are not decayed."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    kept = {
-        name for name, parameter in named if parameter.ndim < 2 or "role_embedding" in name or "table" in name
-    }
-    matrices = [parameter for name, parameter in named if name not in kept]
-    vectors = [parameter for name, parameter in named if name in kept]
+    """Return AdamW. Norms, biases, role embeddings and learned label codes have no weight decay."""
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (kept if parameter.ndim < 2 or _is_embedding(name) else decayed).append(parameter)
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
     ]
     beta1, beta2 = config.betas
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(beta1, beta2), foreach=True)
+
+
+def _is_embedding(name: str) -> bool:
+    """Return whether a parameter's dotted name is of a role embedding or a label's learned codes."""
+    parts = name.split(".")
+    return parts[-1] == "table" or "role_embedding" in parts[:-1]
 
 
 def learning_rate(config: TrainConfig, samples_seen: int, total_samples: int) -> float:

@@ -7,7 +7,9 @@ import pytest
 from torch import nn
 
 from mmdiff_ray.config import TrainConfig
+from mmdiff_ray.denoiser import build_denoiser
 from mmdiff_ray.training.optim import learning_rate, make_optimizer
+from tests.modalities import tiny
 
 TOTAL = 10_000
 
@@ -42,6 +44,23 @@ def test_cosine_is_a_cosine():
     for share in (0.1, 0.25, 0.8):
         expected = (1 + math.cos(math.pi * share)) / 2
         assert learning_rate(config, int(share * TOTAL), TOTAL) == pytest.approx(expected)
+
+
+def test_role_embeddings_and_learned_label_codes_are_not_decayed_whatever_modalities_are_called():
+    """A modality called `timetable` or `role_embedding_2` keeps the decay of its head."""
+    shape = "{type: mask, column: alpha, classes: 2}"
+    denoiser = build_denoiser(
+        tiny.config(
+            f"modalities.timetable={shape}",
+            f"modalities.role_embedding_2={shape}",
+            "modalities.category.code=learned",
+        )
+    )
+    optimizer = make_optimizer(denoiser, TrainConfig(weight_decay=0.1))
+    kept = {id(p) for p in optimizer.param_groups[1]["params"]}
+    matrices = {name for name, p in denoiser.named_parameters() if p.ndim >= 2 and id(p) in kept}
+    roles = {f"role_embedding.{name}" for name in denoiser.modalities}
+    assert matrices == {*roles, "modalities.category.table"}
 
 
 def test_weights_are_decayed_and_biases_and_norms_are_not():
