@@ -2,10 +2,12 @@
 split and restart, so nothing random is ever saved.
 
 Counter-based: SplitMix64 (Steele, Lea and Flood, 2014) over a key per sample, in int64 arithmetic that wraps.
+Seed and id, visit, and purpose enter the key one after another, each mixed before the next is added: were
+they added before mixing, the numbers of one id and purpose would return as those of another id and purpose.
 """
 
+import hashlib
 import math
-import zlib
 
 import torch
 from torch import Tensor
@@ -35,10 +37,16 @@ def normal(seed: int, purpose: str, visits: Tensor, ids: Tensor, shape: tuple[in
 
 def _bits(seed: int, purpose: str, visits: Tensor, ids: Tensor, count: int) -> Tensor:
     """Return non-negative integers below 2^53, int64 (B, count)."""
-    key = _mix(ids + _wrap(seed * 0x5851F42D4C957F2D + zlib.crc32(purpose.encode())))
+    key = _mix(ids + _wrap(seed * 0x5851F42D4C957F2D))
     key = _mix(key ^ (visits * _GOLDEN))
+    key = _mix(key + _purpose_key(purpose))
     counter = torch.arange(1, count + 1, device=ids.device, dtype=torch.int64) * _GOLDEN
     return _shift(_mix(key[:, None] + counter), 11)
+
+
+def _purpose_key(purpose: str) -> int:
+    """Return a purpose's name as a 64-bit integer."""
+    return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _mix(x: Tensor) -> Tensor:
