@@ -103,9 +103,11 @@ class LossConfig:
     """The objective.
 
     prediction: what the anchor's head predicts: v, eps or x0. weighting of L1 over t: the simplified v, eps,
-    x0 and min_snr (with its gamma), or elbo, the exact weight. modalities: each instance's coefficient in
-    L2, 1 where it is not listed (the anchor has none, L3 decodes it). channels: the same for the L1 of the
-    channels that an instance has of its own. coefficients: of the four sub-losses.
+    x0 and min_snr, or elbo, the exact weight. gamma: where min_snr caps it. modalities: each instance's
+    coefficient in L2, 1 where it is not listed (the anchor has none, L3 decodes it). channels: the same for
+    the L1 of the channels that an instance has of its own. channel_cap: the largest weight of L1 in channels
+    without the anchor, under any weighting but elbo; without a cap a loud code outweighs all else near the
+    data. coefficients: of the four sub-losses.
     """
 
     coefficients: CoefficientsConfig = field(default_factory=CoefficientsConfig)
@@ -114,6 +116,7 @@ class LossConfig:
     prediction: str = "v"
     weighting: str = "v"
     gamma: float = 5.0
+    channel_cap: float = 5.0
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ class Objective:
         weight = self._weight(power / noise)
         head_only = torch.ones(self.process.channels, dtype=torch.bool, device=weight.device)
         head_only[self.process.layout[self.process.anchor]] = False
-        weight = torch.where(head_only, weight.clamp(max=self.config.gamma), weight)
+        weight = torch.where(head_only, weight.clamp(max=self.config.channel_cap), weight)
         weight = torch.where(power > 0, weight / power.clamp_min(1e-20), 0)
         squares = difference.square() * weight[:, :, None, None]
         return {name: squares[:, where].sum((1, 2, 3)) for name, where in self.owners.items()}

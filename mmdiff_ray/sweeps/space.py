@@ -233,8 +233,9 @@ def effect(config: Config) -> str:
     for name in objective.owners:
         if is_generated(config, name):
             parts.append((name, weights.l1 * config.loss.channels.get(name, 1.0)))
-    capped = config.loss.weighting == "min_snr" or len(objective.owners) > 1
-    loss = [config.loss.prediction, config.loss.weighting, config.loss.gamma if capped else None]
+    gamma = config.loss.gamma if config.loss.weighting == "min_snr" else None
+    cap = config.loss.channel_cap if len(objective.owners) > 1 else None
+    loss = [config.loss.prediction, config.loss.weighting, gamma, cap]
     parts.append((weights.l3, loss, config.schedule, config.given, config.tasks, config.train))
     return repr(parts)
 

@@ -143,9 +143,9 @@ def test_eps_weighting_in_overlapping_channels_is_the_squared_error_of_the_noise
     assert float(sums["l1/pixels"] + sums["l3/pixels"]) == pytest.approx(float(want), rel=1e-3)
 
 
-def test_channels_without_the_anchor_never_weigh_more_than_gamma():
+def test_channels_without_the_anchor_never_weigh_more_than_their_cap():
     """Weights of the squared code error in the label's own channels, by setting only that code wrong by 1."""
-    objective = make_objective(make_config(weighting="v", gamma=3.0))
+    objective = make_objective(make_config(weighting="v", gamma=2.0, channel_cap=3.0))
     rows = Rows(objective, EVERYTHING)
     predicted = {**rows.codes, "label": rows.codes["label"] + 1}
     process = objective.process

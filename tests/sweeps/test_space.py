@@ -81,7 +81,8 @@ def test_points_that_break_the_prior_are_counted(tmp_path, sprites):
         ({f"{WEIGHTS}.kappa": {"uniform": [0.5, 2]}}, True),  # nothing hears it
         ({"modalities.pixels.weights.scale": {"uniform": [0.5, 2]}}, True),  # the anchor's is the schedule's
         ({"loss.coefficients.l0": {"uniform": [0, 2]}}, True),  # no parameter of the model is in it
-        ({"loss.gamma": {"uniform": [1, 9]}}, False),
+        ({"loss.gamma": {"uniform": [1, 9]}}, True),  # min_snr's alone
+        ({"loss.channel_cap": {"uniform": [1, 9]}}, False),
         ({"loss.modalities.shape": {"uniform": [0.1, 1]}}, False),
         ({"loss.coefficients.l2": {"uniform": [0.1, 1]}}, False),
         ({f"{WEIGHTS}.scale": {"uniform": [0.1, 1]}}, False),
