@@ -69,7 +69,7 @@ class ImageModality(Modality):
         if row[self.column] is None:
             return None
         image = Image.open(io.BytesIO(row[self.column]))
-        return draw(image, context, self.name)
+        return draw(fitted(image, context.size), context, self.name)
 
     def calibrate(self, data: Tensor) -> None:
         """Fix mean and standard deviation per channel from a sample of images."""

@@ -87,7 +87,8 @@ class MaskModality(Modality):
     def read(self, row: Mapping[str, Any], context: RowContext, done: Mapping[str, Any]) -> np.ndarray | None:
         if row[self.column] is None:
             return None
-        array = self._fit(np.asarray(Image.open(io.BytesIO(row[self.column]))), context.size)
+        image = fitted(Image.open(io.BytesIO(row[self.column])), context.size)
+        array = self._fit(np.asarray(image), context.size)
         return np.ascontiguousarray(array[:, ::-1]) if context.mirrored else array
 
     def _fit(self, array: np.ndarray, size: tuple[int, int]) -> np.ndarray:

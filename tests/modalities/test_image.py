@@ -72,9 +72,9 @@ def test_an_opaque_image_of_the_right_size_is_read_unchanged(image):
 
 
 def test_shrinking_averages_the_pixels_of_a_cell(image):
-    array = np.random.default_rng(0).integers(0, 256, (SIZE[0] * 4, SIZE[1] * 3, 3), dtype=np.uint8)
+    array = np.random.default_rng(0).integers(0, 256, (SIZE[0] * 4, SIZE[1] * 4, 3), dtype=np.uint8)
     read = image.read({"pixels": tiny.png(array)}, context(flip=False), {})
-    mean = array.reshape(SIZE[0], 4, SIZE[1], 3, 3).mean((1, 3)).transpose(2, 0, 1)
+    mean = array.reshape(SIZE[0], 4, SIZE[1], 4, 3).mean((1, 3)).transpose(2, 0, 1)
     assert np.abs(read - mean).max() <= 1.0
 
 
@@ -182,3 +182,14 @@ def test_a_standard_deviation_per_sample_is_taken(image):
 def test_sigma_that_is_not_above_zero_is_refused():
     with pytest.raises(ConfigError, match=r"modalities\.pixels\.sigma \(0\.0\)"):
         ImageModality("pixels", ImageOptions(type="image", sigma=0.0), SIZE)
+
+
+def test_a_row_and_a_given_file_of_other_proportions_show_the_same_middle_part(image, tmp_path):
+    """Training on squashed pictures and asking with cropped ones would be two distributions."""
+    array = np.random.default_rng(0).integers(0, 256, (SIZE[0] * 2, SIZE[1] * 4, 3), dtype=np.uint8)
+    file = tmp_path / "wide.png"
+    Image.fromarray(array).save(file)
+    read = image.read({"pixels": file.read_bytes()}, context(flip=False), {})
+    assert np.array_equal(read, image.parse(str(file)))
+    middle = array[:, SIZE[1] : 3 * SIZE[1]].reshape(SIZE[0], 2, SIZE[1], 2, 3).mean((1, 3))
+    assert np.abs(read - middle.transpose(2, 0, 1)).max() <= 1.0

@@ -27,10 +27,10 @@ def read(modality: MaskModality, array: np.ndarray, **changes) -> np.ndarray:
 
 def test_every_cell_takes_the_class_most_of_its_pixels_have():
     rng = np.random.default_rng(0)
-    array = rng.integers(0, 5, (tiny.SIZE[0] * 5, tiny.SIZE[1] * 3), dtype=np.uint8)
+    array = rng.integers(0, 5, (tiny.SIZE[0] * 5, tiny.SIZE[1] * 5), dtype=np.uint8)
     fitted = read(mask(), array)
     for row, column in itertools.product(*map(range, tiny.SIZE)):
-        counts = np.bincount(array[row * 5 : row * 5 + 5, column * 3 : column * 3 + 3].ravel(), minlength=5)
+        counts = np.bincount(array[row * 5 : row * 5 + 5, column * 5 : column * 5 + 5].ravel(), minlength=5)
         assert fitted[row, column] == counts.argmax()
 
 
@@ -50,8 +50,8 @@ def test_sizes_that_the_cells_do_not_divide_are_voted_on_as_well():
 
 
 def test_small_masks_are_enlarged_by_repetition():
-    array = np.arange(4, dtype=np.uint8).reshape(2, 2)
-    assert np.array_equal(read(mask(), array), array.repeat(4, 0).repeat(6, 1))
+    array = (np.arange(6, dtype=np.uint8) % 5).reshape(2, 3)
+    assert np.array_equal(read(mask(), array), array.repeat(4, 0).repeat(4, 1))
 
 
 def test_a_mask_of_the_right_size_is_read_unchanged():
@@ -143,3 +143,11 @@ def test_options_that_cannot_be_are_refused_with_their_key(options, message):
 def test_a_number_of_classes_that_differs_from_the_data_set_is_refused():
     with pytest.raises(ConfigError, match=r"palette\.classes \(7\) differs from the data set's 5"):
         MaskModality.resolve("palette", MaskOptions(type="mask", classes=7), tiny.COLUMNS)
+
+
+def test_a_row_and_a_given_file_of_other_proportions_show_the_same_middle_part(tmp_path):
+    array = np.random.default_rng(0).integers(0, 5, (tiny.SIZE[0] * 3, tiny.SIZE[1]), dtype=np.uint8)
+    file = tmp_path / "tall.png"
+    Image.fromarray(array).save(file)
+    assert np.array_equal(read(mask(), array), array[tiny.SIZE[0] : 2 * tiny.SIZE[0]])
+    assert np.array_equal(read(mask(), array), mask().parse(str(file)))
