@@ -44,9 +44,18 @@ WATCH_POINTS = 8
 
 
 def training_digest(config: Config) -> str:
-    """Return a short name of all settings that the trained model depends on."""
-    apart = {"runs": "", "tracking": None, "evaluate": None, "workers": None}
-    return digest(dataclasses.replace(config, **apart))  # type: ignore[arg-type]
+    """Return a short name of the settings that the trained model depends on.
+
+    Where a model is stored, how it is measured, who trains it and how often that is reported leave the
+    digest as it is; so does a key at its reference default (`spec.digest`).
+    """
+    plain = Config()
+    kept = ("log_every_samples", "device", "compile", "channels_last")
+    train = dataclasses.replace(config.train, **{key: getattr(plain.train, key) for key in kept})
+    data = dataclasses.replace(config.data, bad_row_limit=plain.data.bad_row_limit)
+    apart = ("name", "runs", "tracking", "evaluate", "workers", "checkpoint")
+    rest = {key: getattr(plain, key) for key in apart}
+    return digest(dataclasses.replace(config, train=train, data=data, **rest))
 
 
 def is_trained(folder: Path, config: Config) -> bool:

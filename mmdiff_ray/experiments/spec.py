@@ -308,7 +308,9 @@ def _made(group: str, kind: type, name: str, values: Mapping[str, Any] | None) -
 def digest(*values: Any) -> str:
     """Return a short name for settings that changes with any of them.
 
-    Dataclasses count by what differs from their defaults: a new key with a default changes nothing.
+    Dataclasses count by what differs from their reference defaults, so that a new key with a default changes
+    no digest. A key whose default is changed later keeps its first one as reference, in its field's metadata
+    (`reference`), and cells trained before keep their digest.
     """
     text = json.dumps([_essential(value) for value in values], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -325,6 +327,7 @@ def _essential(value: Any) -> Any:
     for part in dataclasses.fields(value):
         made = part.default_factory
         default = part.default if made is dataclasses.MISSING else made()
+        default = part.metadata.get("reference", default)
         if getattr(value, part.name) != default:
             found[part.name] = _essential(getattr(value, part.name))
     return found

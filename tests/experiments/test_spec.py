@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor
 
 from mmdiff_ray import registry
-from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.config import Config, ConfigError, load, to_plain
 from mmdiff_ray.denoiser import Denoiser, build_denoiser
 from mmdiff_ray.experiments.cell import training_digest
 from mmdiff_ray.experiments.spec import FOLDER, digest, load_experiment
@@ -257,6 +257,10 @@ def test_a_digest_changes_with_any_setting_and_not_with_a_new_one_at_its_default
     class New(Old):
         more: bool = False
 
+    @dataclasses.dataclass(frozen=True)
+    class Changed(Old):
+        size: int = dataclasses.field(default=5, metadata={"reference": 3})
+
     assert digest(Old()) == digest(New()) == digest(Old(size=3))
     assert len({digest(one) for one in (Old(), Old(size=4), Old(names=["a"]), New(more=True))}) == 4
     assert digest({"a": Old()}) == digest({"a": New()}) != digest({"a": Old(size=4)})
@@ -265,7 +269,11 @@ def test_a_digest_changes_with_any_setting_and_not_with_a_new_one_at_its_default
     assert len({training_digest(config) for config in configs}) == 3
     asked = experiment.asked(configs[0], experiment.methods["asked"], experiment.measures["thirty"])
     assert training_digest(asked) != training_digest(configs[0])  # its holes are other ones
-    assert training_digest(dataclasses.replace(configs[0], runs="x")) == training_digest(configs[0])
+    assert digest(Changed(size=3)) == digest(Old()) != digest(Changed()) == digest(Old(size=5))
+    same = ["name=other", "runs=x", "checkpoint.keep_last=3", "train.log_every_samples=7", "evaluate.steps=9"]
+    plain = to_plain(configs[0])
+    assert training_digest(load((), same, plain)) == training_digest(configs[0])
+    assert training_digest(load((), ["train.clip_norm=7"], plain)) != training_digest(configs[0])
 
 
 def test_a_method_is_not_taken_for_refused_where_it_is_the_data_that_lack(tmp_path, monkeypatch):
