@@ -12,6 +12,7 @@ from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.diffusion.process import GENERATED, GIVEN, Codes, Prediction, Process, Roles, over_cells
 from mmdiff_ray.diffusion.schedule import make_schedule
 from mmdiff_ray.diffusion.weights import make_profile
+from mmdiff_ray.input_path import InputPath
 from mmdiff_ray.modalities.base import Modality
 from mmdiff_ray.registry import look_up
 
@@ -20,9 +21,9 @@ class Denoiser(nn.Module):
     """Predict every modality from the noisy code z_t.
 
     The anchor's head predicts v, eps or x0 of what is left of z_t when the other signals are taken away; it
-    is turned into E[z_0 | z_t]. `given_input` is how given codes reach the network (`GivenConfig`). Height
-    and width are those of z_t, but codes that are the same in every cell (labels, embeddings) have the
-    configured ones.
+    is turned into E[z_0 | z_t]. `given_input`, `exact` and `zero_unused` say how given codes reach the
+    network (`GivenConfig`). Height and width are those of z_t, but codes that are the same in every cell
+    (labels, embeddings) have the configured ones.
     """
 
     # Module dictionaries of Modality, heads and tensors; torch's types do not say of what.
@@ -37,12 +38,14 @@ class Denoiser(nn.Module):
         backbone: Any,
         given_input: str,
         prediction: str,
+        exact: bool = True,
+        zero_unused: bool = False,
     ) -> None:
         super().__init__()
         self.modalities = nn.ModuleDict(dict(modalities))
         self.process = process
         self.backbone = backbone
-        self.given_input = given_input
+        self.path = InputPath.of(given_input, modalities, process, exact, zero_unused)
         self.prediction = prediction
         width = backbone.embedding_channels
         heads = {
@@ -69,18 +72,33 @@ class Denoiser(nn.Module):
     @property
     def input_channels(self) -> int:
         """Return how many channels the network sees: those of z_t, and of the conditions behind it."""
-        conditions = (
-            0 if self.given_input == "z_only" else sum(m.condition_channels for m in self.modalities.values())
-        )
-        return self.process.channels + conditions
+        return self.path.width
 
     def encode(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the codes of the modalities in data, instance -> (B, c, H, W) float32."""
         return {name: self.modalities[name].encode(value) for name, value in data.items()}
 
     def conditions(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the network sees of given data, instance -> (B, condition_channels, H, W)."""
-        return {name: self.modalities[name].condition(value) for name, value in data.items()}
+        """Return what given data adds to the network's input, instance -> (B, k, H, W) (`InputPath`)."""
+        found = {name: self.path.condition(name, value, self.modalities) for name, value in data.items()}
+        return {name: condition for name, condition in found.items() if condition is not None}
+
+    def known_cells(self, data: Mapping[str, Tensor], roles: Roles) -> Tensor | None:
+        """Return the cells of a generated anchor that given masked images show exactly, bool (B, H, W), or
+        None where the input path knows none."""
+        shown = {name: data[name] for name in self.path.exact & data.keys()}
+        known = self.path.known(roles, self.conditions(shown))
+        return None if known is None else known[0][:, 0]
+
+    def with_known(
+        self, prediction: Prediction, roles: Roles, conditions: Mapping[str, Tensor]
+    ) -> Prediction:
+        """Return a prediction with the anchor's known cells in place of predicted ones."""
+        known = self.path.known(roles, conditions)
+        if known is None:
+            return prediction
+        code = torch.where(known[0], known[1], prediction.codes[self.anchor])
+        return Prediction({**prediction.codes, self.anchor: code}, {**prediction.heads, self.anchor: code})
 
     def forward(
         self, z_t: Tensor, t: Tensor, roles: Roles, codes: Codes, conditions: Mapping[str, Tensor]
@@ -94,7 +112,7 @@ class Denoiser(nn.Module):
         betas = self.process.betas(t, roles)
         known = {name: betas[name] * given[name] for name in codes}
         u_t = z_t - self.process.place(codes, known) if codes else z_t
-        x = self._network_input(z_t, u_t, given, conditions)  # (B, C + conditions, H, W)
+        x = self.path.network_input(z_t, u_t, roles, codes, conditions)  # (B, C + conditions, H, W)
         features = self.backbone(x, self._embedding(t, roles))
         own = features if isinstance(features, Mapping) else dict.fromkeys(self.heads, features)
         heads = {name: head(own[name]).float() for name, head in self.heads.items()}
@@ -105,20 +123,8 @@ class Denoiser(nn.Module):
                 if name != self.anchor
             }
             heads[self.anchor] = self._anchor_code(heads[self.anchor], u_t, t, predicted, betas, roles)
-        return Prediction({**predicted, self.anchor: heads[self.anchor]}, heads)
-
-    def _network_input(
-        self, z_t: Tensor, u_t: Tensor, given: Mapping[str, Tensor], conditions: Mapping[str, Tensor]
-    ) -> Tensor:
-        if self.given_input == "z_only":
-            return z_t
-        parts = [u_t if self.given_input == "u_plus_code" else z_t]
-        for name, modality in self.modalities.items():
-            if name in conditions:
-                parts.append(conditions[name].float() * over_cells(given[name], u_t))
-            else:
-                parts.append(u_t.new_zeros(len(u_t), modality.condition_channels, *u_t.shape[2:]))
-        return torch.cat(parts, dim=1)
+        prediction = Prediction({**predicted, self.anchor: heads[self.anchor]}, heads)
+        return self.with_known(prediction, roles, conditions)
 
     def _embedding(self, t: Tensor, roles: Roles) -> Tensor:
         """Return the embedding of time and roles, (B, E)."""
@@ -259,10 +265,10 @@ def inert_settings(config: Config) -> list[str]:
     found = []
     for name, options in config.modalities.items():
         weights, default = options.weights, type(options.weights)()
-        if config.given.input == "u_plus_code" and weights.kappa != default.kappa:
+        if config.given.input in ("u_plus_code", "in_place") and weights.kappa != default.kappa:
             found.append(
-                f"modalities.{name}.weights.kappa changes nothing under given.input u_plus_code: the given "
-                "code is taken out of z_t again"
+                f"modalities.{name}.weights.kappa changes nothing under given.input {config.given.input}: "
+                "the given code is taken out of z_t again"
             )
         if dataclasses.replace(weights, kappa=default.kappa) == default:
             continue
@@ -276,35 +282,21 @@ def inert_settings(config: Config) -> list[str]:
     return found
 
 
-def input_channels(
-    config: Config, modalities: Mapping[str, Modality], process: Process
-) -> dict[str, list[int]]:
-    """Return which channels of the network's input are of which instance: of its code, then of its condition.
-
-    The input is z_t (or u_t) with the conditions of all instances behind it, in order.
-    """
-    groups = {name: list(range(where.start, where.stop)) for name, where in process.layout.items()}
-    if config.given.input != "z_only":
-        start = process.channels
-        for name, modality in modalities.items():
-            groups[name] += range(start, start + modality.condition_channels)
-            start += modality.condition_channels
-    return groups
-
-
 def build_denoiser(config: Config) -> Denoiser:
     """Return the denoiser of a configuration, its weights drawn from the configuration's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         modalities = build_modalities(config)
         process = build_process(config, modalities)
-        groups = input_channels(config, modalities, process)
+        given = config.given
+        path = InputPath.of(given.input, modalities, process, given.exact, given.zero_unused)
         backbone = look_up("backbone", config.model.backbone)
-        width = 1 + max(map(max, groups.values()))
         made = backbone(
-            groups if getattr(backbone, "separate", False) else width,
+            path.groups() if getattr(backbone, "separate", False) else path.width,
             size=(config.space.height, config.space.width),
             preset=config.model.preset,
             **{key: value for key, value in config.model.options.items() if value is not None},
         )
-        return Denoiser(modalities, process, made, config.given.input, config.loss.prediction)
+        return Denoiser(
+            modalities, process, made, given.input, config.loss.prediction, given.exact, given.zero_unused
+        )

@@ -23,7 +23,7 @@ from mmdiff_ray.registry import register
 from tests.modalities import tiny
 
 ROWS = 24
-MODES = ("u_plus_code", "z_plus_code", "z_only")
+MODES = ("in_place", "u_plus_code", "z_plus_code", "z_only")
 OVERLAPPING = (
     "modalities.category.channels=pixels",
     "modalities.category.pattern=noise",
@@ -149,7 +149,7 @@ def test_codes_of_instances_that_are_not_given_may_be_left_out():
         assert none.codes[name].shape == code.shape
 
 
-def test_kappa_changes_nothing_under_u_plus_code_and_something_otherwise():
+def test_kappa_changes_nothing_where_the_given_code_leaves_z_t_and_something_otherwise():
     for mode in MODES:
         predictions = []
         for kappa in (1.0, 4.0):
@@ -159,7 +159,7 @@ def test_kappa_changes_nothing_under_u_plus_code_and_something_otherwise():
             predictions.append(predict(denoiser, batch, roles, noisy(denoiser, batch, roles)))
         pairs = [(predictions[0].codes[name], predictions[1].codes[name]) for name in predictions[0].codes]
         largest = max(float((first - second).abs().max()) for first, second in pairs)
-        assert (largest < 1e-4) == (mode == "u_plus_code"), (mode, largest)
+        assert (largest < 1e-4) == (mode in ("in_place", "u_plus_code")), (mode, largest)
 
 
 def test_settings_that_change_nothing_are_named_and_others_are_not():
@@ -372,7 +372,7 @@ def test_modalities_that_others_are_made_from_come_first():
 
 
 def test_codes_and_conditions_of_a_batch_have_the_channels_of_their_modalities():
-    denoiser, batch = build()
+    denoiser, batch = build("given.input=u_plus_code")
     codes, conditions = (denoiser.encode(batch.data), denoiser.conditions(batch.data))
     modalities: dict[str, Any] = dict(denoiser.modalities.items())
     assert {name: code.shape[1] for name, code in codes.items()} == {

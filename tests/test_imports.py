@@ -18,7 +18,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 LEAVES = ("config", "registry", "batch", "tracking")
 LAYERS = [
     ("diffusion",),
-    ("modalities", "backbones", "denoiser", "tasks"),
+    ("modalities", "backbones", "input_path", "denoiser", "tasks"),
     ("data",),
     ("training", "evaluation"),
     ("sweeps",),

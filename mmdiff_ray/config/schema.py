@@ -67,11 +67,17 @@ class ScheduleConfig:
 class GivenConfig:
     """How a given code reaches the network.
 
-    input: u_plus_code: it is taken out of z_t and stands in channels beside it; z_plus_code: it stays in z_t
-    as well; z_only: it is heard through z_t alone, as loud as its kappa, as in the paper.
+    input: in_place: it stands, free of noise, in its own channels of the network's input; u_plus_code: it is
+    taken out of z_t and stands in channels beside it; z_plus_code: it stays in z_t as well; z_only: it is
+    heard through z_t alone, as loud as its kappa, as in the paper. exact: under in_place, visible pixels of a
+    masked image stand in the anchor's channels, are never predicted and count in no loss. zero_unused: under
+    z_plus_code and u_plus_code, channels that carry nothing generated are 0 in place of noise (as in_place
+    has it always).
     """
 
-    input: str = "u_plus_code"
+    input: str = field(default="in_place", metadata={"reference": "u_plus_code"})
+    exact: bool = True
+    zero_unused: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,9 @@ class LossConfig:
     coefficient in L2, 1 where it is not listed (the anchor has none, L3 decodes it). channels: the same for
     the L1 of the channels that an instance has of its own. channel_cap: the largest weight of L1 in channels
     without the anchor, under any weighting but elbo; without a cap a loud code outweighs all else near the
-    data. coefficients: of the four sub-losses.
+    data. coefficients: of the four sub-losses. normalize: what the sum of a term over a batch is divided by:
+    expected: the count to expect of rows that have every modality, so that every annotation weighs the same,
+    however rare it is; batch: the batch's own count, so that rare annotations weigh more.
     """
 
     coefficients: CoefficientsConfig = field(default_factory=CoefficientsConfig)
@@ -117,6 +125,7 @@ class LossConfig:
     weighting: str = "v"
     gamma: float = 5.0
     channel_cap: float = 5.0
+    normalize: str = field(default="expected", metadata={"reference": "batch"})
 
 
 @dataclass(frozen=True)

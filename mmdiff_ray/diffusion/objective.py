@@ -50,12 +50,16 @@ class Objective:
                 owned[name] = where
         return owned
 
-    def counts(self, roles: Roles, present_cells: int) -> Terms:
-        """Return the count of every term in a batch, before any forward pass. present_cells: H * W."""
-        return {key: count.sum() for key, count in self.row_counts(roles, present_cells).items()}
+    def counts(self, roles: Roles, present_cells: int, known: Tensor | None = None) -> Terms:
+        """Return the count of every term in a batch, before any forward pass (`row_counts`)."""
+        return {key: count.sum() for key, count in self.row_counts(roles, present_cells, known).items()}
 
-    def row_counts(self, roles: Roles, present_cells: int) -> Terms:
-        """Return the count of every term in every row, (B,) float64. present_cells: H * W."""
+    def row_counts(self, roles: Roles, present_cells: int, known: Tensor | None = None) -> Terms:
+        """Return the count of every term in every row, (B,) float64.
+
+        present_cells: H * W. known: cells of a generated anchor that are not predicted, bool (B, H, W); they
+        count in neither L1 nor L3.
+        """
         carried = self.process.generated_channels(roles)
         counts: Terms = {}
         for name, where in self.owners.items():
@@ -64,6 +68,10 @@ class Objective:
         for term, name in (*(("l2", name) for name in self.decoded), ("l3", anchor)):
             generated = (roles[name] == GENERATED).double()
             counts[f"{term}/{name}"] = generated * self.modalities[name].elements
+        if known is not None:
+            predicted = 1 - known.flatten(1).double().mean(1)
+            counts[f"l1/{anchor}"] = counts[f"l1/{anchor}"] * predicted
+            counts[f"l3/{anchor}"] = counts[f"l3/{anchor}"] * predicted
         return counts
 
     def sums(
@@ -75,11 +83,13 @@ class Objective:
         data: Mapping[str, Tensor],
         predicted: Codes,
         heads: Mapping[str, Tensor],
+        known: Tensor | None = None,
     ) -> Terms:
         """Return the sum of every term over a batch; t must lie on the schedule's grid.
 
-        predicted: instance -> E[c | z_t]; heads: instance -> the head's prediction. Simplified weightings
-        average over all steps, the last one being booked as L3; `elbo` gives estimates of the exact terms.
+        predicted: instance -> E[c | z_t]; heads: instance -> the head's prediction; known: as for
+        `row_counts`, cells in which the predicted z_0 is the true one. Simplified weightings average over all
+        steps, the last one being booked as L3; `elbo` gives estimates of the exact terms.
         """
         last = t <= 1.5 / self.process.schedule.steps
         sums = self.prior_sums(codes, roles)
@@ -90,7 +100,7 @@ class Objective:
             nats = self.modalities[name].negative_log_likelihood(heads[name], data[name])
             sums[f"l2/{name}"] = (nats * (roles[name] == GENERATED)).sum()
         anchor = self.process.anchor
-        sums[f"l3/{anchor}"] = self._last_step(t, roles, data, predicted, per_row, last)
+        sums[f"l3/{anchor}"] = self._last_step(t, roles, data, predicted, per_row, last, known)
         return sums
 
     def total(self, sums: Terms, counts: Terms) -> Tensor:
@@ -174,24 +184,29 @@ class Objective:
         predicted: Codes,
         per_row: Mapping[str, Tensor],
         last: Tensor,
+        known: Tensor | None,
     ) -> Tensor:
         """Return the sum of L3 over the rows at the last step: exact under `elbo`, else simplified."""
         anchor = self.process.anchor
         rows = last & (roles[anchor] == GENERATED)
         if self.config.weighting != "elbo":
             return torch.where(rows, per_row[anchor], 0).sum()
-        nats = last_step_nats(self.process, self.modalities[anchor], t, data[anchor], predicted[anchor])
+        nats = last_step_nats(
+            self.process, self.modalities[anchor], t, data[anchor], predicted[anchor], known
+        )
         return torch.where(rows, nats * self.process.schedule.steps, 0).sum()
 
 
-def last_step_nats(process: Process, anchor: Any, t: Tensor, data: Tensor, predicted: Tensor) -> Tensor:
+def last_step_nats(
+    process: Process, anchor: Any, t: Tensor, data: Tensor, predicted: Tensor, known: Tensor | None = None
+) -> Tensor:
     """Return L3 of every row in nats, (B,): the data under the anchor's likelihood around E[z_0 | z_1].
 
     Its standard deviation is that of z_0 given z_1 under a unit-variance prior, sigma_1: stated, not learned.
+    known: cells that do not count, bool (B, H, W).
     """
-    return anchor.code_negative_log_likelihood(
-        predicted, over_cells(process.schedule.sigma(t), predicted), data
-    )
+    std = over_cells(process.schedule.sigma(t), predicted)
+    return anchor.code_negative_log_likelihood(predicted, std, data, known)
 
 
 def posterior_nats(

@@ -328,6 +328,10 @@ def _essential(value: Any) -> Any:
         made = part.default_factory
         default = part.default if made is dataclasses.MISSING else made()
         default = part.metadata.get("reference", default)
-        if getattr(value, part.name) != default:
-            found[part.name] = _essential(getattr(value, part.name))
+        mine = getattr(value, part.name)
+        if dataclasses.is_dataclass(mine) and type(mine) is type(default):
+            if section := _essential(mine):
+                found[part.name] = section
+        elif mine != default:
+            found[part.name] = _essential(mine)
     return found

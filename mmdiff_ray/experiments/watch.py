@@ -78,7 +78,7 @@ def held_out_loss(trainer: Trainer, tasks: Tasks, batches: Sequence[Batch]) -> f
     counts: dict[str, Tensor] = {}
     for batch, visit in itertools.product(batches, range(VISITS)):
         again, roles, count = _drawn(trainer, tasks, batch, visit)
-        for into, values in ((sums, trainer.sums(trainer.ema.model, again, roles)), (counts, count)):
+        for into, values in ((sums, trainer.average_loss(again, roles)), (counts, count)):
             for key, value in values.items():
                 into[key] = into.get(key, 0) + value.double()
     return float(trainer.objective.total(sums, counts))
@@ -89,7 +89,7 @@ def gradient(trainer: Trainer, tasks: Tasks, batches: Sequence[Batch], visit: in
     trainer.optimizer.zero_grad(set_to_none=True)
     for batch in batches:
         again, roles, counts = _drawn(trainer, tasks, batch, visit)
-        sums = trainer.sums(trainer.denoiser, again, roles)
+        sums = trainer.loss(again, roles)
         (trainer.objective.total(sums, counts) / len(batches)).backward()
     parts = [
         torch.zeros_like(weight) if weight.grad is None else weight.grad
@@ -104,8 +104,7 @@ def _drawn(
     """Return a batch as on another visit, its roles, and the counts of its loss terms."""
     again = dataclasses.replace(batch, visits=batch.visits + visit)
     _, roles = tasks.draw(again, trainer.config.seed)
-    height, width = trainer.denoiser.size
-    return again, roles, trainer.objective.counts(roles, height * width)
+    return again, roles, trainer.loss.counts(again, roles)
 
 
 def _across(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

@@ -68,6 +68,11 @@ class Modality(nn.Module):
     likelihood: ClassVar[str] = ""
     only_given: ClassVar[bool] = False
     """True for a type that is made from another instance and so can never be generated."""
+    shows_source: ClassVar[bool] = False
+    """True for a type whose data hold cells of the instance that it is made from (`visible`)."""
+
+    visible_share: float = 0.0
+    """The share of the source's cells that the data of such a type show, in the mean over rows."""
 
     code_channels: int
     prediction_channels: int

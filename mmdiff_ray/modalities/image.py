@@ -96,10 +96,13 @@ class ImageModality(Modality):
         std = self.options.sigma / _per_channel(self.code_scale)
         return self.code_negative_log_likelihood(prediction, std, data)
 
-    def code_negative_log_likelihood(self, mean: Tensor, std: Tensor, data: Tensor) -> Tensor:
+    def code_negative_log_likelihood(
+        self, mean: Tensor, std: Tensor, data: Tensor, known: Tensor | None = None
+    ) -> Tensor:
         """Return -log p(data) in nats under N(mean, std^2) on the code, discretised to grey levels, (B,).
 
-        mean: (B, 3, H, W); std: a number per sample or channel that broadcasts to it, in code units.
+        mean: (B, 3, H, W); std: a number per sample or channel that broadcasts to it, in code units; known:
+        cells that do not count, bool (B, H, W).
         """
         scale, half = _per_channel(self.code_scale), 1 / 255
         centre = to_float(data)
@@ -108,7 +111,8 @@ class ImageModality(Modality):
         # The outermost levels take the whole tails; a finite end keeps gradients finite.
         below = deviation - torch.where(centre < -1 + half, 1e6, half)
         above = deviation + torch.where(centre > 1 - half, 1e6, half)
-        return -_log_normal_mass(below / sigma, above / sigma).flatten(1).sum(1)
+        nats = -_log_normal_mass(below / sigma, above / sigma)
+        return (nats if known is None else nats.masked_fill(known[:, None], 0)).flatten(1).sum(1)
 
     def metrics(self, answer: Tensor, data: Tensor) -> dict[str, Mean]:
         difference = (to_float(answer) - to_float(data)).abs()

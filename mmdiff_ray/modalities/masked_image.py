@@ -38,6 +38,7 @@ class MaskedImageModality(Modality):
 
     Options = MaskedImageOptions
     only_given = True
+    shows_source = True
     code_channels = 3
     condition_channels = 4
     prediction_channels = 0
@@ -58,6 +59,8 @@ class MaskedImageModality(Modality):
             raise ConfigError(
                 f"modalities.{name}: got a space of {size} cells, want at least 2 x 2 for a hole"
             )
+        missing = [0.5 if kind == "half" else sum(options.ratio) / 2 for kind in options.holes]
+        self.visible_share = 1 - sum(missing) / len(missing)
         self.register_buffer("code_mean", torch.zeros(3))
         self.register_buffer("code_scale", torch.full((3,), 0.5))
 

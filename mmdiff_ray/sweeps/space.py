@@ -223,7 +223,7 @@ def effect(config: Config) -> str:
         plain = {key: value for key, value in vars(options).items() if key != "weights"}
         generated = not modalities[name].only_given and is_generated(config, name)
         curve = process.profiles[name](t).tolist() if generated and name != process.anchor else None
-        heard = config.given.input != "u_plus_code" and options.weights.kappa
+        heard = config.given.input in ("z_only", "z_plus_code") and options.weights.kappa
         parts.append((name, plain, curve and [round(value, 9) for value in curve], heard))
     objective = Objective(process, config.loss, modalities)
     weights = config.loss.coefficients

@@ -75,14 +75,20 @@ def sample(
     def noise(purpose: str) -> Tensor:
         return rng.normal(seed, f"sample {purpose}", visits, ids, shape).to(device)
 
+    pulled = guided(predict, process, codes, scales)
+
+    def predict_guided(z: Tensor, t: Tensor, roles: Roles) -> Prediction:
+        return denoiser.with_known(pulled(z, t, roles), roles, conditions)  # guidance moves known cells, too
+
     was_training = denoiser.training
     denoiser.eval()
     if known is None:
-        last, z = walk(process, guided(predict, process, codes, scales), noise, codes, roles, steps, sampler)
+        last, z = walk(process, predict_guided, noise, codes, roles, steps, sampler)
     else:
         code = denoiser.modalities[process.anchor].encode(known.data)
-        asked = guided(predict, process, codes, scales)
-        last, z = repaint(process, asked, noise, roles, code, known.visible, steps, known.repeats, codes)
+        last, z = repaint(
+            process, predict_guided, noise, roles, code, known.visible, steps, known.repeats, codes
+        )
     denoiser.train(was_training)
     data = dict(given)
     for name, role in roles.items():

@@ -6,7 +6,6 @@ parameter, of its average and of the optimizer's moments, and the rest of a laye
 imported where it is used.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmdiff_ray.config import Config, ConfigError, TrainConfig
 from mmdiff_ray.denoiser import Denoiser
+from mmdiff_ray.training.loss import TrainingLoss
 
 
 def world() -> tuple[int, int]:
@@ -24,41 +24,26 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-class Losses(nn.Module):
-    """What is computed of a denoiser's parameters, as one module: wrapped, it sees every use of them.
-
-    compute: (denoiser, ...) -> tensors by name.
-    """
-
-    def __init__(self, denoiser: Denoiser, compute: Callable[..., dict[str, Tensor]]) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.compute = compute
-
-    def forward(self, *given: Any) -> dict[str, Tensor]:
-        return self.compute(self.denoiser, *given)
-
-
-def parallelize(losses: Losses, config: Config, device: torch.device) -> nn.Module:
-    """Return the losses as the training step calls them: on the device, compiled where asked for, the model
+def parallelize(loss: TrainingLoss, config: Config, device: torch.device) -> nn.Module:
+    """Return the loss as the training step calls it: on the device, compiled where asked for, the model
     shared out by the configured strategy where there are workers. A model that is not trained is never
     compiled."""
-    trained = any(parameter.requires_grad for parameter in losses.parameters())
+    trained = any(parameter.requires_grad for parameter in loss.parameters())
     sharded = dist.is_initialized() and config.workers.strategy == "fsdp"
     if sharded:
-        _shard(losses, device)
-    losses.to(device)
+        _shard(loss, device)
+    loss.to(device)
     if trained and config.train.compile:
-        _compile(losses.denoiser, layers_apart=sharded)
+        _compile(loss.denoiser, layers_apart=sharded)
     if not trained or sharded or world()[1] == 1:
-        return losses
+        return loss
     devices = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(
-        losses, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        loss, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
     )
 
 
-def _shard(losses: Losses, device: torch.device) -> None:
+def _shard(loss: TrainingLoss, device: torch.device) -> None:
     """Leave every worker a part of each parameter, on its device; the backbone is gathered layer by layer.
 
     Arithmetic stays in the parameters' float32 (under autocast as ever), so losses are those of one process.
@@ -67,9 +52,9 @@ def _shard(losses: Losses, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (world()[1],))
-    for layer in _layers(losses.denoiser):
+    for layer in _layers(loss.denoiser):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    fully_shard(losses, mesh=mesh, reshard_after_forward=True)
+    fully_shard(loss, mesh=mesh, reshard_after_forward=True)
 
 
 def check_strategy(config: Config, denoiser: Denoiser) -> None:

@@ -11,14 +11,13 @@ from torch import Tensor
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config, RunError, in_force
 from mmdiff_ray.denoiser import Denoiser, build_denoiser, build_process
-from mmdiff_ray.diffusion import rng
 from mmdiff_ray.diffusion.ema import Ema
 from mmdiff_ray.diffusion.objective import Objective, Terms
 from mmdiff_ray.diffusion.process import Roles
 from mmdiff_ray.tasks import Tasks
+from mmdiff_ray.training.loss import TrainingLoss
 from mmdiff_ray.training.optim import learning_rate, make_optimizer
 from mmdiff_ray.training.parallel import (
-    Losses,
     add_over_workers,
     clip_gradients,
     gather,
@@ -65,18 +64,25 @@ class Trainer:
         self.device = device
         self.denoiser = denoiser
         self.ema = Ema(denoiser, config.train.ema_samples)
-        self.model = parallelize(Losses(denoiser, self.sums), config, device)
-        self.average = parallelize(Losses(self.ema.model, self.sums), config, device)
+        self.loss = TrainingLoss(denoiser, self.config)
+        self.average_loss = TrainingLoss(self.ema.model, self.config)
+        self.model = parallelize(self.loss, config, device)
+        self.average = parallelize(self.average_loss, config, device)
         self.tasks = Tasks(
             config.tasks,
             list(denoiser.modalities),
             {name for name, modality in denoiser.modalities.items() if modality.only_given},
         )
-        self.objective = Objective(denoiser.process, config.loss, dict(denoiser.modalities.items()))
         self.optimizer = make_optimizer(self.denoiser, config.train)
         self.progress = Progress(total_samples=config.train.samples)
         self.terms = sorted(self.objective.counts(self._no_roles(), 1))
+        self.expected = self.loss.expected_counts(self.tasks)
         self.meters = self._new_meters()
+
+    @property
+    def objective(self) -> Objective:
+        """Return the objective in force."""
+        return self.loss.objective
 
     def go_on(self, progress: Progress) -> None:
         """Take over the progress of an earlier process; where the run ends is for this configuration to
@@ -91,8 +97,8 @@ class Trainer:
         if now != self.config:
             self.config = now
             process = build_process(now, self.denoiser.modalities)
-            self.denoiser.process = self.ema.model.process = process
-            self.objective = Objective(process, now.loss, dict(self.denoiser.modalities.items()))
+            for loss in (self.loss, self.average_loss):
+                loss.set(now, process)
 
     def _new_meters(self) -> Meters:
         zeros = torch.zeros(len(self.terms), dtype=torch.float64, device=self.device)
@@ -123,13 +129,12 @@ class Trainer:
         """Do one optimizer step on this worker's rows of a global batch."""
         batch = batch.to(self.device)
         _, roles = self.tasks.draw(batch, self.config.seed)
-        cells = self.denoiser.size[0] * self.denoiser.size[1]
-        counts = self._global(self.objective.counts(roles, cells))
+        counts = self.loss.counts(batch, roles)
         rate = learning_rate(self.config.train, self.progress.samples_seen, self.progress.total_samples)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        sums = self._backward(batch, roles, counts)
+        sums = self._backward(batch, roles, self._divisors(counts))
         grad_norm = clip_gradients(self.denoiser, self.config.train.clip_norm)
         self.optimizer.step()
         self.progress.samples_seen += self.config.train.global_batch
@@ -137,7 +142,16 @@ class Trainer:
         self.ema.update(self.denoiser, self.config.train.global_batch, self.progress.samples_seen)
         self._measure(sums, counts, grad_norm)
 
-    def _backward(self, batch: Batch, roles: Roles, counts: Terms) -> Terms:
+    def _divisors(self, counts: Terms) -> Terms:
+        """Return what the sums of a global batch are divided by: as `loss.normalize` says, the counts to
+        expect, or those of this batch, added over workers in one message."""
+        if self.config.loss.normalize == "expected":
+            rows = self.config.train.global_batch
+            return {key: count * rows for key, count in self.expected.items()}
+        values = add_over_workers(torch.stack([counts[key] for key in self.terms]))
+        return dict(zip(self.terms, values.unbind(), strict=True))
+
+    def _backward(self, batch: Batch, roles: Roles, divisors: Terms) -> Terms:
         """Add the gradients of all micro-batches; return this worker's sums."""
         size = self.config.train.micro_batch or len(batch)
         starts = range(0, len(batch), size)
@@ -147,51 +161,11 @@ class Trainer:
             part_roles = {name: role[start : start + size] for name, role in roles.items()}
             with without_sync(self.model, start != starts[-1]):
                 sums = self.model(part, part_roles)
-                # Workers' gradients are averaged, but counts are global: the factor makes it a sum.
-                (self.objective.total(sums, counts) * world()[1]).backward()
+                # Workers' gradients are averaged, but divisors are global: the factor makes it a sum.
+                (self.objective.total(sums, divisors) * world()[1]).backward()
             for key, value in sums.items():
                 totals[key] = totals.get(key, 0) + value.detach().double()
         return totals
-
-    def sums(self, model: Denoiser, batch: Batch, roles: Roles) -> Terms:
-        """Return a model's loss terms of a micro-batch: draw t and noise, go forward, predict."""
-        seed, steps = self.config.seed, self.denoiser.process.schedule.steps
-        low, high = (round(time * steps) for time in self.config.train.times)
-        drawn = rng.uniform(seed, "time", batch.visits, batch.ids, 1)[:, 0]
-        t = (low + (drawn * max(1, high - low)).floor() + 1).clamp(max=high) / steps
-        noise = rng.normal(
-            seed, "noise", batch.visits, batch.ids, (self.denoiser.process.channels, *self.denoiser.size)
-        )
-        codes, conditions = model.encode(batch.data), model.conditions(batch.data)
-        z_t = self.denoiser.process.marginal(codes, roles, t).sample(noise)
-        seen = self._cut_out(z_t, batch)
-        if self.config.train.channels_last:
-            seen = seen.contiguous(memory_format=torch.channels_last)
-        with self.autocast():
-            prediction = model(seen, t, roles, codes, conditions)
-        objective = dataclasses.replace(self.objective, modalities=dict(model.modalities.items()))
-        return objective.sums(z_t, t, roles, codes, batch.data, prediction.codes, prediction.heads)
-
-    def _cut_out(self, z_t: Tensor, batch: Batch) -> Tensor:
-        """Return what the model sees of z_t: in half of the rows, with `train.cutout`, not what is in the
-        hole."""
-        name = self.config.train.cutout
-        if name is None:
-            return z_t
-        drawn = rng.uniform(self.config.seed, "cutout", batch.visits, batch.ids, 1)[:, 0]
-        cut = (drawn < 0.5) & batch.present[name]
-        visible = self.denoiser.modalities[name].visible(batch.data[name])
-        return torch.where((cut[:, None, None] & ~visible)[:, None], 0, z_t)
-
-    def autocast(self) -> torch.autocast:
-        """Return the context of the configured precision."""
-        enabled = self.config.train.precision == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
-
-    def _global(self, counts: Terms) -> Terms:
-        """Return counts added over workers, in one message."""
-        values = add_over_workers(torch.stack([counts[key] for key in self.terms]))
-        return dict(zip(self.terms, values.unbind(), strict=True))
 
     def _measure(self, sums: Terms, counts: Terms, grad_norm: Tensor) -> None:
         meters = self.meters
@@ -216,13 +190,13 @@ class Trainer:
         if not meters.steps:
             return {}
         self._check_finite(meters)
-        sums = add_over_workers(meters.sums)
-        means = (sums / meters.counts.clamp_min(1)).tolist()
+        sums, counts = add_over_workers(torch.stack([meters.sums, meters.counts])).unbind()
+        means = (sums / counts.clamp_min(1)).tolist()
         elapsed = time.perf_counter() - meters.started
         samples = meters.steps * self.config.train.global_batch
         losses = {f"loss/{key}": mean for key, mean in zip(self.terms, means, strict=True)}
         total = self.objective.total(
-            dict(zip(self.terms, sums, strict=True)), dict(zip(self.terms, meters.counts, strict=True))
+            dict(zip(self.terms, sums, strict=True)), dict(zip(self.terms, counts, strict=True))
         )
         return {
             "loss/total": float(total),
@@ -245,8 +219,7 @@ class Trainer:
         for batch in batches:
             batch = batch.to(self.device)
             _, roles = self.tasks.draw(batch, self.config.seed)
-            cells = self.denoiser.size[0] * self.denoiser.size[1]
-            part, count = self.average(batch, roles), self.objective.counts(roles, cells)
+            part, count = self.average(batch, roles), self.loss.counts(batch, roles)
             sums += torch.stack([part[key] for key in self.terms])
             counts += torch.stack([count[key] for key in self.terms])
         both = add_over_workers(torch.stack([sums, counts]))

@@ -50,7 +50,14 @@ COLUMNS = {
 """The columns of the data sets that experiments are shipped with."""
 SAME_AT_ANY_SIZE = {"own_strong", "shared_strong", "literal"}
 """Methods whose point is a scale as it is: as loud as a pixel, the paper's."""
-SHIPPED = pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
+PRESETS = [
+    (file, preset)
+    for file in sorted(FOLDER.glob("*.yaml"))
+    for preset in yaml.safe_load(file.read_text())["presets"]
+]
+ON_GPU = pytest.mark.parametrize(
+    "file", [file for file, preset in PRESETS if preset == "gpu"], ids=lambda file: file.stem
+)
 
 
 def written(folder: Path, **changes) -> str:
@@ -172,8 +179,7 @@ def test_an_unknown_experiment_is_answered_with_those_there_are():
         load_experiment("masked_imge", "smoke")
 
 
-@SHIPPED
-@pytest.mark.parametrize("preset", ["smoke", "small", "gpu"])
+@pytest.mark.parametrize(("file", "preset"), PRESETS, ids=[f"{file.stem}-{p}" for file, p in PRESETS])
 def test_shipped_experiments_make_a_checked_configuration_for_every_cell_and_measure(file, preset):
     experiment = load_experiment(str(file), preset)
     assert experiment.name == file.stem and experiment.question and experiment.title
@@ -214,7 +220,7 @@ def built(file: Path, preset: str) -> dict[str, Denoiser]:
     return found
 
 
-@SHIPPED
+@ON_GPU
 def test_models_for_a_gpu_are_large_equal_where_compared_and_say_things_as_loudly(file):
     experiment = load_experiment(str(file), "gpu")
     small, large = built(file, "small"), built(file, "gpu")
@@ -236,7 +242,7 @@ def loudness(modality: Modality) -> float:
     return modality.weights.scale / modality.usual_scale
 
 
-@SHIPPED
+@ON_GPU
 def test_training_on_a_gpu_warms_up_and_averages_in_proportion(file):
     experiment = load_experiment(str(file), "gpu")
     for name, config in shipped(file, "gpu").items():

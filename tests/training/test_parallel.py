@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from mmdiff_ray.config import CheckpointConfig, Config, ConfigError, TrainConfig
+from mmdiff_ray.config import CheckpointConfig, ConfigError, TrainConfig
+from mmdiff_ray.denoiser import build_denoiser
 from mmdiff_ray.training.checkpoint import CheckpointStore, complete, restore
-from mmdiff_ray.training.parallel import Losses, choose_device, parallelize, same_everywhere, world
+from mmdiff_ray.training.loss import TrainingLoss
+from mmdiff_ray.training.parallel import choose_device, parallelize, same_everywhere, world
 from tests import sprites as tiny
+from tests.modalities import tiny as modalities
 from tests.training import two_workers
 
 Seen = list[dict[str, Any]]
@@ -113,8 +115,9 @@ def test_request_to_stop_that_reaches_one_process_stops_both(seen: Seen, alone):
 
 def test_one_process_is_a_world_of_one():
     assert world() == (0, 1) and same_everywhere(2.5) == 2.5
-    losses = Losses(nn.Linear(2, 2), lambda model, x: {"y": model(x)})
-    assert parallelize(losses, Config(), torch.device("cpu")) is losses
+    config = modalities.config()
+    loss = TrainingLoss(build_denoiser(config), config)
+    assert parallelize(loss, config, torch.device("cpu")) is loss
 
 
 def test_device_is_the_one_that_was_asked_for():

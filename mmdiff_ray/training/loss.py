@@ -1,0 +1,95 @@
+"""The training loss of a batch: draw times and noise, go forward, predict, and sum the loss terms."""
+
+import torch
+from torch import Tensor, nn
+
+from mmdiff_ray.batch import Batch
+from mmdiff_ray.config import Config
+from mmdiff_ray.denoiser import Denoiser
+from mmdiff_ray.diffusion import rng
+from mmdiff_ray.diffusion.objective import Objective, Terms
+from mmdiff_ray.diffusion.process import GENERATED, GIVEN, Process, Roles
+from mmdiff_ray.tasks import Tasks
+
+EXPECTED_ROWS = 2**15
+"""Rows that expected counts are estimated from."""
+
+
+class TrainingLoss(nn.Module):
+    """A denoiser with its objective, as one module: wrapped for data parallelism, it sees every parameter.
+
+    The forward process is the denoiser's; `set` changes it and the loss while a model trains.
+    """
+
+    def __init__(self, denoiser: Denoiser, config: Config) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.set(config, denoiser.process)
+
+    def set(self, config: Config, process: Process) -> None:
+        """Use this configuration and forward process from now on."""
+        self.config = config
+        self.denoiser.process = process
+        self.objective = Objective(process, config.loss, dict(self.denoiser.modalities.items()))
+
+    def forward(self, batch: Batch, roles: Roles) -> Terms:
+        """Return the sum of every loss term over a micro-batch. roles: instance -> (B,)."""
+        denoiser, process = self.denoiser, self.denoiser.process
+        t = self._times(batch)
+        shape = (process.channels, *denoiser.size)
+        noise = rng.normal(self.config.seed, "noise", batch.visits, batch.ids, shape)
+        codes, conditions = denoiser.encode(batch.data), denoiser.conditions(batch.data)
+        z_t = process.marginal(codes, roles, t).sample(noise)  # (B, C, H, W)
+        seen = self._cut_out(z_t, batch)
+        if self.config.train.channels_last:
+            seen = seen.contiguous(memory_format=torch.channels_last)
+        with self._autocast(z_t.device.type):
+            predicted = denoiser(seen, t, roles, codes, conditions)
+        known = denoiser.known_cells(batch.data, roles)
+        return self.objective.sums(
+            z_t, t, roles, codes, batch.data, predicted.codes, predicted.heads, known=known
+        )
+
+    def counts(self, batch: Batch, roles: Roles) -> Terms:
+        """Return the count of every loss term in a batch, before any forward pass."""
+        height, width = self.denoiser.size
+        return self.objective.counts(roles, height * width, self.denoiser.known_cells(batch.data, roles))
+
+    def expected_counts(self, tasks: Tasks) -> Terms:
+        """Return the mean count of every loss term in a row that has all modalities.
+
+        Estimated from many rows' draws, the same in every run of these tasks, to within a percent.
+        """
+        ids = torch.arange(EXPECTED_ROWS)
+        present = torch.ones(EXPECTED_ROWS, dtype=torch.bool)
+        batch = Batch(ids, torch.zeros_like(ids), present, {}, dict.fromkeys(tasks.instances, present))
+        _, roles = tasks.draw(batch, seed=0)
+        anchor = roles[self.denoiser.anchor] == GENERATED
+        hidden = torch.ones(EXPECTED_ROWS, dtype=torch.float64)
+        for name in self.denoiser.path.exact:
+            share = self.denoiser.modalities[name].visible_share
+            hidden = torch.where(anchor & (roles[name] == GIVEN), hidden * (1 - share), hidden)
+        height, width = self.denoiser.size
+        counts = self.objective.row_counts(roles, height * width, (1 - hidden)[:, None])
+        return {key: count.mean() for key, count in counts.items()}
+
+    def _times(self, batch: Batch) -> Tensor:
+        """Return a time on the schedule's grid for every row, within `train.times`, (B,) float64."""
+        steps = self.denoiser.process.schedule.steps
+        low, high = (round(time * steps) for time in self.config.train.times)
+        drawn = rng.uniform(self.config.seed, "time", batch.visits, batch.ids, 1)[:, 0]
+        return (low + (drawn * max(1, high - low)).floor() + 1).clamp(max=high) / steps
+
+    def _cut_out(self, z_t: Tensor, batch: Batch) -> Tensor:
+        """Return what the model sees of z_t: with `train.cutout`, in half of the rows the hole is 0."""
+        name = self.config.train.cutout
+        if name is None:
+            return z_t
+        drawn = rng.uniform(self.config.seed, "cutout", batch.visits, batch.ids, 1)[:, 0]
+        cut = (drawn < 0.5) & batch.present[name]
+        visible = self.denoiser.modalities[name].visible(batch.data[name])
+        return torch.where((cut[:, None, None] & ~visible)[:, None], 0, z_t)
+
+    def _autocast(self, device: str) -> torch.autocast:
+        """Return the context of the configured precision."""
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.train.precision == "bfloat16")
