@@ -133,22 +133,27 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:  # type: ignore[t
         "draw samples from a trained model, any modality from any other",
         "mmdiff sample demo --given category='Food & Drink' --num 16",
     )
-    _add_drawing(sample, num=16)
+    _add_drawing(sample, num=None)
     sample.add_argument(
         "--hole", help="for a given masked image: a picture, white is the hole (else alpha 0 is)"
     )
     sample.add_argument("--out", type=Path, help="a folder (default: samples/RUN-...)")
 
 
-def _add_drawing(command: argparse.ArgumentParser, num: int) -> None:
-    """Add what it takes to draw samples of a run. num: how many, where nobody says."""
+def _add_drawing(command: argparse.ArgumentParser, num: int | None) -> None:
+    """Add the options of drawing samples. num: how many by default; None: one likely answer or 16 samples."""
     command.add_argument("model", metavar="RUN", help="a run's name, folder or URI")
     command.add_argument(
         "--given", action="append", default=[], metavar="INSTANCE=VALUE", help="a name, or a file"
     )
-    command.add_argument("--num", type=int, default=num)
+    command.add_argument("--num", type=int, default=num, help=f"default: {num or 16}")
     command.add_argument("--sampler", help="ancestral, ddim or dpm2")
     command.add_argument("--steps", type=int)
+    command.add_argument(
+        "--likely",
+        action=argparse.BooleanOptionalAction,
+        help="the most likely answer, in a few noiseless steps, or a sample (default: the task's readout)",
+    )
     command.add_argument("--guidance", type=float, default=1.0, help="above 1: closer to what is given")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--runs", default="runs", help=RUNS)

@@ -128,6 +128,7 @@ def _generate(given: argparse.Namespace) -> int:
         "model": join(address(find_run(given.model, given.runs)), "export"),
         "given": ";".join(given.given),
         **{key: getattr(given, key) for key in ("num", "sampler", "steps", "guidance", "seed")},
+        "likely": bool(given.likely),
     }
     built = build("samples", given.out, options, force=given.force, workers=given.workers)
     rows = sum(split.rows for split in built.manifest.splits.values())

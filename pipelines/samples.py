@@ -23,7 +23,7 @@ class SamplesOptions(Options):
     """model: the export folder of a run, or its URI. num: how many samples. given: what all follow,
     INSTANCE=VALUE, and more of them after a semicolon. sampler: as the model's configuration says where not
     given. steps: as sampler. guidance: above 1 closer to what is given. seed: of the noise, with the number
-    of the sample.
+    of the sample. likely: the most likely answer in place of samples; all rows are then alike.
     """
 
     model: str = ""
@@ -33,6 +33,7 @@ class SamplesOptions(Options):
     steps: int | None = None
     guidance: float = 1.0
     seed: int = 0
+    likely: bool = False
     val_share: float = 0.0
 
 
@@ -78,9 +79,10 @@ class SampleStage:
             given,
             ids=ids,
             seed=settings.seed,
-            steps=settings.steps or model.config.evaluate.steps,
+            steps=settings.steps or model.steps(settings.likely),
             sampler=settings.sampler or model.config.evaluate.sampler,
             guidance=settings.guidance,
+            likely=settings.likely,
         ).data
         stored = {name: [model.modality(name).stored(row) for row in drawn[name]] for name in self.columns()}
         rows = [{**row, **{name: stored[name][i] for name in stored}} for i, row in enumerate(made.rows)]

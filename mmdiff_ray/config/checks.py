@@ -10,6 +10,8 @@ from mmdiff_ray.config.addresses import IN_STORAGE, IN_TRACKING, refuse_password
 from mmdiff_ray.config.errors import ConfigError, named
 from mmdiff_ray.config.schema import Config, TaskConfig
 
+READOUTS = ("sample", "likely")
+
 
 def check(config: Config) -> None:
     """Raise ConfigError for values that contradict each other and need no data set to be seen."""
@@ -19,6 +21,8 @@ def check(config: Config) -> None:
     one_of("train.decay", config.train.decay, ("constant", "linear", "cosine"))
     one_of("given.input", config.given.input, ("in_place", "u_plus_code", "z_plus_code", "z_only"))
     one_of("loss.prediction", config.loss.prediction, ("v", "eps", "x0"))
+    for name, task in config.tasks.items():
+        one_of(f"tasks.{name}.readout", task.readout, READOUTS)
     one_of("loss.normalize", config.loss.normalize, ("expected", "batch"))
     one_of("loss.weighting", config.loss.weighting, ("v", "eps", "x0", "min_snr", "elbo"))
     one_of("workers.strategy", config.workers.strategy, ("ddp", "fsdp"))
@@ -106,6 +110,8 @@ def _check_numbers(config: Config) -> None:
         ("evaluate.steps", evaluate.steps, 1),
         ("evaluate.every_samples", evaluate.every_samples, 0),
         ("evaluate.repeats", evaluate.repeats, 1),
+        ("evaluate.likely_steps", evaluate.likely_steps, 1),
+        ("evaluate.draws", evaluate.draws, 1),
     ):
         if value < least:
             raise ConfigError(f"{key} ({value}) must be at least {least}")

@@ -86,12 +86,14 @@ class TaskConfig:
 
     frequency: relative to the other tasks'; 0 keeps a task from being drawn. roles: instance -> generated,
     given or absent, or a list of 1, 2, 3 or 6 of those to draw from evenly. Unlisted: absent. drop:
-    probability that a given instance is made absent, for each independently (what guidance needs).
+    probability that a given instance is made absent, for each independently (what guidance needs). readout:
+    how the task is answered where nobody asks otherwise: sample, or likely (`mmdiff sample --likely`).
     """
 
     frequency: float = 1.0
     roles: dict[str, Any] = field(default_factory=dict)
     drop: float = 0.1
+    readout: str = "sample"
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,9 @@ class EvaluateConfig:
     """What is evaluated.
 
     evaluators: registered names. split, rows: of which split, and how many at most. every_samples: how often
-    (0 = only at the end). sampler, steps, guidance: how samples are drawn. inpaint: how holes are filled:
+    (0 = only at the end). sampler, steps, guidance: how samples are drawn. likely_steps: noiseless DDIM steps
+    to a most likely answer, at most `steps`. draws: of the noise, over which heads' probabilities are
+    averaged. inpaint: how holes are filled:
     given, the masked image is given to the model; repaint, the visible pixels of a sample are replaced at
     every step, which is taken `repeats` times (for models that were never given one); both. lpips: backbones
     that it is measured with, alex or vgg. condition: instances that are given, in place of the anchor (or of
@@ -278,6 +282,8 @@ class EvaluateConfig:
     every_samples: int = 0
     sampler: str = "ancestral"
     steps: int = 25
+    likely_steps: int = 3
+    draws: int = 4
     guidance: float = 1.0
     inpaint: str = "given"
     repeats: int = 4

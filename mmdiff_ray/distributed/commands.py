@@ -245,20 +245,24 @@ def sample(given: argparse.Namespace) -> int:
     rows = parse_given(model, given.given, given.hole)
     for sentence in model.untrained(list(rows), given.guidance):
         console.print(f"note: {sentence}")
+    likely = model.is_likely(list(rows)) if given.likely is None else given.likely
+    num = given.num or (1 if likely else 16)
     what = "-".join(rows) or "joint"
     out = given.out or free_folder(Path("samples") / f"{folder.name}-{what}")
     begun = time.monotonic()
     gallery = write_gallery(
         model,
         rows,
-        given.num,
+        num,
         out,
         steps=given.steps,
         sampler=given.sampler,
         guidance=given.guidance,
         seed=given.seed,
+        likely=likely,
     )
-    console.print(f"{given.num} samples in {duration(time.monotonic() - begun)}")
+    found = "the most likely answer" if likely else f"{num} sample{'s' if num > 1 else ''}"
+    console.print(f"{found} in {duration(time.monotonic() - begun)}")
     for name, share in gallery.samples.agreement.items():
         if share < LOW_AGREEMENT:
             console.print(

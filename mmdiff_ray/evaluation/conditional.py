@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmdiff_ray.evaluation.context import Context, Figure, Findings
+from mmdiff_ray.evaluation.context import PAIRED, Context, Figure, Findings
 from mmdiff_ray.evaluation.floors import (
     majority_class,
     mean_embedding,
@@ -16,7 +16,7 @@ from mmdiff_ray.evaluation.floors import (
 from mmdiff_ray.evaluation.grids import Panel, grid
 from mmdiff_ray.evaluation.retrieval import cosine
 from mmdiff_ray.evaluation.segmentation import boundary_f, foreground_iou, mean_iou_tally
-from mmdiff_ray.evaluation.statistics import mean_of
+from mmdiff_ray.evaluation.statistics import Tally, mean_of
 from mmdiff_ray.modalities.embedding import EmbeddingModality
 from mmdiff_ray.modalities.image import ImageModality
 from mmdiff_ray.modalities.label import LabelModality
@@ -27,26 +27,22 @@ from mmdiff_ray.registry import register
 @register("evaluator", "segmentation")
 def evaluate_segmentation(context: Context) -> Findings:
     """Measure masks from what is told (`Context.told`): foreground IoU (two classes) or mean IoU, and
-    boundary F; picture them."""
+    boundary F, of a sample and of the most likely answer; picture those of the task's own readout."""
     findings, answers = Findings(), []
+    shown_readout = "likely" if context.model.is_likely(context.told) else "sample"
     for name, modality in context.asked(MaskModality).items():
         rows = context.rows_with(name, *context.told)
         if not rows.any():
             continue
         truth = context.truth(name, rows).numpy()
-        answer = context.answer(name, rows)
         rules = _mask_rules(context, modality, rows)
-        masks = {"model": answer, **rules}
-        if modality.prediction_channels == 2:
-            metric = "iou"
-            tallies = {rule: mean_of(foreground_iou(mask, truth)) for rule, mask in masks.items()}
-        else:
-            metric, classes = "miou", modality.prediction_channels
-            tallies = {rule: mean_iou_tally(mask, truth, classes) for rule, mask in masks.items()}
-        edges = {rule: mean_of(boundary_f(mask, truth)) for rule, mask in masks.items()}
-        findings.figures.append(Figure.of(f"{name}/{metric}", "higher", tallies))
-        findings.figures.append(Figure.of(f"{name}/boundary_f", "higher", edges))
-        answers.append((name, modality, rows, answer, truth, rules))
+        for readout, ending in PAIRED.items():
+            masks = {"model": context.answer(name, rows, readout), **rules}
+            metric, tallies = _overlap(masks, truth, modality.prediction_channels)
+            edges = {rule: mean_of(boundary_f(mask, truth)) for rule, mask in masks.items()}
+            findings.figures.append(Figure.of(f"{name}/{metric}{ending}", "higher", tallies))
+            findings.figures.append(Figure.of(f"{name}/boundary_f{ending}", "higher", edges))
+        answers.append((name, modality, rows, context.answer(name, rows, shown_readout), truth, rules))
     shared = np.logical_and.reduce([rows for _, _, rows, *_ in answers])
     if answers and shared.any():
         title = f"masks from {', '.join(context.told)}"
@@ -56,36 +52,44 @@ def evaluate_segmentation(context: Context) -> Findings:
     return findings
 
 
+def _overlap(masks: dict[str, np.ndarray], truth: np.ndarray, classes: int) -> tuple[str, dict[str, Tally]]:
+    """Return the name of the figure that compares masks of so many classes, and it for each of the masks."""
+    if classes == 2:
+        return "iou", {rule: mean_of(foreground_iou(mask, truth)) for rule, mask in masks.items()}
+    return "miou", {rule: mean_iou_tally(mask, truth, classes) for rule, mask in masks.items()}
+
+
 @register("evaluator", "labels")
 def evaluate_labels(context: Context) -> Findings:
-    """Measure labels from what is told: accuracy, beside the majority class of the training rows."""
+    """Measure labels from what is told: accuracy of a sample and of the most likely answer, beside the
+    majority class of the training rows."""
     findings = Findings()
     for name, modality in context.asked(LabelModality).items():
         rows = context.rows_with(name, *context.told)
         if rows.any():
             truth = context.truth(name, rows).numpy()
-            answer = context.answer(name, rows)
             common = majority_class(class_counts(context, modality, truth))
-            tallies = {"model": mean_of(answer == truth), "majority class": mean_of(truth == common)}
-            findings.figures.append(Figure.of(f"{name}/accuracy", "higher", tallies))
+            for readout, ending in PAIRED.items():
+                answer = context.answer(name, rows, readout)
+                tallies = {"model": mean_of(answer == truth), "majority class": mean_of(truth == common)}
+                findings.figures.append(Figure.of(f"{name}/accuracy{ending}", "higher", tallies))
     return findings
 
 
 @register("evaluator", "embeddings")
 def evaluate_embeddings(context: Context) -> Findings:
-    """Measure embeddings from the given anchor: cosine to the truth, beside the mean embedding."""
+    """Measure embeddings from the given anchor: cosine of a sample and of the most likely answer to the
+    truth, beside the mean embedding."""
     findings = Findings()
     for name in context.asked(EmbeddingModality):
         rows = context.rows_with(name, *context.told)
         if rows.any():
             truth = context.truth(name, rows).numpy()
-            answer = context.answer(name, rows)
-            mean = np.broadcast_to(mean_embedding(truth), truth.shape)
-            tallies = {
-                "model": mean_of(cosine(answer, truth)),
-                "mean embedding": mean_of(cosine(mean, truth)),
-            }
-            findings.figures.append(Figure.of(f"{name}/cosine", "higher", tallies))
+            mean = mean_of(cosine(np.broadcast_to(mean_embedding(truth), truth.shape), truth))
+            for readout, ending in PAIRED.items():
+                answer = mean_of(cosine(context.answer(name, rows, readout), truth))
+                tallies = {"model": answer, "mean embedding": mean}
+                findings.figures.append(Figure.of(f"{name}/cosine{ending}", "higher", tallies))
     return findings
 
 

@@ -21,6 +21,11 @@ from mmdiff_ray.evaluation.tiles import text_tile
 from mmdiff_ray.modalities.base import Modality
 from mmdiff_ray.training.inference import Generator, Known, Samples, join
 
+PAIRED = {"sample": "", "likely": "_likely"}
+"""Readouts that are compared with the truth of a row, and what the names of their figures end with."""
+AGAIN = 1_000_003
+"""What the seed of another sample of the same row is larger by."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -73,7 +78,7 @@ class Context:
         self.batch = batch
         self.drawer = drawer or draw_here(model)
         self.columns = columns or {}
-        self._samples: dict[tuple[str, ...], Samples] = {}
+        self._samples: dict[tuple[str, tuple[str, ...]], Samples] = {}
 
     @property
     def config(self) -> Config:
@@ -129,27 +134,31 @@ class Context:
         """Return the data of an instance in some rows, on the CPU."""
         return self.batch.data[name].cpu()[rows]
 
-    def answer(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """Return what was sampled of an instance from what is told, in some rows. rows: bool (B,)."""
-        return self.sampled(*self.told).data[name][torch.from_numpy(rows)].numpy()
+    def answer(self, name: str, rows: np.ndarray, readout: str = "sample") -> np.ndarray:
+        """Return the answer for an instance from what is told, in some rows. rows: bool (B,)."""
+        return self.sampled(*self.told, readout=readout).data[name][torch.from_numpy(rows)].numpy()
 
-    def sampled(self, *given: str) -> Samples:
-        """Return one sample of everything else for every row, with these instances given from the row."""
-        if given not in self._samples:
-            self._samples[given] = self.drawn(
-                f"given {' '.join(given)}".strip() if given else "from noise", self._asks(given)
-            )
-        return self._samples[given]
+    def sampled(self, *given: str, readout: str = "sample") -> Samples:
+        """Return everything else for every row, with these instances given from the row.
+
+        readout: sample, again (another sample) or likely (the most likely data).
+        """
+        if (readout, given) not in self._samples:
+            name = f"given {' '.join(given)}" if given else "from noise"
+            name += "" if readout == "sample" else f" {readout}"
+            self._samples[readout, given] = self.drawn(name, self._asks(given, readout=readout))
+        return self._samples[readout, given]
 
     def drawn(self, name: str, asks: Sequence[Ask]) -> Samples:
         """Return the answers to asks for rows that follow each other, as one. name: what is asked."""
         return join(list(self.drawer(name, asks)))
 
-    def restored(self, name: str) -> Tensor | None:
+    def restored(self, name: str, readout: str = "sample") -> Tensor | None:
         """Return the anchor for every row, of which the masked image `name` tells the visible part.
 
         By the model that is given it, by replacement, or by both, as `evaluate.inpaint` says; None where no
-        task trained that. Pixels are the model's, visible ones too where they were only given.
+        task trained that, and for readouts that replacement does not have: it samples, once. Pixels are the
+        model's, visible ones too where they were only given.
         """
         source = self.denoiser.modalities[name].made_from
         assert source is not None, f"{name} is made from nothing"
@@ -157,14 +166,15 @@ class Context:
         if not self.trained(source, *given):
             return None
         if self.config.evaluate.inpaint == "given":
-            return self.sampled(name).data[source]
-        if source != self.anchor:
+            return self.sampled(name, readout=readout).data[source]
+        if source != self.anchor or readout != "sample":
             return None
         return self.drawn(f"around {name}", self._asks(given, name)).data[source]
 
-    def _asks(self, given: Sequence[str], known: str | None = None) -> list[Ask]:
-        """Return what to ask for one sample of everything else of every row."""
+    def _asks(self, given: Sequence[str], known: str | None = None, readout: str = "sample") -> list[Ask]:
+        """Return what to ask for everything else of every row."""
         settings, asks = self.config.evaluate, []
+        likely = readout == "likely"
         for start, part in self.parts():
             asks.append(
                 Ask(
@@ -172,10 +182,11 @@ class Context:
                     len(part),
                     self.roles(given),
                     {name: part.data[name] for name in given},
-                    seed=self.config.seed,
-                    steps=settings.steps,
+                    seed=self.config.seed + (AGAIN if readout == "again" else 0),
+                    steps=self.model.steps(likely),
                     sampler=settings.sampler,
                     guidance=settings.guidance,
+                    likely=likely,
                     known=None if known is None else self._known(known, part.data[known]),
                 )
             )

@@ -34,6 +34,7 @@ class Ask:
     guidance: float = 1.0
     known: Known | None = None
     heads: list[str] = field(default_factory=list)
+    likely: bool = False
 
 
 Drawer = Callable[[str, Sequence[Ask]], Iterator[Samples]]
@@ -56,6 +57,7 @@ def draw(model: Generator, ask: Ask) -> Samples:
         sampler=ask.sampler,
         guidance=ask.guidance,
         known=known,
+        likely=ask.likely,
     )
     return Samples(
         {name: value.cpu() for name, value in drawn.data.items()},

@@ -99,6 +99,28 @@ def compare(real: np.ndarray, made: np.ndarray) -> Mapping[str, float]:
     return {**{name: float(value) for name, value in found.items()}, "frechet": frechet_distance(real, made)}
 
 
+def kernel_distance(real: np.ndarray, made: np.ndarray) -> float:
+    """Return the unbiased squared maximum mean discrepancy of two sets of features, which may be below 0.
+
+    real: (n, D); made: (m, D), n and m at least 2. The kernel is (x . y / D + 1)^3 on features of unit mean
+    square over the real set, so that the number does not depend on their scale.
+    Source: Binkowski et al., "Demystifying MMD GANs", ICLR 2018.
+    """
+    if min(len(real), len(made)) < 2:
+        raise ValueError(f"want at least 2 rows of each; got {len(real)} and {len(made)}")
+    scale = np.sqrt(np.square(real, dtype=np.float64).mean()) or 1.0
+    x, y = real / scale, made / scale
+
+    def kernel(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return (first @ second.T / first.shape[1] + 1) ** 3
+
+    def within(rows: np.ndarray) -> float:
+        values = kernel(rows, rows)
+        return float((values.sum() - np.trace(values)) / (len(rows) * (len(rows) - 1)))
+
+    return within(x) + within(y) - 2 * float(kernel(x, y).mean())
+
+
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """Return the squared Frechet distance of the Gaussians with the means and covariances of two sets.
 

@@ -59,6 +59,7 @@ def write_gallery(
     sampler: str | None = None,
     guidance: float = 1.0,
     seed: int = 0,
+    likely: bool | None = None,
 ) -> Gallery:
     """Draw samples and write `grid.png`, one file per sample and instance, and `samples.json` into a folder.
 
@@ -67,7 +68,10 @@ def write_gallery(
     """
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"--out {out} is a folder with files in it; name a new one")
-    samples = model.draw(given, num, steps=steps, sampler=sampler, guidance=guidance, seed=seed)
+    likely = model.is_likely(list(given)) if likely is None else likely
+    samples = model.draw(
+        given, num, steps=steps, sampler=sampler, guidance=guidance, seed=seed, likely=likely
+    )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -87,7 +91,14 @@ def write_gallery(
         "given": {name: files[name][0] for name in given},
         "generated": {name: files[name] for name in names if name not in given},
         "agreement_of_answer_and_code": samples.agreement,
-        "settings": {"num": num, "steps": steps, "sampler": sampler, "guidance": guidance, "seed": seed},
+        "settings": {
+            "num": num,
+            "steps": steps,
+            "sampler": sampler,
+            "guidance": guidance,
+            "seed": seed,
+            "readout": "likely" if likely else "sample",
+        },
     }
     (out / "grid.png").write_bytes(to_png(picture(model, samples, list(given), num)))
     (out / "samples.json").write_text(json.dumps(facts, indent=1), encoding="utf8")

@@ -71,7 +71,7 @@ evaluate_judge.check = _check  # type: ignore[attr-defined]
 def judged(judge: Generator, images: Tensor) -> dict[str, np.ndarray]:
     """Return what the judge tells of images, instance -> its data. images: uint8 (n, 3, H, W)."""
     given = {judge.denoiser.anchor: images.cpu().numpy()}
-    drawn = judge.draw(given, len(images), steps=1, batch=CHUNK).data
+    drawn = judge.draw(given, len(images), steps=1, batch=CHUNK, likely=False).data
     return {name: data.cpu().numpy() for name, data in drawn.items()}
 
 

@@ -6,7 +6,8 @@ from PIL import Image
 from torch import Tensor
 
 from mmdiff_ray.config import Config
-from mmdiff_ray.evaluation.context import Context, Figure, Findings
+from mmdiff_ray.evaluation.context import PAIRED, Context, Figure, Findings
+from mmdiff_ray.evaluation.fidelity import FEATURES, kernel_distance
 from mmdiff_ray.evaluation.floors import biharmonic, mean_visible_colour, nearest_visible_pixel
 from mmdiff_ray.evaluation.grids import Panel, grid
 from mmdiff_ray.evaluation.lpips import Lpips
@@ -27,21 +28,34 @@ SHOWN = ("mean visible colour", "nearest visible pixel")
 @register("evaluator", "restoration")
 def evaluate_restoration(context: Context) -> Findings:
     """Measure restored images: L1 ([-1, 1] scale) and LPIPS (`evaluate.lpips`), of the whole and inside the
-    hole with the visible pixels pasted, and of the visible part as the model made it."""
+    hole with the visible pixels pasted, and of the visible part as the model made it.
+
+    Both a sample and the most likely answer, which is nearer to the truth and smoother. How real either looks
+    beside the originals: the kernel distance of LPIPS features (`kid`), and `gradient_error`, the mean over
+    images of |log| of the ratio of gradient energy in the hole to the original's. `lpips_between` is the
+    distance of two samples for one hole: how much they differ.
+    """
     findings = Findings()
     for name, modality in context.instances(MaskedImageModality).items():
         source = modality.made_from
         assert source is not None, f"{name} is made from nothing"
         rows = context.rows_with(name, source)
-        restored = context.restored(name) if rows.any() else None
-        if restored is not None:
-            _measure(context, name, source, rows, restored[torch.from_numpy(rows)].numpy(), findings)
+        if not rows.any():
+            continue
+        restored = {readout: context.restored(name, readout) for readout in (*PAIRED, "again")}
+        answers = {
+            readout: image[torch.from_numpy(rows)].numpy()
+            for readout, image in restored.items()
+            if image is not None
+        }
+        if answers:
+            _measure(context, name, source, rows, answers, findings)
     return findings
 
 
 def _check(config: Config) -> None:
     """Raise ConfigError where the weights that LPIPS needs are not on this machine."""
-    for backbone in config.evaluate.lpips:
+    for backbone in {"alex", *config.evaluate.lpips}:
         convolutions(backbone)
 
 
@@ -49,21 +63,59 @@ evaluate_restoration.check = _check  # type: ignore[attr-defined]
 
 
 def _measure(
-    context: Context, name: str, source: str, rows: np.ndarray, restored: np.ndarray, findings: Findings
+    context: Context,
+    name: str,
+    source: str,
+    rows: np.ndarray,
+    restored: dict[str, np.ndarray],
+    findings: Findings,
 ) -> None:
+    """Add the figures and the picture of a masked image. restored: readout -> the model's images."""
     masked, truth = context.truth(name, rows), context.truth(source, rows)
-    visible = (masked[:, 3] > 0).numpy()
+    given, visible = masked[:, :3].numpy(), (masked[:, 3] > 0).numpy()
     rules = RULES if context.config.evaluate.floors else {}
-    pasted = np.where(visible[:, None], masked[:, :3].numpy(), restored)
-    answers = {
-        "model": pasted,
-        **{rule: fill(masked[:, :3].numpy(), visible) for rule, fill in rules.items()},
-    }
-    given = context.config.evaluate.inpaint == "given"  # else the visible pixels are the given ones
+    filled = {rule: fill(given, visible) for rule, fill in rules.items()}
+    pasted = {key: np.where(visible[:, None], given, image) for key, image in restored.items()}
+    for readout, ending in PAIRED.items():
+        if readout not in restored:
+            continue
+        answers = {"model": pasted[readout], **filled}
+        measured = _distances(context, answers, restored[readout], truth, visible)
+        for metric, tallies in measured.items():
+            figure = Figure.of(f"{source}_from_{name}/{metric}{ending}", "lower", tallies)
+            findings.figures.append(figure)
+        realism = {rule: _realism(context, answer, truth) for rule, answer in answers.items()}
+        floors = {rule: value for rule, value in realism.items() if rule != "model"}
+        key = f"{source}_from_{name}/kid_{FEATURES}{ending}"
+        if len(truth) > 1:
+            findings.figures.append(Figure(key, realism["model"], "lower", len(truth), floors))
+    if "again" in restored:
+        between = lpips_within(
+            Lpips("alex", context.model.device), pasted["again"], torch.from_numpy(pasted["sample"]), ~visible
+        )
+        findings.figures.append(
+            Figure.of(f"{source}_from_{name}/lpips_between", "higher", {"model": between})
+        )
+    shown = "likely" if context.model.is_likely([name]) and "likely" in pasted else "sample"
+    answers = {"model": pasted[shown], **filled}
+    findings.pictures[f"{source}_from_{name}"] = _picture(context, name, source, masked, truth, answers)
+
+
+def _distances(
+    context: Context, answers: dict[str, np.ndarray], restored: np.ndarray, truth: Tensor, visible: np.ndarray
+) -> dict[str, dict[str, Tally]]:
+    """Return metric -> "model" or rule -> its distance to the truth.
+
+    answers: uint8 (n, 3, H, W) with the visible pixels pasted; restored: the model's without.
+    """
+    alone = context.config.evaluate.inpaint == "given"  # else the visible pixels are the given ones
     measured = {
-        "l1_hole": {rule: hole_l1(answer, truth.numpy(), visible) for rule, answer in answers.items()}
+        "l1_hole": {rule: hole_l1(answer, truth.numpy(), visible) for rule, answer in answers.items()},
+        "gradient_error": {
+            rule: gradient_error(answer, truth.numpy(), visible) for rule, answer in answers.items()
+        },
     }
-    if given:
+    if alone:
         measured["l1_visible"] = {"model": hole_l1(restored, truth.numpy(), ~visible)}
     for backbone in context.config.evaluate.lpips:
         distance = Lpips(backbone, context.model.device)
@@ -75,11 +127,39 @@ def _measure(
         measured[f"{key}_hole"] = {
             rule: lpips_within(distance, answer, truth, ~visible) for rule, answer in answers.items()
         }
-        if given:
+        if alone:
             measured[f"{key}_visible"] = {"model": lpips_within(distance, restored, truth, visible)}
-    for metric, tallies in measured.items():
-        findings.figures.append(Figure.of(f"{source}_from_{name}/{metric}", "lower", tallies))
-    findings.pictures[f"{source}_from_{name}"] = _picture(context, name, source, masked, truth, answers)
+    return measured
+
+
+def _realism(context: Context, answer: np.ndarray, truth: Tensor) -> float:
+    """Return the kernel distance of restored images to the originals, in LPIPS features."""
+    distance = Lpips("alex", context.model.device)
+    real, made = (
+        distance.features(images).double().cpu().numpy() for images in (truth, torch.from_numpy(answer))
+    )
+    return kernel_distance(real, made) if len(real) > 1 else float("nan")
+
+
+def gradient_error(answer: np.ndarray, truth: np.ndarray, visible: np.ndarray) -> Tally:
+    """Return the mean over images of |log(energy of the answer / that of the truth)| in the hole.
+
+    The energy is the sum of squared differences of neighbouring pixels, of which one at least is missing, in
+    pixels of [-1, 1]; 1 is added to both, so that flat holes count little. answer, truth: uint8 (n, 3, H, W);
+    visible: bool (n, H, W).
+    """
+
+    def energy(images: np.ndarray) -> np.ndarray:
+        pixels, hole = images / 127.5, ~visible[:, None]
+        total = np.zeros(len(images))
+        for axis in (2, 3):
+            step = np.diff(pixels, axis=axis)
+            first = np.take(hole, range(hole.shape[axis] - 1), axis=axis)
+            second = np.take(hole, range(1, hole.shape[axis]), axis=axis)
+            total += (np.square(step) * (first | second)).sum((1, 2, 3))
+        return total
+
+    return mean_of(np.abs(np.log((energy(answer) + 1) / (energy(truth) + 1))))
 
 
 def hole_l1(answer: np.ndarray, truth: np.ndarray, visible: np.ndarray) -> Tally:

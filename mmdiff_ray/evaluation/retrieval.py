@@ -1,8 +1,10 @@
 """How well two sets of embeddings find each other by cosine; row i of one belongs to row i of the other."""
 
+import itertools
+
 import numpy as np
 
-from mmdiff_ray.evaluation.context import Context, Figure, Findings
+from mmdiff_ray.evaluation.context import PAIRED, Context, Figure, Findings
 from mmdiff_ray.evaluation.statistics import mean_of
 from mmdiff_ray.modalities.embedding import EmbeddingModality
 from mmdiff_ray.registry import register
@@ -25,13 +27,13 @@ def evaluate_retrieval(context: Context) -> Findings:
         rows = context.rows_with(name, *context.told)
         count = int(rows.sum())
         truth = context.truth(name, rows).numpy()
-        for k in RECALLED:
+        for k, (readout, ending) in itertools.product(RECALLED, PAIRED.items()):
             if k < count:
                 tallies = {
-                    "model": mean_of(found_at_k(context.answer(name, rows), truth, k)),
+                    "model": mean_of(found_at_k(context.answer(name, rows, readout), truth, k)),
                     "chance": mean_of(np.full(count, k / count)),
                 }
-                findings.figures.append(Figure.of(f"{name}/recall_at_{k}", "higher", tallies))
+                findings.figures.append(Figure.of(f"{name}/recall_at_{k}{ending}", "higher", tallies))
     return findings
 
 

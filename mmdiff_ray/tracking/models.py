@@ -24,7 +24,15 @@ import numpy as np
 from mmdiff_ray.tracking import provenance
 from mmdiff_ray.tracking.recorder import Recorder
 
-PARAMS: dict[str, Any] = {"num": 1, "steps": 25, "sampler": "ancestral", "guidance": 1.0, "seed": 0}
+PARAMS: dict[str, Any] = {
+    "num": 1,
+    "steps": 0,
+    "sampler": "",
+    "guidance": 1.0,
+    "seed": 0,
+    "readout": "",
+}
+"""What `predict` takes, and its defaults; 0 and "" stand for what the model's own configuration says."""
 REQUIREMENTS = ("mmdiff-ray", "torch", "numpy")
 PNG_MAGIC, PNG_BASE64 = b"\x89PNG", "iVBORw0KGgo"
 
@@ -33,7 +41,14 @@ class Sampler(Protocol):
     """What an exported folder opens into. Images are uint8 (C, H, W), masks uint8 (H, W)."""
 
     def sample(
-        self, given: dict[str, list], num: int, steps: int, sampler: str, guidance: float, seed: int
+        self,
+        given: dict[str, list],
+        num: int,
+        steps: int | None,
+        sampler: str | None,
+        guidance: float,
+        seed: int,
+        likely: bool | None,
     ) -> dict[str, list]:
         """Return `num` values of every instance; each list of `given` has `num` values."""
         ...
@@ -85,8 +100,8 @@ class SamplerModel:
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
         """Return the samples for rows of given values as a data frame.
 
-        params: num (samples per row), steps, sampler, guidance, seed. Raises ValueError for rows that do not
-        all give the same instances.
+        params: num (samples per row), steps, sampler, guidance, seed, readout (sample or likely). Raises
+        ValueError for rows that do not all give the same instances, and for an unknown readout.
         """
         import pandas as pd
 
@@ -94,7 +109,11 @@ class SamplerModel:
         if rows.isna().any(axis=None):
             raise ValueError("an empty cell: all rows of one call must give the same instances")
         options = PARAMS | (params or {})
-        each = options.pop("num")
+        each, readout = options.pop("num"), options.pop("readout")
+        if readout not in ("", "sample", "likely"):
+            raise ValueError(f"readout {readout!r} must be sample or likely")
+        options |= {key: options[key] or None for key in ("steps", "sampler")}
+        options["likely"] = readout == "likely" if readout else None
         given = {str(name): [_decoded(value) for value in rows[name] for _ in range(each)] for name in rows}
         samples = self._sampler.sample(given, num=each * max(1, len(rows)), **options)
         return pd.DataFrame({name: [_encoded(value) for value in values] for name, values in samples.items()})

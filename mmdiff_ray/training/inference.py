@@ -56,12 +56,15 @@ def sample(
     sampler: str = "ancestral",
     guidance: float | Mapping[str, float] = 1.0,
     known: Known | None = None,
+    likely: bool = False,
 ) -> Samples:
     """Sample the generated instances of every row.
 
     roles: instance -> (B,); given: instance -> data (B, ...), for instances given in any row; ids: (B,)
     int64, which with the seed key the noise; guidance: one scale for all given instances, or one for each;
-    known: cells of the anchor to keep (the sampler is then RePaint's ancestral one).
+    known: cells of the anchor to keep (the sampler is then RePaint's ancestral one). likely: answer with the
+    most likely data: `steps` noiseless steps by DDIM from the mean of the prior. Such answers are smoother
+    than samples and all alike: good against one truth, useless as a set.
     """
     process, device = denoiser.process, ids.device
     shape = (process.channels, *denoiser.size)
@@ -73,6 +76,8 @@ def sample(
         return denoiser(z, t, roles, codes, conditions)
 
     def noise(purpose: str) -> Tensor:
+        if likely:
+            return torch.zeros(len(ids), *shape, device=device)
         return rng.normal(seed, f"sample {purpose}", visits, ids, shape).to(device)
 
     pulled = guided(predict, process, codes, scales)
@@ -83,7 +88,8 @@ def sample(
     was_training = denoiser.training
     denoiser.eval()
     if known is None:
-        last, z = walk(process, predict_guided, noise, codes, roles, steps, sampler)
+        way = "ddim" if likely else sampler
+        last, z = walk(process, predict_guided, noise, codes, roles, steps, way)
     else:
         code = denoiser.modalities[process.anchor].encode(known.data)
         last, z = repaint(
@@ -171,14 +177,17 @@ class Generator:
         guidance: float | Mapping[str, float] = 1.0,
         seed: int = 0,
         batch: int = 64,
+        likely: bool | None = None,
     ) -> Samples:
         """Return num samples. given: instance -> one row's data, or one for each of num rows.
 
         What a given masked image shows stands unchanged in the image it was made from, if that is sampled.
-        steps, sampler: as the configuration says where they are None. Raises ConfigError for an instance the
-        model does not have, data of another shape or kind, an unknown sampler, and numbers below 1.
+        steps, sampler: as the configuration says where they are None; likely: as the task's `readout` says
+        (`is_likely`). Raises ConfigError for an instance the model does not have, data of another shape or
+        kind, an unknown sampler, and numbers below 1.
         """
-        steps = self.config.evaluate.steps if steps is None else steps
+        likely = self.is_likely(list(given)) if likely is None else likely
+        steps = self.steps(likely) if steps is None else steps
         sampler = self.config.evaluate.sampler if sampler is None else sampler
         _check_settings(num, steps, sampler)
         rows = {name: self._rows(name, value, num) for name, value in given.items()}
@@ -195,6 +204,7 @@ class Generator:
                     steps=steps,
                     sampler=sampler,
                     guidance=guidance,
+                    likely=likely,
                 )
             )
         drawn = join(parts)
@@ -204,6 +214,41 @@ class Generator:
                 image = drawn.data[source]
                 drawn.data[source] = torch.where(visible[:, None], value[:, : image.shape[1]], image)
         return drawn
+
+    def is_likely(self, given: Sequence[str]) -> bool:
+        """Return whether a request is answered with the most likely data where nobody says otherwise.
+
+        So says the `readout` of the first task that is trained with exactly these instances given.
+        """
+        for task in self.config.tasks.values():
+            roles = {name: np.atleast_1d(role).tolist() for name, role in task.roles.items()}
+            must = {name for name, role in roles.items() if role == ["given"]}
+            if task.frequency > 0 and must == set(given):
+                return task.readout == "likely"
+        return False
+
+    def steps(self, likely: bool) -> int:
+        """Return how many steps an answer takes: `evaluate.steps`, or at most `likely_steps` of them."""
+        settings = self.config.evaluate
+        return min(settings.likely_steps, settings.steps) if likely else settings.steps
+
+    def probabilities(
+        self, name: str, given: Mapping[str, np.ndarray], num: int, draws: int = 4, seed: int = 0
+    ) -> np.ndarray:
+        """Return the head's probabilities of a label's or mask's classes, (num, K) or (num, K, H, W).
+
+        given: as for `draw`. The mean over `draws` draws of the noise at t = 1, where z_t says nothing of the
+        answer. Raises ConfigError for an instance without classes.
+        """
+        if self.modality(name).likelihood != "categorical":
+            raise ConfigError(f"{name} has no classes, so no probabilities")
+        rows = {other: self._rows(other, value, num) for other, value in given.items()}
+        roles, ids = self.roles_for(list(given), num), torch.arange(num, device=self.device)
+        heads = [
+            sample(self.denoiser, roles, rows, ids=ids, seed=seed + draw, steps=1).heads[name]
+            for draw in range(draws)
+        ]
+        return torch.stack([head.softmax(1) for head in heads]).mean(0).cpu().numpy()
 
     def _rows(self, name: str, value: np.ndarray, num: int) -> Tensor:
         shape, kind = self.modality(name).data_shape, np.dtype(self.modality(name).data_type)
@@ -223,19 +268,23 @@ class Generator:
         self,
         given: Mapping[str, Sequence[Any]],
         num: int,
-        steps: int = 25,
-        sampler: str = "ancestral",
+        steps: int | None = None,
+        sampler: str | None = None,
         guidance: float = 1.0,
         seed: int = 0,
+        likely: bool | None = None,
     ) -> dict[str, list[Any]]:
         """Return num samples as plain values: labels by name, all else as arrays.
 
-        given: instance -> num values: arrays, or what `mmdiff sample --given` takes (a name, a file).
+        given: instance -> num values: arrays, or what `mmdiff sample --given` takes (a name, a file). The
+        rest: as for `draw`.
         """
         rows = {
             name: np.stack([self._row(name, value) for value in values]) for name, values in given.items()
         }
-        drawn = self.draw(rows, num, steps=steps, sampler=sampler, guidance=guidance, seed=seed)
+        drawn = self.draw(
+            rows, num, steps=steps, sampler=sampler, guidance=guidance, seed=seed, likely=likely
+        )
         return {name: self._plain(name, value.cpu()) for name, value in drawn.data.items()}
 
     def _row(self, name: str, value: Any) -> np.ndarray:

@@ -14,7 +14,7 @@ from mmdiff_ray.evaluation.calibration import (
     first_step,
     negative_log_likelihood,
 )
-from mmdiff_ray.evaluation.context import Context
+from mmdiff_ray.evaluation.context import AGAIN, Context
 from mmdiff_ray.evaluation.run import joined
 from tests import sprites as tiny
 
@@ -78,17 +78,26 @@ def test_the_head_is_asked_on_prior_noise_that_holds_no_label(context: Context) 
     roles = {name: torch.full((ROWS,), told.get(name, GENERATED)) for name in denoiser.modalities}
     given = {"pixels": batch.data["pixels"]}
     codes = denoiser.encode(given)
-    z = rng.normal(context.config.seed, "sample prior", 0 * ids, ids, (denoiser.process.channels, 8, 8))
-    z = z + denoiser.process.place(codes, {"pixels": denoiser.process.betas(one, roles)["pixels"]})
-    with torch.no_grad():
-        heads = denoiser(z, one, roles, codes, denoiser.conditions(given)).heads
-    expected = heads["shape"].softmax(1).numpy()
-    assert np.allclose(first_step(context, ["shape"])["shape"], expected, atol=1e-6)
+    said = []
+    for draw in range(context.config.evaluate.draws):
+        seed = context.config.seed + draw * AGAIN
+        z = rng.normal(seed, "sample prior", 0 * ids, ids, (denoiser.process.channels, 8, 8))
+        z = z + denoiser.process.place(codes, {"pixels": denoiser.process.betas(one, roles)["pixels"]})
+        with torch.no_grad():
+            said.append(denoiser(z, one, roles, codes, denoiser.conditions(given)).heads)
+    for name in ("shape", "shapes"):
+        expected = np.mean([heads[name].softmax(1).numpy() for heads in said], axis=0)
+        assert np.allclose(first_step(context, [name])[name], expected, atol=1e-6)
 
 
 def test_figures_are_tallies_beside_what_the_class_frequencies_reach(context: Context) -> None:
     found = {figure.key: figure for figure in evaluate_calibration(context).figures}
-    assert set(found) == {f"shape/head_{metric}" for metric in ("accuracy", "nll", "calibration_error")}
+    metrics = ("accuracy", "nll", "calibration_error")
+    assert set(found) == {f"{name}/head_{metric}" for name in ("shape", "shapes") for metric in metrics}
+    said, masks = first_step(context, ["shapes"])["shapes"], context.truth("shapes").numpy().astype(int)
+    likelihood = np.take_along_axis(said, masks[:, None], 1)
+    assert found["shapes/head_nll"].value == pytest.approx(-np.log(likelihood).mean())
+    assert found["shapes/head_accuracy"].value == pytest.approx((said.argmax(1) == masks).mean())
     truth, nll = context.truth("shape").numpy(), found["shape/head_nll"]
     assert nll.rows == ROWS and len(nll.tallies["model"]) == ROWS
     counts = np.bincount(truth, minlength=6)
@@ -119,6 +128,6 @@ def test_rules_count_the_classes_of_the_data_set_where_they_are_known(context: C
 
 
 def test_without_a_label_from_the_anchor_there_is_nothing_to_ask(sprites: str) -> None:
-    job = tiny.job(sprites, "tasks.understand.roles.shape=absent")
+    job = tiny.job(sprites, "tasks.understand.roles.shape=absent", "tasks.understand.roles.shapes=absent")
     batch = joined(tiny.held_out(job, ROWS, size=4))
     assert evaluate_calibration(Context(tiny.generator(job), batch.where(batch.real))).figures == []

@@ -13,6 +13,7 @@ from mmdiff_ray.evaluation.fidelity import (
     compare,
     evaluate_fidelity,
     frechet_distance,
+    kernel_distance,
     shuffled_pixels,
 )
 from mmdiff_ray.evaluation.lpips import Lpips
@@ -58,6 +59,26 @@ def test_fewer_rows_than_numbers_are_measured_too() -> None:
     assert frechet_distance(first @ plane, second @ plane) == pytest.approx(expected)
     assert frechet_distance(first @ plane, first @ plane) == pytest.approx(0, abs=1e-9)
     assert expected > 0.1
+
+
+def test_kernel_distance_is_the_unbiased_estimate_by_its_definition_and_0_in_the_mean_for_one_law() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(7, 3)), rng.normal(1, 2, size=(5, 3))
+    scale = np.sqrt(np.square(x).mean())
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> float:
+        return float((a @ b / scale**2 / 3 + 1) ** 3)
+
+    pairs = [
+        np.mean([kernel(rows[i], rows[j]) for i in range(len(rows)) for j in range(len(rows)) if i != j])
+        for rows in (x, y)
+    ]
+    across = np.mean([kernel(a, b) for a in x for b in y])
+    assert kernel_distance(x, y) == pytest.approx(pairs[0] + pairs[1] - 2 * across)
+    same = [kernel_distance(*np.split(rng.normal(size=(40, 3)), 2)) for _ in range(400)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(len(same))
+    with pytest.raises(ValueError, match="at least 2 rows"):
+        kernel_distance(x, y[:1])
 
 
 def test_one_row_has_no_covariance() -> None:

@@ -1,5 +1,7 @@
 """Restored images: figures inside and outside the hole, and the rules beside them."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from mmdiff_ray.evaluation.context import Context, Figure
 from mmdiff_ray.evaluation.floors import biharmonic
 from mmdiff_ray.evaluation.lpips import Lpips
-from mmdiff_ray.evaluation.restoration import evaluate_restoration, lpips_within
+from mmdiff_ray.evaluation.restoration import evaluate_restoration, gradient_error, lpips_within
 from mmdiff_ray.evaluation.run import joined
 from tests import sprites as tiny
 
@@ -29,11 +31,41 @@ def figures(context: Context) -> dict[str, Figure]:
 
 
 def test_holes_stand_beside_every_rule_and_the_visible_part_beside_none(figures: dict[str, Figure]) -> None:
-    assert set(figures) == {"l1_hole", "lpips", "lpips_hole", "l1_visible", "lpips_visible"}
-    for metric in ("l1_hole", "lpips", "lpips_hole"):
-        assert set(figures[metric].floors) == {"mean visible colour", "nearest visible pixel", "biharmonic"}
-    assert not figures["l1_visible"].floors and not figures["lpips_visible"].floors
-    assert all(figure.rows == ROWS and figure.better == "lower" for figure in figures.values())
+    beside = ("l1_hole", "lpips", "lpips_hole", "gradient_error", "kid_lpips_alex")
+    alone = ("l1_visible", "lpips_visible")
+    paired = {f"{metric}{ending}" for metric in (*beside, *alone) for ending in ("", "_likely")}
+    assert set(figures) == {*paired, "lpips_between"}
+    for metric in paired:
+        rules = {"mean visible colour", "nearest visible pixel", "biharmonic"}
+        assert set(figures[metric].floors) == (rules if metric.removesuffix("_likely") in beside else set())
+        assert figures[metric].better == "lower"
+    assert all(figure.rows == ROWS for figure in figures.values())
+
+
+def test_the_most_likely_answer_differs_from_a_sample_and_two_samples_from_each_other(
+    context: Context, figures: dict[str, Figure]
+) -> None:
+    likely = context.sampled("masked", readout="likely").data["pixels"]
+    assert not torch.equal(likely, context.sampled("masked").data["pixels"])
+    assert figures["lpips_hole"].value != figures["lpips_hole_likely"].value
+    assert figures["lpips_between"].value > 0
+
+
+def test_gradient_error_is_0_for_the_truth_and_counts_too_smooth_and_too_rough_alike() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 256, (2, 3, 8, 8)).astype(np.uint8)
+    visible = np.zeros((2, 8, 8), bool)
+    visible[:, :, :3] = True
+    assert gradient_error(truth, truth, visible).value == 0
+    flat = np.where(visible[:, None], truth, 128).astype(np.uint8)
+    assert gradient_error(flat, truth, visible).value == pytest.approx(
+        gradient_error(truth, flat, visible).value
+    )
+    half = (truth // 2).astype(np.uint8)  # a quarter of the energy
+    assert gradient_error(half, truth, visible).value == pytest.approx(math.log(4), rel=0.02)
+    seen_only = truth.copy()
+    seen_only[:, :, 0, 0] = 255 - seen_only[:, :, 0, 0]  # far inside the visible part
+    assert gradient_error(seen_only, truth, visible).value == 0
 
 
 def test_lpips_is_taken_in_the_hole_of_pasted_and_outside_of_unpasted_images(

@@ -20,13 +20,13 @@ class Painter:
     def __init__(self, scale: int):
         self._scale = scale
 
-    def sample(self, given, num, steps, sampler, guidance, seed):
+    def sample(self, given, num, steps, sampler, guidance, seed, likely):
         labels = given.get("label", [LABELS[seed % 2]] * num)
         images = given.get(
             "pixels", [np.full((3, 4, 6), self._scale * LABELS.index(name), np.uint8) for name in labels]
         )
         masks = [(image[0] > 0).astype(np.uint8) for image in images]
-        looks = [np.array([guidance, steps], np.float32)] * num
+        looks = [np.array([guidance, steps or 0], np.float32)] * num
         return {"pixels": images, "alpha": masks, "label": labels, "look": looks, "sampler": [sampler] * num}
 
 
@@ -92,6 +92,8 @@ def test_a_given_picture_may_be_a_png_or_its_base64_text(predict):
 def test_settings_reach_the_sampler_and_have_defaults(predict):
     samples = predict([], params={"steps": 50, "guidance": 3.0, "sampler": "ddim"})
     assert samples["look"][0] == [3.0, 50.0] and samples["sampler"][0] == "ddim"
+    with pytest.raises(ValueError, match="readout 'best' must be sample or likely"):
+        predict([], params={"readout": "best"})
     assert predict([])["look"][0] == [models.PARAMS["guidance"], models.PARAMS["steps"]]
 
 

@@ -1,5 +1,6 @@
 """Use of a trained model: exports, samples, what is given, and what is refused."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -169,3 +170,39 @@ def test_export_can_be_copied_elsewhere(trained, tmp_path):
     save_export(tmp_path / "export", job.config, trainer.ema.model, {})
     shutil.move(tmp_path / "export", tmp_path / "elsewhere")
     assert len(load_export(tmp_path / "elsewhere").draw({}, 1, steps=1).data) == 4
+
+
+def test_the_most_likely_answer_needs_no_seed_and_is_the_walk_without_noise(model, row):
+    given = {"pixels": row["pixels"]}
+    first, second = (model.draw(given, 2, seed=seed, likely=True) for seed in (0, 1))
+    assert tiny.same(first.data, second.data)
+    assert all(torch.allclose(value[0].float(), value[1].float(), atol=1e-5) for value in first.data.values())
+    sampled = model.draw(given, 2, seed=0, likely=False)
+    assert not tiny.same(first.data, sampled.data)
+
+
+def test_a_task_says_how_it_is_answered_and_the_caller_may_say_otherwise(trained, row):
+    config, denoiser = trained[0].config, trained[1].ema.model
+    tasks = {**config.tasks, "understand": dataclasses.replace(config.tasks["understand"], readout="likely")}
+    model = Generator(dataclasses.replace(config, tasks=tasks), denoiser)
+    assert model.is_likely(["pixels"])
+    assert not model.is_likely([]) and not model.is_likely(["masked"]) and not model.is_likely(["shape"])
+    given = {"pixels": row["pixels"]}
+    assert tiny.same(model.draw(given, 2).data, model.draw(given, 2, likely=True).data)
+    assert not tiny.same(model.draw(given, 2).data, model.draw(given, 2, likely=False).data)
+    assert model.steps(likely=True) == min(3, config.evaluate.steps)
+    values = model.sample({"pixels": [row["pixels"]]}, 1)
+    again = model.sample({"pixels": [row["pixels"]]}, 1, likely=True)
+    assert values["shape"] == again["shape"] and np.array_equal(values["shapes"], again["shapes"])
+
+
+def test_probabilities_are_the_heads_averaged_over_draws(model, row):
+    given = {"pixels": row["pixels"]}
+    one, other, both = (
+        model.probabilities("shape", given, 3, draws, seed) for draws, seed in ((1, 0), (1, 1), (2, 0))
+    )
+    assert one.shape == (3, 6) and np.allclose(both.sum(1), 1, atol=1e-5)
+    assert np.allclose(both, (one + other) / 2, atol=1e-6) and not np.allclose(one, other)
+    assert model.probabilities("shapes", given, 3).shape[2:] == (8, 8)
+    with pytest.raises(ConfigError, match="factors has no classes"):
+        model.probabilities("factors", given, 3)
