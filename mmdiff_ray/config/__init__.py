@@ -20,6 +20,7 @@ from mmdiff_ray.config.loading import (
     to_plain,
     to_yaml,
 )
+from mmdiff_ray.config.saved import load_saved
 from mmdiff_ray.config.schema import (
     ChangeConfig,
     CheckpointConfig,
@@ -75,6 +76,7 @@ __all__ = [
     "in_force",
     "is_live",
     "load",
+    "load_saved",
     "named",
     "next_change",
     "options",

@@ -17,7 +17,7 @@ def check(config: Config) -> None:
     """Raise ConfigError for values that contradict each other and need no data set to be seen."""
     _check_names(config)
     _check_numbers(config)
-    one_of("train.precision", config.train.precision, ("float32", "bfloat16"))
+    one_of("train.precision", config.train.precision, ("auto", "float32", "bfloat16"))
     one_of("train.decay", config.train.decay, ("constant", "linear", "cosine"))
     one_of("given.input", config.given.input, ("in_place", "u_plus_code", "z_plus_code", "z_only"))
     one_of("loss.prediction", config.loss.prediction, ("v", "eps", "x0"))

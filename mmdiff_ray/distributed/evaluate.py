@@ -59,8 +59,8 @@ def evaluate_run(
         raise ConfigError(
             f"{folder.name} has no trained model yet; go on with: mmdiff train --resume {folder}"
         )
-    config = configuration.load([file], list(overrides))
-    jobs.check_kept(configuration.load([file]), config, MAY_CHANGE, "an evaluation")
+    config = configuration.load_saved(file, list(overrides))
+    jobs.check_kept(configuration.load_saved(file), config, MAY_CHANGE, "an evaluation")
     check_evaluators(config)
     if on_ray:
         with cluster(cpus_needed(config.workers)):

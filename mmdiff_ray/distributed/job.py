@@ -26,7 +26,7 @@ from mmdiff_ray.distributed import runs
 from mmdiff_ray.tracking.store import full, shown, tracking_uri
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.fit import calibrate
-from mmdiff_ray.training.parallel import check_strategy, choose_device
+from mmdiff_ray.training.parallel import bfloat16_is_fast, check_strategy, choose_device
 
 CALIBRATION_ROWS = 512
 CUT_SHORT = {"tracking", "config.yaml", "run.json.partial"}
@@ -145,11 +145,21 @@ def prepare(config: Config, folder: Path, tables: Tables | None = None) -> Job:
         choose_device(config.train)
     check_changes(config)
     manifests = read_sources(config)
-    config, denoiser = fit(config, manifests)
+    config, denoiser = fit(with_precision(config), manifests)
     reader = make_reader(config, denoiser, tables)
     splits = [manifest.splits["train"] for manifest in manifests]
     calibrate(denoiser.modalities, split_batches(reader, splits, CALIBRATION_ROWS, 64))
     return Job(config, manifests, folder, _fixed_scales(denoiser), tables=tables)
+
+
+def with_precision(config: Config) -> Config:
+    """Return the configuration with `train.precision` decided, where it is auto."""
+    if config.train.precision != "auto":
+        return config
+    gpu = config.workers.gpus > 0 if config.workers.count else choose_device(config.train).type == "cuda"
+    fast = gpu or bfloat16_is_fast()
+    train = dataclasses.replace(config.train, precision="bfloat16" if fast else "float32")
+    return dataclasses.replace(config, train=train)
 
 
 def fit(config: Config, manifests: list[Manifest]) -> tuple[Config, Denoiser]:
@@ -287,13 +297,13 @@ def load_job(folder: Path, overrides: Sequence[str] = ()) -> Job:
 
     Raises ConfigError for an override that a run cannot go on with, and where its data are other ones now.
     """
-    before = configuration.load([folder / "config.yaml"])
+    before = configuration.load_saved(folder / "config.yaml")
     if any(word.startswith("train.samples=") for word in overrides):
         overrides = [
             "train.max_minutes=null",
             *overrides,
         ]  # a length asked for now outranks an old time limit
-    config = configuration.load([folder / "config.yaml"], overrides)
+    config = configuration.load_saved(folder / "config.yaml", overrides)
     check_kept(before, config, MAY_CHANGE, "a run that goes on")
     facts, job = read_run(folder), prepare(config, folder)
     if facts["datasets"] != [manifest.digest for manifest in job.manifests]:

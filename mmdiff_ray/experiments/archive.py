@@ -62,7 +62,7 @@ def _read(file: Path) -> dict[str, bytes]:
 
 def _anywhere(config: Path) -> bytes:
     """Return a configuration without the folder that the cell was trained in."""
-    return configuration.to_yaml(dataclasses.replace(configuration.load([config]), runs="runs")).encode()
+    return configuration.to_yaml(dataclasses.replace(configuration.load_saved(config), runs="runs")).encode()
 
 
 def unpack(experiment: Experiment, runs: Path, out: Path) -> int:

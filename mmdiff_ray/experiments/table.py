@@ -141,7 +141,8 @@ def facts(experiment: Experiment, runs: Path) -> list[dict[str, Any]]:
                 "samples_seen": progress["samples_seen"],
                 "minutes": round(progress["seconds"] / 60, 1),
                 "images_per_s": round(progress["samples_seen"] / max(progress["seconds"], 1e-9), 1),
-                "gflops": forward_flops(build_denoiser(configuration.load([export / "config.yaml"]))) / 1e9,
+                "gflops": forward_flops(build_denoiser(configuration.load_saved(export / "config.yaml")))
+                / 1e9,
                 **{key: known[key] for key in ("parameters", "machine", "versions", "digest")},
             }
         )

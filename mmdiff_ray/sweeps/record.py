@@ -50,7 +50,7 @@ def read_record(uri: str, reference: str) -> Record:
             trials[number] = _trial(uri, run, number, sweep)
             text = queries.artifact(uri, run.info.run_id, "config.yaml", Path(place))
             if text is not None:
-                configs[number] = configuration.load([text])
+                configs[number] = configuration.load_saved(text)
             end = run.info.end_time
             times[number] = (run.info.start_time / 1000, end / 1000 if end else None)
     name, made = parent.info.run_name, _made(parent.data.tags)

@@ -38,7 +38,7 @@ def load_export(folder: str | Path, device: str = "cpu", config: Config | None =
     folder = fetched(str(folder)) if is_uri(str(folder)) else Path(folder)
     if not (folder / "model.safetensors").is_file() or not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder} holds no exported model (model.safetensors and config.yaml)")
-    config = config or configuration.load([folder / "config.yaml"])
+    config = config or configuration.load_saved(folder / "config.yaml")
     denoiser = build_denoiser(config)
     denoiser.load_state_dict(load_file(str(folder / "model.safetensors")))
     return Generator(config, denoiser.to(device))

@@ -158,6 +158,12 @@ def choose_device(config: TrainConfig) -> torch.device:
     return _numbered(device)
 
 
+def bfloat16_is_fast() -> bool:
+    """Return whether this machine's CPU multiplies matrices in bfloat16 (AVX512_BF16 or AMX)."""
+    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name)()) for name in known if hasattr(torch.cpu, name))
+
+
 def _numbered(device: torch.device) -> torch.device:
     """Return a GPU with its number: several workers of one machine see all of its GPUs, each has its own."""
     whole = device.type != "cuda" or device.index is not None

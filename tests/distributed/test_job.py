@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, load, load_saved, plain_yaml, to_plain
 from mmdiff_ray.denoiser import inert_settings
 from mmdiff_ray.distributed import job as jobs
 from tests import sprites as tiny
@@ -131,3 +131,31 @@ def test_run_cannot_go_on_with_other_data(sprites, tmp_path):
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "description": "other"}))
     with pytest.raises(ConfigError, match=r"data.sources: the data are not those that tiny was trained on"):
         jobs.load_job(job.folder)
+
+
+def test_automatic_precision_is_decided_once_and_kept_where_the_run_goes_on(sprites, tmp_path):
+    job = tiny.job(sprites, "train.precision=auto", f"runs={tmp_path}", folder=tmp_path / "tiny")
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fast = torch.cuda.is_available() or any(flag in flags for flag in ("avx512_bf16", "amx_tile"))
+    assert job.config.train.precision == ("bfloat16" if fast else "float32")
+    on_gpus = tiny.config(sprites, "train.precision=auto", "workers.count=2", "workers.gpus=1")
+    assert jobs.with_precision(on_gpus).train.precision == "bfloat16"
+    other = "float32" if fast else "bfloat16"  # a run of another kind of machine
+    train = dataclasses.replace(job.config.train, precision=other)
+    moved = dataclasses.replace(job, config=dataclasses.replace(job.config, train=train), run_id="1")
+    jobs.write_run(dataclasses.replace(moved, tracking_uri="sqlite:///x.db"), state="stopped")
+    assert jobs.load_job(moved.folder).config.train.precision == other
+
+
+def test_keys_that_a_saved_configuration_lacks_have_the_value_by_which_it_was_trained(sprites, tmp_path):
+    """Runs of before `in_place` and `loss.normalize` keep the path and the weights that they began with."""
+    plain = to_plain(tiny.job(sprites, "given.input=u_plus_code", "loss.normalize=batch").config)
+    before = tmp_path / "config.yaml"
+    for key in ("exact", "zero_unused", "input"):
+        del plain["given"][key]
+    del plain["loss"]["normalize"]
+    before.write_text(plain_yaml(plain))
+    config = load_saved(before)
+    assert (config.given.input, config.loss.normalize) == ("u_plus_code", "batch")
+    now = load([before])
+    assert (now.given.input, now.loss.normalize) == ("in_place", "expected")
