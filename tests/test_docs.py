@@ -1,4 +1,4 @@
-"""The README tells the truth: its figures are those of committed results, and nothing is left to fill in."""
+"""README and docs tell the truth: figures are those of committed results, links and commands exist."""
 
 import dataclasses
 import json
@@ -13,6 +13,11 @@ from pipelines.folder import FolderOptions
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+CONCEPTS, DATA, EXPERIMENTS, SWEEPS = (
+    (ROOT / f"docs/{name}.md").read_text(encoding="utf8")
+    for name in ("concepts", "data", "experiments", "sweeps")
+)
 RESULTS = json.loads((ROOT / "results/openmoji/evaluation.json").read_text(encoding="utf8"))
 FIGURES = {figure["key"]: figure for figure in RESULTS["figures"]}
 
@@ -38,40 +43,40 @@ def test_readme_quotes_the_figure_and_its_best_rule_from_the_results(key):
     ), key
 
 
-def test_readme_says_what_scales_are_worth():
+def test_docs_says_what_scales_are_worth():
     found = json.loads((ROOT / "results/scales.json").read_text(encoding="utf8"))
     own, louder = (
         {key: f["value"] for key, f in found[name]["figures"].items()} for name in ("own", "louder")
     )
-    part = " ".join(README.split("- **Scales.**")[1].split("\n## ")[0].split())
+    part = " ".join(CONCEPTS.split("**Scales.**")[1].split("\n## ")[0].split())
     accuracies = [f"{100 * side['category/accuracy']:.0f} %" for side in (own, louder)]
     assert (
-        f"told {accuracies[0]} of categories after {found['samples_seen']:,} samples, and {accuracies[1]}"
+        f"reached {accuracies[0]} of categories after {found['samples_seen']:,} samples, and {accuracies[1]}"
         in part
     )
     for key, digits in (("palette/miou", 2), ("pixels_from_masked/lpips_hole", 3)):
         assert f"{own[key]:.{digits}f} and {louder[key]:.{digits}f}" in part
 
 
-def test_readme_says_of_the_sweep_what_it_found():
+def test_docs_says_of_the_sweep_what_it_found():
     found = json.loads((ROOT / "results/modality_weights/results.json").read_text(encoding="utf8"))
-    part = " ".join(README.split(f"`{found['command']}` was run for real")[1].split("\n## ")[0].split())
+    part = " ".join(SWEEPS.split(f"`{found['command']}` ran")[1].split("\n## ")[0].split())
     best = found["trials"][0]["figures"]["palette/miou"]
-    assert f"palette mIoU of {best:.3f}" in part and f"({len(found['trials'])} trials" in part
+    assert f"palette mIoU of {best:.3f}" in part and f"{len(found['trials'])} trials (" in part
     assert f"{found['samples']:,} samples" in part and f"{found['outcomes']['stopped']} trials were" in part
     first, second = (one["key"] for one in found["importances"]["palette/miou"][:2])
     assert {first, second} == {"modalities.alpha.weights.scale", "modalities.palette.weights.scale"}
-    assert len(found["top"]["trials"]) == 3 and "the best three trials" in part
+    assert len(found["top"]["trials"]) == 3 and "The best three trials" in part
     ends = [end for key in (first, second) for end in found["top"]["ranges"][key]]
     assert "scales of 0.18 to 0.29" in part and 0.18 < min(ends) < 0.19 and 0.28 < max(ends) < 0.29
     best_file = f"results/modality_weights/1-trial-{found['trials'][0]['number']}.yaml"
     assert best_file in part and (ROOT / best_file).is_file()
 
 
-def test_readme_says_of_the_loss_coefficients_what_their_sweep_found():
+def test_docs_says_of_the_loss_coefficients_what_their_sweep_found():
     found = json.loads((ROOT / "results/loss_coefficients/results.json").read_text(encoding="utf8"))
-    part = " ".join(README.split(f"`{found['command']}` was run for real")[1].split("\n\n")[0].split())
-    assert f"({len(found['trials'])} trials, {found['samples']:,} samples" in part
+    part = " ".join(SWEEPS.split(f"`{found['command']}` ran")[1].split("\n\n")[0].split())
+    assert f"{len(found['trials'])} trials ({found['samples']:,} samples" in part
     assert f"{found['outcomes']['stopped']} trials were stopped early" in part
     assert f"LPIPS of {found['trials'][0]['figures']['pixels_from_masked/lpips_hole']:.3f}" in part
     ranges = found["top"]["ranges"].items()
@@ -79,10 +84,10 @@ def test_readme_says_of_the_loss_coefficients_what_their_sweep_found():
     assert f"coefficients of {min(ends):.3f} to {max(ends):.3f}" in part and len(found["top"]["trials"]) == 3
 
 
-def test_readme_says_of_three_figures_at_once_what_their_sweep_found():
+def test_docs_says_of_three_figures_at_once_what_their_sweep_found():
     found = json.loads((ROOT / "results/joint/results.json").read_text(encoding="utf8"))
-    part = " ".join(README.split(f"`{found['command']}` was run for real")[1].split("![")[0].split())
-    assert f"({len(found['trials'])} trials, {found['samples']:,} samples" in part
+    part = " ".join(SWEEPS.split(f"`{found['command']}` ran")[1].split("![")[0].split())
+    assert f"{len(found['trials'])} trials ({found['samples']:,} samples" in part
     assert f"{len(found['front'])} trials lie on the front" in part
     scale, coefficient = "modalities.category.weights.scale", "loss.modalities.palette"
     label, mask, image = "category/accuracy", "palette/miou", "pixels/frechet_lpips_alex"
@@ -107,10 +112,10 @@ def test_readme_says_of_three_figures_at_once_what_their_sweep_found():
     assert f"`mmdiff train results/joint/{best_file.name}`" in part and 14 in found["front"]
 
 
-def test_readme_says_what_the_population_found():
+def test_docs_says_what_the_population_found():
     found = json.loads((ROOT / "results/pbt_weights/results.json").read_text(encoding="utf8"))
-    part = " ".join(README.split(f"`{found['command']}` was run for real, too")[1].split("\n\n")[0].split())
-    assert f"({len(found['trials'])} trials, {found['samples']:,} samples" in part
+    part = " ".join(SWEEPS.split(f"`{found['command']}` ran")[1].split("\n\n")[0].split())
+    assert f"{len(found['trials'])} trials ({found['samples']:,} samples" in part
     key, trials = "alpha/joint_iou", {trial["number"]: trial for trial in found["trials"]}
     best = found["trials"][0]
     (change,) = best["changes"]
@@ -131,9 +136,9 @@ def test_readme_says_what_the_population_found():
     assert f"`mmdiff train {best_file}`" in part and (ROOT / best_file).is_file()
 
 
-def test_readme_says_what_sweeps_save():
+def test_docs_says_what_sweeps_save():
     found = json.loads((ROOT / "benchmarks/results/sweep_savings.json").read_text(encoding="utf8"))
-    part = " ".join(README.split("How many samples does a sweep need")[1].split("\n\n")[0].split())
+    part = " ".join(SWEEPS.split("How many samples does a sweep need")[1].split("\n\n")[0].split())
     replay, real = found["replay"], found["real"]
 
     def told(title: str, figures: dict, before: str = "") -> str:
@@ -162,9 +167,9 @@ def test_readme_says_what_sweeps_save():
     assert f"in {len(real['seeds'])} real sweeps" in part
 
 
-def test_readme_says_which_weights_work():
+def test_docs_says_which_weights_work():
     values = json.loads((ROOT / "results/weights.json").read_text(encoding="utf8"))
-    part = " ".join(README.split("Which w_t(i) work?")[1].split("\n\n")[0].split())
+    part = " ".join(EXPERIMENTS.split("**A label beside an image**")[1].split("\n\n")[0].split())
     lines = [line for line in values["figures"] if line["figure"] == "label/judged"]
     nats = {
         (one["method"], one["figure"]): one["mean"] for one in values["figures"] if one["measure"] == "bound"
@@ -186,16 +191,16 @@ def test_readme_says_which_weights_work():
     assert f"scale 0.03: {judged['own_same']}, 0.2: {judged['own_loud']}" in part
     families = ("same", "linear", "cosine", "power", "sigmoid", "constant")
     ends = sorted(judged[f"own_{family}"] for family in families)
-    assert f"is not shown to matter ({ends[0]} to {ends[-1]})" in part
+    assert f"shows no significant effect ({ends[0]} to {ends[-1]})" in part
     assert (
         "first: {}, together: {}, last: {}".format(*(judged[f"own_{n}"] for n in ("leads", "same", "lags")))
         in part
     )
 
 
-def test_readme_says_who_should_be_settled_first():
+def test_docs_says_who_should_be_settled_first():
     values = json.loads((ROOT / "results/weights_order.json").read_text(encoding="utf8"))
-    part = " ".join(README.split("With features besides")[1].split("\n\n")[0].split())
+    part = " ".join(EXPERIMENTS.split("**With features besides**")[1].split("\n\n")[0].split())
     lines = [line for line in values["figures"] if line["figure"] == "label/judged"]
     lines = [line for line in lines if not line["method"].startswith(("rule", "real"))]
     fits = {line["method"]: line["mean"] for line in lines}
@@ -205,13 +210,13 @@ def test_readme_says_who_should_be_settled_first():
     names = ("label_first", "together", "pixels_first")
     assert "first ({:.3f}, together: {:.3f}, pixels first: {:.3f})".format(*(fits[n] for n in names)) in part
     ends = sorted(fits[name] for name in ("together", "features_first", "features_last"))
-    assert f"makes no difference that is shown ({ends[0]:.3f} to {ends[-1]:.3f})" in part
+    assert f"shows no difference ({ends[0]:.3f} to {ends[-1]:.3f})" in part
     assert max(mean for name, mean in fits.items() if name.startswith(("label_f", "pixels_last"))) < ends[0]
 
 
-def test_readme_says_how_loud_a_given_image_should_be():
+def test_docs_says_how_loud_a_given_image_should_be():
     values = json.loads((ROOT / "results/weights_given.json").read_text(encoding="utf8"))
-    part = " ".join(README.split("And a given masked image")[1].split("\n\n")[0].split())
+    part = " ".join(EXPERIMENTS.split("**A given masked image**")[1].split("\n\n")[0].split())
     lines = [
         line
         for line in values["figures"]
@@ -269,9 +274,9 @@ def test_readme_quotes_the_experiments_from_their_tables(name, measure, figure, 
         if line["measure"] == measure and line["figure"] == figure
     }
     shape = ".3f" if means["ours"] < 10 else ".0f"
-    assert " | ".join(f"{means[method]:{shape}}" for method in methods) in README
+    assert " | ".join(f"{means[method]:{shape}}" for method in methods) in EXPERIMENTS
     seeds = {cell["seed"] for cell in values["cells"] if cell["method"] == methods[0]}
-    assert f"(results/{name}.md), {len(seeds)} seed" in README
+    assert f"(../results/{name}.md), {len(seeds)} seed" in EXPERIMENTS
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("results/*.discussion.md")), ids=lambda file: file.name)
@@ -284,23 +289,35 @@ def test_a_discussion_quotes_its_own_table_and_stands_in_the_page(file):
     assert text.strip() in (file.parent / f"{name}.md").read_text(encoding="utf8")
 
 
-def test_every_picture_that_the_readme_shows_is_there():
-    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
-        assert (ROOT / path).is_file(), path
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf8")):
+        if "://" in target:
+            continue
+        path, _, heading = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
-def test_every_command_that_the_readme_names_exists():
-    commands = set(re.findall(r"`?mmdiff (data build|data inspect|[a-z]+)", README))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_that_a_page_names_exists(page):
     known = make_parser().format_help()
-    for command in commands:
-        assert command.split()[0] in known, command
+    for command in re.findall(r"\bmmdiff ([a-z]+)", page.read_text(encoding="utf8")):
+        assert command in known, command
 
 
-def test_readme_names_the_options_of_a_folder_that_there_are():
-    part = README.split("## Your own data")[1].split("\n## ")[0]
-    named = set(re.findall(r"--([a-z_]+)", part)) - {"out", "help", "dry"}
+def test_the_page_on_data_names_the_options_of_a_folder_that_there_are():
+    part = DATA.split("## Folders of images")[1].split("\n## ")[0]
+    named = set(re.findall(r"--([a-z_]+)", part)) - {"out", "help"}
     known = {field.name for field in dataclasses.fields(FolderOptions)}
     assert {"source", "size", "masks", "csv", "look", "embed_captions", "layout"} <= named <= known
+
+
+def test_the_readme_is_a_page_and_not_a_book():
+    assert len(README.splitlines()) <= 200
 
 
 def test_nothing_is_left_to_fill_in():
