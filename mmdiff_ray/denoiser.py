@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdiff_ray.config import Config, ConfigError
-from mmdiff_ray.diffusion.process import GENERATED, GIVEN, Codes, Prediction, Process, Roles, over_cells
+from mmdiff_ray.diffusion.process import GIVEN, Codes, Prediction, Process, Roles, over_cells
 from mmdiff_ray.diffusion.schedule import make_schedule
 from mmdiff_ray.diffusion.weights import make_profile
 from mmdiff_ray.input_path import InputPath
@@ -108,11 +108,11 @@ class Denoiser(nn.Module):
         z_t: (B, C, H, W) float32; t: (B,) in (0, 1], float64; roles: instance -> (B,); codes, conditions: of
         given instances at least (the others' are never looked at).
         """
-        given = {name: (role == GIVEN) for name, role in roles.items()}
-        betas = self.process.betas(t, roles)
-        known = {name: betas[name] * given[name] for name in codes}
+        known = {name: self.process.kappas[name] * (roles[name] == GIVEN) for name in codes}
         u_t = z_t - self.process.place(codes, known) if codes else z_t
         x = self.path.network_input(z_t, u_t, roles, codes, conditions)  # (B, C + conditions, H, W)
+        if z_t.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous(memory_format=torch.channels_last)  # which sums and concatenations lose
         features = self.backbone(x, self._embedding(t, roles))
         own = features if isinstance(features, Mapping) else dict.fromkeys(self.heads, features)
         heads = {name: head(own[name]).float() for name, head in self.heads.items()}
@@ -122,7 +122,7 @@ class Denoiser(nn.Module):
                 for name, value in heads.items()
                 if name != self.anchor
             }
-            heads[self.anchor] = self._anchor_code(heads[self.anchor], u_t, t, predicted, betas, roles)
+            heads[self.anchor] = self._anchor_code(heads[self.anchor], u_t, t, predicted, roles)
         prediction = Prediction({**predicted, self.anchor: heads[self.anchor]}, heads)
         return self.with_known(prediction, roles, conditions)
 
@@ -136,9 +136,7 @@ class Denoiser(nn.Module):
         role = torch.stack([table[roles[name]] for name, table in self.role_embedding.items()]).sum(0)
         return self.embed(torch.cat([angles.sin(), angles.cos(), role], dim=1))
 
-    def _anchor_code(
-        self, raw: Tensor, u_t: Tensor, t: Tensor, others: Codes, betas: Mapping[str, Tensor], roles: Roles
-    ) -> Tensor:
+    def _anchor_code(self, raw: Tensor, u_t: Tensor, t: Tensor, others: Codes, roles: Roles) -> Tensor:
         """Return E[z_0 | z_t] from the anchor head's v, eps or x0."""
         where = self.process.layout[self.anchor]
         sharing = [
@@ -146,8 +144,10 @@ class Denoiser(nn.Module):
             for name in others
             if self.process.layout[name].start < where.stop and self.process.layout[name].stop > where.start
         ]
-        weights = {name: betas[name] * (roles[name] == GENERATED) for name in sharing}
-        y = u_t - self.process.place({name: others[name] for name in sharing}, weights) if sharing else u_t
+        y = u_t
+        if sharing:
+            weights = self.process.generated_betas(t, {name: roles[name] for name in sharing})
+            y = u_t - self.process.place({name: others[name] for name in sharing}, weights)
         return anchor_code(self.prediction, raw, y[:, where], self.process, t)
 
 

@@ -186,11 +186,11 @@ class TrainConfig:
     decay: constant, linear or cosine, to `final_lr_ratio` of it. clip_norm: largest norm of the gradient.
     ema_samples: half-life of the moving average. precision: float32, bfloat16 (autocast), or auto: bfloat16
     on GPUs and on CPUs that multiply matrices in it, decided when a run begins. compile: by torch.compile.
-    channels_last: the memory layout. device: auto (a GPU if there is one), cpu or cuda. log_every_samples:
-    how often losses are reported. times: the part of the schedule, 0 the data and 1 the noise, that training
-    draws from. cutout: a masked-image instance whose hole is cut out of z_t in half of the rows, as mere
-    augmentation. changes: values that are others from some sample on, in order: of the loss' coefficients, of
-    modalities' weights, of the learning rate.
+    channels_last: the memory layout, on GPUs alone. device: auto (a GPU if there is one), cpu or cuda.
+    log_every_samples: how often losses are reported. times: the part of the schedule, 0 the data and 1 the
+    noise, that training draws from. cutout: a masked-image instance whose hole is cut out of z_t in half of
+    the rows, as mere augmentation. changes: values that are others from some sample on, in order: of the
+    loss' coefficients, of modalities' weights, of the learning rate.
     """
 
     samples: int = 100_000

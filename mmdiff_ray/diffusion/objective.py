@@ -103,16 +103,22 @@ class Objective:
         sums[f"l3/{anchor}"] = self._last_step(t, roles, data, predicted, per_row, last, known)
         return sums
 
-    def total(self, sums: Terms, counts: Terms) -> Tensor:
+    def total(self, sums: Terms, counts: Mapping[str, Tensor | float]) -> Tensor:
         """Return the loss: every term's mean times its coefficient; a count of 0 gives 0, with a gradient."""
-        coefficients = self.config.coefficients
-        total = torch.zeros((), device=next(iter(sums.values())).device)
+        parts = []
         for key, value in sums.items():
-            term, name = key.split("/")
-            weight = getattr(coefficients, term)
-            weight *= {"l1": self.config.channels, "l2": self.config.modalities}.get(term, {}).get(name, 1.0)
-            total = total + weight * value / counts[key].clamp_min(1).to(value)
-        return total
+            count, weight = counts[key], self.coefficient(key)
+            if isinstance(count, Tensor):
+                parts.append(weight * value / count.clamp_min(1).to(value))
+            else:
+                parts.append(value * (weight / max(count, 1.0)))
+        return torch.stack(parts).sum()
+
+    def coefficient(self, key: str) -> float:
+        """Return the coefficient of a term, `term/instance`."""
+        term, name = key.split("/")
+        own = {"l1": self.config.channels, "l2": self.config.modalities}.get(term, {})
+        return getattr(self.config.coefficients, term) * own.get(name, 1.0)
 
     @property
     def decoded(self) -> list[str]:
@@ -129,9 +135,8 @@ class Objective:
         """Return L0 of every row, (B,): 1/2 (mean^2 + var - 1 - log var) of z_T without what is given, which
         the prior knows."""
         end = torch.ones(len(next(iter(roles.values()))), dtype=torch.float64, device=_device(codes))
-        generated = self.process.only(roles, GENERATED)
-        mean, std = self.process.marginal(codes, generated, end)
-        variance = over_cells(std.square(), mean)
+        mean = self.process.place(codes, self.process.generated_betas(end, roles))
+        variance = over_cells(self.process.schedule.sigma(end).square(), mean)
         nats = 0.5 * (mean.square() + variance - 1 - variance.log())
         nats = nats * self.process.generated_channels(roles)[:, :, None, None]
         return {f"l0/{name}": nats[:, where].sum((1, 2, 3)) for name, where in self.owners.items()}
@@ -145,7 +150,7 @@ class Objective:
             parts = posterior_nats(self.process, t, before, roles, codes, predicted)
             rows = {name: part["total"] * self.process.schedule.steps for name, part in parts.items()}
             return {name: rows[name] for name in self.owners}
-        betas = self.process.betas(t, self.process.only(roles, GENERATED))
+        betas = self.process.generated_betas(t, roles)
         power = self._power(betas)
         difference = self.process.place(
             _errors(codes, predicted), betas

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -76,7 +76,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.denoiser, config.train)
         self.progress = Progress(total_samples=config.train.samples)
         self.terms = sorted(self.objective.counts(self._no_roles(), 1))
-        self.expected = self.loss.expected_counts(self.tasks)
+        self.expected = {key: float(count) for key, count in self.loss.expected_counts(self.tasks).items()}
         self.meters = self._new_meters()
 
     @property
@@ -142,7 +142,7 @@ class Trainer:
         self.ema.update(self.denoiser, self.config.train.global_batch, self.progress.samples_seen)
         self._measure(sums, counts, grad_norm)
 
-    def _divisors(self, counts: Terms) -> Terms:
+    def _divisors(self, counts: Terms) -> Mapping[str, Tensor | float]:
         """Return what the sums of a global batch are divided by: as `loss.normalize` says, the counts to
         expect, or those of this batch, added over workers in one message."""
         if self.config.loss.normalize == "expected":
@@ -151,7 +151,7 @@ class Trainer:
         values = add_over_workers(torch.stack([counts[key] for key in self.terms]))
         return dict(zip(self.terms, values.unbind(), strict=True))
 
-    def _backward(self, batch: Batch, roles: Roles, divisors: Terms) -> Terms:
+    def _backward(self, batch: Batch, roles: Roles, divisors: Mapping[str, Tensor | float]) -> Terms:
         """Add the gradients of all micro-batches; return this worker's sums."""
         size = self.config.train.micro_batch or len(batch)
         starts = range(0, len(batch), size)
