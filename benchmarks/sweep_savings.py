@@ -33,7 +33,7 @@ from mmdiff_ray.distributed.cluster import cluster
 from mmdiff_ray.distributed.schedulers import make_scheduler
 from mmdiff_ray.distributed.sweep import begin_sweep, check_sweep, make_configs, run_sweep
 from mmdiff_ray.distributed.trial import SCORE
-from mmdiff_ray.sweeps.drawing import axes_of
+from mmdiff_ray.plotting import panels
 from mmdiff_ray.sweeps.journal import Trial, read_trials
 from mmdiff_ray.sweeps.spec import Sweep, load_sweep
 from mmdiff_ray.sweeps.study import as_frozen, distribution, make_study
@@ -353,9 +353,8 @@ def write(result: dict[str, Any], real: Mapping[str, Sequence[Seen]]) -> None:
 
 def draw(real: Mapping[str, Sequence[Seen]]) -> Any:
     """Draw the best figure so far against samples: each seed thin, their median thick."""
-    figure, axes = axes_of(
-        "The best figure found so far", xlabel="samples trained with, by all trials", ylabel="label NLL, nats"
-    )
+    figure, (axes,) = panels(1, 1, (9, 5))
+    axes.set(title="Best value so far", xlabel="samples of all trials", ylabel="label NLL, nats")
     grid = np.linspace(SAMPLES / 2, RANDOM_TRIALS * SAMPLES, 400)
     for color, (name, paths) in zip(("0.35", "#1f77b4", "#d62728", "#2ca02c"), real.items(), strict=True):
         lines = np.array([best_so_far(path, grid) for path in paths])

@@ -15,7 +15,7 @@ from mmdiff_ray import registry
 
 ROOT = Path(__file__).parents[1] / "mmdiff_ray"
 MODULES = sorted(ROOT.rglob("*.py"))
-LEAVES = ("config", "registry", "batch", "tracking")
+LEAVES = ("config", "registry", "batch", "tracking", "plotting")
 LAYERS = [
     ("diffusion",),
     ("modalities", "backbones", "input_path", "denoiser", "tasks"),
@@ -33,6 +33,8 @@ DOORS = {
     "mlflow": ("tracking/",),
     "ray": ("distributed/",),
     "optuna": ("distributed/", "sweeps/"),
+    "matplotlib": ("plotting.py", "evaluation/tiles.py"),
+    "plotly": (),
 }
 OUTSIDE = ("pipelines", "tests", "benchmarks")
 FRONT_DOOR = ("cli.py", "arguments.py", "words.py")

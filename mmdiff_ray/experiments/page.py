@@ -8,7 +8,7 @@ import numpy as np
 
 from mmdiff_ray.evaluation.lpips import SMALLEST
 from mmdiff_ray.evaluation.segmentation import TOLERANCE
-from mmdiff_ray.experiments.looks import RULE
+from mmdiff_ray.experiments.styles import RULE
 
 METHODS = {
     "lpips": "LPIPS and its features: images whose shorter side has fewer than "

@@ -17,10 +17,9 @@ from mmdiff_ray.distributed.tasks import run_tasks
 from mmdiff_ray.evaluation.run import check_evaluators
 from mmdiff_ray.experiments.archive import archive_file, pack, unpack
 from mmdiff_ray.experiments.cell import CellHooks, cell_folder, hold, is_trained, run_cell
-from mmdiff_ray.experiments.curves import draw_curves, draw_watched
 from mmdiff_ray.experiments.files import beside
-from mmdiff_ray.experiments.overview import draw_overview
 from mmdiff_ray.experiments.page import markdown
+from mmdiff_ray.experiments.plots import draw_curves, draw_overview, draw_watched
 from mmdiff_ray.experiments.spec import Cell, Experiment
 from mmdiff_ray.experiments.table import refusals, result
 from mmdiff_ray.tracking import run_life

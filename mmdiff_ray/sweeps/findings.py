@@ -1,4 +1,4 @@
-"""What a sweep found: trials in order of merit, the best configurations, which dimensions matter."""
+"""What a sweep found: trials ranked, the Pareto front, which dimensions matter, configurations to train."""
 
 import dataclasses
 import warnings
@@ -16,34 +16,31 @@ from mmdiff_ray.sweeps.record import Record
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.sweeps.study import as_frozen, plain_study
 
-RESAMPLED = 24
-"""Times that the trials are resampled for the interval of an importance."""
+RESAMPLES = 24
+"""Bootstrap resamples behind the interval of an importance."""
 FEWEST = 6
-"""Trials below which no importance is told."""
-AT_END = ", at the end"
-"""Said of values where a population changed them on the way."""
+"""Trials below which importances are not computed."""
 
 
 def figures_of(trial: Trial) -> dict[str, float]:
-    """Return a trial's last figures, none where it reported nothing."""
+    """Return the metrics of a trial's last report; empty if it has none."""
     return dict(trial.reports[-1]["figures"]) if trial.reports else {}
 
 
 def best_first(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials that finished, the best by the leading metric first, then those that were stopped, by
-    how far they came."""
+    """Return finished trials by the leading metric, best first, then the others by samples seen."""
     sign = -1 if sweep.metrics[sweep.main] == "max" else 1
 
-    def merit(trial: Trial) -> tuple[bool, int, float]:
+    def rank(trial: Trial) -> tuple[bool, int, float]:
         value = figures_of(trial).get(sweep.main, float("inf") * sign)
-        ended = trial.outcome == "finished"
-        return not ended, 0 if ended else -trial.samples, sign * value
+        is_finished = trial.outcome == "finished"
+        return not is_finished, 0 if is_finished else -trial.samples, sign * value
 
-    return sorted(trials, key=merit)
+    return sorted(trials, key=rank)
 
 
 def finished(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials that finished and have every metric, the best by the leading one first."""
+    """Return the finished trials that have every metric, best first by the leading one."""
     return [
         trial
         for trial in best_first(sweep, trials)
@@ -52,43 +49,46 @@ def finished(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def front(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """Return the Pareto front, the best by the leading metric first: the finished trials of which no other
-    is as good in every metric and better in one."""
+    """Return the Pareto front of the finished trials, best first by the leading metric.
+
+    A trial is on the front if no other is at least as good in every metric and better in one.
+    """
     done = finished(sweep, trials)
     signs = np.array([1 if way == "max" else -1 for way in sweep.metrics.values()])
-    points = {trial.number: signs * [figures_of(trial)[m] for m in sweep.metrics] for trial in done}
+    values = [[figures_of(trial)[metric] for metric in sweep.metrics] for trial in done]
+    points = signs * np.reshape(values, (-1, len(signs)))
     return [
         trial
-        for trial in done
-        if not any(
-            (points[other.number] >= points[trial.number]).all()
-            and (points[other.number] > points[trial.number]).any()
-            for other in done
-        )
+        for trial, point in zip(done, points, strict=True)
+        if not ((points >= point).all(1) & (points > point).any(1)).any()
     ]
 
 
 def leading(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """Return the finished trials that a sweep recommends, the first one most of all: the front of several
-    metrics, or all by the only one."""
+    """Return the trials worth training again, best first: the front of several metrics, else all finished."""
     return front(sweep, trials) if len(sweep.metrics) > 1 else finished(sweep, trials)
 
 
-def best_of(sweep: Sweep, trials: Sequence[Trial]) -> Trial:
-    """Return the one trial that stands out in pictures: the first that leads; where none has finished, that
-    which came farthest."""
-    return [*leading(sweep, trials), *best_first(sweep, trials)][0]
+def groups(sweep: Sweep, trials: Sequence[Trial]) -> dict[int, str]:
+    """Return trial number -> its group: best or on the front, base configuration, or its outcome."""
+    found = {trial.number: trial.outcome or "unfinished" for trial in trials}
+    found |= {number: "base configuration" for number in found if sweep.is_baseline(number)}
+    several = len(sweep.metrics) > 1
+    best = leading(sweep, trials)[: None if several else 1]
+    return found | {trial.number: "on the front" if several else "best" for trial in best}
 
 
 def trained_config(record: Record, trial: Trial) -> Config | None:
-    """Return the configuration that a trial trained with, its changes on the way written out, to train again
-    with `mmdiff train`; None where MLflow does not hold it."""
+    """Return the configuration that repeats a trial with `mmdiff train`; None if MLflow does not hold it.
+
+    Changes that a population made during training become `train.changes`.
+    """
     config = record.configs.get(trial.number)
     if config is None:
         return None
-    # A member of a population that copied another began as that one did.
-    words = [configuration.override(key, value) for key, value in trial.values.items()]
-    config = configuration.load((), words, configuration.to_plain(config))
+    # A member of a population that copied another started with that one's values.
+    overrides = [configuration.override(key, value) for key, value in trial.values.items()]
+    config = configuration.load((), overrides, configuration.to_plain(config))
     changes = [ChangeConfig(change["at"], change["values"]) for change in trial.changes if change["values"]]
     defaults = Config()
     return dataclasses.replace(
@@ -103,9 +103,9 @@ def trained_config(record: Record, trial: Trial) -> Config | None:
 
 @dataclass(frozen=True)
 class Importance:
-    """How much of the variance of a metric a dimension explains.
+    """The share of a metric's variance that a dimension explains.
 
-    share: in [0, 1]; low, high: the middle 90 % over resampled trials.
+    share: in [0, 1]; low, high: the middle 90 % over bootstrap resamples of the trials.
     """
 
     key: str
@@ -115,11 +115,10 @@ class Importance:
 
 
 def importances(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int = 0) -> list[Importance]:
-    """Return the importance of every dimension for a metric, the largest first; none for too few trials.
+    """Return the importance of every dimension for a metric, largest first; empty for too few trials.
 
-    By fANOVA (Hutter et al., ICML 2014, as Optuna computes it), with all trials judged after the same number
-    of samples: the largest that half of them came to. The interval is over bootstrap resamples of the trials.
-    None for a population: what its members came to is also the work of the values that they had before.
+    All trials are compared after the same number of samples. Empty for population based training, where a
+    final metric also depends on earlier values. Source: fANOVA (Hutter et al., ICML 2014) in Optuna.
     """
     if sweep.scheduler.name == "pbt":
         return []
@@ -127,62 +126,56 @@ def importances(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int = 
     judged = at_same_samples([trial for trial in drawn if metric in figures_of(trial)])
     if len(judged) < FEWEST or len(sweep.space) < 2:
         return []
-    whole = _shares(sweep, judged, metric, seed)
     rng = np.random.default_rng(seed)
-    resampled: dict[str, list[float]] = {key: [] for key in whole}
-    for turn in range(RESAMPLED):
+    resamples: dict[str, list[float]] = {}
+    for turn in range(RESAMPLES):
         picked = [judged[index] for index in rng.integers(len(judged), size=len(judged))]
         for key, share in _shares(sweep, picked, metric, seed + 1 + turn).items():
-            resampled.setdefault(key, []).append(share)
+            resamples.setdefault(key, []).append(share)
     found = []
-    for key, share in whole.items():
-        low, high = np.quantile(resampled[key], [0.05, 0.95]) if resampled[key] else (0.0, 1.0)
+    for key, share in _shares(sweep, judged, metric, seed).items():
+        low, high = np.quantile(resamples.get(key, [0.0, 1.0]), [0.05, 0.95])
         found.append(Importance(key, share, float(low), float(high)))
     return sorted(found, key=lambda importance: -importance.share)
 
 
 def at_same_samples(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials that came to the largest number of samples that half of them came to, as they were
-    there."""
-    counts: dict[int, int] = {}
-    for trial in trials:
-        for report in trial.reports:
-            counts[report["samples"]] = counts.get(report["samples"], 0) + 1
-    common = max((samples for samples, count in counts.items() if 2 * count >= len(trials)), default=None)
-    found = []
-    for trial in trials:
-        reports = [report for report in trial.reports if common is not None and report["samples"] <= common]
-        if reports and reports[-1]["samples"] == common:
-            found.append(dataclasses.replace(trial, reports=reports))
-    return found
+    """Return trials as they were at the largest number of samples that at least half of them reached."""
+    reached = [{report["samples"] for report in trial.reports} for trial in trials]
+    common = max(
+        (n for n in set().union(*reached) if 2 * sum(n in r for r in reached) >= len(trials)), default=0
+    )
+    return [
+        dataclasses.replace(trial, reports=[r for r in trial.reports if r["samples"] <= common])
+        for trial, samples in zip(trials, reached, strict=True)
+        if common in samples
+    ]
 
 
 def _shares(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int) -> dict[str, float]:
-    """Return dimension -> share, for those that every trial has (Optuna's fANOVA knows no others)."""
-    single = dataclasses.replace(sweep, metrics={metric: sweep.metrics[metric]})
-    study = plain_study(single.metrics)
-    for trial in trials:
-        ended = dataclasses.replace(trial, outcome="finished")
-        study.add_trial(as_frozen(single, ended))
+    """Return dimension -> share, for dimensions that every trial has (a limit of Optuna's fANOVA)."""
     if len({round(figures_of(trial)[metric], 12) for trial in trials}) < 2:
         return {}
+    single = dataclasses.replace(sweep, metrics={metric: sweep.metrics[metric]})
+    study = plain_study(single.metrics)
+    study.add_trials([as_frozen(single, dataclasses.replace(trial, outcome="finished")) for trial in trials])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
             return optuna.importance.get_param_importances(study, evaluator=evaluator)
-        except (ValueError, RuntimeError):  # nothing varies in common
+        except (ValueError, RuntimeError):  # no dimension varies in all trials
             return {}
 
 
 def top(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """Return the best quarter of the finished trials that are points of the space, at least three of them."""
+    """Return the best quarter of the finished trials, at least three, without the base configuration."""
     done = [trial for trial in finished(sweep, trials) if not sweep.is_baseline(trial.number)]
     return done[: max(3, len(done) // 4)]
 
 
 def ranges(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, list[Any]]:
-    """Return dimension -> the lowest and highest value that some trials ended with, or those of a list."""
+    """Return dimension -> lowest and highest final value of some trials, or the values of a choice."""
     found: dict[str, list[Any]] = {}
     for key, dimension in sweep.space.items():
         values = [trial.now[key] for trial in trials if key in trial.now]
@@ -191,3 +184,20 @@ def ranges(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, list[Any]]:
         elif values:
             found[key] = list(dict.fromkeys(map(str, values)))
     return found
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Return key -> the shortest end of it, of two parts or more, that no other key has.
+
+    A name never starts with a section of the configuration that it is not in: `modalities.alpha`, from
+    `loss.modalities.alpha`, would read as a modality. Keys of modalities and tasks keep those names.
+    """
+    sections = {field.name for field in dataclasses.fields(Config)}
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        fewest = len(parts) - 1 if parts[0] in ("modalities", "tasks") else 2
+        ends = [".".join(parts[-n:]) for n in range(fewest, len(parts)) if parts[-n] not in sections]
+        unique = (end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1)
+        names[key] = next(unique, key)
+    return names

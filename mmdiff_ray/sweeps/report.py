@@ -1,59 +1,63 @@
-"""The report of a sweep: a page with all pictures, PNGs, a table, and the best configurations as YAML."""
+"""The report of a sweep: one page with every figure, PNG files, a table, and the best configurations."""
 
 import dataclasses
-import html
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.sweeps.drawing import Drawn, short
-from mmdiff_ray.sweeps.figures import draw
+from mmdiff_ray.plotting import save_png, to_svg
 from mmdiff_ray.sweeps.findings import (
-    AT_END,
     best_first,
     figures_of,
     front,
+    groups,
     importances,
     leading,
     ranges,
+    short_names,
     top,
     trained_config,
 )
 from mmdiff_ray.sweeps.journal import Trial
+from mmdiff_ray.sweeps.plots import COLORS, Plot, draw
 from mmdiff_ray.sweeps.record import Record
+from mmdiff_ray.sweeps.spec import Sweep
 
 KEPT = 5
-"""Best configurations that are written."""
+"""Best configurations that are written for a single metric."""
+ONE_SEED = (
+    "All trials have one seed. Repeat the best with other seeds, judged on other rows, before trusting them."
+)
 
 
 def write_report(record: Record, out: Path) -> list[Path]:
-    """Write a sweep's report into a folder: `report.html`, `results.json`, `best/*.yaml`, `*.png`.
+    """Write `report.html`, `results.json`, `best/*.yaml` and `*.png` into a folder; return the paths.
 
-    Returns the files. A sweep that found nothing yet gives a page that says so. An earlier one is replaced.
+    Replaces an earlier report. A sweep without reports gives a page that says so.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    sweep = record.sweep
-    found = {metric: importances(sweep, record.trials, metric, sweep.seed) for metric in sweep.metrics}
-    pictures = draw(record, found)
+    (out / "best").mkdir(parents=True, exist_ok=True)
     for old in [*out.glob("*.png"), *out.glob("best/*.yaml")]:
         old.unlink()
-    files = [_write_best(record, out), out / "results.json", out / "report.html"]
+    sweep = record.sweep
+    found = {metric: importances(sweep, record.trials, metric, sweep.seed) for metric in sweep.metrics}
     results = summary(record)
-    results["importances"] = {m: [dataclasses.asdict(i) for i in some] for m, some in found.items()}
-    files[1].write_text(json.dumps(results, indent=1), encoding="utf8")
-    files[2].write_text(_page(record, pictures), encoding="utf8")
-    for picture in pictures:
-        files.append(out / f"{picture.name}.png")
-        picture.png.savefig(files[-1], dpi=110, bbox_inches="tight")  # long names at the axes, too
-    return files
+    results["importances"] = {m: [dataclasses.asdict(one) for one in some] for m, some in found.items()}
+    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf8")
+    best, plots = _write_best(record, out / "best"), draw(record, found)
+    (out / "report.html").write_text(_page(record, plots, best), encoding="utf8")
+    pngs = [save_png(plot.figure, out / f"{plot.name}.png", plot.title) for plot in plots]
+    return [out / "best", out / "results.json", out / "report.html", *pngs]
 
 
 def summary(record: Record) -> dict[str, Any]:
-    """Return what was found as plain values."""
+    """Return the findings as plain values."""
     sweep = record.sweep
-    ordered = best_first(sweep, record.trials)
+    best = top(sweep, record.trials)
     return {
         "sweep": sweep.name,
         "title": sweep.title,
@@ -65,10 +69,7 @@ def summary(record: Record) -> dict[str, Any]:
         "seed": sweep.seed,
         "outcomes": _counts(record),
         "front": [trial.number for trial in front(sweep, record.trials)],
-        "top": {
-            "trials": [trial.number for trial in top(sweep, record.trials)],
-            "ranges": ranges(sweep, top(sweep, record.trials)),
-        },
+        "top": {"trials": [trial.number for trial in best], "ranges": ranges(sweep, best)},
         "trials": [
             {
                 "number": trial.number,
@@ -80,9 +81,54 @@ def summary(record: Record) -> dict[str, Any]:
                 "why": trial.why,
                 "reports": trial.reports,
             }
-            for trial in ordered
+            for trial in best_first(sweep, record.trials)
         ],
     }
+
+
+def chosen(record: Record) -> list[Trial]:
+    """Return the trials whose configurations are written: the front of several metrics, else the best few."""
+    found = leading(record.sweep, record.trials)
+    return found if len(record.sweep.metrics) > 1 else found[:KEPT]
+
+
+def verdict(record: Record) -> list[str]:
+    """Return the findings as sentences."""
+    heading, values = _ranges(record)
+    return [*_headlines(record), *(f"{heading}, {key}: {text}." for key, text in values.items()), ONE_SEED]
+
+
+def _headlines(record: Record) -> list[str]:
+    sweep, best = record.sweep, chosen(record)
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in _counts(record).items())
+    samples = sum(trial.samples for trial in record.trials)
+    lines = [f"{len(record.trials)} trials ({counts}), {samples:,} samples."]
+    if not best:
+        lines.append("No trial has finished yet.")
+    elif len(sweep.metrics) > 1:
+        lines.append(f"{len(best)} trials are on the Pareto front.")
+        lines += [f"Trial {trial.number}: {_metrics(trial)}." for trial in best[:KEPT]]
+    else:
+        runner_up = f" (next: {figures_of(best[1])[sweep.main]:.4g})" if len(best) > 1 else ""
+        lines.append(f"Best: trial {best[0].number} with {_metrics(best[0])}{runner_up}.")
+    for trial in (one for one in record.trials if sweep.is_baseline(one.number)):
+        ended = f", {trial.outcome or 'unfinished'} at {trial.samples:,} samples"
+        how = "" if trial.outcome == "finished" else ended
+        found = _metrics(trial) or trial.why or "no report yet"
+        lines.append(f"The base configuration itself (trial {trial.number}{how}): {found}.")
+    return lines
+
+
+def _ranges(record: Record) -> tuple[str, dict[str, str]]:
+    """Return the values that the best trials have: a heading, and key -> values."""
+    sweep = record.sweep
+    best, names, found = top(sweep, record.trials), short_names(list(sweep.space)), {}
+    for key, ends in ranges(sweep, best).items():
+        is_choice = bool(sweep.space[key].values)
+        texts = ends if is_choice else list(dict.fromkeys(f"{end:.3g}" for end in ends))
+        found[names[key]] = (", " if is_choice else " to ").join(texts)
+    at_end = " at the end" if any(trial.changes for trial in best) else ""
+    return f"Values{at_end} of the best {len(best)} by {sweep.main}", found
 
 
 def _counts(record: Record) -> dict[str, int]:
@@ -90,119 +136,57 @@ def _counts(record: Record) -> dict[str, int]:
     return {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}
 
 
-def chosen(record: Record) -> list[Any]:
-    """Return the trials whose configurations are worth keeping: the front of several metrics, else the best
-    few."""
-    found = leading(record.sweep, record.trials)
-    return found if len(record.sweep.metrics) > 1 else found[:KEPT]
+def _metrics(trial: Trial) -> str:
+    return ", ".join(f"{metric} {value:.4g}" for metric, value in figures_of(trial).items())
 
 
-def _write_best(record: Record, out: Path) -> Path:
-    folder = out / "best"
-    folder.mkdir(exist_ok=True)
+def _write_best(record: Record, folder: Path) -> list[Path]:
+    written = []
     for rank, trial in enumerate(chosen(record), 1):
         config = trained_config(record, trial)
         if config is not None:
             file = folder / f"{rank}-trial-{trial.number}.yaml"
-            head = f"# Trial {trial.number} of {record.name}: {_told(trial)}\n# mmdiff train {file.name}\n"
+            head = f"# Trial {trial.number} of {record.name}: {_metrics(trial)}\n# mmdiff train {file.name}\n"
             file.write_text(head + configuration.to_yaml(config), encoding="utf8")
-    return folder
+            written.append(file)
+    return written
 
 
-def _told(trial: Trial) -> str:
-    return ", ".join(f"{metric} {value:.4g}" for metric, value in figures_of(trial).items())
-
-
-def verdict(record: Record) -> list[str]:
-    """Return what the sweep says, in sentences."""
-    sweep, best = record.sweep, chosen(record)
-    said = ", ".join(f"{count} {outcome}" for outcome, count in _counts(record).items())
-    spent = sum(trial.samples for trial in record.trials)
-    lines = [f"{len(record.trials)} trials ({said}) saw {spent:,} samples."]
-    if not best:
-        return [*lines, "No trial has finished: nothing can be said yet."]
-    names = short(list(sweep.space))
-    if len(sweep.metrics) > 1:
-        lines.append(
-            f"{len(best)} lie on the front: no other trial is as good in every metric and better in one."
-        )
-        lines += [f"Trial {trial.number}: {_told(trial)}." for trial in best[:KEPT]]
-    else:
-        second = f"; the next: {figures_of(best[1])[sweep.main]:.4g}" if len(best) > 1 else ""
-        lines.append(f"Best: trial {best[0].number} with {_told(best[0])}{second}.")
-    lines += [
-        f"The base configuration itself{_base(trial)}."
-        for trial in record.trials
-        if sweep.is_baseline(trial.number)
-    ]
-    leading = top(sweep, record.trials)
-    at = AT_END * any(trial.changes for trial in leading)
-    for key, ends in ranges(sweep, leading).items():
-        words = map(str, ends) if sweep.space[key].values else dict.fromkeys(f"{end:.3g}" for end in ends)
-        said = (", " if sweep.space[key].values else " to ").join(words)
-        lines.append(f"{names[key]} of the best {len(leading)} by {sweep.main}{at}: {said}.")
-    lines.append(
-        "All trials had one seed: how much is chance, other seeds of the best configurations would tell, on "
-        "rows that they were not chosen by."
-    )
-    return lines
-
-
-def _base(trial: Trial) -> str:
-    """Return what became of the trial of the base configuration, in words."""
-    how = (
-        ""
-        if trial.outcome == "finished"
-        else f", {trial.outcome or 'unfinished'} at {trial.samples:,} samples"
-    )
-    return f" (trial {trial.number}{how}): {_told(trial) or trial.why or 'no figures yet'}"
-
-
-def _page(record: Record, pictures: Sequence[Drawn]) -> str:
-    """Return the page: verdict, table, interactive pictures; it needs no other file and no network."""
-    parts = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'>",
-        f"<title>{html.escape(record.name)}</title><style>{STYLE}</style>",
-        f"<h1>{html.escape(record.sweep.title)}</h1>",
-        *[f"<p>{html.escape(line)}</p>" for line in verdict(record)],
-        _table(record),
-    ]
-    for index, picture in enumerate(pictures):
-        script = index == 0  # the library once, in the page itself
-        parts.append(picture.html.to_html(full_html=False, include_plotlyjs=script, default_height="480px"))
-    return "\n".join([*parts, "</html>"])
-
-
-def _table(record: Record) -> str:
-    sweep = record.sweep
-    names = short(list(sweep.space))
-    on_front = [trial.number for trial in front(sweep, record.trials)] if len(sweep.metrics) > 1 else []
+def _page(record: Record, plots: Sequence[Plot], best: Sequence[Path]) -> str:
+    """Return the page, which needs no other file and no network."""
+    sweep, trials = record.sweep, record.trials
+    names, group = short_names(list(sweep.space)), groups(sweep, trials)
+    heading, values = _ranges(record)
+    origin = [record.name, sweep.searcher.name, sweep.scheduler.name, f"seed {sweep.seed}"]
+    rows = [_row(sweep, trial, names, group[trial.number]) for trial in best_first(sweep, trials)]
     heads = ["trial", "outcome", "samples", *sweep.metrics, *names.values()]
-    rows = []
-    for trial in best_first(sweep, record.trials):
-        figures = figures_of(trial)
-        outcome = "on the front" if trial.number in on_front else trial.outcome or "unfinished"
-        cells = [
-            f"{trial.number}{' (base)' * sweep.is_baseline(trial.number)}",
-            outcome,
-            f"{trial.samples:,}",
-        ]
-        cells += [f"{figures[metric]:.4g}" if metric in figures else "" for metric in sweep.metrics]
-        cells += [_cell(trial.now.get(key)) for key in names]
-        rows.append("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{html.escape(word)}</th>" for word in heads)
-    return f"<div class='wide'><table><tr>{head}</tr>{''.join(rows)}</table></div>"
+    heads = [escape(head).replace(".", ".<wbr>").replace("/", "/<wbr>") for head in heads]
+    figures = [
+        f"<section><h2>{escape(plot.title)}</h2><p>{escape(plot.caption)}</p>"
+        f"{to_svg(plot.figure, plot.name)}</section>"
+        for plot in plots
+    ]
+    parts = {
+        "name": escape(record.name),
+        "title": escape(sweep.title),
+        "origin": escape(" · ".join([*origin, record.made.get("command", "")]).removesuffix(" · ")),
+        "summary": "".join(f"<p>{escape(line)}</p>" for line in [*_headlines(record), ONE_SEED]),
+        "commands": escape("\n".join(f"mmdiff train best/{file.name}" for file in best)),
+        "heads": "".join(f"<th>{head}</th>" for head in heads),
+        "trials": "\n".join(rows),
+        "heading": escape(heading),
+        "ranges": "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in values.items()),
+        "figures": "\n".join(figures),
+    }
+    page = files("mmdiff_ray.sweeps").joinpath("report.html").read_text(encoding="utf8")
+    return re.sub("@([a-z]+)@", lambda match: parts[match[1]], page)
 
 
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222 }
-body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
-.wide { overflow-x: auto; margin: 1.5rem 0 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
-th:nth-child(2), td:nth-child(2) { text-align: left }
-"""
+def _row(sweep: Sweep, trial: Trial, names: Mapping[str, str], group: str) -> str:
+    figures = figures_of(trial)
+    values = [*(figures.get(metric) for metric in sweep.metrics), *(trial.now.get(key) for key in names)]
+    texts = ["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values]
+    number = f"{trial.number}{' (base)' * sweep.is_baseline(trial.number)}"
+    cells = [escape(text) for text in (number, group, f"{trial.samples:,}", *texts)]
+    cells[1] = f"<i style='background:{COLORS[group]}'></i>{cells[1]}"
+    return f"<tr data-trial='{trial.number}'><td>{'</td><td>'.join(cells)}</td></tr>"

@@ -131,7 +131,7 @@ def test_the_report_is_made_again_from_mlflow_alone(done, tmp_path, monkeypatch,
     )
     page = (again / "report.html").read_text()
     assert "<h1>Tiny</h1>" in page and "cdn" not in re.sub(r"<script.*?</script>", "", page, flags=re.S)
-    assert {path.name for path in again.glob("*.png")} >= {"trials.png", "timeline.png", "b-shape.png"}
+    assert {path.name for path in again.glob("*.png")} >= {"trials.png", "timeline.png", "weights.png"}
     assert "Best: trial" in capsys.readouterr().out
 
 

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from mmdiff_ray.experiments.curves import shown_tasks
-from mmdiff_ray.experiments.looks import COLORS, looks, wrapped
-from mmdiff_ray.experiments.overview import limits
 from mmdiff_ray.experiments.page import markdown
+from mmdiff_ray.experiments.plots import compared_tasks, limits
 from mmdiff_ray.experiments.runner import write_page
 from mmdiff_ray.experiments.spec import FOLDER, load_experiment
+from mmdiff_ray.experiments.styles import COLORS, styles, wrapped
 
 RESULTS = Path(__file__).parents[2] / "results"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
@@ -125,18 +124,18 @@ def test_a_matrix_ends_with_the_rules_that_are_there_whatever_is_given():
     assert "| rules that are given nothing: shuffled pixels | 0.150 |  |\n" in page
 
 
-def test_every_method_has_its_own_look_and_rules_differ_in_their_dashes():
+def test_every_method_has_its_own_style_and_rules_differ_in_their_dashes():
     for name in NAMES:
         found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf8"))
-        known = looks(found)
+        known = styles(found)
         methods = [known[method] for method in found["methods"]]
-        assert len({(look.color, look.marker) for look in methods}) == len(methods)
+        assert len({(style.color, style.marker) for style in methods}) == len(methods)
         if len(methods) <= len(COLORS) + 1:
-            assert len({look.color for look in methods}) == len(methods)
-        rules = [look for method, look in known.items() if method not in found["methods"]]
-        assert {look.color for look in rules} <= {"0.45"} and {look.is_main for look in rules} <= {False}
-        assert len({look.line for look in rules}) >= min(5, len(rules))
-        assert [look.is_main for look in methods].count(True) == 1
+            assert len({style.color for style in methods}) == len(methods)
+        rules = [style for method, style in known.items() if method not in found["methods"]]
+        assert {style.color for style in rules} <= {"0.45"} and {style.is_main for style in rules} <= {False}
+        assert len({style.line for style in rules}) >= min(5, len(rules))
+        assert [style.is_main for style in methods].count(True) == 1
 
 
 def test_rules_far_from_all_methods_do_not_stretch_an_axis():
@@ -158,7 +157,7 @@ def test_losses_are_compared_at_shared_tasks_and_gradients_at_those_of_the_main_
         return [{"losses": dict.fromkeys(tasks, 1.0)}]
 
     watched = {"ours": points("joint", "any", "hole", "mask"), "hole": points("hole"), "mask": points("mask")}
-    assert shown_tasks(watched, "ours") == (["hole", "mask"], ["joint", "any"])
+    assert compared_tasks(watched, "ours") == (["hole", "mask"], ["joint", "any"])
     watched["ours"] = points("hole", "mask")
-    assert shown_tasks(watched, "ours") == (["hole", "mask"], ["hole", "mask"])
-    assert shown_tasks({"ours": watched["ours"]}, "ours") == (["hole", "mask"], ["hole", "mask"])
+    assert compared_tasks(watched, "ours") == (["hole", "mask"], ["hole", "mask"])
+    assert compared_tasks({"ours": watched["ours"]}, "ours") == (["hole", "mask"], ["hole", "mask"])

@@ -29,7 +29,7 @@ VIEWS = {
     "split_with_sizes",
     "_reshape_alias",
 }
-MOST = {"image only": 560, "six modalities": 1_230}
+MOST = {"image only": 550, "six modalities": 1_150}
 """Operators of a step with a backbone of two convolutions, all but views: of the step's own, mostly."""
 
 

@@ -1,0 +1,232 @@
+"""The figures of an experiment's page: the overview, curves, and what was watched during training."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmdiff_ray.experiments.files import beside
+from mmdiff_ray.experiments.spec import Panel
+from mmdiff_ray.experiments.styles import RULE, Style, direction, label_ends, numbered, styles, wrapped
+from mmdiff_ray.plotting import POINTS, log_scale, panels, save_png
+
+WIDTH = 11.0
+"""Inches of a whole figure."""
+TITLE, LEGEND = 26, 28
+"""Letters in a line of a panel's title, and of the names of rules below it."""
+Line = Mapping[str, Any]
+"""One figure of one method: an entry of a result's `figures`."""
+
+
+def draw_overview(values: Mapping[str, Any], overview: Sequence[Panel], out: Path) -> list[Path]:
+    """Draw the measured panels of the overview beside `out`: methods as rows. Return the file, if any."""
+    measured = [(panel, _panel_lines(values, panel)) for panel in overview]
+    measured = [(panel, lines) for panel, lines in measured if lines.keys() & values["methods"]]
+    if not measured:
+        return []
+    known = styles(values)
+    rows = [
+        name for name in known if any(name in lines for _, lines in measured) and name in values["methods"]
+    ]
+    most_rules = max(len(lines.keys() - values["methods"]) for _, lines in measured)
+    height = 0.36 * len(rows) + 1.7 + 0.3 * most_rules
+    figure, axes = panels(len(measured), len(measured), (WIDTH / len(measured), height))
+    for one, (panel, lines) in zip(axes, measured, strict=True):
+        _draw_panel(one, panel, lines, rows, known)
+    seeds = {name: max(len(lines[name]["seeds"]) for _, lines in measured if name in lines) for name in rows}
+    fewer = {
+        n: f" ({count} seed{'s' * (count > 1)})" for n, count in seeds.items() if count < max(seeds.values())
+    }
+    labels = [wrapped(known[name].label + fewer.get(name, ""), 40) for name in rows]
+    for tick, name in zip(axes[0].set_yticks(range(len(rows)), labels), rows, strict=True):
+        tick.label1.set(fontweight=known[name].weight, fontsize=POINTS)
+    return [save_png(figure, beside(out, "-overview.png"))]
+
+
+def _panel_lines(values: Mapping[str, Any], panel: Panel) -> dict[str, Line]:
+    return {
+        line["method"]: line
+        for line in values["figures"]
+        if (line["measure"], line["figure"]) == (panel.measure, panel.figure) and not math.isnan(line["mean"])
+    }
+
+
+def _draw_panel(
+    axes: Any, panel: Panel, lines: Mapping[str, Line], rows: Sequence[str], known: Mapping[str, Style]
+) -> None:
+    """Draw means with their intervals, single seeds as dots, and rules as vertical lines."""
+    shown = {name: lines[name] for name in rows if name in lines}
+    for at, name in enumerate(rows):
+        if name in shown:
+            line, style = shown[name], known[name]
+            axes.plot(_interval(line), [at, at], color=style.color, linewidth=style.width)
+            seeds = line.get("values", [])
+            axes.plot(seeds, [at + 0.27] * len(seeds), ".", color=style.color, markersize=4, alpha=0.6)
+            axes.plot(line["mean"], at, **style.drawn)
+    better = next(iter(lines.values()))["better"]
+    title = "\n".join(wrapped(part, TITLE) for part in [*panel.name.split(": "), f"({direction(better)})"])
+    axes.set_title(title, fontsize=9.5)
+    axes.set_xlabel(_bars(list(shown.values())), fontsize=POINTS, color="0.35")
+    rules = {name: line["mean"] for name, line in lines.items() if name.startswith(RULE)}
+    ends = [end for line in shown.values() for end in _interval(line)]
+    if panel.log:
+        log_scale(axes)
+    else:
+        axes.locator_params(axis="x", nbins=4)
+    axes.set_xlim(limits(ends, list(rules.values()), panel.log))
+    _draw_rules(axes, rules, known)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_yticks(range(len(rows)), [""] * len(rows))
+    axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=POINTS)
+
+
+def _interval(line: Line) -> tuple[float, float]:
+    """Return the ends of a mean's bar: its interval, else one standard deviation over seeds to each side."""
+    spread = line["spread"] or 0.0
+    low, high = line.get("interval", (line["mean"] - spread, line["mean"] + spread))
+    return low, high
+
+
+def _bars(lines: Sequence[Line]) -> str:
+    if any("interval" in line for line in lines):
+        return "bars: 95 % intervals"
+    if any(line["spread"] is not None for line in lines):
+        return "bars: ± s. d. over seeds"
+    return "one seed, no interval"
+
+
+def limits(ends: Sequence[float], rules: Sequence[float], log: bool) -> tuple[float, float]:
+    """Return the limits of an axis that shows all bars, and the rules that need at most as much room again.
+
+    ends: of the bars. log: whether the axis is logarithmic.
+    """
+    to, back = (math.log, math.exp) if log else (float, float)
+    low, high = to(min(ends)), to(max(ends))
+    room = high - low or 0.1 * abs(high) or 1.0
+    near = [to(value) for value in rules if (value > 0 or not log) and low - room < to(value) < high + room]
+    low, high = min([low, *near]), max([high, *near])
+    margin = 0.08 * (high - low or room)
+    return back(low - margin), back(high + margin)
+
+
+def _draw_rules(axes: Any, rules: Mapping[str, float], known: Mapping[str, Style]) -> None:
+    """Draw the rules inside the limits as vertical lines; list all of them, with their values, below."""
+    low, high = axes.get_xlim()
+    for name, value in rules.items():
+        is_inside = low < value < high
+        label = f"{name.removeprefix(RULE)}: {value:.{3 if value < 10 else 0}f}"
+        label = wrapped(label if is_inside else f"{label}, off the axis", LEGEND)
+        axes.axvline(value if is_inside else math.nan, label=label, **known[name].drawn | {"zorder": 1})
+    if rules:
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=5, fontsize=7.5, frameon=False,
+            handlelength=2.6,
+        )  # fmt: skip
+
+
+def draw_curves(values: Mapping[str, Any], curves: Sequence[Mapping[str, Any]], out: Path) -> list[Path]:
+    """Draw each curve that was measured at two points or more, beside `out`; return the files.
+
+    curves: `name`, `title`, `figure`, `x` and `y` (labels of the axes) and `points`: measure -> x.
+    """
+    lines = [(curve, _curve_points(values, curve)) for curve in curves]
+    return [_draw_curve(values, curve, points, out) for curve, points in lines if points]
+
+
+def _curve_points(values: Mapping[str, Any], curve: Mapping[str, Any]) -> dict[str, list[tuple[float, Line]]]:
+    """Return method -> points in order (x and figure), for methods measured at two points or more."""
+    found: dict[str, list[tuple[float, Line]]] = {}
+    for line in values["figures"]:
+        if line["figure"] == curve["figure"] and line["measure"] in curve["points"]:
+            found.setdefault(line["method"], []).append((float(curve["points"][line["measure"]]), line))
+    return {
+        name: sorted(points, key=lambda point: point[0]) for name, points in found.items() if len(points) > 1
+    }
+
+
+def _draw_curve(
+    values: Mapping[str, Any], curve: Mapping[str, Any], lines: Mapping[str, Any], out: Path
+) -> Path:
+    figure, (axes,) = panels(1, 1, (WIDTH, 7.2))
+    known, ends = styles(values), []
+    methods = [name for name in known if name in lines]
+    step = 0.03 * (max(curve["points"].values()) - min(curve["points"].values())) / len(methods)
+    for at, name in enumerate(methods):
+        x = [one + step * (at - len(methods) / 2) for one, _ in lines[name]]  # intervals side by side
+        y = [line["mean"] for _, line in lines[name]]
+        axes.plot(x, y, **known[name].drawn)
+        if not name.startswith(RULE):
+            bars = [line.get("interval", (line["mean"], line["mean"])) for _, line in lines[name]]
+            axes.vlines(x, *zip(*bars, strict=True), color=known[name].color, linewidth=1)
+        ends.append((x[-1], y[-1], known[name]))
+    better = next(line["better"] for line in values["figures"] if line["figure"] == curve["figure"])
+    y_label = f"{curve.get('y', curve['figure'])} ({direction(better)})"
+    axes.set(title=f"{curve['title']} (bars: 95 % intervals)", xlabel=curve["x"], ylabel=y_label)
+    label_ends(axes, ends)
+    return save_png(figure, beside(out, f"-{curve['name']}.png"))
+
+
+def draw_watched(values: Mapping[str, Any], names: Mapping[str, str], out: Path) -> list[Path]:
+    """Draw what was watched during training, beside `out`; return the files.
+
+    names: task -> its title. OUT-tasks.png has the loss of every compared task, OUT-conflict.png the cosine
+    between the gradients of every two tasks of the main method.
+    """
+    watched, main = values["watched"], values["main"]
+    if main not in watched:
+        return []
+    compared, own = compared_tasks(watched, main)
+    files = [_draw_tasks(values, {task: names.get(task, task) for task in compared}, out)]
+    if watched[main][0]["cosines"]:
+        files.append(_draw_conflict(watched[main], {task: names.get(task, task) for task in own}, out))
+    return files
+
+
+def compared_tasks(watched: Mapping[str, Any], main: str) -> tuple[list[str], list[str]]:
+    """Return the tasks whose losses are compared, and those whose gradients are.
+
+    Losses: tasks that another method was watched at, too; all if there are none. Gradients: tasks of the main
+    method alone, those it trains; all if there are fewer than two.
+    """
+    tasks = list(watched[main][0]["losses"])
+    elsewhere = {task for name in watched if name != main for task in watched[name][0]["losses"]}
+    own = [task for task in tasks if task not in elsewhere]
+    return [task for task in tasks if task in elsewhere] or tasks, own if len(own) > 1 else tasks
+
+
+def _draw_tasks(values: Mapping[str, Any], tasks: Mapping[str, str], out: Path) -> Path:
+    """Draw the loss of each task during training, a panel each, and the legend in one more."""
+    columns = min(3, len(tasks) + 1)
+    figure, axes = panels(len(tasks) + 1, columns, (WIDTH / columns, 3.3))
+    known, watched, handles = styles(values), values["watched"], {}
+    for panel, (task, title) in zip(axes, tasks.items(), strict=False):
+        for name, style in known.items():
+            points = [point for point in watched.get(name, ()) if task in point["losses"]]
+            if points:
+                x = [point["samples"] / 1000 for point in points]
+                y = [point["losses"][task] for point in points]
+                drawn = style.drawn | {"markersize": 0.6 * style.size}
+                (handles[wrapped(style.label, 40)],) = panel.plot(x, y, **drawn)
+        panel.set(title=title, xlabel="thousand samples seen", ylabel="held-out loss (lower is better)")
+    axes[-1].set_axis_off()
+    axes[-1].legend(handles.values(), handles, loc="center left", fontsize=POINTS, frameon=False)
+    return save_png(figure, beside(out, "-tasks.png"))
+
+
+def _draw_conflict(points: Sequence[Mapping[str, Any]], tasks: Mapping[str, str], out: Path) -> Path:
+    """Draw the cosine between the gradients of every two tasks during training."""
+    figure, (axes,) = panels(1, 1, (WIDTH, 5.5))
+    pairs = [pair for pair in points[0]["cosines"] if set(pair.split("~")) <= set(tasks)]
+    x, ends = [point["samples"] / 1000 for point in points], []
+    for at, pair in enumerate(pairs):
+        style = numbered(at, " and ".join(tasks[task] for task in pair.split("~")))
+        cosines = [point["cosines"][pair] for point in points]
+        axes.plot(x, [math.nan if cosine is None else cosine for cosine in cosines], **style.drawn)
+        known = [(one, cosine) for one, cosine in zip(x, cosines, strict=True) if cosine is not None]
+        ends += [(*known[-1], style)] if known else []
+    axes.axhline(0, color="0.4", linewidth=0.8)
+    axes.set(title="Gradients of two tasks in the shared backbone", xlabel="thousand samples seen")
+    axes.set(ylabel="cosine (below 0: they conflict)", ylim=(-1, 1))
+    label_ends(axes, ends, 60)
+    return save_png(figure, beside(out, "-conflict.png"))
