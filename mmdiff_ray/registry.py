@@ -8,7 +8,7 @@ itself.
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 Part = TypeVar("Part", bound=Callable[..., Any])
@@ -50,10 +50,16 @@ def look_up(kind: str, name: str) -> Any:
     """Return the part of a kind registered under a name. Raises KeyError naming what is registered."""
     known = _known(kind)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise KeyError(f"unknown {kind} {name!r}; registered: {', '.join(sorted(known))}{hint}")
+        raise KeyError(
+            f"unknown {kind} {name!r}; registered: {', '.join(sorted(known))}{suggestion(name, known)}"
+        )
     return known[name]
+
+
+def suggestion(value: Any, known: Iterable[Any]) -> str:
+    """Return the end of an error message that suggests the known name most like a value; empty if none is."""
+    near = difflib.get_close_matches(str(value), [str(name) for name in known], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def names(kind: str) -> list[str]:

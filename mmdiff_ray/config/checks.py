@@ -1,6 +1,5 @@
 """What a configuration must fulfil, and the words of the errors where it does not."""
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from mmdiff_ray import registry
 from mmdiff_ray.config.addresses import IN_STORAGE, IN_TRACKING, refuse_password
 from mmdiff_ray.config.errors import ConfigError, named
-from mmdiff_ray.config.schema import Config, TaskConfig
+from mmdiff_ray.config.schema import Config, TaskConfig, as_list
 
 READOUTS = ("sample", "likely")
 
@@ -165,10 +164,11 @@ def _check_names(config: Config) -> None:
 
 
 def _check_task(task: str, row: TaskConfig, modalities: Mapping[str, Any]) -> None:
-    for instance, roles in row.roles.items():
+    for instance in row.roles:
         if instance not in modalities:
             raise ConfigError(unknown(f"tasks.{task}.roles", instance, modalities))
-        for role in (roles or [None]) if isinstance(roles, list) else [roles]:
+        alternatives: list[Any] = row.alternatives(instance) or [None]
+        for role in alternatives:
             one_of(f"tasks.{task}.roles.{instance}", role, ("generated", "given", "absent"))
     if not row.frequency >= 0 or not 0 <= row.drop < 1:
         raise ConfigError(
@@ -180,7 +180,7 @@ def _check_task(task: str, row: TaskConfig, modalities: Mapping[str, Any]) -> No
 
 def generates(roles: Mapping[str, Any]) -> bool:
     """Return whether a row of roles generates any instance, at least sometimes."""
-    return any("generated" in (role if isinstance(role, list) else [role]) for role in roles.values())
+    return any("generated" in as_list(role) for role in roles.values())
 
 
 def one_of(key: str, value: Any, known: Sequence[str]) -> None:
@@ -191,7 +191,5 @@ def one_of(key: str, value: Any, known: Sequence[str]) -> None:
 
 def unknown(key: str, value: Any, known: Any, what: str = "") -> str:
     """Return the words for a value that is none of those known. what: what the value is, such as key."""
-    near = difflib.get_close_matches(str(value), [str(name) for name in known], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     got = f"{what} {value!r}" if what else repr(value)
-    return f"{key}: unknown {got}; known: {', '.join(map(str, known))}{hint}"
+    return f"{key}: unknown {got}; known: {', '.join(map(str, known))}{registry.suggestion(value, known)}"

@@ -95,6 +95,19 @@ class TaskConfig:
     drop: float = 0.1
     readout: str = "sample"
 
+    def alternatives(self, instance: str) -> list[str]:
+        """Return the roles that an instance's role is drawn from."""
+        return as_list(self.roles.get(instance, "absent"))
+
+    def can_be(self, instance: str, role: str) -> bool:
+        """Return whether an instance may have a role."""
+        return role in self.alternatives(instance)
+
+
+def as_list(roles: Any) -> list[Any]:
+    """Return an entry of `roles`, a single role or a list of them, as a list."""
+    return roles if isinstance(roles, list) else [roles]
+
 
 @dataclass(frozen=True)
 class CoefficientsConfig:

@@ -3,7 +3,6 @@
 A kind knows nothing of modalities: several modality types may read the same kind.
 """
 
-import difflib
 import io
 import json
 import math
@@ -16,6 +15,7 @@ import pyarrow as pa
 from PIL import Image
 
 from mmdiff_ray.config import ConfigError
+from mmdiff_ray.registry import suggestion
 
 Tally = dict[str, np.ndarray]
 """What is counted of a column: arrays that add up over rows and shards."""
@@ -126,7 +126,9 @@ class LabelColumn(Column):
     def accept(self, value: Any) -> tuple[int, Tally]:
         index = self._index.get(value) if isinstance(value, str) else operator.index(value)
         if index is None or not 0 <= index < len(self._index):
-            raise ConfigError(f"unknown label {value!r}{_near(value, self._index)}")
+            names = list(self._index)
+            hint = suggestion(value, names) or f"; there are {len(names)}: {', '.join(names[:8])}"
+            raise ConfigError(f"unknown label {value!r}{hint}")
         return index, {**_present(), "counts": np.bincount([index], minlength=len(self._index))}
 
     def to_arrow(self, values: Sequence[Any]) -> pa.Array:
@@ -231,9 +233,3 @@ def _names(name: str, facts: Mapping[str, Any]) -> list[str]:
     if not names or len(set(names)) != len(names) or not all(isinstance(label, str) for label in names):
         raise ConfigError(f"column {name!r} needs `names`, a list of different names; got {names!r}")
     return list(names)
-
-
-def _near(value: Any, known: Iterable[str]) -> str:
-    names = list(known)
-    near = difflib.get_close_matches(str(value), names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {len(names)}: {', '.join(names[:8])}"
