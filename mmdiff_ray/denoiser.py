@@ -241,12 +241,7 @@ def build_process(config: Config, modalities: Mapping[str, Modality]) -> Process
 
 
 def is_generated(config: Config, name: str) -> bool:
-    return any(
-        "generated" in (roles if isinstance(roles, list) else [roles])
-        for task in config.tasks.values()
-        for instance, roles in task.roles.items()
-        if instance == name
-    )
+    return any(task.can_be(name, "generated") for task in config.tasks.values())
 
 
 def _check_prior(config: Config, process: Process, name: str) -> None:

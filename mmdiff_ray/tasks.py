@@ -87,8 +87,7 @@ class Tasks:
 
 
 def _alternatives(name: str, task: TaskConfig, instance: str, only_given: set[str]) -> list[int]:
-    roles = task.roles.get(instance, "absent")
-    roles = roles if isinstance(roles, list) else [roles]
+    roles = task.alternatives(instance)
     if instance in only_given and "generated" in roles:
         raise ConfigError(
             f"tasks.{name}.roles.{instance}: it is made from another modality, so it can be given or absent, "

@@ -104,8 +104,7 @@ class Context:
     def trained(self, name: str, *given: str) -> bool:
         """Return whether some task generates an instance from at least what is given."""
         return any(
-            "generated" in np.atleast_1d(task.roles.get(name, "absent")).tolist()
-            and all("given" in np.atleast_1d(task.roles.get(other, "absent")).tolist() for other in given)
+            task.can_be(name, "generated") and all(task.can_be(other, "given") for other in given)
             for task in self.config.tasks.values()
             if task.frequency > 0
         )

@@ -155,8 +155,8 @@ class Generator:
         return {
             name
             for task in self.config.tasks.values()
-            for name, roles in task.roles.items()
-            if task.frequency > 0 and "generated" in (roles if isinstance(roles, list) else [roles])
+            for name in task.roles
+            if task.frequency > 0 and task.can_be(name, "generated")
         }
 
     def roles_for(self, given: Sequence[str], num: int) -> dict[str, Tensor]:
@@ -302,9 +302,7 @@ class Generator:
         tasks = [task for task in self.config.tasks.values() if task.frequency > 0]
         found = []
         for name in given:
-            giving = [
-                task for task in tasks if "given" in np.atleast_1d(task.roles.get(name, "absent")).tolist()
-            ]
+            giving = [task for task in tasks if task.can_be(name, "given")]
             if not giving:
                 found.append(f"no task of this model was trained with {name} given; expect nonsense")
             elif guidance != 1 and not any(task.drop > 0 for task in giving):
