@@ -18,7 +18,8 @@ from mmdiff_ray.data.manifest import Manifest, RowGroup, read_manifest
 from mmdiff_ray.data.parquet import read_row_group
 from mmdiff_ray.data.storage import filesystem
 from mmdiff_ray.evaluation import tiles
-from mmdiff_ray.evaluation.grids import Panel, grid, to_png
+from mmdiff_ray.evaluation.grids import Panel, grid
+from mmdiff_ray.modalities.image import to_png
 
 Facts = Mapping[str, Any]
 Row = Mapping[str, Any]

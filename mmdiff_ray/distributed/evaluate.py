@@ -28,8 +28,8 @@ from mmdiff_ray.distributed.worker import go_to
 from mmdiff_ray.evaluation.context import Figure, Findings
 from mmdiff_ray.evaluation.draws import Ask, Drawer, draw, draw_here, kept_in
 from mmdiff_ray.evaluation.gallery import free_folder
-from mmdiff_ray.evaluation.grids import to_png
 from mmdiff_ray.evaluation.run import check_evaluators, evaluate, metrics_of
+from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.tracking.models import log_model
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import write_json

@@ -25,8 +25,8 @@ from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.distributed.evaluate import export_facts, measure, measure_on_ray
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.worker import go_to
-from mmdiff_ray.evaluation.grids import to_png
 from mmdiff_ray.evaluation.run import metrics_of
+from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.sweeps.journal import TRIALS, Trial, number_of, read_trial, trial_address, write_trial
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.tracking import run_life

@@ -18,8 +18,8 @@ from mmdiff_ray.distributed.cluster import log_folder
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.records import keep
 from mmdiff_ray.distributed.runs import not_sent
-from mmdiff_ray.evaluation.grids import to_png
 from mmdiff_ray.evaluation.run import sample_pictures
+from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.tracking.system import SystemMonitor
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import CheckpointStore

@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.evaluation.grids import Panel, grid, mosaic, to_png
+from mmdiff_ray.evaluation.grids import Panel, grid, mosaic
 from mmdiff_ray.evaluation.tiles import text_tile
+from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.training.inference import Generator, Samples
 
 

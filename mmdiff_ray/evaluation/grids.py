@@ -5,7 +5,6 @@ crisp; what is no picture (labels, captions, embeddings, what a row lacks) becom
 measure on a page grows with its cells.
 """
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,13 +115,6 @@ def stack(pages: Sequence[Image.Image], gap: int = 0) -> Image.Image:
         whole.paste(page, (0, top))
         top += page.height + gap
     return whole
-
-
-def to_png(image: Image.Image) -> bytes:
-    """Return a picture as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def cell_size(panels: Sequence[Panel], cell_px: int) -> int:

@@ -159,10 +159,10 @@ def draw(image: Image.Image, context: RowContext, name: str) -> np.ndarray:
     return np.ascontiguousarray((array * 255).round().clip(0, 255).astype(np.uint8).transpose(2, 0, 1))
 
 
-def to_png(pixels: np.ndarray) -> bytes:
-    """Return pixels, uint8 (H, W), (H, W, 3) or (H, W, 4), as a PNG file."""
+def to_png(image: Image.Image | np.ndarray) -> bytes:
+    """Return an image as the bytes of a PNG file. Arrays are uint8 (H, W), (H, W, 3) or (H, W, 4)."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdiff_ray.evaluation.grids import LINE, NOTES, Panel, cell_size, grid, mosaic, stack, to_png
+from mmdiff_ray.evaluation.grids import LINE, NOTES, Panel, cell_size, grid, mosaic, stack
+from mmdiff_ray.modalities.image import to_png
 
 
 def pictures(count: int = 3, size: int = 16, seed: int = 0) -> np.ndarray:
