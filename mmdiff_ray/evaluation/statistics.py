@@ -1,7 +1,7 @@
 """How sure a figure is: figures as sums over rows, and intervals over rows (bootstrap) and seeds (t)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -77,42 +77,107 @@ class Interval(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A value and what its intervals are made of.
+
+    rows: (draws,) values under the bootstrap over rows; empty if seeds are all there is. common: the share of
+    their variance that all seeds have in common. seeds: variance of the mean over seeds, 0 for one seed, with
+    its degrees of freedom.
+    """
+
+    value: float
+    rows: np.ndarray
+    common: float = 1.0
+    seeds: float = 0.0
+    freedom: float = 1.0
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """Return the two-sided interval at a level."""
+        tail = (1 - level) / 2
+        low = high = self.value
+        if len(self.rows):
+            low, high = np.nanpercentile(self.rows, [100 * tail, 100 * (1 - tail)])
+        seeds = self.seeds and stats.t.ppf(1 - tail, self.freedom) ** 2 * self.seeds
+        below, above = (
+            float(max(side, np.sqrt(self.common * side**2 + seeds))) if seeds else float(side)
+            for side in (self.value - low, high - self.value)
+        )
+        return Interval(self.value, self.value - below, self.value + above)
+
+    def p_below(self, bound: float = 0.0) -> float:
+        """Return the one-sided p-value for the claim that the value is below a bound.
+
+        It is the smallest tail whose interval lies below the bound, at least one over the draws.
+        """
+        if self.value > bound:
+            return 1 - self._mirrored().p_below(-bound)
+        low, high = 1 / len(self.rows) if len(self.rows) else 1e-12, 0.5
+        for _ in range(40):
+            middle = float(np.sqrt(low * high))
+            excluded = self.interval(1 - 2 * middle).high < bound
+            low, high = (low, middle) if excluded else (middle, high)
+        return high
+
+    def _mirrored(self) -> "Estimate":
+        return replace(self, value=-self.value, rows=-self.rows)
+
+
 def interval(seeds: Sequence[Tally], draws: int = DRAWS, seed: int = 0) -> Interval:
-    """Return the mean over seeds and its interval, over seeds and rows (see `_interval`)."""
-    return _interval([[tally.weighted for tally in seeds]], len(seeds[0]), draws, seed)
+    """Return the mean over seeds and its interval, over seeds and rows (see `_estimate`)."""
+    return _estimate([[tally.weighted for tally in seeds]], len(seeds[0]), draws, seed).interval()
 
 
 def difference(ours: Sequence[Tally], others: Sequence[Tally], draws: int = DRAWS, seed: int = 0) -> Interval:
-    """Return the mean of ours - others and its interval, over seeds and rows (see `_interval`).
+    """Return the mean of ours - others and its interval (see `compare`)."""
+    return compare(ours, others, draws=draws, seed=seed).interval()
 
-    Both hold the same rows in the same order, one tally per seed; as many seeds on both sides are paired in
+
+def compare(
+    ours: Sequence[Tally], others: Sequence[Tally], factor: float = 1.0, draws: int = DRAWS, seed: int = 0
+) -> Estimate:
+    """Return the mean of ours - factor * others, over seeds and rows (see `_estimate`).
+
+    Both hold the same rows in the same order, one tally per seed. As many seeds on both sides are paired in
     their order, others are not. A single tally has no spread over seeds (a rule without a model). Raises
     ValueError for tallies of different rows.
     """
     rows = {len(tally) for tally in (*ours, *others)}
     if len(rows) != 1:
         raise ValueError(f"only figures of the same rows can be compared; got {sorted(rows)} rows")
+    others = [Tally(factor * tally.numerator, tally.denominator) for tally in others]
     if len(ours) == len(others):
         groups = [[_minus(a, b) for a, b in zip(ours, others, strict=True)]]
     else:
         nothing = Tally(np.zeros(len(ours[0])), np.ones(len(ours[0])))
         groups = [[tally.weighted for tally in ours], [_minus(nothing, tally) for tally in others]]
-    return _interval(groups, rows.pop(), draws, seed)
+    return _estimate(groups, rows.pop(), draws, seed)
 
 
-def over_seeds(values: Sequence[float]) -> Interval:
-    """Return the mean of one value per seed and its 95 % interval by the t distribution, over seeds alone."""
-    mean = float(np.mean(values))
-    half = float(np.sqrt(_seeds_part([np.asarray(values, dtype=np.float64)])))
-    return Interval(mean, mean - half, mean + half)
+def over_seeds(values: Sequence[float]) -> Estimate:
+    """Return the mean of one value per seed, by the t distribution over seeds alone."""
+    variance, freedom = _seeds_part([np.asarray(values, dtype=np.float64)])
+    return Estimate(float(np.mean(values)), np.empty(0), 0.0, variance, freedom)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for how many there are: the chance of any false claim stays at the level.
+
+    Source: Holm (1979), a simple sequentially rejective multiple test procedure.
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, at in enumerate(np.argsort(p_values)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[at]))
+        corrected[at] = largest
+    return corrected
 
 
 def _minus(first: Tally, second: Tally) -> Weighted:
     return lambda weights: first.weighted(weights) - second.weighted(weights)
 
 
-def _interval(groups: Sequence[Sequence[Weighted]], rows: int, draws: int, seed: int) -> Interval:
-    """Return the interval of a sum over groups of the mean over their figures, one figure per seed.
+def _estimate(groups: Sequence[Sequence[Weighted]], rows: int, draws: int, seed: int) -> Estimate:
+    """Return a sum over groups of the mean over their figures, one figure per seed.
 
     Of a seed each: the percentile bootstrap over rows, which all figures share. Of S seeds: the spread s of
     the seeds' figures besides, as t(S - 1) s / sqrt(S) (of two groups by Welch), since resampling so few
@@ -128,25 +193,21 @@ def _interval(groups: Sequence[Sequence[Weighted]], rows: int, draws: int, seed:
     weights = np.concatenate([np.ones((1, rows)), drawn])  # every row once, then as drawn
     found = [np.stack([figure(weights) for figure in group]) for group in groups]  # (seeds, 1 + draws) each
     means = np.sum([values.mean(0) for values in found], 0)
-    value, (low, high) = float(means[0]), np.nanpercentile(means[1:], [2.5, 97.5])
     several = [values for values in found if len(values) > 1]
     if not several:
-        return Interval(value, float(low), float(high))
+        return Estimate(float(means[0]), means[1:])
     own = sum(np.nanmean((values[:, 1:] - values[:, :1]).var(0, ddof=1)) / len(values) for values in several)
     over_rows = np.nanvar(means[1:])
     common = max(0.0, 1 - own / over_rows) if over_rows > 0 else 0.0
-    seeds_part = _seeds_part([values[:, 0] for values in several])
-    below, above = (
-        float(max(side, np.sqrt(common * side**2 + seeds_part))) for side in (value - low, high - value)
-    )
-    return Interval(value, value - below, value + above)
+    variance, freedom = _seeds_part([values[:, 0] for values in several])
+    return Estimate(float(means[0]), means[1:], float(common), variance, freedom)
 
 
-def _seeds_part(groups: Sequence[np.ndarray]) -> float:
-    """Return the square of half the 95 % interval of a sum of means over seeds: t by Welch (1947)."""
+def _seeds_part(groups: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Return the variance of a sum of means over seeds, and its degrees of freedom by Welch (1947)."""
     variances = np.array([values.var(ddof=1) / len(values) for values in groups])
     if not variances.any():
-        return 0.0
+        return 0.0, 1.0
     shares = variances / variances.sum()
     freedom = 1 / sum(share**2 / (len(values) - 1) for share, values in zip(shares, groups, strict=True))
-    return float(stats.t.ppf(0.975, freedom) ** 2 * variances.sum())
+    return float(variances.sum()), float(freedom)

@@ -18,6 +18,11 @@ METHODS = {
     f"within {100 * TOLERANCE:.1f} % of the diagonal where that is more.",
 }
 """part of a figure's key -> how such figures are taken."""
+GOALS = (
+    "Goals were written down before the results. *Better* and *within N %* are one-sided tests: met if p, "
+    "corrected for their number (Holm), is below 0.025. *Not worse* is met unless the 95 % interval shows "
+    "the method to be worse; its p is that of being worse, uncorrected."
+)
 HALVES = (
     "A Frechet distance is larger the fewer images it is taken from: that of real images, one half against "
     "the other, compares with the column of half as many samples alone. Precision, recall, density and "
@@ -33,7 +38,7 @@ def markdown(
     main: names of the files of the main figures; discussion: what people have to say about the result;
     pictures: names of the files of other figures. They stand before the tables in this order.
     """
-    lines = _opening(values) + _shown(values, main)
+    lines = _opening(values) + _shown(values, main) + _goals(values)
     if discussion:
         lines += [discussion.strip(), ""]
     lines += _shown(values, pictures)
@@ -125,6 +130,30 @@ def _measure(titles: Mapping[str, str], measure: str, found: Sequence[Mapping[st
     if any(halves.values()):
         lines += [HALVES, ""]
     return lines + _weak(titles, found)
+
+
+def _goals(values: Mapping[str, Any]) -> list[str]:
+    """Return the table of the goals that were set beforehand."""
+    rows = []
+    for goal in values.get("goals", []):
+        met = {True: "met", False: "missed", None: "not measured"}[goal["met"]]
+        numbers = ["", "", "", ""]
+        if goal["p"] is not None:
+            low, high = goal["interval"]
+            numbers = [f"{goal['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}", _p_value(goal["p"])]
+            numbers.append(str(goal["seeds"]))
+        claim = f"{values['methods'][goal['a']]}: {goal['kind']} than {values['methods'][goal['b']]}"
+        claim = claim.replace("% than", "% of")
+        cells = [claim, f"{goal['measure']}: {goal['figure']}", *numbers, f"**{met}**"]
+        rows.append((goal["name"], cells))
+    if not rows:
+        return []
+    heads = ["claim", "figure", "difference", "95 % interval", "p", "seeds", "result"]
+    return ["## Goals", "", *_grid(heads, rows), "", GOALS, ""]
+
+
+def _p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _differ(found: Sequence[Mapping[str, Any]]) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -30,6 +31,7 @@ KEYS = {
     "watch",
     "overview",
     "task_words",
+    "goals",
 }
 
 
@@ -93,6 +95,30 @@ class Panel:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """A claim that is written down before the results: method a against b by one figure of a measure.
+
+    kind: `better`, `not worse` or `within N %`, worse by less than N % of b's figure. name: in words.
+    """
+
+    name: str
+    measure: str
+    figure: str
+    a: str
+    b: str
+    kind: str = "better"
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("better", "not worse") and not re.fullmatch(r"within [\d.]+ ?%", self.kind):
+            raise ConfigError(f"kind: got {self.kind!r}, want better, not worse or within N %")
+
+    @property
+    def margin(self) -> float:
+        """The share of b's figure by which a may be worse."""
+        return float(self.kind.removeprefix("within").strip(" %")) / 100 if "%" in self.kind else 0.0
+
+
+@dataclass(frozen=True)
 class Cell:
     """One training: a method with a seed. Its key names its folder."""
 
@@ -113,7 +139,8 @@ class Experiment:
     model of the first seed judges the others' pairs (`evaluate.judge`); it is trained before them. matrices:
     tables of figures by measure, each with `name`, `title`, `rows`: measure -> its words, and `columns`:
     figure -> its words. watch: method -> tasks whose losses and gradients are looked at while it trains.
-    task_words: watched task -> its words. overview: what matters most, the panels of the main figure.
+    task_words: watched task -> its words. overview: what matters most, the panels of the main figure. goals:
+    claims to test.
     """
 
     name: str
@@ -131,6 +158,7 @@ class Experiment:
     watch: dict[str, list[str]] = field(default_factory=dict)
     task_words: dict[str, str] = field(default_factory=dict)
     overview: list[Panel] = field(default_factory=list)
+    goals: list[Goal] = field(default_factory=list)
     _loaded: dict[str, Config] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def is_judge(self, cell: Cell) -> bool:
@@ -252,6 +280,10 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
     measures = {name: _made("measures", Measure, name, values) for name, values in plain["measures"].items()}
     modalities = plain["base"].get("modalities", {})
     overview = [_made("overview", Panel, name, values) for name, values in plain.get("overview", {}).items()]
+    goals = [
+        _made("goals", Goal, goal.get("name", index), {k: v for k, v in goal.items() if k != "name"})
+        for index, goal in enumerate(plain.get("goals", []))
+    ]
     for key, names, known in [
         ("presets." + preset + ".measures", chosen.measures or [], measures),
         ("presets." + preset + ".methods", list(chosen.methods), methods),
@@ -261,6 +293,8 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
         ("watch", list(plain.get("watch", {})), methods),
         ("task_words", list(plain.get("task_words", {})), plain["base"].get("tasks", {})),
         *[(f"overview.{panel.name}.measure", [panel.measure], measures) for panel in overview],
+        *[(f"goals.{goal.name}.measure", [goal.measure], measures) for goal in goals],
+        *[(f"goals.{goal.name}", [goal.a, goal.b], methods) for goal in goals],
         *[
             (f"overview.{panel.name}.figure", panel.figure.split("/")[0].split("_from_"), modalities)
             for panel in overview
@@ -285,6 +319,7 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
         watch=plain.get("watch", {}),
         task_words=plain.get("task_words", {}),
         overview=overview,
+        goals=goals,
     )
 
 

@@ -1,5 +1,6 @@
 """From cells to a result: means over seeds, intervals, paired differences to the main method, costs."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +17,16 @@ from mmdiff_ray.denoiser import build_denoiser, inert_settings
 from mmdiff_ray.evaluation.statistics import (
     FEWEST_SEEDS,
     METHOD,
+    Estimate,
     Interval,
     Tally,
-    difference,
+    compare,
+    holm,
     interval,
     over_seeds,
 )
 from mmdiff_ray.experiments.cell import asked_of, cell_folder, is_measured
-from mmdiff_ray.experiments.spec import Cell, Experiment, Method
+from mmdiff_ray.experiments.spec import Cell, Experiment, Goal, Method
 from mmdiff_ray.experiments.watch import read
 
 
@@ -36,6 +39,8 @@ class Series:
     tallies: dict[int, Tally] = field(default_factory=dict)
 
 
+LEVEL = 0.025
+"""Of one-sided tests: one side of a 95 % interval."""
 Table = dict[str, dict[str, dict[str, Series]]]
 """measure -> figure -> method or `rule: NAME` -> series."""
 
@@ -111,12 +116,51 @@ def _against(main: Series, other: Series) -> dict[str, Any]:
         return {}
     gaps = [main.values[seed] - other.values[seed] for seed in shared]
     found: dict[str, Any] = {"difference": float(np.mean(gaps)), "paired_seeds": shared}
-    if all(seed in main.tallies and seed in other.tallies for seed in shared):
-        ours, others = ([series.tallies[seed] for seed in shared] for series in (main, other))
-        return found | _verdict(difference(ours, others), main.better)
-    if len(shared) >= FEWEST_SEEDS and not np.isnan(gaps).any():
-        return found | _verdict(over_seeds(gaps), main.better)
+    estimate = _paired(main, other)
+    return found if estimate is None else found | _verdict(estimate.interval(), main.better)
+
+
+def _paired(ours: Series, other: Series, factor: float = 1.0) -> Estimate | None:
+    """Return ours - factor * other over the seeds that both have; None where no interval can be had."""
+    shared = sorted(ours.values.keys() & other.values.keys())
+    if shared and all(seed in ours.tallies and seed in other.tallies for seed in shared):
+        first, second = ([series.tallies[seed] for seed in shared] for series in (ours, other))
+        return compare(first, second, factor)
+    gaps = [ours.values[seed] - factor * other.values[seed] for seed in shared]
+    return over_seeds(gaps) if len(shared) >= FEWEST_SEEDS and not np.isnan(gaps).any() else None
+
+
+def evaluate_goals(goals: Sequence[Goal], table: Table) -> list[dict[str, Any]]:
+    """Return the goals with difference, interval, p-value and whether each is met (None: not measured).
+
+    `better` and `within N %` are one-sided tests, met where the p-value after Holm's correction for all of
+    them is below 0.025, as for a 95 % interval. `not worse` is met unless the uncorrected interval shows a to
+    be worse: correction would make it easier to meet. Its p-value is that of a being worse.
+    """
+    found = [dataclasses.asdict(goal) | _test_goal(goal, table) for goal in goals]
+    claims = [one for one in found if one["p"] is not None and one["kind"] != "not worse"]
+    for one, p in zip(claims, holm([one["p"] for one in claims]), strict=True):
+        one |= {"p": p, "met": p < LEVEL}
     return found
+
+
+def _test_goal(goal: Goal, table: Table) -> dict[str, Any]:
+    methods = table.get(goal.measure, {}).get(goal.figure, {})
+    ours, other = methods.get(goal.a), methods.get(goal.b)
+    gap = None if ours is None or other is None else _paired(ours, other)
+    if ours is None or other is None or gap is None:
+        return {"difference": None, "interval": None, "seeds": 0, "p": None, "met": None}
+    low, high = gap.interval()[1:]
+    seeds = len(ours.values.keys() & other.values.keys())
+    found = {"difference": gap.value, "interval": [low, high], "seeds": seeds}
+    is_lower = ours.better == "lower"
+    if goal.kind == "not worse":
+        p = 1 - gap.p_below() if is_lower else gap.p_below()
+        return found | {"p": p, "met": p >= LEVEL}
+    allowed = goal.margin * np.sign(np.mean(list(other.values.values())))
+    bounded = _paired(ours, other, 1 + allowed if is_lower else 1 - allowed)
+    assert bounded is not None, "the same series gave an interval above"
+    return found | {"p": bounded.p_below() if is_lower else 1 - bounded.p_below(), "met": None}
 
 
 def _verdict(gap: Interval, better: str) -> dict[str, Any]:
@@ -204,6 +248,7 @@ def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
         "notes": notes(experiment),
         "intervals": METHOD,
         "figures": summary(experiment, table),
+        "goals": evaluate_goals(experiment.goals, table),
         "cells": facts(experiment, runs),
         "sampling": sampling(experiment),
         "watched": watched(experiment, runs),

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap, sem, t
+from scipy.stats import bootstrap, norm, sem, t, ttest_1samp
 
-from mmdiff_ray.evaluation.statistics import Tally, difference, interval, mean_of
+from mmdiff_ray.evaluation.statistics import Tally, compare, difference, holm, interval, mean_of, over_seeds
 
 
 def test_a_tally_is_the_mean_over_known_classes_of_ratios_of_sums():
@@ -143,3 +143,31 @@ def test_a_rule_with_one_tally_is_compared_with_every_seed():
 def test_different_rows_are_refused():
     with pytest.raises(ValueError, match=r"only figures of the same rows can be compared; got \[3, 4\]"):
         difference([mean_of(np.ones(3))], [mean_of(np.ones(4))])
+
+
+@pytest.mark.parametrize("side", ["less", "greater"])
+def test_the_p_value_over_seeds_is_that_of_the_t_test(side):
+    values = [0.3, -0.4, -0.2, -0.5, -0.1]
+    p = over_seeds(values).p_below(0.1)
+    p = p if side == "less" else 1 - p
+    assert p == pytest.approx(ttest_1samp(values, 0.1, alternative=side).pvalue, rel=1e-6)
+
+
+def test_the_p_value_over_rows_is_the_share_of_bootstrap_draws_beyond_the_bound():
+    rows = np.random.default_rng(0).normal(0, 1, 100)
+    rows += -0.15 - rows.mean()
+    found = compare([mean_of(rows)], [mean_of(np.zeros(100))], draws=20000)
+    p = norm.cdf(rows.mean() * 10 / rows.std())  # of a mean of 100 values
+    assert 0.03 < p < 0.1 and found.p_below() == pytest.approx(p, abs=0.01)
+    assert found.interval(1 - 2 * found.p_below()).high == pytest.approx(0, abs=1e-3)
+    assert found.p_below(100) == pytest.approx(1 / 20000), "no smaller than one draw tells"
+
+
+def test_a_factor_scales_the_method_compared_with():
+    first, second = mean_of(np.full(10, 1.04)), mean_of(np.ones(10))
+    assert compare([first], [second], 1.05).value == pytest.approx(-0.01)
+
+
+def test_holm_corrects_in_order_and_never_reverses_it():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 x 0.01, 2 x 0.03, 0.06 > 0.04
+    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([0.2]) == [0.2] and holm([]) == []

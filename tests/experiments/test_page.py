@@ -161,3 +161,18 @@ def test_losses_are_compared_at_shared_tasks_and_gradients_at_those_of_the_main_
     watched["ours"] = points("hole", "mask")
     assert compared_tasks(watched, "ours") == (["hole", "mask"], ["hole", "mask"])
     assert compared_tasks({"ours": watched["ours"]}, "ours") == (["hole", "mask"], ["hole", "mask"])
+
+
+def test_goals_stand_in_a_table_with_their_result():
+    goal = {"name": "masks", "measure": "m", "figure": "alpha/iou", "a": "ours", "b": "other", "seeds": 3}
+    tested = {"kind": "within 5 %", "difference": -0.01, "interval": [-0.02, 0.01], "p": 0.0004, "met": True}
+    missing = {"kind": "better", "difference": None, "interval": None, "p": None, "met": None}
+    page = markdown(values(line("ours", "alpha/iou", 0.5), goals=[goal | tested, goal | missing]))
+    assert (
+        "| masks | ours, all: within 5 % of the other | m: alpha/iou | -0.010 | -0.020 to +0.010 | < 0.001 "
+        "| 3 | **met** |" in page
+    )
+    assert (
+        "| masks | ours, all: better than the other | m: alpha/iou |  |  |  |  | **not measured** |" in page
+    )
+    assert "## Goals" not in markdown(values(line("ours", "alpha/iou", 0.5)))

@@ -157,6 +157,16 @@ def test_a_model_is_asked_as_method_and_measure_say(tmp_path):
         ),
         ({"overview": {"IoU": {"measure": "thirty"}}}, "smoke", r"overview.IoU: .*figure"),
         (
+            {"goals": [{"name": "IoU", "measure": "joint", "figure": "x", "a": "both", "b": "hlf"}]},
+            "smoke",
+            r"goals.IoU: unknown 'hlf'.*did you mean 'half'",
+        ),
+        (
+            {"goals": [{"measure": "joint", "figure": "x", "a": "both", "b": "half", "kind": "best"}]},
+            "smoke",
+            r"kind: got 'best', want better, not worse or within N %",
+        ),
+        (
             {"task_words": {"draw": "images"}},
             "smoke",
             r"task_words: unknown 'draw'; known: generate, restore",

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mmdiff_ray.evaluation.statistics import difference, interval, mean_of
-from mmdiff_ray.experiments.table import Series, mean_point, summary
+from mmdiff_ray.experiments.spec import Goal
+from mmdiff_ray.experiments.table import Series, evaluate_goals, mean_point, summary
 
 
 class Plan:
@@ -107,3 +108,36 @@ def test_points_of_seeds_are_averaged_over_those_that_have_a_value():
         "gradients": {"joint": 4.0},
         "cosines": {"a~b": None},
     }
+
+
+def test_goals_are_tested_in_the_direction_of_their_figure_and_corrected_together():
+    def over(values: list[float], better: str) -> Series:
+        return Series(better, dict(enumerate(values)))
+
+    noise = [0.001, -0.001, 0.002, -0.002, 0.0]
+    table = {
+        "m": {
+            better: {
+                "ours": over([(0.98 if better == "lower" else 1.02) + one for one in noise], better),
+                "same": over([1.0 - one for one in noise], better),
+                "close": over([(1.03 if better == "lower" else 0.97) + one for one in noise], better),
+            }
+            for better in ("lower", "higher")
+        }
+    }
+    claims = [
+        ("ours", "same", "better", True), ("same", "ours", "better", False),
+        ("close", "same", "better", False),
+        ("ours", "same", "not worse", True), ("close", "same", "not worse", False),
+        ("close", "same", "within 5 %", True), ("close", "same", "within 2 %", False),
+    ]  # fmt: skip
+    for figure in ("lower", "higher"):
+        goals = [Goal("g", "m", figure, a, b, kind) for a, b, kind, _ in claims]
+        found = evaluate_goals(goals, table)
+        assert [one["met"] for one in found] == [met for *_, met in claims]
+        (alone,) = evaluate_goals(goals[:1], table)
+        first, second = evaluate_goals(goals[:2], table)
+        assert first["p"] == pytest.approx(2 * alone["p"]) and second["p"] > 0.99
+        assert alone["seeds"] == 5 and abs(alone["difference"]) == pytest.approx(0.02)
+    none = evaluate_goals([Goal("g", "m", "lower", "ours", "absent")], table)[0]
+    assert none["met"] is None and none["p"] is None
