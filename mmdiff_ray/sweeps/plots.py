@@ -155,7 +155,7 @@ def _unit_scale(column: Sequence[Any], log: bool) -> tuple[list[float], dict[flo
     places = iter(((scaled - low) / ((high - low) or 1)).tolist())
     heights = [math.nan if value is None else next(places) for value in column]
     ticks = {
-        height: str(value) if choices else f"{value:.3g}"
+        height: str(value) if choices else f"{value:.4g}"
         for height, value in zip(heights, column, strict=True)
         if value is not None and (choices or height in (0, 1))
     }
@@ -208,20 +208,19 @@ def _weights(record: Record) -> Plot | None:
         for name, options in best.modalities.items()
     }
     lines = {"base configuration": dataclasses.replace(best, modalities=base), "best": best}
-    figure, axes = panels(2 * len(swept), len(swept), (3.6, 2.8))
+    figure, axes = panels(2 * len(swept), max(2, len(swept)), (3.6, 2.8))
     for at, name in enumerate(swept):
         upper, lower = axes[at], axes[len(swept) + at]
         upper.set(title=name, ylabel="b(t)" if at == 0 else "")
         lower.set(xlabel="t (0: data, 1: noise)", ylabel="w_t" if at == 0 else "")
-        for row, (group, config) in enumerate(lines.items()):
+        first = {}
+        for group, config in lines.items():
             t, b, w = _profile(config, name)
             style = {"color": COLORS[group], "linestyle": "-" if group == "best" else "--"}
             upper.plot(t, b, **style)
             lower.plot(t[1:], w[1:], **style)  # the first weight is far larger than the others
-            place = (0.98, 0.94 - 0.1 * row)
-            lower.text(
-                *place, f"w_1 = {w[0]:.3g}", transform=lower.transAxes, ha="right", color=COLORS[group]
-            )
+            first[group] = f"{w[0]:.3g}"
+        lower.set_title(f"w_1: {first['best']}, base {first['base configuration']}", fontsize=9)
     _legend(figure, lines)
     caption = f"Profile b(t) and its step weights w_t on 100 steps; best is trial {trial.number}."
     return Plot("weights", "Weights over time", caption, figure)
