@@ -33,15 +33,14 @@ class TrainingLoss(nn.Module):
         self.config = config
         self.denoiser.process = process
         self.objective = Objective(process, config.loss, dict(self.denoiser.modalities.items()))
-        self._tabulated: Objective | None = None
+        self._tabulated: tuple[torch.device, Objective] | None = None
 
     def _on_grid(self, device: torch.device) -> Objective:
         """Return the objective with its process tabulated: training draws times from the grid alone."""
-        if self._tabulated is None or self._tabulated.process.table.device != device:
-            self._tabulated = dataclasses.replace(
-                self.objective, process=self.denoiser.process.tabulated(device)
-            )
-        return self._tabulated
+        if self._tabulated is None or self._tabulated[0] != device:
+            process = self.denoiser.process.tabulated(device)
+            self._tabulated = device, dataclasses.replace(self.objective, process=process)
+        return self._tabulated[1]
 
     def forward(self, batch: Batch, roles: Roles) -> Terms:
         """Return the sum of every loss term over a micro-batch. roles: instance -> (B,)."""

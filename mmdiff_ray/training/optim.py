@@ -10,7 +10,8 @@ from mmdiff_ray.config import TrainConfig
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Return AdamW. Norms, biases, role embeddings and learned label codes have no weight decay."""
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (kept if parameter.ndim < 2 or _is_embedding(name) else decayed).append(parameter)
