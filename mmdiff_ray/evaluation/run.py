@@ -10,11 +10,13 @@ from rich.table import Table
 
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config, ConfigError
-from mmdiff_ray.evaluation.context import Context, Figure, Findings
+from mmdiff_ray.evaluation.context import PAIRED, Context, Figure, Findings
 from mmdiff_ray.evaluation.draws import Drawer
 from mmdiff_ray.evaluation.statistics import difference
 from mmdiff_ray.registry import look_up, names
 from mmdiff_ray.training.inference import Generator
+
+LIKELY = PAIRED["likely"]
 
 
 def check_evaluators(config: Config) -> None:
@@ -94,17 +96,26 @@ def metrics_of(figures: Iterable[Figure]) -> dict[str, float]:
 
 
 def tables(figures: Iterable[Figure]) -> list[Table]:
-    """Return figures as tables for a person: each beside the trivial rules it has to beat; then the
-    bound's terms."""
+    """Return figures as tables for a person: each beside the best rule that needs no model; then the bound.
+
+    Figures that compare with the truth of a row have two columns, a sample and the most likely answer; the
+    rule is compared with the second, where there is one.
+    """
     figures = list(figures)
     rows = max((figure.rows for figure in figures), default=0)
     title = f"{rows:,} held-out rows, beside the best rule that needs no model"
     shown = Table(title=title, title_justify="left", box=SIMPLE)
-    for heading in ("figure", "model", "rule", "", ""):
-        shown.add_column(heading, justify="right" if heading in ("model", "rule") else "left", no_wrap=True)
-    for figure in sorted((f for f in figures if not f.bound), key=lambda figure: not figure.floors):
+    for heading in ("figure", "sample", "likely", "rule", "", ""):
+        right = heading in ("sample", "likely", "rule")
+        shown.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    found = {figure.key: figure for figure in figures if not figure.bound}
+    for key, figure in sorted(found.items(), key=lambda item: not item[1].floors):
+        if key.endswith(LIKELY) and key.removesuffix(LIKELY) in found:
+            continue
+        likely = found.get(f"{key}{LIKELY}")
         arrow = "\N{UPWARDS ARROW}" if figure.better == "higher" else "\N{DOWNWARDS ARROW}"
-        shown.add_row(f"{figure.key} {arrow}", f"{figure.value:.3f}", *_floor(figure))
+        values = [f"{figure.value:.3f}", "" if likely is None else f"{likely.value:.3f}"]
+        shown.add_row(f"{key} {arrow}", *values, *_floor(likely or figure))
     bound = _bound_table([figure for figure in figures if figure.bound])
     return [shown, *([bound] if bound.row_count else [])]
 

@@ -191,5 +191,14 @@ def test_each_figure_stands_beside_the_best_rule_and_whether_it_is_beaten():
     assert "l1_nats" not in told(FIGURES) and "1.5" in told(FIGURES).split("the bound")[1]
 
 
+def test_a_sample_and_the_most_likely_answer_share_a_line_and_the_rule_is_compared_with_the_second():
+    both = [
+        Figure("alpha/iou", 0.7, "higher", 10, {"threshold": 0.8}),
+        Figure("alpha/iou_likely", 0.9, "higher", 10, {"threshold": 0.8}),
+    ]
+    (line,) = (line for line in told(both).splitlines() if "/" in line)
+    assert line.split() == ["alpha/iou", "↑", "0.700", "0.900", "0.800", "threshold", "better"]
+
+
 def test_no_bound_no_table():
     assert len(tables(FIGURES)) == 2 and len(tables(FIGURES[:3])) == 1
