@@ -79,7 +79,11 @@ def _data_build(given: argparse.Namespace) -> int:
         print(f"left out {key}: {reason}")
     for note in built.notes:
         print(note)
-    splits = ", ".join(f"{split.rows:,} {name}" for name, split in built.manifest.splits.items())
+    splits = ", ".join(
+        f"{split.rows:,} {name}"
+        for name, split in built.manifest.splits.items()
+        if split.rows or name != "test"
+    )
     print(f"{given.out}: {splits} rows. Look at it: mmdiff data inspect {given.out}")
     return 0
 

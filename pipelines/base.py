@@ -18,6 +18,7 @@ from PIL import Image
 
 from mmdiff_ray import config, registry
 from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.journal import RESTART
 from mmdiff_ray.data.manifest import Manifest
 from mmdiff_ray.data.shards import ShardWriter
 from mmdiff_ray.data.storage import check_writable
@@ -30,10 +31,16 @@ CHUNK = 32
 
 
 class Item(NamedTuple):
-    """One item of a source. key: stable, unique, the row's name; source: what `row` needs, cheap to send."""
+    """One item of a source.
+
+    key: stable, unique, the row's name. source: what `row` needs, cheap to send. group: rows of the same
+    group land in the same split. split: the row's split; by default the options' shares decide it.
+    """
 
     key: str
     source: Any
+    group: str | None = None
+    split: str | None = None
 
 
 class BadRow(Exception):
@@ -45,12 +52,14 @@ class Options:
     """What every pipeline can be told.
 
     limit: build only so many items, a stable random choice. bad_limit: unreadable items tolerated before the
-    build stops. val_share: the share of rows that go to the validation split.
+    build stops. val_share: the share of rows that go to the validation split. test_share: the share of rows
+    that go to the test split; the validation rows are the same for any test_share.
     """
 
     limit: int | None = None
     bad_limit: int = 0
     val_share: float = 0.1
+    test_share: float = 0.0
 
 
 class Made(NamedTuple):
@@ -191,6 +200,7 @@ def build(
         description=pipeline.description,
         credit=pipeline.credit,
         val_share=pipeline.options.val_share,
+        test_share=pipeline.options.test_share,
         force=force,
     )
     with show_progress(f"{name} -> {out}", len(items), progress) as advance:
@@ -207,6 +217,13 @@ def _write(
     advance: Callable[[int], None],
 ) -> Build:
     """Make the rows of the items that the writer lacks and write them, in the items' order."""
+    for item in items:
+        if item.split and writer.done.get(item.key, item.split) != item.split:
+            raise ConfigError(
+                f"{writer.uri} holds an interrupted build with {item.key!r} in the split "
+                f"{writer.done[item.key]!r}, now {item.split!r}; {RESTART}"
+            )
+    placed = {item.key: (item.split, item.group) for item in items if item.split or item.group}
     kept = sum(item.key in writer.done for item in items)
     advance(kept)
     chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
@@ -219,7 +236,7 @@ def _write(
             _check_bad(bad, pipeline.options.bad_limit)
             fresh = [row for row in made.rows if row["key"] not in writer.done]
             for row in fresh:
-                writer.add(row)
+                writer.add(row, *placed.get(row["key"], ()))
             written += len(fresh)
             advance(len(fresh) + len(made.bad))
     return Build(writer.close(), written, kept, bad, pipeline.notes())

@@ -66,6 +66,8 @@ def split_table(manifest: Manifest) -> Table:
     table = _table("split", "rows", "share", "size", "shards", "row groups")
     total = sum(split.rows for split in manifest.splits.values())
     for name, split in manifest.splits.items():
+        if name == "test" and not split.rows:
+            continue
         groups = sum(len(shard.row_groups) for shard in split.shards)
         share = _percent(split.rows / max(1, total))
         size, shards = human_bytes(split.bytes), str(len(split.shards))

@@ -29,7 +29,7 @@ def check(config: Config) -> None:
     one_of("schedule.family", config.schedule.family, registry.names("schedule"))
     one_of("model.backbone", config.model.backbone, registry.names("backbone"))
     one_of("evaluate.sampler", config.evaluate.sampler, registry.names("sampler"))
-    one_of("evaluate.split", config.evaluate.split, ("train", "val"))
+    one_of("evaluate.split", config.evaluate.split, ("train", "val", "test"))
     for name in config.evaluate.condition:
         one_of("evaluate.condition", name, list(config.modalities))
     for backbone in config.evaluate.lpips:

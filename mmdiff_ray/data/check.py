@@ -52,7 +52,8 @@ def _check_splits(config: Config, manifests: Sequence[Manifest]) -> None:
     split = config.evaluate.split
     if config.evaluate.evaluators and not any(manifest.splits[split].rows for manifest in manifests):
         raise ConfigError(
-            f"evaluate.split: the split {split!r} has no rows; build the data with more rows, "
+            f"evaluate.split: the split {split!r} has no rows; build the data with more rows"
+            f"{' or a larger test_share' if split == 'test' else ''}, "
             "or set evaluate.split=train or evaluate.evaluators=[]"
         )
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.data.manifest import JOURNAL, MANIFEST, SPLITS, Shard, shard_from_plain
+from mmdiff_ray.data.manifest import JOURNAL, MANIFEST, SPLITS, Shard, listed_splits, shard_from_plain
 from mmdiff_ray.data.schema import Tally
 from mmdiff_ray.data.storage import exists, files_under, filesystem, read_bytes, remove, write_bytes_atomic
 
-SHARD_PATH = re.compile(r"(train|val)/\d{5,}\.parquet")
+SHARD_PATH = re.compile(r"(train|val|test)/\d{5,}\.parquet")
 RESTART = "build with the same settings, or start again with --force"
 
 
@@ -73,7 +73,11 @@ def load_journal(uri: str) -> Journal | None:
                 name: {part: np.asarray(amount) for part, amount in tally.items()}
                 for name, tally in plain["totals"].items()
             },
-            shards={split: [shard_from_plain(shard) for shard in plain["shards"][split]] for split in SPLITS},
+            shards={split: [] for split in SPLITS}
+            | {
+                split: [shard_from_plain(shard) for shard in plain["shards"][split]]
+                for split in listed_splits(plain["shards"])
+            },
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _not_ours(uri, JOURNAL, error) from None
@@ -108,33 +112,33 @@ def _named_files(uri: str) -> list[str]:
     journal, manifest = _read_json(uri, JOURNAL), _read_json(uri, MANIFEST)
     found: list[str] = []
     if journal is not None:
-        for split in SPLITS:
-            shards = _paths(uri, JOURNAL, journal, "shards", split)
+        for split, shards in _paths(uri, JOURNAL, journal, "shards").items():
             # a build that was killed may have written the shard after the last one that its journal names
             found += [*shards, f"{split}/{len(shards):05d}.parquet"]
         found.append(JOURNAL)
     if manifest is not None:
-        for split in SPLITS:
-            found += _paths(uri, MANIFEST, manifest, "splits", split, "shards")
+        for shards in _paths(uri, MANIFEST, manifest, "splits").values():
+            found += shards
         found.append(MANIFEST)
     return found
 
 
-def _paths(uri: str, name: str, plain: Any, *keys: str) -> list[str]:
-    """Return the paths of the shards that a file lists under the keys.
+def _paths(uri: str, name: str, plain: Any, section: str) -> dict[str, list[str]]:
+    """Return split -> the paths of its shards that a file lists in a section, "shards" or "splits".
 
     Raises ConfigError if it does not, or for a path that no writer of ours makes.
     """
     try:
-        for key in keys:
-            plain = plain[key]
-        paths = [shard["path"] for shard in plain]
-        strange = [path for path in paths if not SHARD_PATH.fullmatch(path)]
+        listed, found = plain[section], {}
+        for split in listed_splits(listed):
+            shards = listed[split]["shards"] if section == "splits" else listed[split]
+            found[split] = [shard["path"] for shard in shards]
+        strange = [path for paths in found.values() for path in paths if not SHARD_PATH.fullmatch(path)]
     except (KeyError, TypeError, IndexError) as error:
         raise _not_ours(uri, name, error) from None
     if strange:
         raise _not_ours(uri, name, f"it names {strange[0]}")
-    return paths
+    return found
 
 
 def _read_json(uri: str, name: str) -> Any:

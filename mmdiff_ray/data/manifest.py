@@ -16,7 +16,7 @@ from mmdiff_ray.data.storage import exists, filesystem, read_bytes
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 JOURNAL = "_building.json"
-SPLITS = ("train", "val")
+SPLITS = ("train", "val", "test")
 
 Migrations = Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]]
 MIGRATIONS: Migrations = {}
@@ -54,7 +54,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a data set, "train" or "val"."""
+    """One split of a data set, one of SPLITS."""
 
     rows: int = 0
     bytes: int = 0
@@ -68,7 +68,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data set is. columns: column -> its kind, the facts of its kind and its statistics."""
+    """What a data set is.
+
+    columns: column -> its kind, the facts of its kind and its statistics. splits: all of SPLITS; those that
+    are left out are empty.
+    """
 
     name: str
     columns: Mapping[str, Mapping[str, Any]]
@@ -77,6 +81,9 @@ class Manifest:
     description: str = ""
     credit: str = ""
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "splits", {name: self.splits.get(name, Split()) for name in SPLITS})
 
     @property
     def digest(self) -> str:
@@ -118,21 +125,32 @@ def from_json(text: bytes | str) -> Manifest:
 
 
 def to_plain(manifest: Manifest) -> dict[str, Any]:
-    """Return a manifest as plain dictionaries, lists and numbers."""
-    return {"format_version": manifest.format_version, **dataclasses.asdict(manifest)}
+    """Return a manifest as plain dictionaries, lists and numbers.
+
+    An empty test split is left out, so that data sets without one keep the digest they had before it existed.
+    """
+    plain = {"format_version": manifest.format_version, **dataclasses.asdict(manifest)}
+    if not manifest.splits["test"].rows:
+        del plain["splits"]["test"]
+    return plain
 
 
 def from_plain(plain: Any, migrations: Migrations = MIGRATIONS) -> Manifest:
     """Return the manifest of plain values, brought to the present format first."""
     try:
         values = _migrate(plain, migrations)
-        splits = {split: _split(values["splits"][split]) for split in SPLITS}
+        splits = {split: _split(values["splits"][split]) for split in listed_splits(values["splits"])}
         columns = {name: {"kind": entry["kind"], **entry} for name, entry in values["columns"].items()}
         return Manifest(**{**values, "splits": splits, "columns": columns})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(_corrupt(f"{type(error).__name__}: {error}")) from None
+
+
+def listed_splits(listed: Mapping[str, Any]) -> list[str]:
+    """Return the splits to read from a manifest or journal; "test" may be missing, the others may not."""
+    return [split for split in SPLITS if split != "test" or split in listed]
 
 
 def shard_from_plain(plain: Mapping[str, Any]) -> Shard:

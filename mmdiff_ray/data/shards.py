@@ -28,12 +28,11 @@ class ShardWriter:
     """Write rows as shards. The same calls take up an interrupted build; a finished one is refused.
 
     columns: column -> its kind and static facts, e.g. {"kind": "mask", "classes": 25, "names": [...]}.
-    rows_per_group: rows of a row group, the unit of reading. val_share: the share of rows that go to "val",
-    chosen by a hash of the row's id, so that a row stays in its split whatever is added later. force:
-    replace a finished or unfinished data set; only files that its manifest or journal names are removed.
-    done: keys of the rows that an interrupted build has already written; a restarted pipeline must skip
-    them. Memory: one shard per split, and an id per row against double keys. Raises RunError where storage
-    does not take a file any more.
+    rows_per_group: rows of a row group, the unit of reading. val_share, test_share: the shares of rows that
+    go to "val" and "test", see `split_of`. force: replace a finished or unfinished data set; only files that
+    its manifest or journal names are removed. done: key -> split of the rows that an interrupted build has
+    already written; a restarted pipeline must skip them. Memory: one shard per split, and an id per row
+    against double keys. Raises RunError where storage does not take a file any more.
     """
 
     def __init__(
@@ -47,13 +46,18 @@ class ShardWriter:
         rows_per_shard: int = 1024,
         rows_per_group: int = 64,
         val_share: float = 0.1,
+        test_share: float = 0.0,
         force: bool = False,
     ) -> None:
         self.uri = uri
         self._name, self._description, self._credit = name, description, credit
         self._rows_per_shard = rows_per_shard
         self._rows_per_group = rows_per_group
-        self._val_share = val_share
+        if min(val_share, test_share) < 0 or val_share + test_share > 1:
+            raise ConfigError(
+                f"val_share ({val_share}) and test_share ({test_share}) must be at least 0, together at most 1"
+            )
+        self._shares = val_share, test_share
         self._columns = {column: make_column(column, facts) for column, facts in columns.items()}
         self._rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self._tallies: dict[str, list[dict[str, Tally]]] = {split: [] for split in SPLITS}
@@ -64,7 +68,8 @@ class ShardWriter:
                 "rows_per_shard": rows_per_shard,
                 "rows_per_group": rows_per_group,
                 "val_share": val_share,
-            },
+            }
+            | ({"test_share": test_share} if test_share else {}),  # as builds begun before it existed
             facts={column.name: column.facts for column in self._columns.values()},  # shared, they still grow
             totals={column: {} for column in columns},
             shards={split: [] for split in SPLITS},
@@ -76,11 +81,13 @@ class ShardWriter:
             raise cannot_write(uri, error) from None
         self._seen = {row_id(key) for key in self.done}
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def add(self, row: Mapping[str, Any], split: str | None = None, group: str | None = None) -> None:
         """Add a row: "key", and a value or None per column.
 
-        image, mask: PNG bytes; label: a name or an index; embedding: a vector; text: a string.
-        Raises ConfigError for a value that does not fit its column, or a key that was added before.
+        image, mask: PNG bytes; label: a name or an index; embedding: a vector; text: a string. split: the
+        row's; by default chosen by the shares and a hash of its group, or of its key if it has no group.
+        Raises ConfigError for a value that does not fit its column, a key that was added before, or an
+        unknown split.
         """
         key = self._checked_key(row)
         accepted = {name: _accept(key, column, row.get(name)) for name, column in self._columns.items()}
@@ -90,7 +97,10 @@ class ShardWriter:
                 f"row {key!r} comes twice in {self.uri}; keys must differ, and those in `done` be skipped"
             )
         self._seen.add(number)
-        split = split_of(number, self._val_share)
+        if split is None:
+            split = split_of(row_id(group or key), *self._shares)
+        elif split not in SPLITS:
+            raise ConfigError(f"row {key!r} has an unknown split {split!r}; known: {', '.join(SPLITS)}")
         self._rows[split].append(
             {"id": number, "key": key} | {name: value for name, (value, _) in accepted.items()}
         )
@@ -159,13 +169,18 @@ class ShardWriter:
             what = str(error) if isinstance(error, OutageError) else f"cannot write to {self.uri}: {error}"
             raise RunError(f"{what}; run the same command again, it goes on where it stopped") from None
 
-    def _resume(self) -> set[str]:
+    def _resume(self) -> dict[str, str]:
         earlier = load_journal(self.uri)
         if earlier is None:
             self._journal.save(self.uri)
-            return set()
+            return {}
         self._journal.go_on_from(earlier, self.uri)
-        return {key for split in SPLITS for shard in earlier.shards[split] for key in _keys(self.uri, shard)}
+        return {
+            key: split
+            for split in SPLITS
+            for shard in earlier.shards[split]
+            for key in _keys(self.uri, shard)
+        }
 
 
 def row_id(key: str) -> int:
@@ -173,10 +188,17 @@ def row_id(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def split_of(number: int, val_share: float) -> str:
-    """Return the split of the row with this id: "val" for a share `val_share` of all ids."""
+def split_of(number: int, val_share: float, test_share: float = 0.0) -> str:
+    """Return the split of the row or group with this id, by a hash of the id.
+
+    "val" are the lowest hashes and "test" the highest: a row keeps its split whatever rows are added, and the
+    rows of "val" do not depend on test_share.
+    """
     digest = hashlib.blake2b(number.to_bytes(8, "big"), digest_size=8, person=b"split").digest()
-    return "val" if int.from_bytes(digest, "big") < val_share * 2**64 else "train"
+    place = int.from_bytes(digest, "big")
+    if place < val_share * 2**64:
+        return "val"
+    return "test" if place >= (1 - test_share) * 2**64 else "train"
 
 
 def verify(uri: str) -> list[str]:

@@ -168,7 +168,8 @@ def fit(config: Config, manifests: list[Manifest]) -> tuple[Config, Denoiser]:
     if config.evaluate.evaluators != [] and not sum(m.splits[config.evaluate.split].rows for m in manifests):
         raise ConfigError(
             f"evaluate.split: the data have no rows in {config.evaluate.split}; build them with a larger "
-            "val_share, or train without evaluation: evaluate.evaluators=[]"
+            f"{'test' if config.evaluate.split == 'test' else 'val'}_share, or train without evaluation: "
+            "evaluate.evaluators=[]"
         )
     config = resolve_modalities(config, manifests)
     denoiser = build_denoiser(config)

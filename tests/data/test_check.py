@@ -85,6 +85,8 @@ def test_an_empty_evaluation_split_is_refused_only_where_it_is_used(tmp_path: Pa
     assert resolve([uri]).evaluate.split == "val"
     with pytest.raises(ConfigError, match=r"the split 'val' has no rows; .*evaluate.split=train"):
         resolve([uri], evaluate={"evaluators": ["bound"]})
+    with pytest.raises(ConfigError, match=r"the split 'test' has no rows; .* a larger test_share"):
+        resolve([uri], evaluate={"evaluators": ["bound"], "split": "test"})
 
 
 def test_a_source_of_no_weight_is_refused(tmp_path: Path) -> None:

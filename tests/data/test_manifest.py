@@ -28,6 +28,22 @@ def test_a_manifest_survives_json() -> None:
     assert from_json(to_json(manifest())) == manifest()
 
 
+def test_a_manifest_without_a_test_split_loads_and_keeps_its_json_and_digest() -> None:
+    plain = to_plain(manifest())
+    assert set(plain["splits"]) == {"train", "val"}
+    assert from_plain(plain).splits["test"].rows == 0
+    assert to_plain(from_plain(plain)) == plain
+    # The digest that version 1 of this manifest has had since before there were test splits.
+    assert manifest().digest == "1dd916c767538b62d6fa0ec73e27946b6eaf18eceea1dbb0fb3d8afd1cce734f"
+
+
+def test_a_test_split_survives_json() -> None:
+    splits = {"train": split(40), "val": split(4), "test": split(8)}
+    whole = dataclasses.replace(manifest(), splits=splits)
+    assert from_json(to_json(whole)) == whole and whole.splits["test"].rows == 8
+    assert whole.digest != dataclasses.replace(whole, splits={**splits, "test": split(0)}).digest
+
+
 def test_the_digest_depends_on_the_data_and_not_on_the_order_of_keys() -> None:
     shuffled = json.dumps(dict(reversed(to_plain(manifest()).items())))
     assert from_json(shuffled).digest == manifest().digest

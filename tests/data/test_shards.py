@@ -1,5 +1,6 @@
 """Writing data sets, and what is found when their files have changed."""
 
+import json
 import os
 from pathlib import Path
 
@@ -73,6 +74,55 @@ def test_the_split_of_a_row_depends_on_its_key_alone() -> None:
     val = {key for key in map(str, range(20_000)) if split_of(row_id(key), 0.1) == "val"}
     assert len(val) == pytest.approx(2000, abs=4 * 2000**0.5)
     assert val < {key for key in map(str, range(20_000)) if split_of(row_id(key), 0.2) == "val"}
+
+
+def test_a_test_share_takes_rows_from_train_and_leaves_val_as_it_is() -> None:
+    ids = [row_id(str(number)) for number in range(20_000)]
+    two, three = ([split_of(number, 0.1, share) for number in ids] for share in (0.0, 0.2))
+    assert [split == "val" for split in two] == [split == "val" for split in three]
+    assert two.count("test") == 0
+    assert three.count("test") == pytest.approx(4000, abs=4 * 4000**0.5)
+
+
+def test_three_splits_are_written_by_shares_by_group_and_by_name(tmp_path: Path) -> None:
+    uri = str(tmp_path / "toy")
+    writer = ShardWriter(uri, "toy", COLUMNS, val_share=0.2, test_share=0.3)
+    for number in range(40):
+        writer.add(row(number), group=f"group {number // 4}")
+    writer.add(row(40), split="test")
+    manifest = writer.close()
+    found = {
+        key: split
+        for split in ("train", "val", "test")
+        for group in row_groups(uri, split)
+        for key in read_row_group(uri, group, ["key"])["key"]
+    }
+    for number in range(40):
+        assert found[f"row {number}"] == split_of(row_id(f"group {number // 4}"), 0.2, 0.3)
+    assert set(found.values()) == {"train", "val", "test"} and found["row 40"] == "test"
+    assert verify(uri) == [] and read_manifest(uri) == manifest
+    write(uri, range(20), force=True)  # replaces the shards of the test split, too
+    assert not list((tmp_path / "toy" / "test").glob("*.parquet"))
+
+
+def test_shares_above_one_and_unknown_splits_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"val_share \(0.5\) and test_share \(0.6\) must .* together at most 1"):
+        ShardWriter(str(tmp_path / "toy"), "toy", COLUMNS, val_share=0.5, test_share=0.6)
+    writer = ShardWriter(str(tmp_path / "toy"), "toy", COLUMNS)
+    with pytest.raises(ConfigError, match=r"row 'row 1' has an unknown split 'dev'; known: train, val, test"):
+        writer.add(row(1), split="dev")
+
+
+def test_an_interrupted_build_from_before_there_were_test_splits_goes_on(tmp_path: Path) -> None:
+    uri = str(tmp_path / "toy")
+    write(str(tmp_path / "whole"), range(60))
+    list(interrupted(uri, range(40)))
+    journal = tmp_path / "toy" / JOURNAL
+    plain = json.loads(journal.read_text())
+    assert "test_share" not in plain["settings"] and plain["shards"].pop("test") == []
+    journal.write_text(json.dumps(plain))
+    write(uri, range(60))
+    assert files_of(tmp_path / "toy") == files_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("stopped_after", [0, 1, 15, 29, 47, 80, 99])

@@ -12,7 +12,8 @@ import pytest
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import read_manifest
-from mmdiff_ray.data.shards import verify
+from mmdiff_ray.data.parquet import read_row_group
+from mmdiff_ray.data.shards import row_id, split_of, verify
 from pipelines.base import BadRow, Item, build, choose, make_pipeline
 from pipelines.sprites import Sprites, SpritesOptions
 from tests.pipelines.reading import read_rows
@@ -88,6 +89,57 @@ def test_interrupted_build_continues_to_the_same_data_set(tmp_path):
     assert (again.kept, again.written) == (1024, 1400 - 1024)
     assert again.manifest == whole.manifest
     assert verify(str(tmp_path / "broken")) == []
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedOptions(FragileOptions):
+    """named: the split of the first ten scenes."""
+
+    named: str = "test"
+
+
+@registry.register("pipeline", "grouped")
+class Grouped(Fragile):
+    """Sprites whose rows stay together in fives, and some of which name their split."""
+
+    Options = GroupedOptions
+
+    def items(self):
+        named = self.options.named
+        return [
+            item._replace(group=f"group {item.source // 5}", split=named if item.source < 10 else None)
+            for item in super().items()
+        ]
+
+
+def splits_of_scenes(uri: str) -> dict[int, str]:
+    manifest, found = read_manifest(uri), {}
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            for group in range(len(shard.row_groups)):
+                for key in read_row_group(uri, shard.row_group(group), ["key"])["key"]:
+                    found[int(key.split("/")[-1])] = shard.path.split("/")[0]
+    return found
+
+
+def test_items_of_a_group_share_a_split_and_a_named_split_is_kept(tmp_path):
+    options = {"count": 100, "size": 8, "val_share": 0.3, "test_share": 0.3}
+    build("grouped", str(tmp_path / "set"), options, workers=0, progress=False)
+    found = splits_of_scenes(str(tmp_path / "set"))
+    assert len(found) == 100 and set(found.values()) == {"train", "val", "test"}
+    assert {found[number] for number in range(10)} == {"test"}
+    for number in range(10, 100):
+        assert found[number] == split_of(row_id(f"group {number // 5}"), 0.3, 0.3)
+
+
+def test_an_interrupted_build_is_not_continued_with_other_splits(tmp_path):
+    options = {"count": 1400, "size": 8}
+    last = choose(make_pipeline("grouped", options).items(), None)[-1].source
+    first = options | {"named": "train", "breaks_at": last}
+    with pytest.raises(KeyboardInterrupt):
+        build("grouped", str(tmp_path / "set"), first, workers=0, progress=False)
+    with pytest.raises(ConfigError, match=r"interrupted build with .* in the split 'train', now 'test'"):
+        build("grouped", str(tmp_path / "set"), options, workers=0, progress=False)
 
 
 def test_finished_data_set_is_not_overwritten_without_force(tmp_path):

@@ -24,6 +24,7 @@ def test_tables_say_what_the_manifest_says(built, tmp_path, capsys, monkeypatch)
     shown = capsys.readouterr().out
     for words in ("train", "32x32 pixels, RGB", "7 classes", "9 numbers by sprites-factors", "circle"):
         assert words in shown
+    assert "test" not in shown.split("columns")[0].split()  # there is none
     assert str(path) in shown.replace("\n", "")
     assert Image.open(path).size[0] > 600
 
