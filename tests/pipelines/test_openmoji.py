@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.shards import row_id, split_of
 from pipelines.base import build, choose, make_pipeline
 from pipelines.embedders import make_embedder
-from pipelines.openmoji import CATEGORIES, COLORS, PALETTE, _folder, render
+from pipelines.openmoji import CATEGORIES, COLORS, PALETTE, _folder, folded, near_duplicates, render
 from tests.pipelines.reading import decode, read_rows
 
 PIZZA, FLAG_OF_JAPAN, GRINNING_FACE = "1F355", "1F1EF-1F1F5", "1F600"
@@ -48,6 +49,41 @@ def test_no_emoji_held_out_is_one_for_training_but_for_gender_hair_or_a_few_pixe
     train = np.stack([small[key] for key in items if key not in held])
     for key in held & set(items):
         assert abs(train - small[key]).mean((1, 2, 3)).min() >= 0.02, everything[key].source
+
+
+def test_over_five_folds_every_emoji_is_tested_once_and_near_duplicates_stay_together():
+    plain = make_pipeline("openmoji", {"val_share": 0}).items()
+    everything, names = {item.key for item in plain}, near_duplicates(plain)
+    tested: list[str] = []
+    for fold in range(5):
+        items = folded(plain, names, fold)
+        assert {item.key for item in items} == everything and len(items) == 1898
+        counts = Counter(item.split for item in items)
+        assert counts["test"] / 1898 == pytest.approx(0.2, abs=0.002)
+        assert counts["val"] / 1898 == pytest.approx(0.1, abs=0.002)
+        splits = defaultdict(set)
+        for item in items:
+            splits[item.group].add(item.split)
+        assert all(len(of_group) == 1 for of_group in splits.values())
+        tested += [item.key for item in items if item.split == "test"]
+    assert sorted(tested) == sorted(everything)
+    assert make_pipeline("openmoji", {"fold": "4"}).items() == items
+    sizes = Counter(item.group for item in items)
+    assert max(sizes.values()) < 0.1 * 1898
+    group = {item.source[1]: item.group for item in items}
+    assert group["FACTORY WORKER"] == group["WOMAN FACTORY WORKER"] == group["MAN FACTORY WORKER"]
+    assert group["CLOCK FACE TEN OCLOCK"] == group["CLOCK FACE ONE OCLOCK"] != group["SLICE OF PIZZA"]
+    small = np.stack([over_white(render(_folder() / item.source[0], 16)) for item in items])
+    held = np.array([item.split != "train" for item in items])
+    for own in small[held]:
+        assert abs(small[~held] - own).mean((1, 2, 3)).min() >= 0.02
+
+
+def test_a_fold_is_one_of_five_and_goes_with_no_shares():
+    with pytest.raises(ConfigError, match=r"fold \(5\) must be 0 to 4"):
+        make_pipeline("openmoji", {"fold": 5})
+    with pytest.raises(ConfigError, match="fold decides the splits by itself"):
+        make_pipeline("openmoji", {"fold": 1, "test_share": 0.2})
 
 
 def over_white(drawn: np.ndarray) -> np.ndarray:
