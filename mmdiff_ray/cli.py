@@ -152,7 +152,8 @@ def _experiment(given: argparse.Namespace) -> int:
 
     experiment = load_experiment(given.name, given.preset)
     if not given.table:
-        _build_missing(experiment.data)
+        for data in experiment.data_sets():
+            _build_missing(data)
     return run(experiment, Path(given.runs), given.out, given.table, given.cells)
 
 

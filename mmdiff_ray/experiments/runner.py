@@ -90,9 +90,10 @@ def check_cells(experiment: Experiment, runs: Path) -> None:
         folder = cell_folder(experiment, cell, runs)
         config = experiment.config(cell, folder.parent)
         is_trained(folder, config)
+        manifests = read_sources(config)
         if cell.seed != experiment.preset.seeds[0]:
-            continue  # seeds differ in nothing that could be wrong
-        config = resolve_modalities(config, read_sources(config))
+            continue  # seeds differ in nothing else that could be wrong
+        config = resolve_modalities(config, manifests)
         for method in experiment.askers(cell.method):
             for measure in experiment.measures_of(method):
                 asked = experiment.asked(config, method, measure)

@@ -134,7 +134,9 @@ class Cell:
 class Experiment:
     """A table. base: the configuration below all. main: the method that the others are compared with.
 
-    data: a data set that is built where it is missing: pipeline, uri, options. curves: figures to draw, each
+    data: a data set that is built where it is missing: pipeline, uri, options; with `folds: n`, one for each
+    fold, of which the text {fold} in uri, options and the cells' data.sources is the number: the seed modulo
+    n. curves: figures to draw, each
     with `figure`, `y`: its words, and `points`: measure -> the value on the x axis. judge: the method whose
     model of the first seed judges the others' pairs (`evaluate.judge`); it is trained before them. matrices:
     tables of figures by measure, each with `name`, `title`, `rows`: measure -> its words, and `columns`:
@@ -209,9 +211,31 @@ class Experiment:
                 one_of("watch", task, list(config.tasks))
         train = dataclasses.replace(config.train, samples=max(1, round(config.train.samples * method.share)))
         tracking = dataclasses.replace(config.tracking, experiment=f"experiment-{self.name}")
-        return dataclasses.replace(
+        config = dataclasses.replace(
             config, name=cell.key, seed=cell.seed, runs=str(runs), train=train, tracking=tracking
         )
+        return self._of_fold(config)
+
+    def data_sets(self) -> list[dict[str, Any]]:
+        """Return the data sets that the cells read: `data` itself, or one for each fold."""
+        if not self.data:
+            return []
+        plain = {key: value for key, value in self.data.items() if key != "folds"}
+        folds = dict.fromkeys(seed % self.folds for seed in self.preset.seeds)
+        return [_filled(plain, fold) for fold in folds] if "folds" in self.data else [plain]
+
+    @property
+    def folds(self) -> int:
+        """Return how many folds the data have, 1 where there are none."""
+        return self.data.get("folds", 1)
+
+    def _of_fold(self, config: Config) -> Config:
+        """Return a configuration that reads the data of its seed's fold."""
+        if "folds" not in self.data:
+            return config
+        fold = config.seed % self.folds
+        sources = [dataclasses.replace(s, uri=_filled(s.uri, fold)) for s in config.data.sources]
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
 
     def load(self, overrides: Sequence[str], plain: Mapping[str, Any]) -> Config:
         """Return a checked configuration. One is asked for many times, and made once."""
@@ -230,7 +254,7 @@ class Experiment:
             "floors": method.name == self.main,  # they are the same for all
         }
         with named(f"{self.name}, method {method.name}, measure {measure.name}"):
-            return self.load(overrides, plain)
+            return self._of_fold(self.load(overrides, plain))
 
     def measures_of(self, method: Method) -> list[Measure]:
         """Return what is measured of a method under this preset."""
@@ -303,6 +327,10 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
         for name in names:
             if name not in known:
                 raise ConfigError(unknown(key, name, list(known)))
+    data = plain.get("data", {}) if chosen.data is None else chosen.data
+    folds = data.get("folds", 1)
+    if not isinstance(folds, int) or folds < 1:
+        raise ConfigError(f"data.folds ({folds}) must be a whole number of at least 1")
     return Experiment(
         name=plain["name"],
         title=plain.get("title", plain["name"]),
@@ -312,7 +340,7 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
         methods=methods,
         measures=measures,
         main=plain.get("main", next(iter(methods))),
-        data=plain.get("data", {}) if chosen.data is None else chosen.data,
+        data=data,
         curves=plain.get("curves", []),
         judge=plain.get("judge"),
         matrices=plain.get("matrices", []),
@@ -321,6 +349,13 @@ def _experiment(plain: Mapping[str, Any], preset: str) -> Experiment:
         overview=overview,
         goals=goals,
     )
+
+
+def _filled(value: Any, fold: int) -> Any:
+    """Return plain values with the number of a fold for every {fold} in their texts."""
+    if isinstance(value, Mapping):
+        return {key: _filled(inner, fold) for key, inner in value.items()}
+    return value.replace("{fold}", str(fold)) if isinstance(value, str) else value
 
 
 def _at_size(method: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

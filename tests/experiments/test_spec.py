@@ -108,6 +108,39 @@ def test_a_preset_has_values_of_its_own_for_a_method_and_its_overrides_come_last
     assert (half.train.global_batch, both.train.global_batch) == (16, 8)
 
 
+def test_data_of_folds_go_with_the_seed(tmp_path):
+    file = written(
+        tmp_path,
+        data={"pipeline": "toy", "uri": "data/toy-fold{fold}", "options": {"fold": "{fold}"}, "folds": 2},
+        base__data={"sources": [{"uri": "data/toy-fold{fold}"}, {"uri": "data/all"}]},
+        measures__thirty__overrides=["evaluate.split=test"],
+        measures__joint__overrides=["data.sources=[{uri: 'data/other{fold}'}]"],
+    )
+    experiment = load_experiment(file, "smoke")
+    assert experiment.data_sets() == [
+        {"pipeline": "toy", "uri": f"data/toy-fold{fold}", "options": {"fold": fold}} for fold in ("1", "0")
+    ]
+    both, _, later = (experiment.config(cell, tmp_path) for cell in experiment.cells())
+    assert [source.uri for source in both.data.sources] == ["data/toy-fold1", "data/all"]
+    assert [source.uri for source in later.data.sources] == ["data/toy-fold0", "data/all"]
+    assert training_digest(both) != training_digest(dataclasses.replace(later, seed=both.seed))
+    thirty, joint = (
+        experiment.asked(later, experiment.methods["both"], experiment.measures[name])
+        for name in ("thirty", "joint")
+    )
+    assert (thirty.evaluate.split, later.evaluate.split) == ("test", "val")
+    assert thirty.data == later.data
+    assert [source.uri for source in joint.data.sources] == ["data/other0"]
+
+
+def test_data_without_folds_are_one_data_set_and_folds_are_counted(tmp_path):
+    data = {"pipeline": "toy", "uri": "data/toy"}
+    assert load_experiment(written(tmp_path, data=data), "smoke").data_sets() == [data]
+    assert load_experiment(written(tmp_path), "smoke").data_sets() == []
+    with pytest.raises(ConfigError, match=r"data.folds \(0\) must be a whole number of at least 1"):
+        load_experiment(written(tmp_path, data=data | {"folds": 0}), "smoke")
+
+
 def test_a_configuration_is_checked_once(tmp_path):
     experiment = load_experiment(written(tmp_path), "smoke")
     one = experiment.load(["seed=1"], PLAIN["base"])
