@@ -106,6 +106,7 @@ def _check_numbers(config: Config) -> None:
         ("workers.count", workers.count, 0),
         ("workers.least", 1 if workers.least is None else workers.least, 1),
         ("evaluate.rows", evaluate.rows, 1),
+        ("evaluate.visits", evaluate.visits, 1),
         ("evaluate.steps", evaluate.steps, 1),
         ("evaluate.every_samples", evaluate.every_samples, 0),
         ("evaluate.repeats", evaluate.repeats, 1),

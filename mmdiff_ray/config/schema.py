@@ -278,7 +278,8 @@ class WorkersConfig:
 class EvaluateConfig:
     """What is evaluated.
 
-    evaluators: registered names. split, rows: of which split, and how many at most. every_samples: how often
+    evaluators: registered names. split, rows: of which split (train, val, test), and how many at most.
+    visits: how often every row is evaluated, each time over another background. every_samples: how often
     (0 = only at the end). sampler, steps, guidance: how samples are drawn. likely_steps: noiseless DDIM steps
     to a most likely answer, at most `steps`. draws: of the noise, over which heads' probabilities are
     averaged. inpaint: how holes are filled:
@@ -293,6 +294,7 @@ class EvaluateConfig:
     evaluators: list[str] | None = None
     split: str = "val"
     rows: int = 128
+    visits: int = 1
     every_samples: int = 0
     sampler: str = "ancestral"
     steps: int = 25

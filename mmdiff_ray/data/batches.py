@@ -69,27 +69,31 @@ def local_batches(
         yield from rank_batches(plan, windows, rank, world, start_batch, stop_batch, reader.bad_row_limit)
 
 
-def split_batches(reader: RowReader, splits: Sequence[Split], rows: int, batch: int) -> Iterator[Batch]:
-    """Yield the first `rows` rows of a split, `batch` at a time, all as in visit 0; the last batch is padded.
+def split_batches(
+    reader: RowReader, splits: Sequence[Split], rows: int, batch: int, visits: int = 1
+) -> Iterator[Batch]:
+    """Yield the first `rows` rows of a split, `batch` at a time, once for each visit; a visit's last batch is
+    padded.
 
     splits: the split of every data set, in the reader's order; their rows take turns. The order is always the
     same and spreads over the whole split from the first rows on, however its rows were sorted when written.
     Raises BadRowsError once more than `data.bad_row_limit` rows could not be read.
     """
-    turns = itertools.islice(_take_turns(splits), rows)
     groups = [GroupTable(split) for split in splits]
     count = _BadRows(reader.bad_row_limit)
-    while chosen := list(itertools.islice(turns, batch)):
-        slots: dict[int, list[int]] = defaultdict(list)
-        for slot, (source, _) in enumerate(chosen):
-            slots[source].append(slot)
-        parts = {}
-        for source, wanted in slots.items():
-            pieces = tuple(groups[source].row(chosen[slot][1]) for slot in wanted)
-            arrays = reader.read(Window(source, 0, pieces))
-            count.add(arrays)
-            parts[source] = [arrays]
-        yield _to_batch(_scatter(parts, slots, batch))
+    for visit in range(visits):
+        turns = itertools.islice(_take_turns(splits), rows)
+        while chosen := list(itertools.islice(turns, batch)):
+            slots: dict[int, list[int]] = defaultdict(list)
+            for slot, (source, _) in enumerate(chosen):
+                slots[source].append(slot)
+            parts = {}
+            for source, wanted in slots.items():
+                pieces = tuple(groups[source].row(chosen[slot][1]) for slot in wanted)
+                arrays = reader.read(Window(source, visit, pieces))
+                count.add(arrays)
+                parts[source] = [arrays]
+            yield _to_batch(_scatter(parts, slots, batch))
 
 
 class _Stock:

@@ -55,7 +55,7 @@ class ShardWriter:
         self._rows_per_group = rows_per_group
         if min(val_share, test_share) < 0 or val_share + test_share > 1:
             raise ConfigError(
-                f"val_share ({val_share}) and test_share ({test_share}) must be at least 0, together at most 1"
+                f"val_share ({val_share}) and test_share ({test_share}) must be 0 or more, together at most 1"
             )
         self._shares = val_share, test_share
         self._columns = {column: make_column(column, facts) for column, facts in columns.items()}

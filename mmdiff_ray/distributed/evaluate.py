@@ -100,7 +100,8 @@ def measure(
     resolve_modalities(config, manifests)
     reader = jobs.make_reader(config, model.denoiser, tables)
     splits = [manifest.splits[config.evaluate.split] for manifest in manifests]
-    batches = split_batches(reader, splits, config.evaluate.rows, min(64, config.evaluate.rows))
+    wanted = config.evaluate
+    batches = split_batches(reader, splits, wanted.rows, min(64, wanted.rows), wanted.visits)
     drawer = drawer or draw_here(model)
     if kept is not None:
         drawer = kept_in(kept, drawer)

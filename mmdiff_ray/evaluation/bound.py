@@ -35,7 +35,9 @@ def evaluate_bound(context: Context) -> Findings:
     for term, name in sorted(key.split("/") for key in totals):
         tally = Tally(totals[f"{term}/{name}"].numpy(), counts[f"{term}/{name}"].numpy())
         if tally.denominator.any():
-            figures.append(Figure.of(f"{name}/{term}_nats", "lower", {"model": tally}, bound=True))
+            figures.append(
+                Figure.of(f"{name}/{term}_nats", "lower", {"model": tally}, context.ids(), bound=True)
+            )
     return Findings(figures)
 
 
@@ -50,7 +52,7 @@ def _add(context: Context, start: int, part: Batch, turn: int, totals: Rows, cou
     """
     denoiser, steps = context.denoiser, context.denoiser.process.schedule.steps
     objective = Objective(denoiser.process, context.config.loss, dict(denoiser.modalities.items()))
-    visits, seed = torch.full_like(part.ids, turn), context.config.seed
+    visits, seed = turn + (TIMES_PER_ROW + 1) * part.visits, context.config.seed
     k = torch.ones(len(part), dtype=torch.float64, device=part.ids.device)
     if turn:
         k = 2 + (rng.uniform(seed, "bound time", visits, part.ids, 1)[:, 0] * (steps - 1)).floor()

@@ -55,8 +55,8 @@ def evaluate_calibration(context: Context) -> Findings:
         error = calibration_error(said, truth)
         findings.figures.extend(
             [
-                Figure.of(f"{name}/head_accuracy", "higher", accuracy),
-                Figure.of(f"{name}/head_nll", "lower", nll),
+                Figure.of(f"{name}/head_accuracy", "higher", accuracy, context.ids(rows)),
+                Figure.of(f"{name}/head_nll", "lower", nll, context.ids(rows)),
                 Figure(f"{name}/head_calibration_error", error, "lower", len(truth)),
             ]
         )

@@ -40,8 +40,12 @@ def evaluate_segmentation(context: Context) -> Findings:
             masks = {"model": context.answer(name, rows, readout), **rules}
             metric, tallies = _overlap(masks, truth, modality.prediction_channels)
             edges = {rule: mean_of(boundary_f(mask, truth)) for rule, mask in masks.items()}
-            findings.figures.append(Figure.of(f"{name}/{metric}{ending}", "higher", tallies))
-            findings.figures.append(Figure.of(f"{name}/boundary_f{ending}", "higher", edges))
+            findings.figures.append(
+                Figure.of(f"{name}/{metric}{ending}", "higher", tallies, context.ids(rows))
+            )
+            findings.figures.append(
+                Figure.of(f"{name}/boundary_f{ending}", "higher", edges, context.ids(rows))
+            )
         answers.append((name, modality, rows, context.answer(name, rows, shown_readout), truth, rules))
     shared = np.logical_and.reduce([rows for _, _, rows, *_ in answers])
     if answers and shared.any():
@@ -72,7 +76,9 @@ def evaluate_labels(context: Context) -> Findings:
             for readout, ending in PAIRED.items():
                 answer = context.answer(name, rows, readout)
                 tallies = {"model": mean_of(answer == truth), "majority class": mean_of(truth == common)}
-                findings.figures.append(Figure.of(f"{name}/accuracy{ending}", "higher", tallies))
+                findings.figures.append(
+                    Figure.of(f"{name}/accuracy{ending}", "higher", tallies, context.ids(rows))
+                )
     return findings
 
 
@@ -89,7 +95,9 @@ def evaluate_embeddings(context: Context) -> Findings:
             for readout, ending in PAIRED.items():
                 answer = mean_of(cosine(context.answer(name, rows, readout), truth))
                 tallies = {"model": answer, "mean embedding": mean}
-                findings.figures.append(Figure.of(f"{name}/cosine{ending}", "higher", tallies))
+                findings.figures.append(
+                    Figure.of(f"{name}/cosine{ending}", "higher", tallies, context.ids(rows))
+                )
     return findings
 
 

@@ -2,7 +2,7 @@
 them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,11 +46,14 @@ class Figure:
     tallies: Mapping[str, Tally] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, key: str, better: str, tallies: Mapping[str, Tally], bound: bool = False) -> "Figure":
-        """Return the figure of tallies: "model", and those of rules on the same rows."""
+    def of(
+        cls, key: str, better: str, tallies: Mapping[str, Tally], ids: np.ndarray, bound: bool = False
+    ) -> "Figure":
+        """Return the figure of tallies: "model", and those of rules on the same rows. ids: of the rows."""
+        tallies = {rule: replace(tally, ids=ids) for rule, tally in tallies.items()}
         floors = {rule: tally.value for rule, tally in tallies.items() if rule != "model"}
         model = tallies["model"]
-        return cls(key, model.value, better, len(model), floors, bound, tallies)
+        return cls(key, model.value, better, len(np.unique(ids)), floors, bound, tallies)
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,10 @@ class Context:
         for name in names:
             has &= self.batch.present[name]
         return has.cpu().numpy()
+
+    def ids(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """Return the ids of some rows, int64 (n,)."""
+        return self.batch.ids.cpu().numpy()[rows]
 
     def truth(self, name: str, rows: np.ndarray | slice = slice(None)) -> Tensor:
         """Return the data of an instance in some rows, on the CPU."""

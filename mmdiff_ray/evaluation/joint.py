@@ -34,7 +34,7 @@ def evaluate_joint(context: Context) -> Findings:
                 "model": mean_of(foreground_iou(made, told)),
                 "masks of other samples": mean_of(foreground_iou(np.roll(made, 1, axis=0), told)),
             }
-            findings.figures.append(Figure.of(f"{name}/joint_iou", "higher", tallies))
+            findings.figures.append(Figure.of(f"{name}/joint_iou", "higher", tallies, context.ids()))
     for name, share in drawn.agreement.items():
         findings.figures.append(Figure(f"{name}/code_agreement", share, "higher", len(context.batch)))
     return findings

@@ -52,9 +52,11 @@ def evaluate_judge(context: Context) -> Findings:
             "model": agreement(said, wanted),
             f"{word} of other samples": agreement(said, np.roll(wanted, 1, axis=0)),
         }
-        findings.figures.append(Figure.of(f"{name}/judged", "higher", pairs))
+        findings.figures.append(Figure.of(f"{name}/judged", "higher", pairs, context.ids(rows)))
         real = agreement(about_real[name][rows], context.truth(name, rows).numpy())
-        findings.figures.append(Figure.of(f"{name}/judged_real", "higher", {"model": real}))
+        findings.figures.append(
+            Figure.of(f"{name}/judged_real", "higher", {"model": real}, context.ids(rows))
+        )
     return findings
 
 

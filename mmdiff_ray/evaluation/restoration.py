@@ -82,7 +82,7 @@ def _measure(
         answers = {"model": pasted[readout], **filled}
         measured = _distances(context, answers, restored[readout], truth, visible)
         for metric, tallies in measured.items():
-            figure = Figure.of(f"{source}_from_{name}/{metric}{ending}", "lower", tallies)
+            figure = Figure.of(f"{source}_from_{name}/{metric}{ending}", "lower", tallies, context.ids(rows))
             findings.figures.append(figure)
         realism = {rule: _realism(context, answer, truth) for rule, answer in answers.items()}
         floors = {rule: value for rule, value in realism.items() if rule != "model"}

@@ -19,21 +19,24 @@ def evaluate_retrieval(context: Context) -> Findings:
     """Measure how often an embedding made from the given anchor finds its own row among all evaluated rows.
 
     The gallery holds the true embeddings of the n rows that have instance and anchor; recall at k is left out
-    where k >= n, since it is then 1 of any answer. The floor is chance, k / n. Intervals over rows draw
-    queries anew and leave the gallery as it is.
+    where k >= n, since it is then 1 of any answer. With several visits, each has its own gallery. The floor
+    is chance, k / n. Intervals over rows draw queries anew and leave the gallery as it is.
     """
     findings = Findings()
     for name in context.asked(EmbeddingModality):
         rows = context.rows_with(name, *context.told)
-        count = int(rows.sum())
+        count = len(np.unique(context.ids(rows)))
+        visits = context.batch.visits.cpu().numpy()[rows]
         truth = context.truth(name, rows).numpy()
         for k, (readout, ending) in itertools.product(RECALLED, PAIRED.items()):
             if k < count:
-                tallies = {
-                    "model": mean_of(found_at_k(context.answer(name, rows, readout), truth, k)),
-                    "chance": mean_of(np.full(count, k / count)),
-                }
-                findings.figures.append(Figure.of(f"{name}/recall_at_{k}{ending}", "higher", tallies))
+                answer, found = context.answer(name, rows, readout), np.zeros(len(truth))
+                for own in (visits == visit for visit in np.unique(visits)):
+                    found[own] = found_at_k(answer[own], truth[own], k)
+                tallies = {"model": mean_of(found), "chance": mean_of(np.full(len(truth), k / count))}
+                findings.figures.append(
+                    Figure.of(f"{name}/recall_at_{k}{ending}", "higher", tallies, context.ids(rows))
+                )
     return findings
 
 

@@ -26,11 +26,13 @@ class Tally:
 
     numerator, denominator: float64 (n,) or, for a mean over K classes, (n, K). A plain mean has a denominator
     of 1, a mean over the pixels of holes their count, mean IoU intersections and unions. Classes that no row
-    holds (denominator 0) do not count.
+    holds (denominator 0) do not count. ids: int64 (n,), of which row each entry is; entries of the same row
+    are resampled together. Without ids every entry is a row of its own.
     """
 
     numerator: np.ndarray
     denominator: np.ndarray
+    ids: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.numerator.shape != self.denominator.shape:
@@ -62,6 +64,26 @@ def mean_of(values: np.ndarray) -> Tally:
     """Return the tally of a plain mean over rows. values: (n,)."""
     values = np.asarray(values, dtype=np.float64)
     return Tally(values, np.ones_like(values))
+
+
+def by_row(tallies: Sequence[Tally]) -> list[Tally]:
+    """Return tallies with one entry per row, of the same rows in the same order.
+
+    Entries of the same row are summed, and a tally that lacks a row of the others (another fold) gets an
+    entry of 0 / 0, which changes no figure. Where any tally has no ids, all are returned as they are.
+    """
+    known = [tally.ids for tally in tallies if tally.ids is not None]
+    if len(known) < len(tallies):
+        return list(tallies)
+    place = {row: number for number, row in enumerate(dict.fromkeys(np.concatenate(known).tolist()))}
+    found = []
+    for tally, ids in zip(tallies, known, strict=True):
+        entries = [place[row] for row in ids.tolist()]
+        sums = [np.zeros((len(place), *tally.numerator.shape[1:])) for _ in range(2)]
+        for total, part in zip(sums, (tally.numerator, tally.denominator), strict=True):
+            np.add.at(total, entries, part)
+        found.append(Tally(*sums, np.array(list(place))))
+    return found
 
 
 class Interval(NamedTuple):
@@ -125,6 +147,7 @@ class Estimate:
 
 def interval(seeds: Sequence[Tally], draws: int = DRAWS, seed: int = 0) -> Interval:
     """Return the mean over seeds and its interval, over seeds and rows (see `_estimate`)."""
+    seeds = by_row(seeds)
     return _estimate([[tally.weighted for tally in seeds]], len(seeds[0]), draws, seed).interval()
 
 
@@ -138,10 +161,16 @@ def compare(
 ) -> Estimate:
     """Return the mean of ours - factor * others, over seeds and rows (see `_estimate`).
 
-    Both hold the same rows in the same order, one tally per seed. As many seeds on both sides are paired in
-    their order, others are not. A single tally has no spread over seeds (a rule without a model). Raises
-    ValueError for tallies of different rows.
+    One tally per seed; as many seeds on both sides are paired in their order and hold the same rows, others
+    are not paired. Without ids all hold the same rows in the same order. A single tally has no spread over
+    seeds (a rule without a model). Raises ValueError for tallies of different rows.
     """
+    if len(ours) == len(others):
+        for one, other in zip(ours, others, strict=True):
+            if one.ids is not None and other.ids is not None and set(one.ids) != set(other.ids):
+                raise ValueError("only figures of the same rows can be compared; the ids differ")
+    aligned = by_row([*ours, *others])
+    ours, others = aligned[: len(ours)], aligned[len(ours) :]
     rows = {len(tally) for tally in (*ours, *others)}
     if len(rows) != 1:
         raise ValueError(f"only figures of the same rows can be compared; got {sorted(rows)} rows")

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mmdiff_ray import __version__
@@ -205,6 +204,7 @@ def asked_of(experiment: Experiment, cell: Cell, runs: Path) -> list[Asked]:
 def measure_cell(experiment: Experiment, cell: Cell, runs: Path, say: Say) -> None:
     """Measure a trained cell, and the methods that ask its model, whatever was not measured yet."""
     from mmdiff_ray.distributed.evaluate import measure, plain
+    from mmdiff_ray.experiments.tallies import save_tallies
 
     for wanted in asked_of(experiment, cell, runs):
         if wanted.taken:
@@ -216,14 +216,8 @@ def measure_cell(experiment: Experiment, cell: Cell, runs: Path, say: Say) -> No
             )
         begun, file = time.monotonic(), wanted.file
         findings = measure(cell_folder(experiment, cell, runs), wanted.config)
-        tallies = {
-            f"{figure.key}|{rule}|{part}": getattr(tally, part).astype(np.float32)
-            for figure in findings.figures
-            for rule, tally in figure.tallies.items()
-            for part in ("numerator", "denominator")
-        }
         file.parent.mkdir(exist_ok=True)
-        np.savez_compressed(file.with_suffix(".npz"), **tallies)
+        save_tallies(file.with_suffix(".npz"), findings.figures)
         for name, picture in findings.pictures.items():
             picture.save(file.with_name(f"{file.stem}-{name}.png"))
         seconds = time.monotonic() - begun

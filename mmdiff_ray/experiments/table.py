@@ -20,6 +20,7 @@ from mmdiff_ray.evaluation.statistics import (
     Estimate,
     Interval,
     Tally,
+    by_row,
     compare,
     holm,
     interval,
@@ -27,6 +28,7 @@ from mmdiff_ray.evaluation.statistics import (
 )
 from mmdiff_ray.experiments.cell import asked_of, cell_folder, is_measured
 from mmdiff_ray.experiments.spec import Cell, Experiment, Goal, Method
+from mmdiff_ray.experiments.tallies import load_tally
 from mmdiff_ray.experiments.watch import read
 
 
@@ -74,9 +76,8 @@ def _add(figures: dict[str, dict[str, Series]], method: Method, seed: int, file:
                 label = method.name if name == "model" else f"rule: {name}"
                 series = figures.setdefault(key, {}).setdefault(label, Series(figure["better"]))
                 series.values[seed] = value
-                if f"{key}|{name}|numerator" in tallies:
-                    parts = (tallies[f"{key}|{name}|{part}"] for part in ("numerator", "denominator"))
-                    series.tallies[seed] = Tally(*parts)
+                if (tally := load_tally(tallies, key, name)) is not None:
+                    series.tallies[seed] = tally
 
 
 def summary(experiment: Experiment, table: Table) -> list[dict[str, Any]]:
@@ -105,7 +106,7 @@ def _numbers(series: Series) -> dict[str, Any]:
     }
     if len(series.tallies) == len(values):
         found["interval"] = list(interval([series.tallies[seed] for seed in sorted(series.tallies)])[1:])
-        found["rows"] = len(next(iter(series.tallies.values())))
+        found["rows"] = len(by_row(list(series.tallies.values()))[0])
     return found
 
 

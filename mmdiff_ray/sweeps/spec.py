@@ -27,7 +27,13 @@ SET_HERE = (
     "name",
 )
 """Beginnings of keys that every trial has from the sweep."""
-JUDGES = ("evaluate.evaluators", "evaluate.rows", "evaluate.repeats", "evaluate.split")
+JUDGES = (
+    "evaluate.evaluators",
+    "evaluate.rows",
+    "evaluate.visits",
+    "evaluate.repeats",
+    "evaluate.split",
+)
 """Beginnings of keys that say how figures are measured."""
 
 

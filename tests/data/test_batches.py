@@ -88,6 +88,19 @@ def test_rows_arrive_with_their_own_values(toy) -> None:
             )
 
 
+def test_every_visit_of_a_split_has_the_same_rows_over_other_backgrounds(toy) -> None:
+    uri, manifest = toy
+    splits = [manifest.splits["train"]]
+    (once,) = split_batches(reader([uri]), splits, 10, 16)
+    first, second, third = split_batches(reader([uri]), splits, 10, 16, visits=3)
+    assert same(once, first)
+    for number, batch in enumerate((first, second, third)):
+        assert torch.equal(batch.ids, once.ids) and torch.equal(batch.real, once.real)
+        assert batch.visits[batch.real].eq(number).all()
+    assert not torch.equal(second.data["pixels"], first.data["pixels"])
+    assert not torch.equal(second.data["pixels"], third.data["pixels"])
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_workers_together_read_what_one_reads(toy, world: int) -> None:
     uri, manifest = toy

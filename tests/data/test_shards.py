@@ -106,7 +106,9 @@ def test_three_splits_are_written_by_shares_by_group_and_by_name(tmp_path: Path)
 
 
 def test_shares_above_one_and_unknown_splits_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"val_share \(0.5\) and test_share \(0.6\) must .* together at most 1"):
+    with pytest.raises(
+        ConfigError, match=r"val_share \(0.5\) and test_share \(0.6\) must .* together at most 1"
+    ):
         ShardWriter(str(tmp_path / "toy"), "toy", COLUMNS, val_share=0.5, test_share=0.6)
     writer = ShardWriter(str(tmp_path / "toy"), "toy", COLUMNS)
     with pytest.raises(ConfigError, match=r"row 'row 1' has an unknown split 'dev'; known: train, val, test"):

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.evaluation.conditional import evaluate_segmentation, mask_panels
 from mmdiff_ray.evaluation.context import Context, Figure
 from mmdiff_ray.evaluation.floors import nearest_palette_colour
@@ -23,6 +24,8 @@ from mmdiff_ray.evaluation.run import (
     tables,
 )
 from mmdiff_ray.evaluation.segmentation import boundary_f
+from mmdiff_ray.evaluation.statistics import by_row
+from mmdiff_ray.experiments.tallies import load_tally, save_tallies
 from mmdiff_ray.training.inference import Generator
 from tests import sprites as tiny
 
@@ -52,6 +55,32 @@ def without(batches: list[Batch], name: str, rows: slice) -> list[Batch]:
     present = whole.present[name].clone()
     present[rows] = False
     return [dataclasses.replace(whole, present={**whole.present, name: present})]
+
+
+def test_rows_that_are_evaluated_twice_count_once(sprites, findings, tmp_path):
+    job = tiny.job(sprites, f"evaluate.evaluators=[{', '.join(ALL)}]")
+    splits = [manifest.splits["val"] for manifest in job.manifests]
+    twice = evaluate(
+        tiny.generator(job), split_batches(job.reader(job.denoiser()), splits, ROWS, 4, visits=2)
+    )
+    once = by_key(findings)
+    assert by_key(twice).keys() == once.keys()
+    for key, figure in by_key(twice).items():
+        for rule, tally in figure.tallies.items():
+            assert figure.rows == once[key].rows and len(tally) == 2 * len(once[key].tallies[rule])
+            assert set(tally.ids.tolist()) == set(once[key].tallies[rule].ids.tolist())
+            (summed,) = by_row([tally])
+            assert len(summed) == figure.rows
+            assert summed.value == pytest.approx(tally.value, nan_ok=True)
+    save_tallies(tmp_path / "tallies.npz", twice.figures)
+    with np.load(tmp_path / "tallies.npz") as arrays:
+        assert sum(name.startswith("ids ") for name in arrays) <= 2  # shared by figures of the same rows
+        for figure in twice.figures:
+            for rule, tally in figure.tallies.items():
+                loaded = load_tally(arrays, figure.key, rule)
+                assert np.array_equal(loaded.ids, tally.ids)
+                assert np.array_equal(loaded.numerator, tally.numerator.astype(np.float32))
+        assert load_tally(arrays, "unknown/figure", "model") is None
 
 
 def by_key(findings) -> dict[str, Figure]:

@@ -38,6 +38,57 @@ def test_pairing_finds_a_difference_that_separate_intervals_do_not():
     assert interval(ours).high > interval(others).low
 
 
+def with_ids(values: np.ndarray, ids: np.ndarray) -> Tally:
+    return Tally(values, np.ones_like(values), ids)
+
+
+def test_ids_in_the_same_order_change_no_interval():
+    generator = np.random.default_rng(0)
+    ours, others = generator.normal(size=(2, 3, 50))
+    ids = generator.permutation(50)
+    bare = [[mean_of(values) for values in side] for side in (ours, others)]
+    known = [[with_ids(values, ids) for values in side] for side in (ours, others)]
+    assert interval(known[0]) == interval(bare[0])
+    assert difference(*known) == difference(*bare)
+
+
+def test_answers_about_one_row_are_resampled_together():
+    values = np.random.default_rng(0).gamma(2, size=60)
+    once = interval([mean_of(values)])
+    ids = np.arange(60)
+    again = interval([with_ids(np.tile(values, 5), np.tile(ids, 5))])
+    assert again == pytest.approx(once)  # five copies tell no more than one
+    apart = interval([with_ids(np.tile(values, 5), np.arange(300))])
+    assert apart.high - apart.low < 0.6 * (once.high - once.low)
+
+
+def test_clusters_keep_the_level_where_rows_taken_apart_do_not():
+    def excludes(ids: np.ndarray) -> float:
+        found = []
+        for trial in range(200):
+            generator = np.random.default_rng(trial)
+            rows = np.tile(generator.normal(size=40), 4)
+            gap = [with_ids(rows + generator.normal(0, 0.3, 160), ids)]
+            found.append(interval(gap, draws=200, seed=trial).excludes_zero)
+        return float(np.mean(found))
+
+    assert 0.01 < excludes(np.tile(np.arange(40), 4)) < 0.12
+    assert excludes(np.arange(160)) > 0.2
+
+
+def test_seeds_that_judge_other_rows_have_one_interval_over_all_of_them():
+    generator = np.random.default_rng(0)
+    folds = [np.arange(start, start + 40) for start in range(0, 200, 40)]
+    hard = generator.normal(size=200)
+    ours = [with_ids(hard[ids] - 0.3 + generator.normal(0, 0.1, 40), ids) for ids in folds]
+    others = [with_ids(hard[ids] + generator.normal(0, 0.1, 40), ids) for ids in folds]
+    found = difference(ours, others)
+    assert found.value == pytest.approx(-0.3, abs=0.05) and found.excludes_zero
+    assert interval(ours).value == pytest.approx(np.mean([tally.value for tally in ours]))
+    with pytest.raises(ValueError, match="ids differ"):
+        difference(ours, others[::-1])
+
+
 def test_seeds_that_disagree_widen_the_interval():
     generator = np.random.default_rng(0)
     rows = generator.normal(0, 0.1, 200)
