@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config, RunError, in_force
-from mmdiff_ray.denoiser import Denoiser, build_denoiser, build_process
+from mmdiff_ray.denoiser import Denoiser, build_denoiser, build_modalities, build_process
 from mmdiff_ray.diffusion.ema import Ema
 from mmdiff_ray.diffusion.objective import Objective, Terms
-from mmdiff_ray.diffusion.process import Roles
+from mmdiff_ray.diffusion.process import Process, Roles
 from mmdiff_ray.tasks import Tasks
 from mmdiff_ray.training.loss import TrainingLoss
 from mmdiff_ray.training.optim import learning_rate, make_optimizer
@@ -63,6 +63,7 @@ class Trainer:
         self.whole, self.config = config, in_force(config, 0)
         self.device = device
         self.denoiser = denoiser
+        denoiser.process = _process(self.config)  # a change at 0 is in force from the first step
         self.ema = Ema(denoiser, config.train.ema_samples)
         self.loss = TrainingLoss(denoiser, self.config)
         self.average_loss = TrainingLoss(self.ema.model, self.config)
@@ -96,7 +97,7 @@ class Trainer:
         now = in_force(self.whole, self.progress.samples_seen)
         if now != self.config:
             self.config = now
-            process = build_process(now, self.denoiser.modalities)
+            process = _process(now)
             for loss in (self.loss, self.average_loss):
                 loss.set(now, process)
 
@@ -278,3 +279,8 @@ class Trainer:
         return min(
             train.samples, (progress.probed_steps + int(left) // train.global_batch) * train.global_batch
         )
+
+
+def _process(config: Config) -> Process:
+    """Return a configuration's process; a denoiser's own modalities keep the weights they were built with."""
+    return build_process(config, build_modalities(config))

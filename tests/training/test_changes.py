@@ -35,6 +35,22 @@ def test_each_value_is_in_force_from_its_sample_on(config):
     assert after.train.changes == []
 
 
+@pytest.mark.parametrize("at", [0, 16])
+def test_process_and_objective_train_on_a_change_from_its_sample_on(sprites, at):
+    change = ChangeConfig(at, {"loss.coefficients.l2": 0.25, "modalities.shape.weights.scale": 0.05})
+    made = tiny.job(sprites)
+    made = dataclasses.replace(made, config=changing(made.config, [change]))
+    plain, trainer = made.denoiser().process.profiles["shape"], tiny.trainer(made)
+    stream = tiny.batches(made)
+    t = torch.tensor([0.5], dtype=torch.float64)
+    for stop, changed in ((16, at == 0), (32, True)):
+        trainer.advance(stream, stop)
+        for process in (trainer.denoiser.process, trainer.ema.model.process, trainer.objective.process):
+            part = float(process.profiles["shape"](t)) / float(plain(t))
+            assert part == pytest.approx(0.25 if changed else 1.0)
+        assert trainer.objective.config.coefficients.l2 == (0.25 if changed else 1.0)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
