@@ -137,6 +137,10 @@ def _check_numbers(config: Config) -> None:
     times = train.times
     if len(times) != 2 or not 0 <= times[0] <= times[1] <= 1:
         raise ConfigError(f"train.times ({times}) must be two numbers in [0, 1], the smaller one first")
+    if round(times[1] * config.schedule.steps) < 1:  # training would draw t = 0, where z_t holds no noise
+        raise ConfigError(
+            f"train.times ({times}) must reach the schedule's first step, t = 1/{config.schedule.steps}"
+        )
 
 
 def _check_names(config: Config) -> None:
