@@ -266,6 +266,34 @@ def test_values_that_cannot_be_are_refused_with_key_and_value(base, overrides, e
     assert message(*overrides, base=base).startswith(expected)
 
 
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".hidden", "", "a\\b", "a\nb", "x" * 151, "-x"])
+def test_a_name_that_is_not_one_file_name_is_refused(base, name):
+    for values, key in (
+        ({"name": name}, "name"),
+        ({"tasks": {name: {"roles": {"pixels": "generated"}}}}, "tasks"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{key}: {re.escape(repr(name))} cannot name a file"):
+            load([base], base=values) if key == "tasks" else load(
+                [], base={**to_plain(load([base])), **values}
+            )
+
+
+def test_names_in_storage_must_fit_into_a_uri(base):
+    assert load([base], ["name=my run é"]).name == "my run é"
+    for name in ("my run", "a#b", "a?b", "é"):
+        assert message(f"name={name}", "runs=s3://bucket/runs", base=base).startswith(
+            f"name: {name!r} cannot"
+        )
+
+
+@pytest.mark.parametrize("name", ["007", "1e3", "2026_01", "true", "12"])
+def test_a_name_that_reads_as_a_number_stays_as_it_is_written(base, tmp_path, name):
+    assert load([base], [f"name={name}"]).name == name
+    config = load([base, write(tmp_path / "named.yaml", f"name: {name}  # a comment")])
+    assert config.name == name
+    assert load([write(tmp_path / "again.yaml", to_yaml(config))]) == config
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

@@ -1,6 +1,7 @@
 """What a configuration must fulfil, and the words of the errors where it does not."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,16 @@ from mmdiff_ray.config.schema import Config, TaskConfig, as_list
 
 READOUTS = ("sample", "likely")
 
+NAME = re.compile(r"\w[^/\\\x00-\x1f\x7f]*")
+"""What is one name of a file or folder on every system, and hidden on none."""
+NAME_IN_URI = re.compile(r"\w[\w.~=+,@:-]*", re.ASCII)
+LONGEST_NAME = 150
+"""In bytes. File systems take 255, and a run's name gets numbers, dates and endings."""
+
 
 def check(config: Config) -> None:
     """Raise ConfigError for values that contradict each other and need no data set to be seen."""
+    check_name("name", config.name, in_uri="://" in config.runs)
     _check_names(config)
     _check_numbers(config)
     one_of("train.precision", config.train.precision, ("auto", "float32", "bfloat16"))
@@ -165,6 +173,7 @@ def _check_names(config: Config) -> None:
     if not config.tasks:
         raise ConfigError("tasks is empty; for example joint: {roles: {pixels: generated}}")
     for task, row in config.tasks.items():
+        check_name("tasks", task)
         _check_task(task, row, config.modalities)
 
 
@@ -186,6 +195,22 @@ def _check_task(task: str, row: TaskConfig, modalities: Mapping[str, Any]) -> No
 def generates(roles: Mapping[str, Any]) -> bool:
     """Return whether a row of roles generates any instance, at least sometimes."""
     return any("generated" in as_list(role) for role in roles.values())
+
+
+def check_name(key: str, name: Any, in_uri: bool = False) -> None:
+    """Raise ConfigError unless a name can be that of one file or folder. in_uri: of one in a URI."""
+    if not isinstance(name, str):
+        raise ConfigError(f"{key}: got {name!r}, want text; put the name in quotes")
+    if not NAME.fullmatch(name) or len(name.encode()) > LONGEST_NAME:
+        raise ConfigError(
+            f"{key}: {name!r} cannot name a file; use at most {LONGEST_NAME} bytes without / and \\, and "
+            "begin with a letter, a digit or _"
+        )
+    if in_uri and not NAME_IN_URI.fullmatch(name):
+        raise ConfigError(
+            f"{key}: {name!r} cannot stand in a URI, and runs are kept in storage; use letters, digits and "
+            "any of . _ ~ = + , @ : -"
+        )
 
 
 def one_of(key: str, value: Any, known: Sequence[str]) -> None:

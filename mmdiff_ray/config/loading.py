@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
@@ -123,13 +124,22 @@ def parse_value(text: str) -> Any:
         return cast(dict[str, Any], OmegaConf.to_container(tree))["value"]
 
 
+def parse_name(text: str) -> Any:
+    """Return what a text behind `name=` means. What reads as a number stays as written: 007, 1e3."""
+    value = parse_value(text)
+    return text if isinstance(value, int | float) else value
+
+
 def _override(tree: Any, overrides: Sequence[str]) -> None:
     """Change a tree of values as `key=value` words say."""
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
             raise ConfigError(f"override {override!r} must read key=value")
         with _as_config_errors(f"override {override!r}"):
+            if key == "name":
+                tree.name = parse_name(text)
+                continue
             tree.merge_with_dotlist([override])
 
 
@@ -146,6 +156,8 @@ def _read(file: Path) -> Any:
         raise ConfigError(f"{file} is not valid YAML: {error}") from None
     if not OmegaConf.is_dict(tree):
         raise ConfigError(f"{file} must hold keys and values, got a list")
+    if isinstance(cast(dict[str, Any], OmegaConf.to_container(tree)).get("name"), int | float):
+        tree.name = yaml.load(file.read_text(encoding="utf8"), yaml.BaseLoader)["name"]
     return tree
 
 

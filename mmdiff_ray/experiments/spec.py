@@ -12,7 +12,7 @@ from typing import Any
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import Config, ConfigError, named
-from mmdiff_ray.config.checks import one_of, unknown
+from mmdiff_ray.config.checks import check_name, one_of, unknown
 
 FOLDER = Path("pipelines/configs/experiments")
 KEYS = {
@@ -281,6 +281,12 @@ def load_experiment(name: str, preset: str, folder: Path = FOLDER) -> Experiment
         for key in ("name", "base", "presets", "methods", "measures"):
             if not plain.get(key):
                 raise ConfigError(f"{key} is missing")
+        check_name("name", plain["name"])
+        for key in ("presets", "methods", "measures"):
+            for one in plain[key]:
+                check_name(key, one)
+        for curve in plain.get("curves", []):
+            check_name("curves", curve.get("name"))
         return _experiment(plain, preset)
 
 

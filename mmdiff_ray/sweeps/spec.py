@@ -9,7 +9,7 @@ from typing import Any
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import Config, ConfigError, named
-from mmdiff_ray.config.checks import one_of, unknown
+from mmdiff_ray.config.checks import check_name, one_of, unknown
 from mmdiff_ray.sweeps.space import Dimension, combinations, corners, make_space
 
 SEARCHERS = ("random", "grid", "tpe", "nsga2")
@@ -188,7 +188,7 @@ def _overridden(plain: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
     for word in words:
         key, _, text = word.partition("=")
         section, _, name = key.partition(".")
-        value = configuration.parse_value(text)
+        value = configuration.parse_name(text) if key == "name" else configuration.parse_value(text)
         values[section] = {**values.get(section, {}), name: value} if name else value
     return values
 
@@ -200,7 +200,7 @@ def _made(plain: Mapping[str, Any], file: Path, overrides: Sequence[str]) -> Swe
     }
     base = plain["base"]
     sweep = Sweep(
-        name=str(plain.get("name", file.stem)),
+        name=plain.get("name", file.stem),
         title=str(plain.get("title", file.stem)),
         base=configuration.read_yaml(base) if isinstance(base, str) else dict(base),
         overrides=[*plain.get("overrides", []), *overrides],
@@ -216,6 +216,7 @@ def _made(plain: Mapping[str, Any], file: Path, overrides: Sequence[str]) -> Swe
 
 
 def _check(sweep: Sweep) -> None:
+    check_name("name", sweep.name)
     one_of("searcher.name", sweep.searcher.name, SEARCHERS)
     one_of("scheduler.name", sweep.scheduler.name, SCHEDULERS)
     for name, value, least in (

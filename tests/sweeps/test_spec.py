@@ -48,6 +48,7 @@ def test_a_loss_may_judge_what_does_not_scale_it(tmp_path):
     [
         ({"spaces": {}}, "sweep: unknown key 'spaces'.*did you mean 'space'"),
         ({"space": None}, "space is missing"),
+        ({"name": "../x"}, "name: '../x' cannot name a file"),
         ({"metrics": {"shape/head_nll": "down"}}, "metrics.shape/head_nll: unknown 'down'; known: min, max"),
         ({"searcher__name": "tpa"}, "searcher.name: unknown 'tpa'.*did you mean 'tpe'"),
         ({"scheduler__name": "asah"}, "scheduler.name: unknown 'asah'.*did you mean 'asha'"),
