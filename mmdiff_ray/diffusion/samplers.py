@@ -131,11 +131,19 @@ def _half_slope(change: Tensor, before: Tensor) -> Tensor:
     return torch.where(still, 0, change / torch.where(still, 1, 2 * before)).clamp(-2, 2)
 
 
-def guided(predict: Predict, process: Process, given: Codes, scales: Mapping[str, float]) -> Predict:
-    """Return a prediction with guidance: for each given instance i of scale g != 1,
+def guided(
+    predict: Predict,
+    process: Process,
+    given: Codes,
+    scales: Mapping[str, float],
+    expected_codes: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+) -> Predict:
+    """Return a prediction with guidance: for each given instance i of scale g != 1, what the heads predict is
 
-        c^ + sum_i (g_i - 1) (c^ - c^ with i absent),  and the same for what the heads predict.
+        h + sum_i (g_i - 1) (h - h with i absent).
 
+    expected_codes: heads' predictions -> E[c | z_t]. The codes follow the guided heads: of classes, whose
+    logits are extrapolated, they stay a mean of the classes' codes, which extrapolated codes would not.
     An absent instance's code is taken out of z_t, whose law it then has (classifier-free guidance, Ho and
     Salimans, 2022, for any modality). Costs one more prediction per guided instance.
     """
@@ -143,14 +151,15 @@ def guided(predict: Predict, process: Process, given: Codes, scales: Mapping[str
 
     def predict_guided(z: Tensor, t: Tensor, roles: Roles) -> Prediction:
         full = predict(z, t, roles)
-        codes, heads = dict(full.codes), dict(full.heads)
+        if not pulled:
+            return full
+        heads = dict(full.heads)
         betas = process.betas(t, process.only(roles, GIVEN))
         for name, scale in pulled.items():
             without = {**roles, name: torch.where(roles[name] == GENERATED, GENERATED, ABSENT)}
             lone = predict(z - process.place({name: given[name]}, betas), t, without)
-            for mixed, whole, part in ((codes, full.codes, lone.codes), (heads, full.heads, lone.heads)):
-                for other, value in whole.items():
-                    mixed[other] = mixed[other] + (scale - 1) * (value - part[other])
-        return Prediction(codes, heads)
+            for other, value in full.heads.items():
+                heads[other] = heads[other] + (scale - 1) * (value - lone.heads[other])
+        return Prediction(expected_codes(heads), heads)
 
     return predict_guided

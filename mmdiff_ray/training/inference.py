@@ -80,7 +80,10 @@ def sample(
             return torch.zeros(len(ids), *shape, device=device)
         return rng.normal(seed, f"sample {purpose}", visits, ids, shape).to(device)
 
-    pulled = guided(predict, process, codes, scales)
+    def expected_codes(heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: denoiser.modalities[name].expected_code(head) for name, head in heads.items()}
+
+    pulled = guided(predict, process, codes, scales, expected_codes)
 
     def predict_guided(z: Tensor, t: Tensor, roles: Roles) -> Prediction:
         return denoiser.with_known(pulled(z, t, roles), roles, conditions)  # guidance moves known cells, too

@@ -1,10 +1,12 @@
 """Guidance: what is predicted with a condition, minus what is predicted without it, taken further."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from mmdiff_ray.config import WeightsConfig
 from mmdiff_ray.diffusion.process import ABSENT, GENERATED, GIVEN, Prediction
@@ -24,6 +26,30 @@ ROWS = 6
 LAYOUTS = pytest.mark.parametrize("layout", [OWN, OVERLAPPING], ids=["own", "overlapping"])
 
 
+def as_network(prediction: Prediction, data: FiniteData = DATA) -> Prediction:
+    """Return an ideal prediction with a network's heads: the image's code, logits of the others' classes."""
+    chances = prediction.heads["pixels"].exp()
+    heads = {
+        name: (chances @ one_hot(data.alike(name)).to(chances.dtype)).clamp_min(1e-25).log()
+        for name in data.codes
+    }
+    return prediction._replace(heads=heads | {"pixels": prediction.codes["pixels"]})
+
+
+def expected_codes(heads: Mapping[str, Tensor], data: FiniteData = DATA) -> dict[str, Tensor]:
+    """Return the expected codes under a network's heads."""
+    codes = {"pixels": heads["pixels"]}
+    for name in heads.keys() - codes.keys():
+        points = one_hot(data.alike(name)).argmax(0)  # of every class, the first one
+        chances = heads[name].softmax(1)
+        codes[name] = torch.einsum("bk,kchw->bchw", chances, data.codes[name][points].to(chances.dtype))
+    return codes
+
+
+def pulled(predict: "Counted", scales: dict[str, float]):
+    return guided(predict, predict.process, predict.given, scales, expected_codes)
+
+
 class Counted:
     """The ideal denoiser with given codes, counting how often it is asked."""
 
@@ -35,7 +61,7 @@ class Counted:
 
     def __call__(self, z: Tensor, t: Tensor, roles) -> Prediction:
         self.calls += 1
-        return self.ideal(z, t, roles, self.given, {})
+        return as_network(self.ideal(z, t, roles, self.given, {}))
 
 
 def given_codes(*names: str) -> dict[str, Tensor]:
@@ -51,18 +77,19 @@ def noisy(predict: Counted, roles, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @LAYOUTS
-def test_codes_and_heads_are_extrapolated_from_absent_to_given(layout):
-    """c^ + (g - 1) (c^ - c^ with the label absent), with the label's code taken out of z_t for the latter."""
+def test_heads_are_extrapolated_from_absent_to_given_and_codes_follow_them(layout):
+    """h + (g - 1) (h - h with the label absent), with the label's code taken out of z_t for the latter."""
     predict, roles = Counted(layout, given_codes("label")), roles_of(ROWS, label=GIVEN)
     z, t = noisy(predict, roles)
-    found = guided(predict, predict.process, predict.given, {"label": 3.0})(z, t, roles)
+    found = pulled(predict, {"label": 3.0})(z, t, roles)
     full = predict(z, t, roles)
     without = z.clone()
     without[:, layout["label"]] -= 0.7 * predict.given["label"]
     lone = predict(without, t, {**roles, "label": torch.full((ROWS,), ABSENT)})
     for name in OWN:
-        torch.testing.assert_close(found.codes[name], 3 * full.codes[name] - 2 * lone.codes[name])
         torch.testing.assert_close(found.heads[name], 3 * full.heads[name] - 2 * lone.heads[name])
+        torch.testing.assert_close(found.codes[name], expected_codes(found.heads)[name])
+    assert all(found.codes[name].abs().max() <= 1 for name in ("label", "mask"))  # as far out as codes lie
     assert (found.codes["pixels"] - full.codes["pixels"]).abs().max() > 0.1
 
 
@@ -71,11 +98,10 @@ def test_every_guided_instance_adds_its_own_difference(layout):
     predict, roles = Counted(layout, given_codes("label", "mask")), roles_of(ROWS, label=GIVEN, mask=GIVEN)
     z, t = noisy(predict, roles)
     scales = {"label": 2.0, "mask": 0.5}
-    found = guided(predict, predict.process, predict.given, scales)(z, t, roles).codes["pixels"]
-    want = full = predict(z, t, roles).codes["pixels"]
+    found = pulled(predict, scales)(z, t, roles).heads["pixels"]
+    want = full = predict(z, t, roles).heads["pixels"]
     for name, scale in scales.items():
-        alone = guided(predict, predict.process, predict.given, {name: scale})(z, t, roles).codes["pixels"]
-        want = want + alone - full
+        want = want + pulled(predict, {name: scale})(z, t, roles).heads["pixels"] - full
     torch.testing.assert_close(found, want)
 
 
@@ -88,14 +114,14 @@ def test_guidance_costs_one_prediction_per_guided_instance_and_none_at_scale_one
     ):
         predict = Counted(OWN, given_codes("label", "mask"))
         roles = roles_of(ROWS, label=GIVEN, mask=GIVEN)
-        guided(predict, predict.process, predict.given, scales)(*noisy(predict, roles), roles)
+        pulled(predict, scales)(*noisy(predict, roles), roles)
         assert predict.calls == calls
 
 
 def test_scale_zero_predicts_as_if_the_instance_were_absent():
     predict, roles = Counted(OWN, given_codes("label")), roles_of(ROWS, label=GIVEN)
     z, t = noisy(predict, roles)
-    found = guided(predict, predict.process, predict.given, {"label": 0.0})(z, t, roles).codes
+    found = pulled(predict, {"label": 0.0})(z, t, roles).codes
     z[:, OWN["label"]] -= 0.7 * predict.given["label"]
     want = predict(z, t, {**roles, "label": torch.full((ROWS,), ABSENT)}).codes
     torch.testing.assert_close(found, want)
@@ -106,7 +132,7 @@ def test_guidance_leaves_rows_alone_where_the_instance_is_not_given():
     predict = Counted(OVERLAPPING, given_codes("label"))
     roles = roles_of(ROWS, label=torch.tensor([GIVEN, GENERATED, ABSENT]).repeat(2))
     z, t = noisy(predict, roles)
-    found = guided(predict, predict.process, predict.given, {"label": 4.0})(z, t, roles)
+    found = pulled(predict, {"label": 4.0})(z, t, roles)
     full = predict(z, t, roles)
     changed = (found.codes["pixels"] != full.codes["pixels"]).flatten(1).any(1)
     assert changed.tolist() == [True, False, False] * 2
@@ -116,9 +142,10 @@ def test_guidance_leaves_rows_alone_where_the_instance_is_not_given():
 def test_given_codes_come_back_unchanged_from_a_guided_walk(layout):
     predict, roles = Counted(layout, given_codes("label")), roles_of(ROWS, label=GIVEN)
     shape, generator = (ROWS, predict.process.channels, 1, 2), torch.Generator().manual_seed(0)
-    pulled = guided(predict, predict.process, predict.given, {"label": 3.0})
     noise = torch.randn(shape, generator=generator)
-    last, _ = walk(predict.process, pulled, lambda purpose: noise, predict.given, roles, 5)
+    last, _ = walk(
+        predict.process, pulled(predict, {"label": 3.0}), lambda purpose: noise, predict.given, roles, 5
+    )
     assert torch.equal(last.codes["label"], predict.given["label"])
     assert predict.calls == 2 * 5
 
@@ -140,7 +167,13 @@ def test_stronger_guidance_draws_more_of_what_the_condition_makes_likelier():
     shares = []
     for scale in (0.0, 1.0, 4.0):
         noise = partial(standard_normal, (rows, 2, 1, 2), torch.Generator().manual_seed(0))
-        predict = guided(lambda z, t, r: ideal(z, t, r, given, {}), process, given, {"label": scale})
+        predict = guided(
+            lambda z, t, r: as_network(ideal(z, t, r, given, {}), data),
+            process,
+            given,
+            {"label": scale},
+            partial(expected_codes, data=data),
+        )
         last, _ = walk(process, predict, noise, given, roles, 20)
         shares.append(float((last.codes["pixels"].mean((1, 2, 3)) < 0).float().mean()))
     assert shares[:2] == pytest.approx([0.5, 0.75], abs=5 * (0.25 / rows) ** 0.5)
