@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mmdiff_ray.config import ConfigError
+
 Check = tuple[bool | None, str]
 """(True: well, False: broken, None: missing but optional; what was found and, if need be, how to mend it)."""
 
@@ -28,6 +30,7 @@ def examine(runs: str) -> int:
         "device": _device,
         "LPIPS weights": _lpips,
         "memory for Ray": _shared_memory,
+        "folder for Ray": _ray_folder,
         "disk": lambda: _disk(runs),
         "runs": lambda: _runs(runs),
         "MLflow store": lambda: _store(runs),
@@ -36,6 +39,8 @@ def examine(runs: str) -> int:
     for name, check in checks.items():
         try:
             state, text = check()
+        except ConfigError as error:
+            state, text = False, str(error)
         except Exception as error:  # a check that fails is a finding, not a crash
             state, text = False, f"{type(error).__name__}: {error}".split("\n")[0]
         broken += state is False
@@ -76,7 +81,6 @@ def _device() -> Check:
 
 
 def _lpips() -> Check:
-    from mmdiff_ray.config import ConfigError
     from mmdiff_ray.evaluation.weights import convolutions
 
     try:
@@ -87,16 +91,19 @@ def _lpips() -> Check:
 
 
 def _shared_memory() -> Check:
-    path = Path("/dev/shm")
-    if not path.is_dir():
-        return True, "no /dev/shm on this system; Ray uses files"
-    free = shutil.disk_usage(path).free / 2**30
-    text = f"{free:.1f} GiB free in /dev/shm"
-    return (
-        (True, text)
-        if free > 1
-        else (False, f"{text}; give the container more, e.g. docker run --shm-size=4g")
-    )
+    from mmdiff_ray.distributed.machine import SHARED_MEMORY, lack_of_shared_memory
+
+    if lack := lack_of_shared_memory():
+        return False, lack
+    if not SHARED_MEMORY.is_dir():
+        return True, f"no {SHARED_MEMORY} on this system; Ray uses files"
+    return True, f"{shutil.disk_usage(SHARED_MEMORY).free / 2**30:.1f} GiB free in {SHARED_MEMORY}"
+
+
+def _ray_folder() -> Check:
+    from mmdiff_ray.distributed.machine import check_ray_folder
+
+    return True, str(check_ray_folder())
 
 
 def _disk(runs: str) -> Check:

@@ -13,6 +13,7 @@ from typing import Any
 
 from mmdiff_ray.config import ConfigError, WorkersConfig, without_passwords
 from mmdiff_ray.data.storage import is_uri
+from mmdiff_ray.distributed.machine import check_ray_folder, lack_of_shared_memory
 from mmdiff_ray.distributed.nodes import Labels, alive, autoscales, fitting, machines, start_nodes
 
 _log = logging.getLogger(__name__)
@@ -37,6 +38,10 @@ def cluster(cpus: int = 4) -> Iterator[None]:
             f"RAY_ADDRESS ({without_passwords(address)}) is the address of a dashboard; want that of the "
             "cluster itself, HEAD:6379, or none. Where `mmdiff submit` sends jobs is RAY_API_SERVER_ADDRESS"
         )
+    if not address:
+        check_ray_folder()
+        if lack := lack_of_shared_memory():
+            _log.warning("%s", lack)
     local: dict[str, Any] = (
         {} if address else {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False}
     )
