@@ -116,8 +116,7 @@ def test_what_is_no_command_exits_with_2(capsys, words):
             ["train.global_batch=20"],
             r"train.global_batch \(20\) must be a multiple of .* \(8\); try 16 or 24",
         ),
-        (["workers.count=3"], r"data.lanes \(8\) must be a multiple of workers.count \(3\); try 6 or 9"),
-        (["train.micro_batch=5"], r"must be a multiple of micro_batch x workers \(5 x 1 = 5\); try 15 or 20"),
+        (["workers.count=17"], r"train.global_batch \(16\) must have a row for each of 17 workers"),
         (["train.device=cuda:99"], r"train.device is cuda|train.device: "),
         (["tracking.uri=some/folder"], r"tracking.uri \(some/folder\) is a folder"),
     ],
@@ -168,7 +167,7 @@ def test_mistakes_are_told_before_ray_or_mlflow_are_so_much_as_imported(config_f
     program = f"""
 import sys
 from mmdiff_ray.cli import RUNS, main
-for wrong in ("train.sam=9", "data.sources=[{{uri: x}}]", "modalities.x={{type: label}}", "workers.count=3"):
+for wrong in ("train.sam=9", "data.sources=[{{uri: x}}]", "modalities.x={{type: label}}", "workers.count=99"):
     assert main(["train", {str(config_file)!r}, wrong]) == 2
 assert main(["train", {str(config_file)!r}, "--dry-run", "workers.count=2"]) == 0
 print(sorted({{"ray", "mlflow"}} & set(sys.modules)))

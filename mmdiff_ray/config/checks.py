@@ -1,6 +1,5 @@
 """What a configuration must fulfil, and the words of the errors where it does not."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,41 +55,23 @@ def _check_addresses(config: Config) -> None:
 
 
 def check_batch(config: Config) -> None:
-    """Raise ConfigError where the global batch cannot be dealt to lanes, workers and micro-batches."""
-    most, batch, lanes = max(1, config.workers.count), config.train.global_batch, config.data.lanes
-    least = config.workers.least or most
-    if (config.workers.least or 0) > config.workers.count:
-        raise ConfigError(f"workers.least ({least}) must be at most workers.count ({config.workers.count})")
-    if config.workers.least is not None and config.workers.data_labels:
+    """Raise ConfigError where the global batch cannot be dealt to lanes and workers."""
+    workers, batch, lanes = config.workers, config.train.global_batch, config.data.lanes
+    if (workers.least or 0) > workers.count:
+        raise ConfigError(f"workers.least ({workers.least}) must be at most workers.count ({workers.count})")
+    if workers.least is not None and workers.data_labels:
         raise ConfigError(
             "workers.data_labels: with workers.least readers run beside their worker, on its CPUs; set one "
             "of the two"
         )
-    workers = math.lcm(*range(least, most + 1))
-    counted, elastic = f"workers.count ({most})", ""
-    if least < most:
-        counted = f"every number of workers from workers.least ({least}) to workers.count ({most})"
-        elastic = f", of which {least} to {most} workers can each have a share"
-    if lanes % workers:
-        raise ConfigError(
-            f"data.lanes ({lanes}) must be a multiple of {counted}; try {_near(lanes, workers)}"
-        )
+    if workers.count > batch:
+        raise ConfigError(f"train.global_batch ({batch}) must have a row for each of {workers.count} workers")
     if batch % lanes:
+        low = batch // lanes * lanes
+        near = f"{low} or {low + lanes}" if low else f"{lanes}"
         raise ConfigError(
-            f"train.global_batch ({batch}) must be a multiple of data.lanes ({lanes}); "
-            f"try {_near(batch, lanes)}"
+            f"train.global_batch ({batch}) must be a multiple of data.lanes ({lanes}); try {near}"
         )
-    micro = config.train.micro_batch
-    if micro is not None and batch % (micro * workers):
-        raise ConfigError(
-            f"train.global_batch ({batch}) must be a multiple of micro_batch x workers "
-            f"({micro} x {workers} = {micro * workers}{elastic}); try {_near(batch, micro * workers)}"
-        )
-
-
-def _near(value: int, divisor: int) -> str:
-    low = value // divisor * divisor
-    return f"{low} or {low + divisor}" if low else f"{divisor}"
 
 
 def _check_numbers(config: Config) -> None:

@@ -167,10 +167,10 @@ class SourceConfig:
 class DataConfig:
     """What is read and how.
 
-    sources: the data sets. lanes: independent streams that the rows are dealt to; a multiple of every number
-    of workers ever used. window: row groups shuffled together. backgrounds: what transparent images are drawn
-    over (random, white). flip: mirror rows at random. bad_row_limit: unreadable rows tolerated before the run
-    stops.
+    sources: the data sets. lanes: independent streams that the rows are dealt to, for any number of workers;
+    where it divides them, no two open the same row group. window: row groups shuffled together. backgrounds:
+    what transparent images are drawn over (random, white). flip: mirror rows at random. bad_row_limit:
+    unreadable rows tolerated before the run stops.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)

@@ -37,20 +37,24 @@ def rank_batches(
 ) -> Iterator[Batch]:
     """Yield a rank's share of the global batches start to stop (None: for ever).
 
-    windows: (lane, window, its rows), in the order of `plan.rank_windows` with the same numbers. A batch
-    has global_batch / world rows; those that could not be read are padding. Raises BadRowsError once this
+    windows: (lane, window, its rows), in the order of `plan.rank_windows` with the same numbers. A batch has
+    global_batch / world rows, rounded up: the same number on all ranks. Those that could not be read are
+    padding, and so is the last one of a rank that has a row less than others. Raises BadRowsError once this
     rank has more than `bad_row_limit` of them, and RuntimeError if the windows end too early: no row is ever
     dropped silently.
     """
     stock = _Stock(windows, bad_row_limit)
-    lanes, size = plan.lanes_of(rank, world), plan.rows_per_lane
+    share, rows = plan.rows_of(rank, world), -(-plan.global_batch // world)
     for batch in itertools.count(start_batch) if stop_batch is None else range(start_batch, stop_batch):
         slots: dict[Stream, list[int]] = defaultdict(list)
-        for offset, lane in enumerate(lanes):
-            for row, source in enumerate(plan.mixture(lane, batch * size, (batch + 1) * size)):
-                slots[lane, source].append(offset * size + row)
+        slot = 0
+        for lane, own in share.items():
+            first = batch * plan.rows_per_lane
+            for source in plan.mixture(lane, first + own.start, first + own.stop):
+                slots[lane, source].append(slot)
+                slot += 1
         parts = {stream: stock.take(stream, len(wanted)) for stream, wanted in slots.items()}
-        yield _to_batch(_scatter(parts, slots, len(lanes) * size))
+        yield _to_batch(_scatter(parts, slots, rows))
 
 
 def local_batches(
@@ -64,7 +68,7 @@ def local_batches(
 ) -> Iterator[Batch]:
     """Yield a rank's share of the global batches, read in this process by background threads."""
     items = plan.rank_windows(rank, world, start_batch, stop_batch)
-    ahead = len(plan.lanes_of(rank, world))
+    ahead = len(plan.rows_of(rank, world))
     with contextlib.closing(_read_ahead(reader, items, ahead, threads)) as windows:
         yield from rank_batches(plan, windows, rank, world, start_batch, stop_batch, reader.bad_row_limit)
 

@@ -1,6 +1,7 @@
 """Plan which row is read when: the one order of all rows, the same at any number of workers.
 
-Rows are dealt to *lanes*, endless streams that each rank owns a share of. The plan is a pure function of the
+Rows are dealt to *lanes*, endless streams. A rank owns some lanes, and part of a lane where their number is
+no multiple of the number of workers. The plan is a pure function of the
 data sets' row groups, the seed and a few numbers, so any point of it can be computed, and the cursor of a
 run is one integer, the number of finished global batches.
 
@@ -16,7 +17,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -42,7 +43,8 @@ class Window:
 
     source: index of the data set. visit: how often the data set was gone through before. pieces: the rows.
     key: seeds the order of the rows; None leaves them in the order of the pieces. skip: leading rows of that
-    order that are not wanted (they were consumed before a restart).
+    order that are not wanted (they were consumed before a restart). only: which of the rest are wanted; None:
+    all (another rank gets the others).
     """
 
     source: int
@@ -50,9 +52,12 @@ class Window:
     pieces: tuple[Piece, ...]
     key: tuple[int, ...] | None = None
     skip: int = 0
+    only: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         """Return the number of wanted rows."""
+        if self.only is not None:
+            return len(self.only)
         return sum(piece.stop - piece.start for piece in self.pieces) - self.skip
 
     def places(self) -> list[tuple[RowGroup, int]]:
@@ -60,16 +65,16 @@ class Window:
         places = [(piece.row_group, row) for piece in self.pieces for row in range(piece.start, piece.stop)]
         if self.key is not None:
             places = [places[index] for index in np.random.default_rng(self.key).permutation(len(places))]
-        return places[self.skip :]
+        places = places[self.skip :]
+        return places if self.only is None else [places[index] for index in self.only]
 
 
 class Plan:
     """The order in which the rows of several data sets are read.
 
-    sources: (training split, weight) of each data set. lanes: number of streams, a multiple of every number
-    of workers. window: row groups that are shuffled together. global_batch: rows of a batch over all
-    workers, a multiple of lanes. With k = global_batch / lanes, slots [l k, (l + 1) k) of global batch b hold
-    rows [b k, (b + 1) k) of lane l.
+    sources: (training split, weight) of each data set. lanes: number of streams. window: row groups that are
+    shuffled together. global_batch: rows of a batch over all workers, a multiple of lanes. With
+    k = global_batch / lanes, slots [l k, (l + 1) k) of global batch b hold rows [b k, (b + 1) k) of lane l.
     Memory: the sizes of all row groups and a few permutations of them.
     """
 
@@ -90,13 +95,22 @@ class Plan:
             _Source(index, split, lanes, window, seed) for index, (split, _) in enumerate(sources)
         ]
 
-    def lanes_of(self, rank: int, world: int) -> range:
-        """Return the lanes of a rank of `world` workers. Raises ConfigError if they cannot be shared out."""
-        if self.lanes % world:
+    def rows_of(self, rank: int, world: int) -> dict[int, range]:
+        """Return lane -> which of its rows in every global batch a rank of `world` workers gets.
+
+        A rank gets the slots rank * B // world to (rank + 1) * B // world of a global batch of B rows. Raises
+        ConfigError where some would get none.
+        """
+        if world > self.global_batch:
             raise ConfigError(
-                f"data.lanes ({self.lanes}) must be a multiple of the number of workers ({world})"
+                f"train.global_batch ({self.global_batch}) must have a row for each of {world} workers"
             )
-        return range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
+        start, stop = (edge * self.global_batch // world for edge in (rank, rank + 1))
+        size = self.rows_per_lane
+        return {
+            lane: range(max(0, start - lane * size), min(size, stop - lane * size))
+            for lane in range(start // size, -(-stop // size))
+        }
 
     def mixture(self, lane: int, start: int, stop: int) -> list[int]:
         """Return the source of each of the rows start to stop of a lane."""
@@ -104,7 +118,7 @@ class Plan:
 
     def windows(self, lane: int, start_row: int = 0) -> Iterator[Window]:
         """Yield the windows of a lane from one of its rows on, in the order of first need, for ever."""
-        return (window for _, window in self._needed(lane, start_row))
+        return (window for _, window in self._needed(lane, start_row, range(self.rows_per_lane)))
 
     def rank_windows(
         self, rank: int, world: int, start_batch: int = 0, stop_batch: int | None = None
@@ -114,28 +128,39 @@ class Plan:
         start_batch: global batches already finished. stop_batch: where the run ends; for ever if None.
         """
         size = self.rows_per_lane
-        streams = [self._keyed(lane, start_batch * size) for lane in self.lanes_of(rank, world)]
+        streams = [
+            self._keyed(lane, start_batch * size, own) for lane, own in self.rows_of(rank, world).items()
+        ]
         for (batch, lane, _), window in heapq.merge(*streams, key=lambda item: item[0]):
             if stop_batch is not None and batch >= stop_batch:
                 return
-            yield lane, window
+            if len(window):  # of a lane that two ranks share, some windows are all the other's
+                yield lane, window
 
-    def _keyed(self, lane: int, start_row: int) -> Iterator[tuple[tuple[int, int, int], Window]]:
-        for row, window in self._needed(lane, start_row):
+    def _keyed(self, lane: int, start_row: int, own: range) -> Iterator[tuple[tuple[int, int, int], Window]]:
+        for row, window in self._needed(lane, start_row, own):
             yield (row // self.rows_per_lane, lane, row), window
 
-    def _needed(self, lane: int, start_row: int) -> Iterator[tuple[int, Window]]:
-        """Yield (row of the lane at which it is first needed, window)."""
+    def _needed(self, lane: int, start_row: int, own: range) -> Iterator[tuple[int, Window]]:
+        """Yield (row of the lane at which it is first needed, window). own: a rank's rows of every batch."""
         counts = self._mix.counts(lane, start_row)
         streams = [
-            self._needed_of(source, lane, count) for source, count in zip(self._sources, counts, strict=True)
+            self._needed_of(source, lane, count, own)
+            for source, count in zip(self._sources, counts, strict=True)
         ]
         return heapq.merge(*streams, key=lambda item: item[0])
 
-    def _needed_of(self, source: "_Source", lane: int, start_row: int) -> Iterator[tuple[int, Window]]:
-        row = start_row
+    def _needed_of(
+        self, source: "_Source", lane: int, start_row: int, own: range
+    ) -> Iterator[tuple[int, Window]]:
+        row, size = start_row, self.rows_per_lane
         for window in source.windows(lane, start_row):
-            yield self._mix.position(lane, source.index, row), window
+            if len(own) == size:
+                yield self._mix.position(lane, source.index, row), window
+            else:
+                rows = [self._mix.position(lane, source.index, row + i) for i in range(len(window))]
+                only = tuple(index for index, position in enumerate(rows) if position % size in own)
+                yield rows[only[0] if only else 0], replace(window, only=only)
             row += len(window)
 
 

@@ -81,8 +81,9 @@ def stream_batches(
     context = ray.data.DataContext.get_current()
     context.execution_options.label_selector = dict(labels) if labels else None
     windows = plan.rank_windows(rank, world, start_batch, stop_batch)
-    lanes = len(plan.lanes_of(rank, world))
-    decoded = _decoded(windows, reader, data_workers, lanes, 2 * lanes * plan.rows_per_lane, beside)
+    share = plan.rows_of(rank, world)
+    rows = 2 * sum(map(len, share.values()))
+    decoded = _decoded(windows, reader, data_workers, len(share), rows, beside)
     return rank_batches(plan, decoded, rank, world, start_batch, stop_batch, reader.bad_row_limit)
 
 

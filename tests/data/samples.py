@@ -137,8 +137,9 @@ def planned(plan: Plan, batches: int, rank: int = 0, world: int = 1, start: int 
 
 
 def pairs(batches: Iterable[Batch]) -> list[tuple[int, int]]:
-    """Return the (visit, id) of every row, in order."""
-    return [(int(v), int(i)) for batch in batches for v, i in zip(batch.visits, batch.ids, strict=True)]
+    """Return the (visit, id) of every real row, in order."""
+    real = (batch.where(batch.real) for batch in batches)
+    return [(int(v), int(i)) for batch in real for v, i in zip(batch.visits, batch.ids, strict=True)]
 
 
 def flip_bit(path: str, position: int) -> None:

@@ -6,21 +6,21 @@ import tracemalloc
 from collections import Counter, defaultdict
 
 import pytest
-import torch
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import RowGroup
 from mmdiff_ray.data.plan import Plan
-from tests.data.samples import pairs, plan, planned, split
+from tests.data.samples import numbers_of, pairs, plan, planned, split
 
-WORLDS = [1, 2, 4]
+WORLDS = [1, 2, 3, 5, 7, 16]
+"""Numbers of workers; 2 alone divides the 8 lanes that rows are dealt to, and 16 is more than there are."""
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("rows", [96, 101, 8, 3, 1])
 def test_every_row_of_every_visit_is_seen_exactly_once(rows: int, world: int) -> None:
     visits = 5 if rows > 8 else 40
-    one = plan([rows])
+    one = plan([rows], lanes=8, global_batch=16)
     batches = -(-rows * visits // one.global_batch)
     seen = Counter(p for rank in range(world) for p in pairs(planned(one, batches, rank, world)))
     assert max(seen.values()) == 1
@@ -38,22 +38,39 @@ def test_a_visit_ends_in_the_batch_where_its_last_row_fits() -> None:
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("sizes", "weights"), [([101], [1.0]), ([101, 30, 5], [3.0, 1.0, 0.5])])
 def test_the_row_of_a_slot_is_the_same_at_any_world_size(sizes, weights, world: int) -> None:
-    one = plan(sizes, weights)
+    one = plan(sizes, weights, lanes=8, global_batch=16)
     whole = planned(one, 30)
     parts = [planned(one, 30, rank, world) for rank in range(world)]
     for batch, *shares in zip(whole, *parts, strict=True):
-        assert torch.equal(batch.ids, torch.cat([share.ids for share in shares]))
-        assert torch.equal(batch.visits, torch.cat([share.visits for share in shares]))
+        assert pairs([batch]) == pairs(shares)
+        assert {len(share) for share in shares} == {-(-16 // world)}
+        assert {int(share.real.sum()) for share in shares} <= {16 // world, -(-16 // world)}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("weights", [[1.0, 0.1], [3.0, 1.0]])
+def test_no_row_is_read_by_two_ranks(weights, world: int) -> None:
+    one = plan([101, 30], weights, lanes=8, global_batch=16)
+    read = [rank_rows(one, rank, world, 25) for rank in range(world)]
+    assert max(Counter(itertools.chain(*read)).values()) == 1
+    assert set(pairs(planned(one, 25))) <= set(itertools.chain(*read))
+
+
+def rank_rows(one: Plan, rank: int, world: int, batches: int) -> list[tuple[int, int]]:
+    """Return the (visit, id) of all rows that a rank reads."""
+    windows = [window for _, window in one.rank_windows(rank, world, 0, batches)]
+    return [(window.visit, int(row)) for window in windows for row in numbers_of(window)["ids"]]
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("sizes", "weights"), [([101], [1.0]), ([101, 30, 5], [3.0, 1.0, 0.5])])
 def test_a_resumed_stream_equals_the_uninterrupted_one(sizes, weights, world: int) -> None:
-    whole = planned(plan(sizes, weights), 40)
-    for start in range(0, 40, 3):
-        parts = [planned(plan(sizes, weights), 40, rank, world, start) for rank in range(world)]
+    one = plan(sizes, weights, lanes=8, global_batch=16)
+    whole = planned(one, 40)
+    for start in range(0, 40, 9):
+        parts = [planned(one, 40, rank, world, start) for rank in range(world)]
         for batch, *shares in zip(whole[start:], *parts, strict=True):
-            assert torch.equal(batch.ids, torch.cat([share.ids for share in shares]))
+            assert pairs([batch]) == pairs(shares)
 
 
 def test_a_far_point_is_reached_without_walking_there() -> None:
@@ -63,14 +80,16 @@ def test_a_far_point_is_reached_without_walking_there() -> None:
     assert pairs(two[1:]) == pairs(planned(one, far + 2, start=far + 1))
 
 
-def test_a_rank_gets_each_window_in_the_batch_that_first_needs_it() -> None:
-    one = plan([101, 30], [3.0, 1.0])
-    for rank, batch in itertools.product(range(2), range(40)):
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_rank_gets_each_window_in_the_batch_that_first_needs_it(world: int) -> None:
+    one, size = plan([101, 30], [3.0, 1.0]), 2
+    for rank, batch in itertools.product(range(world), range(40)):
         held: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for lane, window in one.rank_windows(rank, 2, 0, batch + 1):
+        for lane, window in one.rank_windows(rank, world, 0, batch + 1):
             held[lane, window.source].append(len(window))
-        for lane in one.lanes_of(rank, 2):
-            used = Counter(one.mixture(lane, 0, (batch + 1) * one.rows_per_lane))
+        for lane, own in one.rows_of(rank, world).items():
+            rows = one.mixture(lane, 0, (batch + 1) * size)
+            used = Counter(source for row, source in enumerate(rows) if row % size in own)
             for source, count in used.items():
                 assert sum(held[lane, source][:-1]) < count <= sum(held[lane, source])
 
@@ -140,11 +159,9 @@ def test_the_plan_of_a_million_rows_is_small() -> None:
     assert peak < 4e6
 
 
-def test_lanes_that_cannot_be_shared_out_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"data.lanes \(4\) must be a multiple of the number of workers \(3\)"
-    ):
-        list(plan([20]).rank_windows(0, 3, 0, 1))
+def test_more_workers_than_rows_of_a_batch_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train.global_batch \(8\) must have a row for each of 9 workers"):
+        list(plan([20]).rank_windows(0, 9, 0, 1))
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])

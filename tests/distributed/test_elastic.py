@@ -22,7 +22,14 @@ from tests import sprites as tiny
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SAMPLES = 640
 """How much of the run is compared with one in one process."""
-WORDS = ("checkpoint.every_samples=160", "train.decay=constant", "workers.strategy=fsdp", "evaluate.rows=4")
+WORDS = (
+    "checkpoint.every_samples=160",
+    "train.decay=constant",
+    "workers.strategy=fsdp",
+    "evaluate.rows=4",
+    "data.lanes=1",
+)
+"""One lane, which two workers share: their number never divides it."""
 DRIVER = """
 import sys
 from mmdiff_ray.distributed import launch

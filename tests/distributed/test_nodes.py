@@ -136,7 +136,7 @@ def test_workers_share_a_node_only_as_far_as_it_has_the_resource_that_they_ask_f
             "workers.labels: 2 workers need 6 CPUs on nodes",
         ),
         (
-            ["workers.count=3", "workers.resources={fast: 0.6}", "data.lanes=3", "train.global_batch=18"],
+            ["workers.count=3", "workers.resources={fast: 0.6}"],
             "3 workers need 1 CPU and 0.6 of `fast` each, the nodes have room for 2; try fewer workers",
         ),
     ],

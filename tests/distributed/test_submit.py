@@ -509,7 +509,7 @@ def test_unknown_option_of_the_command_is_refused_by_its_parser(capsys, dead_url
         (["trian.samples=9"], "trian: unknown key"),
         (["evaluate.evaluators=[joints]"], "evaluate.evaluators: "),
         (["modalities.color={type: label}"], "modalities.color needs the column 'color'"),
-        (["data.lanes=7", "workers.count=2"], "data.lanes (7) must be a multiple of workers.count (2)"),
+        (["data.lanes=7"], "train.global_batch (16) must be a multiple of data.lanes (7)"),
     ],
 )
 def test_config_that_cannot_run_fails_before_a_cluster_is_asked(capsys, dead_url, sprites, words, message):
@@ -522,8 +522,8 @@ def test_config_that_cannot_run_fails_before_a_cluster_is_asked(capsys, dead_url
 
 def test_num_workers_is_checked_as_workers_count(capsys, dead_url, sprites):
     file = tiny.write_config(Path.cwd(), sprites)
-    words = ["submit", "--address", dead_url, "--num-workers", "3", "--", "train", str(file)]
-    assert "data.lanes (8) must be a multiple of workers.count (3)" in refused(capsys, *words)
+    words = ["submit", "--address", dead_url, "--num-workers", "17", "--", "train", str(file)]
+    assert "train.global_batch (16) must have a row for each of 17 workers" in refused(capsys, *words)
 
 
 def test_good_config_comes_as_far_as_the_cluster(capsys, dead_url, sprites):

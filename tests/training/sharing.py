@@ -16,8 +16,9 @@ from mmdiff_ray.training.parallel import is_sharded, world
 from mmdiff_ray.training.trainer import Trainer
 from tests import sprites as tiny
 
-BATCH, SAVED, END = 24, 72, 120
-"""Rows of a step; the samples at which checkpoints are written; those at which runs end."""
+BATCH, SAVED, END = 20, 60, 120
+"""Rows of a step, of which three workers get 6, 7 and 7; the samples at which checkpoints are written; those
+at which runs end."""
 WRITTEN = ("ddp on 1", "ddp on 2", "fsdp on 2", "fsdp on 3")
 LOADED = ("ddp on 1", "ddp on 2", "fsdp on 2", "ddp on 3", "fsdp on 3")
 

@@ -23,10 +23,11 @@ DIT = {"preset": "nano", "options": {"width": 16, "depth": 2, "embedding_channel
 
 @pytest.fixture(scope="module")
 def jobs(sprites) -> dict[str, Job]:
-    """Return jobs that 1, 2 and 3 workers can share, with a learned label code and changes on the way."""
+    """Return jobs for 1, 2 and 3 workers, which share 4 lanes, with a learned label code and changes on the
+    way."""
 
     def made(*overrides: str, model: dict[str, Any] = tiny.MODEL) -> Job:
-        rows = ("data.lanes=6", f"train.global_batch={sharing.BATCH}", f"train.samples={sharing.END}")
+        rows = ("data.lanes=4", f"train.global_batch={sharing.BATCH}", f"train.samples={sharing.END}")
         words = (*rows, "modalities.shape.code=learned", CHANGES, *overrides)
         return prepare(tiny.config(sprites, *words, plain={**tiny.PLAIN, "model": model}), Path("unused"))
 
