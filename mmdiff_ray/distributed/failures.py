@@ -25,7 +25,11 @@ class FailureLimit(UserCallback):
         if any(map(_preempted, worker_exceptions.values())):
             return  # the node was reclaimed with notice, which says nothing of the run
         failure = in_words(worker_exceptions)
-        if ray.get(self.board.failed.remote(failure, self.most)):
+        try:
+            ends = ray.get(self.board.failed.remote(failure, self.most))
+        except ray.exceptions.RayActorError:  # nobody listens to the run any more
+            ends = True
+        if ends:
             raise failure
 
 

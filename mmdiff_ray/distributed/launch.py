@@ -30,6 +30,10 @@ from mmdiff_ray.tracking.store import shown, tracking_uri
 from mmdiff_ray.training.remote import STILL_S
 
 POLL_S = 0.3
+BOARD_RESTARTS = 3
+"""How often the actor between driver and workers may die; a restart forgets events and wishes alone."""
+ENDING_S = 60.0
+"""How long the driver waits for workers to end when that actor is gone."""
 GROW_S = 30.0
 """How often a run with `workers.least` looks for room for more workers."""
 
@@ -150,7 +154,8 @@ def _run_on_ray(job: Job, display: Display) -> str:
     import ray
 
     display.say(f"Ray's own log files: {log_folder()}")
-    board: Any = ray.remote(num_cpus=0, label_selector=this_node())(Board).remote()
+    lasting: Any = {"max_restarts": BOARD_RESTARTS, "max_task_retries": BOARD_RESTARTS}
+    board: Any = ray.remote(num_cpus=0, label_selector=this_node(), **lasting)(Board).remote()
     done: queue.Queue = queue.Queue()
     with stop_requests() as stopped:
         thread = threading.Thread(target=_fit, args=(job, board, done), daemon=True)
@@ -158,6 +163,7 @@ def _run_on_ray(job: Job, display: Display) -> str:
         try:
             ended = _listen(job, board, thread, stopped, display)
         except ray.exceptions.RayError as error:  # its node ran out of memory, or it is gone
+            thread.join(ENDING_S)  # the workers miss the board as well, and end
             what = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise RunError(f"the run lost its cluster: {what}. {_goes_on(job)}") from None
     raised = done.get()
@@ -234,10 +240,11 @@ def _listen(
             if event["kind"] == "ended":
                 ended = event["state"]
             _show(event, job, display)
-        if stopped() and not told:
-            told = True
-            display.say("stopping: the workers save a checkpoint and end")
-            board.ask_to_stop.remote()
+        if stopped():
+            board.ask_to_stop.remote()  # each time: a board that was restarted does not know
+            if not told:
+                told = True
+                display.say("stopping: the workers save a checkpoint and end")
         if not alive:
             return ended
         thread.join(POLL_S)

@@ -434,17 +434,33 @@ def test_worker_that_dies_again_with_no_new_checkpoint_fails_the_run(ray_cluster
     assert Ended(job.folder, display).status == "FAILED"
 
 
+def kill_board() -> None:
+    workers("ray::Board")[-1].send_signal(signal.SIGKILL)
+
+
 @pytest.mark.slow
 @pytest.mark.ray
-def test_run_whose_cluster_gives_way_is_told_how_to_go_on(ray_cluster, sprites, runs):
-    job = prepared(sprites, runs, *LONG, "workers.count=1")
-    display = Watching(160, lambda: workers("ray::Board")[-1].send_signal(signal.SIGKILL))
+def test_run_outlives_the_actor_between_driver_and_workers(ray_cluster, sprites, runs):
+    ended = train(sprites, runs, *LONG, "workers.count=1", display=Watching(160, kill_board))
+    assert ended.status == "FINISHED" and ended.display.seen[-1] == 1280
+    assert [text for text in ended.display.said if text.startswith("training on")] == ["training on 1 worker"]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_run_that_has_lost_that_actor_for_good_ends_with_its_workers(ray_cluster, sprites, runs, monkeypatch):
+    monkeypatch.setattr(launch, "BOARD_RESTARTS", 0)
+    job = prepared(sprites, runs, *LONG, "train.samples=1000000", "workers.count=1")
+    left: list[psutil.Process] = []
+    display = Watching(160, lambda: (left.append(workers()[-1]), kill_board()))
     with pytest.raises(RunError, match=r"^the run lost its cluster: \w") as caught:
         launch.train(job, display)
     assert str(caught.value).endswith(
         f"task. mmdiff train --resume {job.folder} goes on from the last checkpoint"
     )
     assert Ended(job.folder, display).status == "FAILED"
+    assert not [thread for thread in threading.enumerate() if "_fit" in thread.name]
+    assert left and not psutil.wait_procs(left, timeout=30)[1]
 
 
 @pytest.mark.slow
