@@ -1,6 +1,7 @@
 """The configuration: what is read, what wins, and what every error says."""
 
 import dataclasses
+import json
 import re
 import sys
 import textwrap
@@ -117,6 +118,8 @@ def test_what_is_written_is_read_back_equal(base, tmp_path):
     config = load([base], ["modalities.alpha.weights.knots=[[0, 1], [1, 0]]", "train.max_minutes=2"])
     assert load(base=to_plain(config)) == config
     assert load([write(tmp_path / "again.yaml", to_yaml(config))]) == config
+    as_json = write(tmp_path / "config.json", json.dumps(to_plain(config)))
+    assert configuration.read_json(as_json) == config
     tiny_config = tiny.config()
     assert load(base=to_plain(tiny_config)) == tiny_config
 
@@ -329,6 +332,30 @@ def test_files_that_hold_no_keys_and_values_are_errors_that_name_the_file(base, 
     assert "bad.yaml" in found
     if text.count("seed") == 2:
         assert "duplicate key seed" in found
+
+
+def test_a_json_file_is_checked_like_yaml(tmp_path):
+    for text, said in (
+        ("{", "cannot read the config file"),
+        ('{"seed": "x"}', "seed: got 'x', want a whole"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            configuration.read_json(write(tmp_path / "bad.json", text))
+
+
+@pytest.mark.parametrize(
+    "override, found",
+    [("train.samples=1e5", 100_000), ("train.compile=on", True), ("train.clip_norm=2", 2.0)],
+)
+def test_a_value_takes_the_type_of_its_key(base, override, found):
+    key = override.partition("=")[0]
+    value = flatten(load([base], [override]))[key]
+    assert value == found and type(value) is type(found)
+
+
+@pytest.mark.parametrize("override", ["train.samples=1.5", "train.samples=true", "train.compile=3"])
+def test_a_number_is_never_rounded_to_fit(base, override):
+    assert message(override, base=base).startswith(f"{override.partition('=')[0]}: got ")
 
 
 def test_a_file_that_is_not_there_is_named(base, tmp_path):

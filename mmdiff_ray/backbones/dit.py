@@ -39,13 +39,14 @@ class DiTOptions:
     token_channels: int | None = None
 
 
-# Of 0.3, 1.8, 32, 129 and 456 million parameters; the first two are for CPUs.
+# Of 0.3, 1.8, 32, 129, 456 and 673 million parameters; the first two are for CPUs.
 PRESETS = {
     "nano": DiTOptions(64, 4, head_channels=32, feature_channels=16, embedding_channels=64),
     "tiny": DiTOptions(128, 6, feature_channels=32, embedding_channels=128),
     "small": DiTOptions(384, 12, feature_channels=96, embedding_channels=384),
     "base": DiTOptions(768, 12, feature_channels=128, embedding_channels=768),
     "large": DiTOptions(1024, 24, feature_channels=128, embedding_channels=1024),
+    "xlarge": DiTOptions(1152, 28, head_channels=72, feature_channels=128, embedding_channels=1152),
 }
 
 
@@ -55,7 +56,7 @@ class DiT(nn.Module):
 
     At the start every block is the identity and the embedding changes nothing (adaLN-Zero). Positions are
     computed from the height and width of the input. Source: Peebles and Xie, "Scalable Diffusion Models with
-    Transformers", 2023; small, base and large have its S, B and L's width and depth.
+    Transformers", 2023; small, base, large and xlarge have the width, depth and heads of its S, B, L and XL.
     """
 
     def __init__(self, in_channels: int, size: tuple[int, int], preset: str, **options: Any) -> None:

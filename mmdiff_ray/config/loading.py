@@ -1,26 +1,25 @@
-"""Reading a configuration from YAML and `key=value` overrides, and writing it back.
+"""Reading a configuration from YAML, JSON or `key=value` overrides, and writing it back.
 
-The only module that knows omegaconf.
+The only module that knows omegaconf, and only for YAML and overrides: `from_plain` runs without it.
 """
 
 import dataclasses
-import functools
 import importlib
+import json
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast
 
 import yaml  # type: ignore[import-untyped]
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from mmdiff_ray import registry
-from mmdiff_ray.config.checks import check, generates, one_of, unknown
+from mmdiff_ray.config.checks import check, generates, one_of
 from mmdiff_ray.config.errors import ConfigError
+from mmdiff_ray.config.filling import fill
 from mmdiff_ray.config.schema import Config
 
 _ENTRY = re.compile(r"\.\d+(\.|$)|\[")
@@ -36,6 +35,8 @@ def load(
     it its roles, its coefficient, and tasks that would generate nothing else. Raises ConfigError for an
     unreadable file, an unknown key, a wrong type or a bad value.
     """
+    from omegaconf import OmegaConf
+
     tree: Any = OmegaConf.create(dict(base or {}))
     for file in files:
         with _as_config_errors(str(file)):
@@ -50,13 +51,17 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """Raise ConfigError for overrides that no configuration takes: a form other than `key=value`, an unknown
     key, a wrong type.
 
-    For the rest, and for modalities and single entries of lists, it takes the configuration that they change.
+    For the rest, and for modalities, single entries of lists and interpolations, it takes the configuration
+    that they change.
     """
+    from omegaconf import OmegaConf
+
     tree: Any = OmegaConf.create()
-    _override(tree, [word for word in overrides if not _ENTRY.search(word.partition("=")[0])])
+    apart = [word for word in overrides if not _ENTRY.search(word.partition("=")[0]) and "${" not in word]
+    _override(tree, apart)
     plain = cast(dict[str, Any], OmegaConf.to_container(tree))
     plain.pop("modalities", None)
-    _merge(Config, _without(plain, set()), prefix="")
+    fill(Config, _without(plain, set()))
 
 
 def from_plain(plain: Mapping[str, Any]) -> Config:
@@ -65,11 +70,23 @@ def from_plain(plain: Mapping[str, Any]) -> Config:
     _import_plugins(values.get("plugins") or [])
     modalities = _section(values.pop("modalities", None), "modalities")
     removed = {name for name, value in modalities.items() if value is None}
-    config = _merge(Config, _without(values, removed), prefix="")
+    config = fill(Config, _without(values, removed))
     typed = {name: _modality(name, value) for name, value in modalities.items() if value is not None}
     config = dataclasses.replace(config, modalities=typed)
     check(config)
     return config
+
+
+def read_json(file: str | Path) -> Config:
+    """Return the checked configuration in a JSON file of plain values (what `to_plain` returns).
+
+    Raises ConfigError for an unreadable file and as `from_plain` does.
+    """
+    try:
+        plain = json.loads(Path(file).read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the config file {file}: {error}") from None
+    return from_plain(_section(plain, str(file)))
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -84,6 +101,8 @@ def to_yaml(config: Any) -> str:
 
 def plain_yaml(values: Mapping[str, Any]) -> str:
     """Return plain values as YAML text that `read_yaml` reads back."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.create(dict(values)))
 
 
@@ -102,11 +121,13 @@ def flatten(config: Any) -> dict[str, Any]:
 
 def options(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
     """Return a dataclass filled from open values, with errors under the prefix."""
-    return _merge(schema, values, prefix)
+    return fill(schema, values, prefix)
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
     """Return the plain values of a YAML file that is no configuration. Raises ConfigError if it has none."""
+    from omegaconf import OmegaConf
+
     with _as_config_errors(str(file)):
         plain = OmegaConf.to_container(_read(Path(file)), resolve=True)
     return dict(_section(plain, str(file)))
@@ -119,6 +140,8 @@ def override(key: str, value: Any) -> str:
 
 def parse_value(text: str) -> Any:
     """Return what a text behind `key=` means: a number, a word, a list."""
+    from omegaconf import OmegaConf
+
     with _as_config_errors(repr(text)):
         tree: Any = OmegaConf.from_dotlist([f"value={text}"])
         return cast(dict[str, Any], OmegaConf.to_container(tree))["value"]
@@ -144,6 +167,8 @@ def _override(tree: Any, overrides: Sequence[str]) -> None:
 
 
 def _read(file: Path) -> Any:
+    from omegaconf import OmegaConf
+
     try:
         tree = OmegaConf.load(file)
     except FileNotFoundError:
@@ -164,6 +189,8 @@ def _read(file: Path) -> Any:
 @contextmanager
 def _as_config_errors(where: str) -> Iterator[None]:
     """Turn what omegaconf and its YAML parser raise into ConfigError, with where it happened."""
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         yield
     except ConfigError:
@@ -235,65 +262,4 @@ def _modality(name: str, values: Any) -> Any:
     if not isinstance(values, Mapping) or not isinstance(values.get("type"), str):
         raise ConfigError(f"{prefix} needs a type; registered: {', '.join(known)}")
     one_of(f"{prefix}.type", values["type"], known)
-    return _merge(registry.look_up("modality", values["type"]).Options, values, prefix)
-
-
-def _merge(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
-    """Return a dataclass filled from plain values; every error names the whole key."""
-    _check_sections(schema, values, prefix)
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(_structured(schema), dict(values)))
-    except ConfigKeyError as error:
-        *parents, last = (getattr(error, "full_key", None) or "").split(".")
-        known = [f.name for f in dataclasses.fields(_schema_at(schema, parents))]
-        raise ConfigError(unknown(_dotted(prefix, *parents, last), last, known, "key")) from None
-    except OmegaConfBaseException as error:
-        key = _dotted(prefix, getattr(error, "full_key", None) or "")
-        raise ConfigError(f"{key}: {_first_line(error)}") from None
-    except ConfigError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{prefix}: {error}" if prefix else str(error)) from None
-
-
-@functools.cache
-def _structured(schema: type) -> Any:
-    """Return what omegaconf makes of a dataclass; what it is merged into is a copy."""
-    return OmegaConf.structured(schema)
-
-
-def _check_sections(schema: type, values: Mapping[str, Any], prefix: str) -> None:
-    """Raise ConfigError for a value in the place of a section or list, and for bad entries of a list of
-    sections.
-
-    omegaconf finds these as well, but its errors lack the key.
-    """
-    for name, wanted in get_type_hints(schema).items():
-        key, value = _dotted(prefix, name), values.get(name)
-        if name not in values:
-            continue
-        if dataclasses.is_dataclass(wanted):
-            known = ", ".join(f.name for f in dataclasses.fields(wanted))
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{key}: got {value!r}, want a section with some of the keys {known}")
-            _check_sections(wanted, value, key)  # type: ignore[arg-type]
-        elif get_origin(wanted) is list:
-            if not isinstance(value, list):
-                raise ConfigError(f"{key}: got {value!r}, want a list")
-            for index, entry in enumerate(value):
-                if dataclasses.is_dataclass(get_args(wanted)[0]) and isinstance(entry, Mapping):
-                    _merge(get_args(wanted)[0], entry, f"{key}[{index}]")  # type: ignore[arg-type]
-
-
-def _schema_at(schema: Any, parents: Sequence[str]) -> Any:
-    """Return the dataclass that holds the keys below a path of keys in a dataclass."""
-    for parent in parents:
-        if dataclasses.is_dataclass(schema):
-            schema = get_type_hints(schema)[parent]
-        else:
-            schema = get_args(schema)[-1]
-    return schema
-
-
-def _dotted(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
+    return fill(registry.look_up("modality", values["type"]).Options, values, prefix)

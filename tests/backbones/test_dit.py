@@ -9,7 +9,7 @@ from mmdiff_ray.backbones.cost import describe
 from mmdiff_ray.backbones.dit import PRESETS, DiT, DiTTokens, positions
 from mmdiff_ray.config import ConfigError
 
-MILLIONS = {"nano": 0.3, "tiny": 1.8, "small": 32.4, "base": 129.1, "large": 456.0}
+MILLIONS = {"nano": 0.3, "tiny": 1.8, "small": 32.4, "base": 129.1, "large": 456.0, "xlarge": 672.6}
 
 
 def test_positions_are_sines_and_cosines_of_row_and_column():
