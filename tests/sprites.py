@@ -81,8 +81,11 @@ def build_sprites(folder: Path) -> str:
 
 
 def config(data: str, *overrides: str, plain: Mapping[str, Any] = PLAIN) -> Config:
-    """Return the tiny configuration of a data set, with overrides."""
-    return configuration.load(base=plain, overrides=[f"data.sources=[{{uri: {data}}}]", *overrides])
+    """Return the tiny configuration of a data set, with overrides; without any, omegaconf is not needed."""
+    plain = {**plain, "data": {"sources": [{"uri": data}]}}
+    return (
+        configuration.load(base=plain, overrides=overrides) if overrides else configuration.from_plain(plain)
+    )
 
 
 def write_config(folder: Path, data: str, *overrides: str) -> Path:

@@ -1,4 +1,7 @@
-"""One GPU: compiled, data-parallel training in bfloat16, its checkpoint and samples; images per second."""
+"""One GPU: compiled, data-parallel training in bfloat16, its checkpoint and samples; images per second.
+
+It runs on a machine without ray, mlflow, omegaconf and lpips, too (`benchmarks/gpu/run.sh` does).
+"""
 
 import itertools
 import time
@@ -23,20 +26,20 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here"),
 ]
 ROWS, STEPS = 256, 20
-FAST = (
-    "space.height=16",
-    "space.width=16",
-    "train.precision=bfloat16",
-    "train.compile=true",
-    f"train.global_batch={ROWS}",
-    "train.samples=1000000",
-)
+PLAIN = {**tiny.PLAIN, "evaluate": {"evaluators": []}}
+FAST = {"precision": "bfloat16", "compile": True, "global_batch": ROWS, "samples": 1_000_000}
 
 
-def fast_job(data: str, *overrides: str) -> Job:
+def fast_job(data: str, strategy: str = "ddp") -> Job:
     """Return the job of a U-Net that is worth a GPU."""
-    plain = {**tiny.PLAIN, "model": {"backbone": "unet", "preset": "tiny"}}
-    return prepare(tiny.config(data, *FAST, *overrides, plain=plain), Path("unused"))
+    plain = {
+        **PLAIN,
+        "space": {"height": 16, "width": 16},
+        "model": {"backbone": "unet", "preset": "tiny"},
+        "train": {**PLAIN["train"], **FAST},
+        "workers": {"strategy": strategy},
+    }
+    return prepare(tiny.config(data, plain=plain), Path("unused"))
 
 
 @pytest.fixture
@@ -81,7 +84,7 @@ def test_gpu_trains_a_shared_model_to_the_losses_of_a_whole_one(sprites, one_pro
     device = torch.device("cuda", 0)
     last = {}
     for strategy in ("ddp", "fsdp"):
-        job = fast_job(sprites, f"workers.strategy={strategy}")
+        job = fast_job(sprites, strategy)
         trainer = Trainer(job.config, job.denoiser(), device)
         last[strategy] = trainer.advance(tiny.batches(job), 5 * ROWS)["loss/total"]
     assert is_sharded(trainer.denoiser) and last["fsdp"] == pytest.approx(last["ddp"], rel=2e-2)
@@ -96,7 +99,7 @@ def test_gpu_trains_a_shared_model_to_the_losses_of_a_whole_one(sprites, one_pro
 
 
 def test_gpu_gives_the_losses_of_the_cpu(sprites):
-    job = tiny.job(sprites)
+    job = prepare(tiny.config(sprites, plain=PLAIN), Path("unused"))
     reports = []
     for device in ("cpu", "cuda"):
         trainer = Trainer(job.config, job.denoiser(), torch.device(device))
