@@ -1,6 +1,6 @@
 """Part 3: train cells that are compared with each other, all at once, and collect what they learned.
 
-    python3 -m benchmarks.gpu.science FOLDER DEADLINE CELL [CELL ...] [--tiny]
+    python3 -m benchmarks.gpu.science FOLDER DEADLINE CELL [CELL ...] [--eager] [--tiny]
 
 FOLDER holds the decoded rows. A cell trains in milestones of `train.log_every_samples` and starts none after
 DEADLINE (seconds since 1970); it may be killed at any time. At each it writes its averaged model and its
@@ -9,6 +9,7 @@ length, and cells are compared at the last milestone that all of them reached.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -113,12 +114,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("deadline", type=float)
     parser.add_argument("cells", nargs="+", choices=CELLS)
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args(arguments)
     (given.folder / "cells").mkdir(exist_ok=True)
     for name in given.cells:
-        cell = CELLS[name]
-        train(cell, read_config(cell.config, given.tiny), given.folder, given.deadline)
+        config = read_config(CELLS[name].config, given.tiny)
+        compiled = config.train.compile and not given.eager
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=compiled))
+        train(CELLS[name], config, given.folder, given.deadline)
 
 
 if __name__ == "__main__":

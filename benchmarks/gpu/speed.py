@@ -29,7 +29,9 @@ from mmdiff_ray.denoiser import build_denoiser
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.trainer import Trainer
 
-TURNS, TURN_S, WARM_STEPS = 5, 0.7, 3
+TURNS, TURN_S, WARM_STEPS = 3, 0.6, 3
+AHEAD_S = 0.15
+"""How far the host may run ahead of the device."""
 PROFILED = 20
 """How many kernels a profile lists."""
 
@@ -73,7 +75,7 @@ class Model:
                 "images_per_s": rows / step_s,
                 "flops_per_s": self.flops * rows / step_s,
                 "peak_memory_bytes": peak_memory(step, self.device),
-                **kernels(step, self.device),
+                "profiled": profile_step(step, self.device),
             }
         return found
 
@@ -81,12 +83,14 @@ class Model:
 def time_step(step: Step, device: torch.device) -> float:
     """Return the mean seconds of a step over about `TURN_S` seconds."""
     synchronize(device)
-    begun, count = time.perf_counter(), 0
+    begun = waited = time.perf_counter()
+    count = 0
     while time.perf_counter() - begun < TURN_S or count < 2:
         step()
         count += 1
-        if count % 4 == 0:
-            synchronize(device)  # else the host runs ahead by the whole turn
+        if time.perf_counter() - waited > AHEAD_S:
+            synchronize(device)
+            waited = time.perf_counter()
     synchronize(device)
     return (time.perf_counter() - begun) / count
 
@@ -102,19 +106,21 @@ def peak_memory(step: Step, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device)
 
 
-def kernels(step: Step, device: torch.device) -> dict[str, Any]:
-    """Return how many kernels (on a CPU: operators) a step starts, and those that take longest.
-
-    busy_share: share of the step's time in which kernels run.
-    """
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiler:
-        synchronize(device)
-        begun = time.perf_counter()
+def profile_step(step: Step, device: torch.device) -> profile:
+    """Return a profile of one step, for `kernels`, which takes seconds that need no GPU."""
+    gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *gpu]) as profiler:
         step()
         synchronize(device)
-        step_s = time.perf_counter() - begun
+    return profiler
+
+
+def kernels(profiler: profile, step_s: float, device: torch.device) -> dict[str, Any]:
+    """Return how many kernels (on a CPU: operators) a step starts, and those that take longest.
+
+    busy_share: share of the step's time, step_s, in which kernels run.
+    """
+    on_gpu = device.type == "cuda"
     wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
     events = [event for event in profiler.events() if event.device_type == wanted]
     if on_gpu:
@@ -160,7 +166,7 @@ def measure_model(folder: Path, name: str, mode: str, tiny: bool) -> dict[str, A
         import torch._inductor.config as inductor
 
         inductor.triton.cudagraphs = True  # what torch.compile(mode="reduce-overhead") sets
-    model = None
+    model, found = None, dict[str, Any]()
     with turn(folder, alone=False):
         begun = time.perf_counter()
         try:
@@ -168,6 +174,9 @@ def measure_model(folder: Path, name: str, mode: str, tiny: bool) -> dict[str, A
             model.warm_up()
         except torch.OutOfMemoryError:
             model = None  # several models at once; tried again alone
+        except Exception as error:
+            failed = f"{type(error).__name__}: {error}"[:500]
+            found["graphs" if mode == "graphs" else "compiled"] = {"failed": failed}
         compile_s = time.perf_counter() - begun
         release(config)
     compiled_mark(folder, name, mode).touch()
@@ -179,13 +188,16 @@ def measure_model(folder: Path, name: str, mode: str, tiny: bool) -> dict[str, A
             if mode == "graphs"
             else {"compiled": model.measure, "eager": eager(model)}
         )
-        found: dict[str, Any] = {}
         for measured, measure in modes.items():
+            if measured in found:
+                continue
             try:
                 found[measured] = measure()
             except torch.OutOfMemoryError:
                 found[measured] = {"failed": "out of memory"}
             release(config)
+    for loop in (loop for mode in found.values() if "failed" not in mode for loop in mode.values()):
+        loop |= kernels(loop.pop("profiled"), loop["step_s"], model.device)
     return {
         "model": name,
         "batch": config.train.global_batch,
