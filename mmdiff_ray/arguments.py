@@ -122,6 +122,11 @@ def _add_train(commands: argparse._SubParsersAction) -> None:  # type: ignore[ty
         help="go on with the run of this name if it has begun, else begin it: for jobs that may be restarted",
     )
     train.add_argument("--resume", metavar="RUN", help="go on with a run, by its name, folder or URI")
+    train.add_argument(
+        "--new-mlflow-run",
+        action="store_true",
+        help="with --resume: record in a new MLflow run, for example because the old one was deleted",
+    )
     train.add_argument("--runs", default="runs", help=f"{RUNS} (for --resume)")
 
 

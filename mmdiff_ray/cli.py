@@ -109,7 +109,7 @@ def _train(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed.job import begun
 
     if given.resume:
-        return train_and_evaluate(None, given.resume, given.runs, given.overrides)
+        return train_and_evaluate(None, given.resume, given.runs, given.overrides, given.new_mlflow_run)
     config = configuration.load([given.config], given.overrides, {"name": Path(given.config).stem})
     if given.go_on and (folder := begun(config)):
         return train_and_evaluate(None, str(folder), config.runs, given.overrides)

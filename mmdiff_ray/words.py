@@ -55,6 +55,10 @@ def _train(given: argparse.Namespace) -> None:
         raise ConfigError(
             "--continue begins a run or goes on with it; it goes with no --resume, no --dry-run"
         )
+    if given.new_mlflow_run and not given.resume:
+        raise ConfigError(
+            "--new-mlflow-run needs --resume RUN; a run that begins has a new MLflow run anyway"
+        )
     if given.resume and given.dry_run:
         raise ConfigError("--dry-run checks a config file; it does not go with --resume")
     if given.resume:

@@ -1,6 +1,7 @@
-"""A proxy on loopback between a client and a real server that makes the network slow, cut or dead."""
+"""Faults of a machine: a proxy that makes the network slow, cut or dead, and a disk that is full."""
 
 import contextlib
+import resource
 import socket
 import threading
 import time
@@ -128,3 +129,14 @@ def _copy(
     for end in (source, target):
         with contextlib.suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def full_disk(byte: int) -> Iterator[None]:
+    """Let this process write no file beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (byte, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -5,7 +5,8 @@ import json
 import shlex
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +25,9 @@ from mmdiff_ray.distributed.evaluate import evaluate_run, record_model
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.evaluation.gallery import free_folder, parse_given, write_gallery
 from mmdiff_ray.evaluation.run import tables
-from mmdiff_ray.tracking.run_life import is_local
-from mmdiff_ray.tracking.store import shown, tracking_uri, ui_command
+from mmdiff_ray.tracking.links import is_server
+from mmdiff_ray.tracking.run_life import is_local, run_page
+from mmdiff_ray.tracking.store import shown, tracking_uri
 from mmdiff_ray.training.export import load_export
 from mmdiff_ray.training.parallel import choose_device
 from mmdiff_ray.training.remote import STILL_S
@@ -37,18 +39,25 @@ LOW_AGREEMENT = 0.9
 
 
 def train_and_evaluate(
-    config: Config | None, resumed: str | None, where: str, overrides: Sequence[str]
+    config: Config | None,
+    resumed: str | None,
+    where: str,
+    overrides: Sequence[str],
+    new_mlflow_run: bool = False,
 ) -> int:
-    """Train a new run, or go on with one; evaluate it; record its model; say where everything is.
+    """Train a new run, or resume one; evaluate it; record its model; say where everything is.
 
-    where: runs lie, for one that goes on.
+    where, new_mlflow_run: for one that is resumed, the folder of all runs, and whether it gets a new MLflow
+    run.
     """
     console = make_console()
+    go: Callable[[Job, Display], Path] = launch.train
     if config is not None:
-        job, go = jobs.prepare(config, jobs.new_folder(config)), launch.train
+        job = jobs.prepare(config, jobs.new_folder(config))
     else:
         assert resumed is not None
-        job, go = jobs.load_job(jobs.find_run(resumed, where), overrides), launch.resume
+        job = jobs.load_job(jobs.find_run(resumed, where), overrides)
+        go = partial(launch.resume, new_mlflow_run=new_mlflow_run)
     for sentence in inert_settings(job.config):
         console.print(f"note: {sentence}")
     if resumed is not None and is_finished(job):
@@ -123,10 +132,10 @@ def _say_where(console: Console, folder: Path, uri: str) -> None:
 
 
 def _ui(folder: Path, uri: str) -> str:
-    """Return how to look at a run's store: by our own command where that finds it."""
+    """Return how to look at a run in MLflow: by our own command where that finds its store."""
     where = folder.parent
-    if is_uri(runs.address(folder)) or uri != shown(tracking_uri(None, where)):
-        return ui_command(uri)
+    if is_uri(runs.address(folder)) or is_server(uri) or uri != shown(tracking_uri(None, where)):
+        return run_page(uri, jobs.read_run(folder)["run_id"])
     return "mmdiff ui" if where == Path("runs").absolute() else f"mmdiff ui --runs {_near(where)}"
 
 

@@ -54,14 +54,22 @@ def train(job: Job, display: Display) -> Path:
             return run(job, display)
 
 
-def resume(job: Job, display: Display) -> Path:
-    """Go on with an existing run from its last checkpoint, in the same MLflow run.
+def resume(job: Job, display: Display, new_mlflow_run: bool = False) -> Path:
+    """Resume an existing run from its last checkpoint, in the same MLflow run or in a new one.
 
-    Raises ConfigError where another process trains it.
+    Raises ConfigError where another process trains it, or its MLflow run was deleted.
     """
+    if not new_mlflow_run:
+        otherwise = "record it in a new MLflow run: --new-mlflow-run"
+        run_life.check_run(job.tracking_uri, job.run_id, otherwise)
     with only_driver(job.folder, display.say), resources(job.config.workers):
         records.take(job.folder, job.mirror)
-        run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
+        if new_mlflow_run:
+            lineage = job.lineage or (job.run_id if job.uri else "")  # its checkpoints bear the old id
+            run_id = _start_run(job, job.tracking_uri, required=False)
+            job = dataclasses.replace(job, run_id=run_id, lineage=lineage)
+        else:
+            run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
         jobs.write_run(job, state="running")
         note_run(job.run_id)
         return run(job, display)
@@ -81,23 +89,28 @@ def begin(job: Job, required: bool, tags: Mapping[str, Any] | None = None) -> Jo
     uri = tracking_uri(job.config.tracking.uri, job.config.runs)
     job = _with_folder(job)
     try:
-        run_id = run_life.start_run(
-            uri,
-            job.config.tracking.experiment,
-            job.folder.name,
-            job.spool,
-            configuration.flatten(job.config),
-            configuration.to_yaml(job.config),
-            datasets=_dataset_facts(job),
-            tags={"mmdiff.run_folder": job.uri or str(job.folder), **(tags or {})},
-            required=required,
-        )
+        run_id = _start_run(job, uri, required, tags)
     except BaseException:
         runs.release(job.uri or str(job.folder))
         raise
     job = dataclasses.replace(job, tracking_uri=uri, run_id=run_id)
     jobs.write_run(job, state="running")
     return job
+
+
+def _start_run(job: Job, uri: str, required: bool, tags: Mapping[str, Any] | None = None) -> str:
+    """Begin the MLflow run of a job and return its id. required: whether MLflow must answer."""
+    return run_life.start_run(
+        uri,
+        job.config.tracking.experiment,
+        job.folder.name,
+        job.spool,
+        configuration.flatten(job.config),
+        configuration.to_yaml(job.config),
+        datasets=_dataset_facts(job),
+        tags={"mmdiff.run_folder": job.uri or str(job.folder), **(tags or {})},
+        required=required,
+    )
 
 
 def _with_folder(job: Job) -> Job:

@@ -1,15 +1,17 @@
 """What of a run's records MLflow has not taken: sent at the end, counted, and kept where it is found again.
 
-A spool that nobody sends lies in the run's folder. Where the run is kept in storage, its folder is of one
-machine, which may go: the spool is brought to `records/` of the storage, and whoever sends the run's records
-next takes it from there.
+The log of a run lies in the run's folder. Where the run is kept in storage, that folder is of one machine,
+which may go: what waits is brought to `records/` of the storage, and whoever sends the run's records next
+takes it from there.
 """
 
 import dataclasses
 import json
 import logging
 import os
+import secrets
 import shlex
+import time
 from pathlib import Path
 
 from mmdiff_ray.config import RunError, UnreachableError
@@ -18,60 +20,55 @@ from mmdiff_ray.data.storage import is_uri, join
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import runs
 from mmdiff_ray.tracking.jobs import JOB_VARIABLE
+from mmdiff_ray.tracking.log import Log, waiting_in
 from mmdiff_ray.tracking.sender import Replayed, replay
-from mmdiff_ray.tracking.spool import Spool, is_held, left_in, waiting
+from mmdiff_ray.tracking.sync import report
 from mmdiff_ray.tracking.tracker import Say, Tracker
 from mmdiff_ray.training.remote import STILL_S
 
 PLACE = "records"
-TARGET = "target.json"
 _log = logging.getLogger(__name__)
 
 
 def root(folder: Path) -> Path:
-    """Return where the spools of a run lie."""
+    """Return where the log of a run lies."""
     return folder / "tracking"
 
 
 def keep(folder: Path, mirror: Mirror | None) -> list[str]:
-    """Bring the spools that nobody sends to the storage of a run; return what is not there then.
+    """Bring what waits of a run's records to its storage; return what is not there then.
 
-    A spool that a thread of this process still sends stays.
+    What a thread is sending at this moment stays.
     """
     if mirror is None:
         return []
-    busy = []
-    for place in waiting(root(folder)):
-        spool = Spool.adopt(place)
-        if spool is None:
-            busy += [place.relative_to(folder).as_posix()] if is_held(place) else []
-            continue
-        if len(spool):
-            kept = folder / PLACE / place.name
-            kept.parent.mkdir(exist_ok=True)
-            place.rename(kept)
-            mirror.send(f"{PLACE}/{place.name}")
-        spool.close()
-    return [*busy, *(name for name in mirror.flush(STILL_S) if name.startswith(f"{PLACE}/"))]
+    name = f"{PLACE}/{time.time_ns():020d}-{secrets.token_hex(4)}"
+    if not Log(root(folder)).pack(folder / name):
+        return [root(folder).name, *_unsent(mirror)]
+    if (folder / name).is_dir():
+        mirror.send(name)
+    return _unsent(mirror)
+
+
+def _unsent(mirror: Mirror) -> list[str]:
+    return [name for name in mirror.flush(STILL_S) if name.startswith(f"{PLACE}/")]
 
 
 def take(folder: Path, mirror: Mirror | None) -> None:
-    """Bring the spools here that a run or a sweep has in storage, to be sent. Where that fails, they stay
+    """Bring the records here that a run or a sweep has in storage, to be sent. Where that fails, they stay
     there."""
     if mirror is None:
         return
     file = next((file for name in (runs.RUN, runs.SWEEP) if (file := folder / name).is_file()), None)
     if file is None:  # it never began
         return
-    uri = json.loads(file.read_text(encoding="utf8"))["tracking_uri"]
+    facts = json.loads(file.read_text(encoding="utf8"))
     try:
         for name in sorted({file.partition("/")[0] for file in mirror.names(PLACE)}):
-            place = root(folder) / name
-            if mirror.take(f"{PLACE}/{name}", place):
-                target = json.loads((place / TARGET).read_text())
-                (place / TARGET).write_text(json.dumps({**target, "uri": uri}))
+            mirror.take(f"{PLACE}/{name}", root(folder) / name)
     except (OSError, RunError, UnreachableError) as error:
         _log.warning("records of the run stay in %s: %s", join(mirror.uri, PLACE), error)
+    Log(root(folder), {"uri": facts["tracking_uri"], "run_id": facts["run_id"]})  # absorbs them
 
 
 def settle(folder: Path, say: Say) -> int:
@@ -79,9 +76,9 @@ def settle(folder: Path, say: Say) -> int:
     wait."""
     mirror, run = runs.mirror_of(folder), jobs.read_run(folder)
     take(folder, mirror)
-    if left_in(root(folder)):
+    if waiting_in(root(folder)):
         Tracker(run["tracking_uri"], run["run_id"], root(folder)).finish(say=say)
-    left = left_in(root(folder))
+    left = waiting_in(root(folder))
     if left:
         keep(folder, mirror)
         say(advice(folder, left))
@@ -125,7 +122,5 @@ def send(where: str) -> Replayed:
 def _sync_run(address: str) -> int:
     """Send what waits of a run in storage; return how many records still wait."""
     done = send(address)
-    if done.sent or done.waiting:
-        why = f", {done.waiting} wait: {done.error}" if done.waiting else ""
-        print(f"{address}: {done.sent} records sent{why}")
+    report(address, done)
     return done.waiting

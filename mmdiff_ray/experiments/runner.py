@@ -23,7 +23,7 @@ from mmdiff_ray.experiments.plots import draw_curves, draw_overview, draw_watche
 from mmdiff_ray.experiments.spec import Cell, Experiment
 from mmdiff_ray.experiments.table import refusals, result
 from mmdiff_ray.tracking import run_life
-from mmdiff_ray.tracking.spool import left_in
+from mmdiff_ray.tracking.log import waiting_in
 from mmdiff_ray.tracking.store import tracking_uri
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import write_json
@@ -69,7 +69,7 @@ def _run(experiment: Experiment, runs: Path, out: Path, say: Say, cells: Sequenc
         words = "; ".join(f"{key}: {error}" for key, error in failed.items())
         raise RunError(f"{len(failed)} cells failed, the same command tries them again: {words}")
     folder = _tracking(experiment, runs).parent
-    if left := sum(left_in(place) for place in folder.glob("**/tracking")):
+    if left := sum(waiting_in(place) for place in folder.glob("**/tracking")):
         raise RunError(
             f"the result is in {written[0]}; {left} records of {folder} wait for MLflow; send them with: "
             f"mmdiff sync {folder}"

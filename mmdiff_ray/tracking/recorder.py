@@ -1,11 +1,11 @@
-"""What can be recorded about a run, written into a spool: no call waits for a server."""
+"""What can be recorded about a run, written into its log: no call waits for a server."""
 
 import json
 import math
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mmdiff_ray.tracking.spool import Spool
+from mmdiff_ray.tracking.log import Log
 
 MAX_METRICS, MAX_VALUES = 1000, 100  # MLflow's limits for one request: metrics, and parameters or tags
 MAX_PARAM_CHARS = 6000  # MLflow cuts longer ones silently
@@ -32,13 +32,14 @@ class DatasetFacts:
 
 
 class Recorder:
-    """Write what is known about one run into a spool, in order.
+    """Write what is known about one run into its log, in order.
 
-    Each call takes the time of a line, and of the copying of its files; none raises because of a server.
+    Each call takes the time of a line, and of copying its files. None raises because of a server or a full
+    disk.
     """
 
-    def __init__(self, spool: Spool):
-        self._spool = spool
+    def __init__(self, log: Log):
+        self._log = log
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record numbers at a step (samples seen).
@@ -52,7 +53,7 @@ class Recorder:
             odd, 1.0
         )
         for part in _parts(finite, MAX_METRICS):
-            self._append("metrics", {"values": part, "step": int(step)})
+            self._log.append("metrics", {"values": part, "step": int(step)})
         if odd:
             self.tags({key: f"{value} at step {step}" for key, value in odd.items()})
 
@@ -61,67 +62,81 @@ class Recorder:
         texts = {safe_key(key): _as_text(value) for key, value in values.items()}
         short = {key: text for key, text in texts.items() if len(text) <= MAX_PARAM_CHARS}
         for part in _parts(short, MAX_VALUES):
-            self._append("params", {"values": part})
+            self._log.append("params", {"values": part})
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Record texts that may be replaced later; MLflow cuts them at 8,000 characters."""
         texts = {safe_key(key): str(value) for key, value in values.items()}
         for part in _parts(texts, MAX_VALUES):
-            self._append("tags", {"values": part})
+            self._log.append("tags", {"values": part})
 
     def image(self, key: str, image: bytes | np.ndarray, step: int) -> None:
         """Record a picture at a step; pictures of one key form a slider over the steps.
 
         image: the bytes of a PNG, or uint8 (H, W), (H, W, 3) or (H, W, 4).
         """
-        record_id = str(uuid.uuid4())
         data = image if isinstance(image, bytes) else _png(image)
-        (self._files(record_id) / "image.png").write_bytes(data)
-        self._append("image", {"key": safe_key(key), "step": int(step)}, record_id)
+        self._with_files(
+            "image",
+            {"key": safe_key(key), "step": int(step)},
+            lambda files: (files / "image.png").write_bytes(data),
+        )
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Record a copy of a file, or of a folder under its own name, in a folder of the run's artifacts."""
-        record_id, path = str(uuid.uuid4()), Path(path)
-        copy = self._files(record_id) / path.name
-        if path.is_dir():
-            shutil.copytree(path, copy)
-        else:
-            shutil.copyfile(path, copy)
-        self._append("artifact", {"name": path.name, "folder": folder}, record_id)
+        path = Path(path)
+        copy = shutil.copytree if path.is_dir() else shutil.copyfile
+        self._with_files(
+            "artifact", {"name": path.name, "folder": folder}, lambda files: copy(path, files / path.name)
+        )
 
     def text(self, text: str, path: str) -> None:
         """Record a text as an artifact of a name that may hold folders."""
-        record_id, target = str(uuid.uuid4()), PurePosixPath(path)
-        (self._files(record_id) / target.name).write_text(text)
-        folder = "" if target.parent == PurePosixPath(".") else str(target.parent)
-        self._append("artifact", {"name": target.name, "folder": folder}, record_id)
+        folder, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
+        self._with_files(
+            "artifact",
+            {"name": name, "folder": "" if folder == "." else folder},
+            lambda files: (files / name).write_text(text),
+        )
+
+    def table(self, path: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Record a table as a JSON artifact that MLflow's page shows as a table."""
+        self.text(json.dumps({"columns": list(columns), "data": [list(row) for row in rows]}), path)
+        self.tags({"mlflow.loggedArtifacts": json.dumps([{"path": path, "type": "table"}])})
 
     def model(self, folder: Path, name: str, step: int) -> None:
         """Record a model in MLflow's format. The folder is moved, not copied."""
-        record_id = str(uuid.uuid4())
-        shutil.move(folder, self._files(record_id) / "model")
-        self._append("model", {"name": name, "step": int(step)}, record_id)
+        self._with_files(
+            "model", {"name": name, "step": int(step)}, lambda files: shutil.move(folder, files / "model")
+        )
 
     def datasets(self, facts: Sequence[DatasetFacts]) -> None:
         """Record the data sets that the run reads."""
         if facts:
-            self._append("datasets", {"datasets": [asdict(fact) for fact in facts]})
+            self._log.append("datasets", {"datasets": [asdict(fact) for fact in facts]})
 
     def start(self, experiment: str, name: str) -> None:
         """Record the beginning of a run that MLflow does not know yet."""
-        self._append("start", {"experiment": experiment, "name": name})
+        self._log.append("start", {"experiment": experiment, "name": name})
 
     def status(self, status: str) -> None:
         """Record that the run goes on (RUNNING) or has ended (FINISHED, FAILED, KILLED)."""
-        self._append("status", {"status": status})
+        self._log.append("status", {"status": status})
 
-    def _append(self, kind: str, body: dict[str, Any], record_id: str | None = None) -> None:
-        self._spool.append(kind, body, record_id)
-
-    def _files(self, record_id: str) -> Path:
-        folder = self._spool.files(record_id)
-        folder.mkdir(parents=True)
-        return folder
+    def _with_files(self, kind: str, body: dict[str, Any], write: Callable[[Path], Any]) -> None:
+        """Record something with the files that `write` puts into a folder."""
+        record_id = str(uuid.uuid4())
+        files = self._log.files(record_id)
+        try:
+            files.mkdir(parents=True)
+            write(files)
+        except FileNotFoundError:  # what is to be copied is not there
+            raise
+        except OSError as error:
+            shutil.rmtree(files, ignore_errors=True)
+            self._log.lose(error)
+        else:
+            self._log.append(kind, body, record_id)
 
 
 def safe_key(key: str) -> str:

@@ -1,4 +1,4 @@
-"""The life of a job's one run in MLflow, led from the driver: it starts, goes on after a restart, ends."""
+"""The one MLflow run of a job, as the driver starts, resumes and ends it."""
 
 import logging
 import uuid
@@ -8,9 +8,11 @@ from typing import Any
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.tracking import provenance, store
-from mmdiff_ray.tracking.jobs import is_server, reachable
+from mmdiff_ray.tracking.jobs import reachable
+from mmdiff_ray.tracking.links import is_server, where_to_look
+from mmdiff_ray.tracking.log import Log
 from mmdiff_ray.tracking.recorder import DatasetFacts
-from mmdiff_ray.tracking.sender import LOCAL_PREFIX, RunUnknown, Sender
+from mmdiff_ray.tracking.sender import LOCAL_PREFIX, RunMissing, Sender
 from mmdiff_ray.tracking.tracker import Say, Tracker
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
@@ -34,12 +36,14 @@ def start_run(
 ) -> str:
     """Begin a run and return its id, which the caller keeps: it names the run through all restarts.
 
-    root: the folder of the run's spools. settings: the resolved configuration as dotted keys. config_yaml:
-    the same as YAML, kept as the artifact `config.yaml`. texts: other files, name -> what is in them.
+    root: the folder of the run's log; metrics of an earlier MLflow run in it are recorded again.
+    settings: the resolved configuration as dotted keys. config_yaml: the same as YAML, kept as the artifact
+    `config.yaml`. texts: other files, name -> what is in them.
     Where the store does not answer: raises ConfigError, or, if it is not required, returns a local id that
-    every function here takes in place of MLflow's; the run then appears in MLflow when its spools are sent.
+    every function here takes in place of MLflow's; the run then appears in MLflow when its log is sent.
     """
     local_id = f"{LOCAL_PREFIX}{uuid.uuid4().hex}"
+    history = Log(root).begin_again()
     tracker = Tracker(uri, local_id, root)
     tracker.start(experiment, name)
     tracker.params({key: _plain(value) for key, value in settings.items()})
@@ -54,6 +58,7 @@ def start_run(
         raise _unrecorded(uri, error)
     run_id = local_id if left else tracker.run_id
     tracker.close(timeout_s=0.0)
+    Log(root).extend(history)
     return run_id
 
 
@@ -68,19 +73,37 @@ def is_local(run_id: str) -> bool:
     return run_id.startswith(LOCAL_PREFIX)
 
 
+def check_run(uri: str, run_id: str, otherwise: str = "") -> None:
+    """Raise ConfigError where the store answers that it has no such run, or that it was deleted.
+
+    otherwise: what can be done instead of restoring the run.
+    """
+    if is_local(run_id) or (is_server(uri) and not reachable(uri)):
+        return  # records wait
+    from mlflow.exceptions import MlflowException
+
+    try:
+        stage = store.client(uri).get_run(run_id).info.lifecycle_stage
+    except MlflowException as error:
+        if not store.is_unknown(error):
+            return
+        fix = f"check tracking.uri{otherwise and ', or '}{otherwise}"
+        raise ConfigError(f"there is no run {run_id} in MLflow at {store.shown(uri)}; {fix}") from None
+    if stage == "deleted":
+        fix = f"restore it: mlflow runs restore --run-id {run_id}{otherwise and ', or '}{otherwise}"
+        raise ConfigError(f"run {run_id} was deleted in MLflow at {store.shown(uri)}; {fix}")
+
+
 def resume_run(uri: str, run_id: str, root: str | Path, timeout_s: float = 30.0) -> int:
     """Mark a run as running again, with the versions of now, and return how many records wait for the store.
 
-    A store that does not answer is no error: the record waits. Raises ConfigError where it answers that there
-    is no such run.
+    A store that does not answer is no error: the record waits. Raises ConfigError as `check_run`.
     """
+    check_run(uri, run_id)
     tracker = Tracker(uri, run_id, root)
     tracker.status("RUNNING")
     tracker.tags(provenance.tags())
     tracker.flush(timeout_s, failures=1)
-    if getattr(tracker.problem, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
-        tracker.discard()
-        raise ConfigError(f"there is no run {run_id} in {store.shown(uri)}; was tracking.uri changed?")
     return tracker.close(timeout_s=0.0)
 
 
@@ -110,8 +133,21 @@ def run_id_at(uri: str, run_id: str) -> str | None:
     """Return MLflow's id of a run that may have begun without the store; None while it is not there."""
     try:
         return Sender(uri, run_id).run_id
-    except RunUnknown:
+    except RunMissing:
         return None
+
+
+def run_page(uri: str, run_id: str) -> str:
+    """Return a link to a run's page, to the list of experiments while the store is away, or what to type."""
+    if not is_server(uri) or not reachable(uri):
+        return where_to_look(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = store.client(uri).get_run(run_id_at(uri, run_id) or "")
+    except MlflowException:
+        return where_to_look(uri)
+    return where_to_look(uri, run.info.experiment_id, run.info.run_id)
 
 
 def _unrecorded(uri: str, why: str) -> ConfigError:

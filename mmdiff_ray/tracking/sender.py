@@ -1,4 +1,4 @@
-"""Send the records of spools to MLflow: in order, in batches, and again without harm.
+"""Replay the log of a run into MLflow: in order, in batches, and again without harm.
 
 Everything may be sent twice (a process can die between sending and noting it): MLflow ignores a metric it has
 with the same time, parameters and tags are replaced by themselves, files have names fixed by their record,
@@ -7,7 +7,6 @@ own where an answer is lost: what was made twice by that is taken away at once.
 """
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,51 +14,55 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mmdiff_ray.tracking import store
+from mmdiff_ray.tracking.log import WITH_FILES, Entry, Log, Record
 from mmdiff_ray.tracking.recorder import MAX_DIGEST_CHARS, MAX_METRICS, MAX_VALUES
-from mmdiff_ray.tracking.spool import Entry, Record, Spool, waiting
 
 LOCAL_PREFIX = "local-"
 LOCAL_TAG = "mmdiff.local_id"
 RECORD_TAG = "mmdiff.record_id"
 REFUSALS = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", "REQUEST_LIMIT_EXCEEDED")
+"""MLflow's error codes for a request that it has understood and will never take."""
+BATCHED = ("metrics", "params", "tags")
 READ_LINES = 200
 BATCH_CHARS = 500_000  # MLflow refuses requests of more than 1 MB
 THUMBNAIL_SIZE = 256
-_log = logging.getLogger(__name__)
 
 
-class RunUnknown(RuntimeError):
-    """The run began while the store was away, and the record of its beginning has not been sent yet."""
+class RunMissing(RuntimeError):
+    """The store has no such run: its beginning was not sent yet, or somebody has deleted it."""
+
+
+class FilesMissing(RuntimeError):
+    """The files of a record are gone, or cannot be read."""
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What `replay` did: records sent, records still waiting, and the reason why they wait."""
+    """What `replay` did with a log: records sent, still waiting, and refused; and why records wait."""
 
+    root: Path
     sent: int
     waiting: int
+    refused: int
     error: str | None
 
 
 def replay(root: str | Path, uri: str | None = None) -> Replayed:
-    """Send what the spools under a root still hold. Spools of living processes are left to them.
+    """Send what waits in the log of a run; stop at the first error, and never raise for one.
 
-    uri: the store, where it has moved. Stops a spool at the first error, and never raises for one.
+    uri: the store, if it has moved. Where another process is sending at this moment, it is left to that.
     """
-    sent, left, error = 0, 0, None
-    for folder in waiting(root):
-        if (spool := Spool.adopt(folder)) is None:
-            continue
-        before = len(spool)
-        try:
-            sender = Sender(**(spool.target | ({"uri": uri} if uri else {})))
-            while sender.send_next(spool):
-                pass
-        except Exception as problem:
-            error = reason(problem)
-        sent, left = sent + before - len(spool), left + len(spool)
-        spool.close()
-    return Replayed(sent, left, error)
+    log, sent, error = Log(root), 0, None
+    refused = log.refused
+    try:
+        with log.sending() as ours:
+            if ours and log.waiting:
+                sender = Sender(**(log.target | ({"uri": uri} if uri else {})))
+                while done := sender.send_next(log):
+                    sent += done
+    except Exception as problem:
+        error = reason(problem)
+    return Replayed(log.root, sent, log.waiting, log.refused - refused, error)
 
 
 def reason(error: Exception) -> str:
@@ -86,12 +89,10 @@ class Sender:
 
     @property
     def run_id(self) -> str:
-        """The id of the run in MLflow. Raises RunUnknown while a run begun without it is not there."""
-        self._found = self._found or self._find_local()
+        """The id of the run in MLflow. Raises RunMissing while a run begun without it is not there."""
+        self._found = self._found or next(iter(self._local_runs()), None)
         if self._found is None:
-            raise RunUnknown(
-                f"the beginning of run {self._wanted} has not reached {store.shown(self.uri)} yet"
-            )
+            raise RunMissing(f"the beginning of run {self._wanted} is not in {store.shown(self.uri)} yet")
         return self._found
 
     @property
@@ -99,94 +100,104 @@ class Sender:
         """Whether the run began without its store, and has not been seen there; asks nobody."""
         return self._found is None
 
-    def send_next(self, spool: Spool) -> int:
-        """Send the oldest records of a spool and return how many left it. Raises what the store raised."""
-        entries = spool.read(READ_LINES)
+    def send_next(self, log: Log) -> int:
+        """Send the oldest records of a log and return how many. Raises what the store raised."""
+        entries = log.read(READ_LINES)
         for group in _groups(entries):
-            self._send(group, spool)
-            spool.acknowledge(group)
+            for entry in group:
+                if entry.record is None:
+                    log.set_aside(entry.line, entry.problem)
+            self._send([entry.record for entry in group if entry.record is not None], log)
+            log.acknowledge(group)
         return len(entries)
 
-    def _send(self, group: Sequence[Entry], spool: Spool) -> None:
-        """Send a group; where it is refused, its records one by one, then a record's values one by one."""
-        records = [entry.record for entry in group if entry.record is not None]
+    def _send(self, records: Sequence[Record], log: Log) -> None:
+        """Send records; if MLflow refuses them, one by one, then value by value, to set few aside."""
         try:
-            self._send_records(records, spool)
+            self._request(records, log)
         except Exception as error:
-            if not _is_refusal(error):
+            if not self._is_refusal(error):
                 raise
-            if len(records) > 1:
-                for entry in group:
-                    self._send([entry], spool)
-            elif len(records[0].body.get("values", ())) > 1:
-                for single in _singles(records[0]):
-                    self._send([Entry(single, group[0].end)], spool)
-            else:
-                spool.refuse(records[0], reason(error))
-                _log.warning("MLflow refused a record, kept in %s: %s", spool.folder.parent, reason(error))
+            parts = [[record] for record in records] if len(records) > 1 else _single_values(records[0])
+            if len(parts) < 2:
+                log.set_aside(records[0], reason(error))
+                return
+            for part in parts:
+                self._send(part, log)
 
-    def _send_records(self, records: Sequence[Record], spool: Spool) -> None:
+    def _is_refusal(self, error: Exception) -> bool:
+        """Return whether a record can never be sent. Raises RunMissing where its run was deleted."""
+        if getattr(error, "error_code", None) not in REFUSALS:
+            return isinstance(error, FilesMissing)
+        if not self.unbegun and self.client.get_run(self.run_id).info.lifecycle_stage == "deleted":
+            raise RunMissing(f"run {self.run_id} was deleted in {store.shown(self.uri)}") from error
+        return True
+
+    def _request(self, records: Sequence[Record], log: Log) -> None:
         if not records:
             return
-        if records[0].kind in ("metrics", "params", "tags"):
+        record, kind = records[0], records[0].kind
+        files, body = log.files(record.id), record.body
+        if kind in WITH_FILES and not (files.is_dir() and any(files.iterdir())):
+            raise FilesMissing("its files are gone")
+        if kind in BATCHED:
             self._batch(records)
+        elif kind == "start":
+            self._start(record)
+        elif kind == "status" and body["status"] == "RUNNING":
+            self.client.update_run(self.run_id, "RUNNING")
+        elif kind == "status":
+            self.client.set_terminated(self.run_id, body["status"], record.time_ms)
+        elif kind == "datasets":
+            inputs = [_dataset_input(**facts) for facts in body["datasets"]]
+            self.client.log_inputs(self.run_id, inputs)
+        elif kind == "artifact":
+            self.client.log_artifact(self.run_id, str(files / body["name"]), body["folder"] or None)
+        elif kind == "image":
+            self._image(record, files)
         else:
-            send = {
-                "start": self._start,
-                "status": self._status,
-                "datasets": self._datasets,
-                "artifact": self._artifact,
-                "image": self._image,
-                "model": self._model,
-            }[records[0].kind]
-            send(records[0], spool.files(records[0].id))
+            self._model(record, files)
 
     def _batch(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        metrics, params, tags = [], [], []
+        sent: dict[str, list[Any]] = {kind: [] for kind in BATCHED}
         for record in records:
-            values = record.body["values"].items()
-            if record.kind == "metrics":
-                metrics += [Metric(key, value, record.time_ms, record.body["step"]) for key, value in values]
-            elif record.kind == "params":
-                params += [Param(key, value) for key, value in values]
-            else:
-                tags += [RunTag(key, value) for key, value in values]
-        self.client.log_batch(self.run_id, metrics, params, tags, synchronous=True)
+            for key, value in record.body["values"].items():
+                if record.kind == "metrics":
+                    sent["metrics"].append(Metric(key, value, record.time_ms, record.body["step"]))
+                else:
+                    sent[record.kind].append((Param if record.kind == "params" else RunTag)(key, value))
+        self.client.log_batch(self.run_id, **sent, synchronous=True)
 
-    def _start(self, record: Record, files: Path) -> None:
+    def _start(self, record: Record) -> None:
         experiment = store.get_or_create_experiment(self.uri, record.body["experiment"])
         if not self._local_runs():
             self.client.create_run(experiment, record.time_ms, {LOCAL_TAG: self._wanted}, record.body["name"])
         for twin in self._local_runs()[1:]:
             self.client.delete_run(twin)
 
-    def _status(self, record: Record, files: Path) -> None:
-        status = record.body["status"]
-        if status == "RUNNING":
-            self.client.update_run(self.run_id, status)
-        else:
-            self.client.set_terminated(self.run_id, status, record.time_ms)
-
-    def _datasets(self, record: Record, files: Path) -> None:
-        self.client.log_inputs(self.run_id, [_dataset_input(**facts) for facts in record.body["datasets"]])
-
-    def _artifact(self, record: Record, files: Path) -> None:
-        self.client.log_artifact(self.run_id, str(files / record.body["name"]), record.body["folder"] or None)
+    def _local_runs(self) -> list[str]:
+        """Return the ids of the runs that have this local id, always in the same order."""
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        found = self.client.search_runs(experiments, f"tags.`{LOCAL_TAG}` = '{self._wanted}'")
+        return sorted(run.info.run_id for run in found)
 
     def _image(self, record: Record, files: Path) -> None:
         """Send a picture and its thumbnail under the names that MLflow's page reads steps and times from."""
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         key = record.body["key"].replace("/", "~")
         stem = f"{key}+step+{record.body['step']}+timestamp+{record.time_ms}+{record.id}"
         full, small = files / f"{stem}.png", files / f"{stem}+compressed.webp"
         if not full.exists():
             (files / "image.png").rename(full)
-        with Image.open(full) as image:
-            image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-            image.save(small)
+        try:
+            with Image.open(full) as image:
+                image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+                image.save(small)
+        except UnidentifiedImageError:  # torn by a power cut
+            raise FilesMissing("its picture cannot be read") from None
         for file in (full, small):
             self.client.log_artifact(self.run_id, str(file), "images")
         self.client.set_tag(self.run_id, "mlflow.loggedImages", True)
@@ -203,59 +214,49 @@ class Sender:
         self.client.finalize_logged_model(model.model_id, "READY")
 
     def _logged_model(self, record: Record, experiment: str) -> Any:
-        if not self._models(record, experiment):
+        """Return MLflow's model of a record, made where it is not there."""
+
+        def models() -> list[Any]:
+            found = self.client.search_logged_models([experiment], f"tags.`{RECORD_TAG}` = '{record.id}'")
+            return sorted(found, key=lambda model: model.model_id)
+
+        if not models():
             self.client.create_logged_model(
                 experiment, record.body["name"], source_run_id=self.run_id, tags={RECORD_TAG: record.id}
             )
-        model, *twins = self._models(record, experiment)
+        model, *twins = models()
         for twin in twins:
             self.client.delete_logged_model(twin.model_id)
         return model
 
-    def _models(self, record: Record, experiment: str) -> list[Any]:
-        found = self.client.search_logged_models([experiment], f"tags.`{RECORD_TAG}` = '{record.id}'")
-        return sorted(found, key=lambda model: model.model_id)
-
-    def _find_local(self) -> str | None:
-        return next(iter(self._local_runs()), None)
-
-    def _local_runs(self) -> list[str]:
-        """Return the ids of the runs that have this local id, always in the same order."""
-        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
-        found = self.client.search_runs(experiments, f"tags.`{LOCAL_TAG}` = '{self._wanted}'")
-        return sorted(run.info.run_id for run in found)
-
 
 def _groups(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
     """Yield the entries in order, in groups that fit one request each."""
+    limits = (MAX_METRICS, MAX_VALUES, BATCH_CHARS)
     group: list[Entry] = []
+    used = [0, 0, 0]  # values; parameters and tags; their characters
     for entry in entries:
-        if group and not _fits([*group, entry]):
+        record = entry.record
+        batched = record is not None and record.kind in BATCHED
+        size = [0, 0, 0]
+        if record is not None and batched:
+            count, others = len(record.body["values"]), record.kind != "metrics"
+            size = [count, count * others, len(entry.line) * others]
+        total = [a + b for a, b in zip(used, size, strict=True)]
+        if group and (not batched or any(a > b for a, b in zip(total, limits, strict=True))):
             yield group
-            group = []
-        group.append(entry)
+            group, total = [], size
+        group, used = [*group, entry], total
+        if not batched:
+            yield group
+            group, used = [], [0, 0, 0]
     if group:
         yield group
 
 
-def _fits(group: Sequence[Entry]) -> bool:
-    records = [entry.record for entry in group if entry.record is not None]
-    if any(record.kind not in ("metrics", "params", "tags") for record in records):
-        return len(group) == 1
-    metrics = sum(len(record.body["values"]) for record in records if record.kind == "metrics")
-    others = sum(len(record.body["values"]) for record in records if record.kind != "metrics")
-    chars = sum(len(str(record.body)) for record in records if record.kind != "metrics")
-    return metrics + others <= MAX_METRICS and others <= MAX_VALUES and chars <= BATCH_CHARS
-
-
-def _singles(record: Record) -> list[Record]:
-    values = record.body["values"].items()
-    return [replace(record, body={**record.body, "values": {key: value}}) for key, value in values]
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Say whether the store has understood a record and will never take it."""
-    return getattr(error, "error_code", None) in REFUSALS or isinstance(error, KeyError | FileNotFoundError)
+def _single_values(record: Record) -> list[list[Record]]:
+    values = record.body.get("values", {}).items()
+    return [[replace(record, body={**record.body, "values": {key: value}})] for key, value in values]
 
 
 def _dataset_input(name: str, uri: str, digest: str, rows: dict[str, int]) -> Any:

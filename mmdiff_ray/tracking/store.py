@@ -9,13 +9,14 @@ from urllib.parse import quote
 
 from mmdiff_ray.config import ConfigError, without_passwords
 
-# A request to a server that does not answer must end; the spool tries again. (MLflow's own: 120 s and 7
+# A request to a server that does not answer must end; the tracker tries again. (MLflow's own: 120 s and 7
 # retries.)
 CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # its links do not open the view of training runs
 }
 SQLITE = "sqlite:///"
 KIND = {"mlflow.experimentKind": "custom_model_development"}
@@ -66,6 +67,11 @@ def ui_command(uri: str) -> str:
     if uri.startswith(("http://", "https://")):
         return f"open {shown(uri)}"
     return f"mlflow ui --backend-store-uri {shlex.quote(shown(uri))}"
+
+
+def is_unknown(error: Exception | None) -> bool:
+    """Return whether an error is the store's answer that there is no such run."""
+    return getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
 
 
 def prepare(uri: str) -> None:

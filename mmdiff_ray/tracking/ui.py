@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.tracking.store import SQLITE, client, shown, sqlite_file, tracking_uri
+from mmdiff_ray.tracking.links import link, where_to_look
+from mmdiff_ray.tracking.store import SQLITE, client, sqlite_file, tracking_uri
 
 ENDING_S = 5.0
 
@@ -22,13 +23,15 @@ def serve(runs: str | Path, host: str, port: int) -> int:
     """
     uri = tracking_uri(None, runs)
     if not uri.startswith(SQLITE):
-        print(f"the runs are on a server: open {shown(uri)}")
+        print(f"the runs are on a server: open {where_to_look(uri)}")
         return 0
     if not sqlite_file(uri).is_file():
         raise ConfigError(f"no runs in {runs}/ yet; make some with: mmdiff train pipelines/configs/demo.yaml")
     _check_free(host, port)
-    client(uri)  # brings an older database up to date before a server with several workers opens it
-    print(f"MLflow: http://{host}:{port} (Ctrl-C ends it)", flush=True)
+    mlflow = client(uri)  # brings an older database up to date before a server with several workers opens it
+    found = [one.experiment_id for one in mlflow.search_experiments("name != 'Default'")]
+    only = found[0] if len(found) == 1 else ""
+    print(f"MLflow: {link(f'http://{host}:{port}', only)} (Ctrl-C ends it)", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host]
     server = subprocess.Popen(
         [*command, "--port", str(port), "--workers", "1"],

@@ -19,7 +19,7 @@ from mmdiff_ray.data.storage import folders_in, join
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import launch, records, runs, worker
 from mmdiff_ray.distributed.display import Display
-from mmdiff_ray.tracking.spool import Spool, left_in, waiting
+from mmdiff_ray.tracking.log import Log, waiting_in
 from mmdiff_ray.training import remote
 from tests import s3
 from tests import sprites as tiny
@@ -140,7 +140,7 @@ def test_records_that_a_worker_cannot_send_reach_the_driver_on_another_machine(m
     assert (
         said.startswith("MLflow at http://127.0.0.1:9: ") and "; 2 records wait. Trying again until" in said
     )
-    assert left_in(job.spool) == 0
+    assert waiting_in(job.spool) == 0
     for file in (tmp_path / "storage" / "tiny" / "records").rglob("*.*"):
         assert not file.is_file() or "a-secret" not in file.read_text()
 
@@ -148,12 +148,10 @@ def test_records_that_a_worker_cannot_send_reach_the_driver_on_another_machine(m
     folder = runs.open_run(made.uri)
     for _ in range(2):
         records.take(folder, runs.mirror_of(folder))
-        (place,) = waiting(folder / "tracking")
-        spool = Spool.adopt(place)
-        assert [entry.record.kind for entry in spool.read(9)] == ["metrics", "artifact"]
-        assert (spool.files(spool.read(9)[1].record.id) / "note.txt").read_text() == "hello"
-        assert spool.target == {"uri": "sqlite:///x.db", "run_id": "1"}
-        spool.close()
+        log = Log(folder / "tracking")
+        assert [entry.record.kind for entry in log.read(9) if entry.record] == ["metrics", "artifact"]
+        assert (log.files(log.read(9)[1].record.id) / "note.txt").read_text() == "hello"
+        assert log.target == {"uri": "sqlite:///x.db", "run_id": "1"}
     assert not list((tmp_path / "storage" / "tiny" / "records").glob("*"))
 
 
@@ -172,7 +170,7 @@ def test_records_that_storage_does_not_take_either_are_named_with_where_they_lie
     (tmp_path / "storage" / "tiny" / "records").unlink()
     folder = runs.open_run(made.uri)
     records.take(folder, runs.mirror_of(folder))
-    assert left_in(folder / "tracking") == 1
+    assert waiting_in(folder / "tracking") == 1
 
 
 def test_sync_of_storage_without_a_run_is_refused(tmp_path, capsys):

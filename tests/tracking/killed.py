@@ -8,14 +8,14 @@ from pathlib import Path
 
 PROGRAM = """
 import sys
+from mmdiff_ray.tracking.log import Log
 from mmdiff_ray.tracking.recorder import Recorder
-from mmdiff_ray.tracking.spool import Spool
 from mmdiff_ray.tracking.tracker import Tracker
 uri, run_id, root, sending = sys.argv[1:]
 if sending == "True":
     recorder = Tracker(uri, run_id, root)
 else:
-    recorder = Recorder(Spool.create(root, {"uri": uri, "run_id": run_id}))
+    recorder = Recorder(Log(root, {"uri": uri, "run_id": run_id}))
 for step in range(100):
     recorder.metrics({"loss": step}, step)
 recorder.text("from the dead", "note.txt")

@@ -105,7 +105,7 @@ def test_rows_that_give_different_instances_are_refused(predict):
 def test_a_run_holds_its_model_and_its_name_loads_it(uri, client, run_id, export, tmp_path, monkeypatch):
     import mlflow
 
-    tracker = Tracker(uri, run_id, tmp_path / "spools")
+    tracker = Tracker(uri, run_id, tmp_path / "tracking")
     models.log_model(tracker, export, LOADER, step=1000)
     assert tracker.close(60) == 0
     outputs = client.get_run(run_id).outputs.model_outputs
@@ -141,7 +141,7 @@ def test_a_model_recorded_on_a_server_is_loaded_from_it(server, export, tmp_path
 
     experiment = store.get_or_create_experiment(server.uri, "models")
     run_id = store.client(server.uri).create_run(experiment).info.run_id
-    tracker = Tracker(server.uri, run_id, tmp_path / "spools")
+    tracker = Tracker(server.uri, run_id, tmp_path / "tracking")
     models.log_model(tracker, export, LOADER, step=1)
     assert tracker.close(60) == 0
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)

@@ -17,8 +17,8 @@ from mmdiff_ray.distributed import commands, launch, worker
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.tracking import run_life, store, tracker
+from mmdiff_ray.tracking.log import waiting_in
 from mmdiff_ray.tracking.sender import LOCAL_TAG
-from mmdiff_ray.tracking.spool import left_in
 from mmdiff_ray.tracking.tracker import GIVE_UP_FAILURES, Tracker
 from tests import s3 as s3_server
 from tests import sprites as tiny
@@ -149,7 +149,7 @@ def test_server_that_goes_away_in_mid_run_stops_nothing_and_gets_everything_once
     assert not any("wait" in line for line in display.said)
     run = recorded(server, folder)
     assert run.info.status == "FINISHED" and steps(server, run) == REPORTS
-    assert list((folder / "tracking").iterdir()) == []
+    assert waiting_in(folder / "tracking") == 0
 
 
 def test_training_takes_all_its_steps_while_the_server_holds_every_request(
@@ -169,6 +169,36 @@ def test_training_takes_all_its_steps_while_the_server_holds_every_request(
     launch.train(job, Acting({32: hold, 160: let_go}))
     assert found and len(found[0]) < 2, "requests were not held"
     assert steps(server, recorded(server, folder)) == REPORTS
+
+
+def test_a_run_that_was_deleted_in_mlflow_is_reported_before_it_trains_and_can_have_a_new_one(
+    sprites, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    file = tiny.write_config(tmp_path, sprites, *QUIET, "workers.count=0")
+    assert main(["train", str(file)]) == 0
+    folder = tmp_path / "runs" / "tiny"
+    facts = jobs.read_run(folder)
+    client = store.client(facts["tracking_uri"])
+    client.delete_run(facts["run_id"])
+    resume = ["train", "--resume", str(folder), "train.samples=224", "train.decay=constant"]
+    capsys.readouterr()
+
+    monkeypatch.setattr(launch, "work", refuse)
+    assert main(resume) == 2
+    assert capsys.readouterr().err == (
+        f"mmdiff: run {facts['run_id']} was deleted in MLflow at {facts['tracking_uri']}; restore it: "
+        f"mlflow runs restore --run-id {facts['run_id']}, or record it in a new MLflow run: "
+        "--new-mlflow-run\n"
+    )
+    monkeypatch.undo()
+    assert main([*resume, "--new-mlflow-run"]) == 0
+    new = jobs.read_run(folder)["run_id"]
+    points = client.get_metric_history(new, "loss/total")
+    assert [point.step for point in points] == [*REPORTS, 192, 224], "the old metrics are in it, too"
+    assert client.get_run(new).info.status == "FINISHED" and new != facts["run_id"]
+    assert client.get_run(new).data.params["train.samples"] == "224"
+    assert not (folder / "tracking" / "refused.jsonl").exists()
 
 
 # --- away when a run ends ---------------------------------------------------------------------------------
@@ -243,7 +273,7 @@ def test_ctrl_c_ends_the_wait_and_the_records_stay(network, tmp_path):
             run_life.end_run(network.url, run_id, "FINISHED", tmp_path, say=interrupt)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert left_in(tmp_path) == 1
+    assert waiting_in(tmp_path) == 1
 
 
 def test_a_run_whose_server_was_never_there_ends_without_a_wait(
@@ -281,7 +311,7 @@ def test_a_server_that_does_not_come_back_fails_the_command_and_gets_everything_
     assert typed(monkeypatch, network, "train", str(file))[0] == 1
     (folder,) = (tmp_path / "runs").iterdir()
     said = capsys.readouterr().out
-    assert f"in {folder / 'tracking'}: {left_in(folder / 'tracking')} records wait for MLflow; " in said
+    assert f"in {folder / 'tracking'}: {waiting_in(folder / 'tracking')} records wait for MLflow; " in said
     assert f"send them with: mmdiff sync {folder}\n" in said
     assert main(["train", "--resume", str(folder)]) == 1, "it is finished, and not recorded"
 
@@ -367,7 +397,7 @@ def test_artifacts_arrive_in_s3_behind_the_server_whatever_its_network_does(
 ):
     server, network, s3 = behind_s3
     run_id = store.client(server.uri).create_run("0").info.run_id
-    running = Tracker(server.uri, run_id, tmp_path / "spool")
+    running = Tracker(server.uri, run_id, tmp_path / "tracking")
     file, whole = tmp_path / "model.bin", os.urandom(300_000)
     file.write_bytes(whole)
     seen = network.connections

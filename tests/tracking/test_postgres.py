@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mmdiff_ray.tracking import queries, run_life, store
+from mmdiff_ray.tracking.log import waiting_in
 from mmdiff_ray.tracking.recorder import DatasetFacts
 from mmdiff_ray.tracking.tracker import Tracker
 from tests.postgres import Postgres, postgres_server
@@ -50,10 +51,10 @@ def team(tmp_path_factory) -> Iterator[Team]:
 
 
 def test_run_outlives_kills_of_its_server_and_of_the_database(team, tmp_path):
-    uri, spools = team.server.uri, tmp_path / "tracking"
+    uri, root = team.server.uri, tmp_path / "tracking"
     data = [DatasetFacts("toys", "s3://bucket/toys", "0" * 64, {"train": 9})]
-    run_id = run_life.start_run(uri, "team", "first", spools, {"train.seed": 3}, "name: first\n", data)
-    tracker = Tracker(uri, run_id, spools)
+    run_id = run_life.start_run(uri, "team", "first", root, {"train.seed": 3}, "name: first\n", data)
+    tracker = Tracker(uri, run_id, root)
 
     def record(steps: range) -> None:
         for step in steps:
@@ -77,7 +78,7 @@ def test_run_outlives_kills_of_its_server_and_of_the_database(team, tmp_path):
     (tmp_path / "model" / "MLmodel").write_text("flavors: {}\n")
     tracker.model(tmp_path / "model", "model", 200)
     assert tracker.close(60) == 0
-    assert run_life.end_run(uri, run_id, "FINISHED", spools) == 0
+    assert run_life.end_run(uri, run_id, "FINISHED", root) == 0
 
     client = store.client(uri)
     run = client.get_run(run_id)
@@ -98,4 +99,4 @@ def test_run_outlives_kills_of_its_server_and_of_the_database(team, tmp_path):
     kept = [entry["Key"] for entry in team.s3.list_objects_v2(Bucket="team", Prefix="artifacts/")["Contents"]]
     assert any(key.endswith(f"{run_id}/artifacts/config.yaml") for key in kept)
     assert any(key.endswith(f"{model.model_id}/artifacts/MLmodel") for key in kept)
-    assert list(spools.iterdir()) == []
+    assert waiting_in(root) == 0

@@ -22,7 +22,7 @@ def begin(uri, root, **more) -> str:
 
 
 def test_a_run_begins_with_its_config_its_data_and_its_origin(uri, client, tmp_path):
-    run = client.get_run(begin(uri, tmp_path / "spools", tags={"kind": "demo"}))
+    run = client.get_run(begin(uri, tmp_path / "tracking", tags={"kind": "demo"}))
     assert (run.info.run_name, run.info.status) == ("first", "RUNNING")
     assert run.data.params == {
         "name": "first", "train.samples": "1000", "train.betas": "[0.9, 0.99]", "tracking.uri": "None"
@@ -33,7 +33,6 @@ def test_a_run_begins_with_its_config_its_data_and_its_origin(uri, client, tmp_p
         "kind": "demo"
     }
     assert expected.items() <= run.data.tags.items()
-    assert list((tmp_path / "spools").iterdir()) == []
 
 
 def test_the_data_set_is_an_input_of_the_run_with_its_digest_and_rows(uri, client, tmp_path):
@@ -110,9 +109,51 @@ def test_a_run_begun_without_its_store_appears_there_later_as_one_run(
 
 
 def test_a_run_that_the_store_does_not_know_cannot_go_on(uri, tmp_path):
-    with pytest.raises(ConfigError, match=r"there is no run ffff.*was tracking\.uri changed"):
+    with pytest.raises(ConfigError, match=r"there is no run ffff.*; check tracking\.uri$"):
         run_life.resume_run(uri, "f" * 32, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_deleted_is_reported_before_anything_is_recorded(uri, client, tmp_path):
+    run_id = begin(uri, tmp_path)
+    before = (tmp_path / "log.jsonl").read_text()
+    client.delete_run(run_id)
+    with pytest.raises(
+        ConfigError, match=rf"run {run_id} was deleted in MLflow at .*; restore it: mlflow runs restore"
+    ):
+        run_life.resume_run(uri, run_id, tmp_path)
+    assert (tmp_path / "log.jsonl").read_text() == before
+    client.restore_run(run_id)
+    assert run_life.resume_run(uri, run_id, tmp_path) == 0
+
+
+def test_records_of_a_run_that_is_deleted_while_it_trains_wait_until_it_is_restored(uri, client, tmp_path):
+    run_id = begin(uri, tmp_path)
+    client.delete_run(run_id)
+    tracker = Tracker(uri, run_id, tmp_path)
+    tracker.metrics({"loss": 1.0}, 1)
+    assert tracker.close(30) == 1
+    assert run_life.end_run(uri, run_id, "FINISHED", tmp_path) == 2, "without waiting for minutes"
+    assert not (tmp_path / "refused.jsonl").exists()
+    client.restore_run(run_id)
+    assert replay(tmp_path).waiting == 0
+    assert client.get_run(run_id).info.status == "FINISHED" and queries.latest(uri, run_id) == {"loss": 1.0}
+
+
+def test_a_new_mlflow_run_has_the_metrics_of_the_deleted_one(uri, client, tmp_path):
+    first = begin(uri, tmp_path)
+    tracker = Tracker(uri, first, tmp_path)
+    tracker.metrics({"loss": 1.0}, 1)
+    tracker.text("sent", "note.txt")
+    assert tracker.close(30) == 0
+    client.delete_run(first)
+    second = begin(uri, tmp_path, required=False)
+    tracker = Tracker(uri, second, tmp_path)
+    tracker.metrics({"loss": 2.0}, 2)
+    assert tracker.close(30) == 0 and second != first
+    assert queries.history(uri, second, "loss") == [(1, 1.0), (2, 2.0)]
+    assert client.get_run(second).data.params["name"] == "first"
+    assert not (tmp_path / "refused.jsonl").exists() and (tmp_path / f"log-{first}.jsonl").exists()
 
 
 def test_a_run_goes_on_while_its_store_is_away(uri, client, dead_uri, tmp_path):

@@ -1,3 +1,4 @@
+import json
 import logging
 import shutil
 import subprocess
@@ -8,11 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow.store.artifact.artifact_repository_registry import _artifact_repository_registry
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from mmdiff_ray.tracking import queries
-from mmdiff_ray.tracking.recorder import safe_key
+from mmdiff_ray.tracking.log import Log
+from mmdiff_ray.tracking.recorder import Recorder, safe_key
 from mmdiff_ray.tracking.sender import replay
+from mmdiff_ray.tracking.sync import sync
 from mmdiff_ray.tracking.tracker import Tracker
+from tests.faults import full_disk
 from tests.tracking.killed import record_and_be_killed
 
 PICTURE = np.arange(32 * 48 * 3, dtype=np.uint8).reshape(32, 48, 3)
@@ -35,7 +41,7 @@ def test_numbers_settings_and_tags_arrive_with_their_steps(uri, client, run_id, 
     assert run.data.tags["note"] == "last"
     expected = [(step, 1.0 / (step + 1)) for step in range(0, 500, 10)]
     assert queries.history(uri, run_id, "loss/l1/pixels") == expected
-    assert list(tmp_path.iterdir()) == []
+    assert not list(tmp_path.glob("files/*"))
 
 
 def test_more_values_than_one_request_takes_all_arrive(uri, client, run_id, tmp_path):
@@ -102,7 +108,7 @@ def test_pictures_form_a_slider_under_the_names_that_mlflow_reads(uri, client, r
 def test_a_picture_comes_back_as_it_was(uri, client, run_id, tmp_path):
     from PIL import Image
 
-    tracker = Tracker(uri, run_id, tmp_path / "spools")
+    tracker = Tracker(uri, run_id, tmp_path / "tracking")
     tracker.image("x", PICTURE, 1)
     tracker.close(30)
     full = next(path for path in paths(client, run_id, "images") if path.endswith(".png"))
@@ -127,7 +133,7 @@ def test_files_folders_and_texts_lie_where_they_were_put(uri, client, run_id, tm
     source = tmp_path / "report"
     (source / "inner").mkdir(parents=True)
     (source / "inner" / "a.txt").write_text("as recorded")
-    tracker = Tracker(uri, run_id, tmp_path / "spools")
+    tracker = Tracker(uri, run_id, tmp_path / "tracking")
     tracker.artifact(source, "reports")
     tracker.artifact(source / "inner" / "a.txt")
     tracker.text("yaml: 1", "configs/deep/config.yaml")
@@ -231,6 +237,87 @@ def test_mlflow_can_be_imported_right_after_a_tracker_was_made(dead_uri, tmp_pat
     )
     done = subprocess.run([sys.executable, "-c", program, dead_uri, tmp_path], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+class Forgetful(LocalArtifactRepository):
+    """An artifact store that does not find its settings at first, as a plug-in may."""
+
+    missing = True
+
+    def __init__(self, artifact_uri: str, *arguments: object, **more: object) -> None:
+        super().__init__(artifact_uri.removeprefix("forgetful:"), *arguments, **more)
+
+    def log_artifact(self, local_file: str, artifact_path: str | None = None) -> None:
+        if Forgetful.missing:
+            Forgetful.missing = False
+            raise KeyError("STORAGE_KEY")
+        super().log_artifact(local_file, artifact_path)
+
+
+def test_a_key_error_while_sending_refuses_nothing_for_good(client, uri, tmp_path):
+    _artifact_repository_registry.register("forgetful", Forgetful)
+    place = client.create_experiment(tmp_path.name, artifact_location=f"forgetful:{tmp_path}/artifacts")
+    run_id = client.create_run(place).info.run_id
+    tracker = Tracker(uri, run_id, tmp_path / "tracking")
+    tracker.text("hello", "note.txt")
+    tracker.metrics({"loss": 1.0}, 1)
+    assert tracker.close(30) == 0 and not Forgetful.missing
+    assert not (tmp_path / "tracking" / "refused.jsonl").exists()
+    assert (tmp_path / "artifacts" / run_id / "artifacts" / "note.txt").read_text() == "hello"
+    assert queries.latest(uri, run_id) == {"loss": 1.0}
+
+
+def test_lines_that_cannot_be_read_are_counted_kept_and_reported(uri, run_id, tmp_path, capsys):
+    tracking = tmp_path / "run" / "tracking"
+    log = Log(tracking, {"uri": uri, "run_id": run_id})
+    Recorder(log).metrics({"loss": 1.0}, 1)
+    log.extend([b"\x00 torn\n", b'{"id": "1", "kind": "hologram", "time_ms": 1, "body": {}}\n'])
+    Recorder(log).metrics({"loss": 2.0}, 2)
+    assert sync(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert f"run: 4 records sent, 2 of them refused, see {tracking}/refused.jsonl" in said
+    reasons = [json.loads(line)["reason"] for line in (tracking / "refused.jsonl").read_text().splitlines()]
+    assert "unreadable" in reasons[0] and "unknown kind of record 'hologram'" in reasons[1]
+    assert queries.history(uri, run_id, "loss") == [(1, 1.0), (2, 2.0)]
+    told: list[str] = []
+    assert Tracker(uri, run_id, tracking).finish(say=told.append) == 0
+    assert told == [f"MLflow refused 2 records; reasons in {tracking}/refused.jsonl"]
+
+
+def test_records_of_the_first_release_arrive_as_its_run(uri, client, tmp_path):
+    shutil.copytree(Path(__file__).parent / "fixtures" / "spools", tmp_path / "tracking")
+    done = replay(tmp_path / "tracking", uri)
+    assert (done.sent, done.waiting, done.refused, done.error) == (26, 0, 1, None)
+    run = queries.find_run(uri, "local-0123456789abcdef0123456789abcdef")
+    assert (run.info.run_name, run.info.status) == ("old run", "FINISHED")
+    assert run.data.params == {"train.seed": "3", "data": '{"uri": "x"}'}
+    steps = [step for step, _ in queries.history(uri, run.info.run_id, "loss/total")]
+    assert steps == list(range(50, 201, 10)), "the first five were sent before"
+    assert paths(client, run.info.run_id) == ["config.yaml", "images"]
+    assert len(run.outputs.model_outputs) == len(run.inputs.dataset_inputs) == 1
+
+
+@pytest.mark.slow
+def test_a_full_disk_drops_pictures_and_no_number_while_mlflow_answers(server, tmp_path, caplog):
+    from mmdiff_ray.tracking import store
+
+    client = store.client(server.uri)
+    run_id = client.create_run(store.get_or_create_experiment(server.uri, "full disk")).info.run_id
+    tracker = Tracker(server.uri, run_id, tmp_path)
+    tracker.metrics({"loss": 0.0, **{f"filling{n}": 0.0 for n in range(900)}}, 0)
+    assert tracker.flush(60) == 0
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    with full_disk((tmp_path / "log.jsonl").stat().st_size + 20):
+        for step in range(1, 20):
+            tracker.metrics({"loss": float(step)}, step)
+            tracker.image("grid", noise, step)
+        assert tracker.close(60) == 0
+    assert queries.history(server.uri, run_id, "loss") == [(step, step) for step in range(20)]
+    assert paths(client, run_id) == []
+    warnings = [record.message for record in caplog.records if record.name.startswith("mmdiff_ray")]
+    assert [text.partition(" of the run")[0] for text in warnings[1:]] == ["19 records"], (
+        "and one in all before"
+    )
 
 
 def test_two_trackers_of_one_run_leave_each_other_alone(uri, run_id, tmp_path):
