@@ -20,7 +20,7 @@ from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.data.parquet import Tables
 from mmdiff_ray.data.storage import join
-from mmdiff_ray.distributed import flow, runs
+from mmdiff_ray.distributed import describe, flow, runs
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed.cluster import check_resources, cluster, cpus_needed
 from mmdiff_ray.distributed.display import show_progress
@@ -28,9 +28,10 @@ from mmdiff_ray.distributed.worker import go_to
 from mmdiff_ray.evaluation.context import Figure, Findings
 from mmdiff_ray.evaluation.draws import Ask, Drawer, draw, draw_here, kept_in
 from mmdiff_ray.evaluation.gallery import free_folder
-from mmdiff_ray.evaluation.run import check_evaluators, evaluate, metrics_of
+from mmdiff_ray.evaluation.run import check_evaluators, evaluate
 from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.tracking.models import log_model
+from mmdiff_ray.tracking.recorder import DESCRIPTION_TAG
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.export import load_export
@@ -76,7 +77,7 @@ def evaluate_run(
         place = free_folder(folder / "evaluations" / "evaluation", _evaluations(folder))
         place.mkdir(parents=True)
         (place / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf8")
-    _record(folder, place, findings)
+    _record(folder, place, config, findings)
     if not on_ray:
         shutil.rmtree(kept, ignore_errors=True)
     return findings, place
@@ -206,7 +207,7 @@ def export_facts(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
 
 
-def _record(folder: Path, place: Path, findings: Findings) -> None:
+def _record(folder: Path, place: Path, config: Config, findings: Findings) -> None:
     """Write what was found into a folder, the run's own or another, and record it in MLflow."""
     run, seen, own = jobs.read_run(folder), _samples_seen(folder), place == folder
     pictures, where = place / "pictures", "evaluation" if own else f"evaluations/{place.name}"
@@ -217,14 +218,17 @@ def _record(folder: Path, place: Path, findings: Findings) -> None:
     tracker = Tracker(run["tracking_uri"], run["run_id"], folder / "tracking")
     tracker.artifact(place / "evaluation.json", where)
     if own:
-        tracker.metrics(metrics_of(findings.figures), seen)
+        tracker.metrics(describe.metrics(findings.figures), seen)
+        tracker.table(f"{where}/figures.json", describe.COLUMNS, describe.rows_of(findings.figures))
+        text = describe.description(config, runs.address(folder), seen, findings.figures)
+        tracker.tags({DESCRIPTION_TAG: text})
     else:
         tracker.artifact(place / "config.yaml", where)
     for name, image in findings.pictures.items():
         png = to_png(image)
         (pictures / f"{name}.png").write_bytes(png)
         if own:
-            tracker.image(f"evaluation/{name}", png, seen)
+            tracker.image(f"samples/{name}", png, seen)  # the last of those drawn while it trained
         tracker.artifact(pictures / f"{name}.png", where)
     tracker.close(timeout_s=30)
     if (mirror := runs.mirror_of(folder)) is not None:

@@ -19,13 +19,14 @@ from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import records, runs
 from mmdiff_ray.distributed.board import Board
 from mmdiff_ray.distributed.cluster import log_folder, resources, split_records, this_node
+from mmdiff_ray.distributed.describe import description
 from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.lease import only_driver
 from mmdiff_ray.distributed.own_job import note_run
 from mmdiff_ray.distributed.worker import local_stream, ray_train_loop, train_worker
 from mmdiff_ray.tracking import run_life
-from mmdiff_ray.tracking.recorder import DatasetFacts
+from mmdiff_ray.tracking.recorder import DESCRIPTION_TAG, DatasetFacts
 from mmdiff_ray.tracking.store import shown, tracking_uri
 from mmdiff_ray.training.remote import STILL_S
 
@@ -100,6 +101,8 @@ def begin(job: Job, required: bool, tags: Mapping[str, Any] | None = None) -> Jo
 
 def _start_run(job: Job, uri: str, required: bool, tags: Mapping[str, Any] | None = None) -> str:
     """Begin the MLflow run of a job and return its id. required: whether MLflow must answer."""
+    address = job.uri or str(job.folder)
+    known = {"mmdiff.run_folder": address, DESCRIPTION_TAG: description(job.config, address)}
     return run_life.start_run(
         uri,
         job.config.tracking.experiment,
@@ -108,7 +111,7 @@ def _start_run(job: Job, uri: str, required: bool, tags: Mapping[str, Any] | Non
         configuration.flatten(job.config),
         configuration.to_yaml(job.config),
         datasets=_dataset_facts(job),
-        tags={"mmdiff.run_folder": job.uri or str(job.folder), **(tags or {})},
+        tags={**known, **(tags or {})},
         required=required,
     )
 

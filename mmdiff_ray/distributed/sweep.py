@@ -22,6 +22,7 @@ from mmdiff_ray.data.storage import filesystem, is_uri, join, parent
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import runs
 from mmdiff_ray.distributed.cluster import amount_of, check_resources, cluster, places, split_records
+from mmdiff_ray.distributed.describe import sweep_description
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.launch import stop_requests
 from mmdiff_ray.distributed.nodes import autoscales
@@ -36,6 +37,7 @@ from mmdiff_ray.sweeps.journal import read_trials
 from mmdiff_ray.sweeps.space import Look, Make, check_point, look, sizes_network
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.tracking import run_life
+from mmdiff_ray.tracking.recorder import DESCRIPTION_TAG
 from mmdiff_ray.tracking.store import full, shown, tracking_uri
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.inference import Generator
@@ -185,6 +187,7 @@ def begin_sweep(sweep: Sweep, seen: Look, text: str, command: str, where: str) -
             configuration.to_yaml(first),
             tags={
                 "mmdiff.sweep": sweep.name,
+                DESCRIPTION_TAG: sweep_description(sweep, address),
                 "mmdiff.run_folder": address,
                 "mmdiff.command": command,
                 "mmdiff.machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",

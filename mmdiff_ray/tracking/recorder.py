@@ -19,6 +19,8 @@ MAX_METRICS, MAX_VALUES = 1000, 100  # MLflow's limits for one request: metrics,
 MAX_PARAM_CHARS = 6000  # MLflow cuts longer ones silently
 MAX_KEY_CHARS = 250
 MAX_DIGEST_CHARS = 36
+DESCRIPTION_TAG = "mlflow.note.content"
+"""Holds a run's description as Markdown."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def serve(runs: str | Path, host: str, port: int) -> int:
         raise ConfigError(f"no runs in {runs}/ yet; make some with: mmdiff train pipelines/configs/demo.yaml")
     _check_free(host, port)
     mlflow = client(uri)  # brings an older database up to date before a server with several workers opens it
-    found = [one.experiment_id for one in mlflow.search_experiments("name != 'Default'")]
+    found = [one.experiment_id for one in mlflow.search_experiments(filter_string="name != 'Default'")]
     only = found[0] if len(found) == 1 else ""
     print(f"MLflow: {link(f'http://{host}:{port}', only)} (Ctrl-C ends it)", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host]

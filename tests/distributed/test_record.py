@@ -2,16 +2,19 @@
 
 import io
 import json
+import shlex
+from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from mmdiff_ray import config as configuration
+from mmdiff_ray.cli import parse
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed.worker import WorkerHooks
 from mmdiff_ray.tracking import queries, store
+from mmdiff_ray.tracking.log import waiting_in
 from mmdiff_ray.training.checkpoint import complete
 
 
@@ -80,16 +83,40 @@ def test_load_of_the_machine_is_recorded_by_the_first_worker_where_asked(finishe
     hooks.close()
 
 
-def test_figures_stand_beside_their_floors(record, finished):
+def test_headline_figures_are_metrics_and_all_figures_stand_in_a_table_beside_their_baselines(
+    client, record, finished, tmp_path
+):
     metrics = record.data.metrics
-    for key in ("shapes/miou", "shape/accuracy", "factors/cosine", "shapes/l2_nats", "pixels/l1_nats"):
-        assert np.isfinite(metrics[f"eval/{key}"])
-    assert metrics["eval/shape/accuracy/floor/majority_class"] > 0
-    assert metrics["eval/factors/cosine/floor/mean_embedding"] > 0
+    headlines = {"shapes.miou", "shape.accuracy", "factors.cosine"}
+    assert {key.removeprefix("eval/") for key in metrics if key.startswith("eval/")} == headlines
     written = json.loads((finished.folder / "evaluation.json").read_text())
     assert written["samples_seen"] == 160
     by_key = {figure["key"]: figure for figure in written["figures"]}
-    assert by_key["shape/accuracy"]["value"] == metrics["eval/shape/accuracy"]
+    assert by_key["shape/accuracy"]["value"] == metrics["eval/shape.accuracy"]
+
+    table = json.loads(
+        Path(client.download_artifacts(record.info.run_id, "evaluation/figures.json", tmp_path)).read_text()
+    )
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert {row["figure"] for row in rows} == set(by_key)
+    (label,) = [row for row in rows if row["figure"] == "shape/accuracy"]
+    known = by_key["shape/accuracy"]
+    assert label["rule"] == "majority class" and label["better"] == "higher"
+    assert label["model"] == pytest.approx(known["value"], rel=1e-3)
+    assert label["baseline"] == pytest.approx(known["floors"]["majority class"], rel=1e-3)
+
+
+def test_the_description_says_what_was_trained_how_good_it_is_and_what_to_type(record, finished):
+    text = record.data.tags["mlflow.note.content"]
+    assert text.startswith("**tiny**: joint diffusion of pixels (image), shapes (mask), shape (label), ")
+    assert " Trained on sprites at 8 x 8 with unet nano, 160 samples.\n" in text
+    accuracy = record.data.metrics["eval/shape.accuracy"]
+    assert f"shape/accuracy \N{UPWARDS ARROW} **{accuracy:.3f}** (majority class: 0." in text
+    commands = [line.partition("`")[2].strip("`") for line in text.splitlines() if ": `mmdiff " in line]
+    where = finished.folder
+    assert commands == [f"mmdiff sample {where} --num 16", f"mmdiff train --resume {where}"]
+    for command in commands:
+        parse(shlex.split(command)[1:])
 
 
 def test_pictures_were_taken_along_the_way_and_at_the_end(client, record, finished):
@@ -103,7 +130,7 @@ def test_pictures_were_taken_along_the_way_and_at_the_end(client, record, finish
         "masks_from_pixels.png",
     ]
     sent = "".join(paths(client, record.info.run_id, "images"))
-    for step in (64, 128):
+    for step in (64, 128, 160):
         assert f"images/samples~joint+step+{step}+" in sent
         assert f"images/samples~masks_from_pixels+step+{step}+" in sent
     assert "evaluation/joint.png" in paths(client, record.info.run_id, "evaluation")
@@ -127,7 +154,7 @@ def test_folder_holds_checkpoints_and_an_export_and_nothing_half_done(finished):
     assert json.loads((finished.folder / "export" / "facts.json").read_text())["state"] == "finished"
     assert jobs.read_run(finished.folder)["state"] == "finished"
     assert list(finished.folder.rglob("*.partial")) == []
-    assert list((finished.folder / "tracking").iterdir()) == []  # all that was recorded has been sent
+    assert waiting_in(finished.folder / "tracking") == 0  # all that was recorded has been sent
 
 
 def test_last_lines_say_what_was_made_and_what_to_type_next(finished):

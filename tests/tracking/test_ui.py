@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 
@@ -26,17 +27,23 @@ def free_port() -> int:
 def test_all_processes_of_the_page_end_with_the_command(finished, number):
     port = free_port()
     command = [sys.executable, "-m", "mmdiff_ray.cli", "ui", "--runs", finished.runs, "--port", str(port)]
-    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     try:
+        assert process.stdout is not None
+        page = f"http://127.0.0.1:{port}/#/experiments/1/runs?workflowType=machine_learning"
+        assert process.stdout.readline() == f"MLflow: {page} (Ctrl-C ends it)\n"
+        threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would stop the server
         deadline = time.monotonic() + 120
         while True:
             try:
-                page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read()
+                page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read().decode()
                 break
             except OSError:
                 assert time.monotonic() < deadline and process.poll() is None
                 time.sleep(0.3)
-        assert b"MLflow" in page
+        assert "MLflow" in page
         family = psutil.Process(process.pid).children(recursive=True)
         assert family
         process.send_signal(number)
