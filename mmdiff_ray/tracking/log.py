@@ -87,6 +87,9 @@ class Log:
         self._sent = 0
         if target is not None and target != self.target:
             self._replace("target.json", target)
+        if self.sent > (self._file.stat().st_size if self._file.exists() else 0):  # somebody removed the log
+            self._sent = 0
+            (self.root / "sent.json").unlink()
         for folder in sorted(self.root.glob("[0-9]*-*/")):
             self._absorb(folder)
 

@@ -12,7 +12,7 @@ from mmdiff_ray.tracking.jobs import reachable
 from mmdiff_ray.tracking.links import is_server, where_to_look
 from mmdiff_ray.tracking.log import Log
 from mmdiff_ray.tracking.recorder import DatasetFacts
-from mmdiff_ray.tracking.sender import LOCAL_PREFIX, RunMissing, Sender
+from mmdiff_ray.tracking.sender import LOCAL_PREFIX, LOCAL_TAG, RunMissing, Sender
 from mmdiff_ray.tracking.tracker import Say, Tracker
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
@@ -78,20 +78,32 @@ def check_run(uri: str, run_id: str, otherwise: str = "") -> None:
 
     otherwise: what can be done instead of restoring the run.
     """
-    if is_local(run_id) or (is_server(uri) and not reachable(uri)):
+    if is_server(uri) and not reachable(uri):
         return  # records wait
     from mlflow.exceptions import MlflowException
 
     try:
-        stage = store.client(uri).get_run(run_id).info.lifecycle_stage
+        stages = _stages(uri, run_id)
     except MlflowException as error:
         if not store.is_unknown(error):
             return
         fix = f"check tracking.uri{otherwise and ', or '}{otherwise}"
         raise ConfigError(f"there is no run {run_id} in MLflow at {store.shown(uri)}; {fix}") from None
-    if stage == "deleted":
+    if set(stages) == {"deleted"}:
         fix = f"restore it: mlflow runs restore --run-id {run_id}{otherwise and ', or '}{otherwise}"
         raise ConfigError(f"run {run_id} was deleted in MLflow at {store.shown(uri)}; {fix}")
+
+
+def _stages(uri: str, run_id: str) -> list[str]:
+    """Return "active" or "deleted" for a run; nothing where one begun without its store is not there yet."""
+    from mlflow.entities import ViewType
+
+    client = store.client(uri)
+    if not is_local(run_id):
+        return [client.get_run(run_id).info.lifecycle_stage]
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, f"tags.`{LOCAL_TAG}` = '{run_id}'", ViewType.ALL)
+    return [run.info.lifecycle_stage for run in found]
 
 
 def resume_run(uri: str, run_id: str, root: str | Path, timeout_s: float = 30.0) -> int:

@@ -45,6 +45,13 @@ def test_nothing_is_there_of_a_run_that_recorded_nothing(tmp_path):
     assert waiting_in(tmp_path / "none") == 0 and list(tmp_path.iterdir()) == []
 
 
+def test_records_after_the_log_was_removed_are_sent_all_the_same(tmp_path):
+    log = filled(tmp_path, 5)
+    log.acknowledge(log.read(5))
+    (tmp_path / "log.jsonl").unlink()
+    assert numbers(append_numbers(Log(tmp_path), 2)) == [0, 1]
+
+
 def test_lines_of_several_processes_do_not_mix(tmp_path):
     program = f"""
 from mmdiff_ray.tracking.log import Log

@@ -127,6 +127,18 @@ def test_a_run_that_was_deleted_is_reported_before_anything_is_recorded(uri, cli
     assert run_life.resume_run(uri, run_id, tmp_path) == 0
 
 
+def test_a_run_that_began_without_its_store_and_was_deleted_there_later_is_reported(
+    uri, client, dead_uri, tmp_path
+):
+    local = begin(dead_uri, tmp_path, required=False)
+    run_life.check_run(uri, local)  # it is not there yet
+    assert replay(tmp_path, uri).waiting == 0
+    run_life.check_run(uri, local)
+    client.delete_run(run_life.run_id_at(uri, local))
+    with pytest.raises(ConfigError, match=rf"run {local} was deleted .*, or --so$"):
+        run_life.check_run(uri, local, "--so")
+
+
 def test_records_of_a_run_that_is_deleted_while_it_trains_wait_until_it_is_restored(uri, client, tmp_path):
     run_id = begin(uri, tmp_path)
     client.delete_run(run_id)
