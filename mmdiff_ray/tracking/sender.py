@@ -234,24 +234,24 @@ def _groups(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
     """Yield the entries in order, in groups that fit one request each."""
     limits = (MAX_METRICS, MAX_VALUES, BATCH_CHARS)
     group: list[Entry] = []
-    used = [0, 0, 0]  # values; parameters and tags; their characters
+    used = (0, 0, 0)
     for entry in entries:
-        record = entry.record
-        batched = record is not None and record.kind in BATCHED
-        size = [0, 0, 0]
-        if record is not None and batched:
-            count, others = len(record.body["values"]), record.kind != "metrics"
-            size = [count, count * others, len(entry.line) * others]
-        total = [a + b for a, b in zip(used, size, strict=True)]
-        if group and (not batched or any(a > b for a, b in zip(total, limits, strict=True))):
+        size = _size(entry)
+        total = (used[0] + size[0], used[1] + size[1], used[2] + size[2])
+        if group and any(part > limit for part, limit in zip(total, limits, strict=True)):
             yield group
             group, total = [], size
         group, used = [*group, entry], total
-        if not batched:
-            yield group
-            group, used = [], [0, 0, 0]
     if group:
         yield group
+
+
+def _size(entry: Entry) -> tuple[int, int, int]:
+    """Return what an entry adds to a request: values, how many of them are texts, and the characters of these."""
+    if entry.record is None or entry.record.kind not in BATCHED:
+        return MAX_METRICS + 1, 0, 0  # fits with no other
+    count = len(entry.record.body["values"])
+    return (count, 0, 0) if entry.record.kind == "metrics" else (count, count, len(entry.line))
 
 
 def _single_values(record: Record) -> list[list[Record]]:
