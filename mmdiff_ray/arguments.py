@@ -239,8 +239,8 @@ ADDRESS = (
     "of `mmdiff cluster up` in this folder)"
 )
 TOKEN = (
-    "A cluster with token authentication (RAY_AUTH_MODE=token) is asked with the token in RAY_AUTH_TOKEN\n"
-    "or in the file RAY_AUTH_TOKEN_PATH; that of `mmdiff cluster up` is found by itself."
+    "For a cluster with token authentication (RAY_AUTH_MODE=token), set RAY_AUTH_TOKEN to the token or\n"
+    "RAY_AUTH_TOKEN_PATH to its file. The token of `mmdiff cluster up` is found automatically."
 )
 
 
@@ -249,24 +249,26 @@ def _add_submit(commands: argparse._SubParsersAction) -> None:  # type: ignore[t
         commands,
         "submit",
         "submit",
-        "run a command on a Ray cluster, with the code of this folder",
+        "run a command on a Ray cluster, with the code and files of this folder",
         "mmdiff submit --follow -- train pipelines/configs/demo.yaml train.samples=500000",
     )
     submit.epilog += (
-        f"\n\n{TOKEN}\nVariables that begin with MLFLOW_ or AWS_ go with the job. Ray shows them to all who\n"
-        "have the token of the cluster, and writes them to its logs: there, give the nodes a role instead."
+        f"\n\n{TOKEN}\nThe job gets the MLFLOW_* and AWS_* variables of this shell. Ray shows them to\n"
+        "all who have the cluster's token, and logs them. On a shared cluster give the nodes a role."
     )
     submit.add_argument("--address", metavar="URL", help=ADDRESS)
-    submit.add_argument("--name", help="how the job's id begins (default: the run's name)")
+    submit.add_argument("--name", help="first part of the job's id (default: the run's name)")
     submit.add_argument("--follow", action="store_true", help="print the job's output until it ends")
-    submit.add_argument("--num-workers", type=int, metavar="N", help="for train: the same as workers.count=N")
+    submit.add_argument("--num-workers", type=int, metavar="N", help="for train: same as workers.count=N")
     submit.add_argument(
         "--folder",
         metavar="DIR",
-        help="a folder that all nodes of the cluster share, where relative paths (runs/, data/) start "
-        "(default on this machine's cluster: this folder)",
+        help="folder on the cluster's shared disk that relative paths (runs/, data/) start from (default on "
+        "this machine's cluster: this folder)",
     )
-    submit.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="a variable")
+    submit.add_argument(
+        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="set a variable for the job"
+    )
     submit.add_argument("--pip", action="store_true", help="install requirements.lock on the cluster first")
     submit.add_argument("words", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="train, data, ...")
 
@@ -278,16 +280,16 @@ def _add_jobs(commands: argparse._SubParsersAction) -> None:  # type: ignore[typ
         "list": ("list the jobs of a cluster", "mmdiff jobs list"),
         "status": ("show a job and its runs in MLflow", "mmdiff jobs status demo-1a2b3c"),
         "logs": ("print a job's output", "mmdiff jobs logs --follow demo-1a2b3c"),
-        "stop": ("let a job save a checkpoint and end", "mmdiff jobs stop demo-1a2b3c"),
+        "stop": ("stop a job; it saves a checkpoint first", "mmdiff jobs stop demo-1a2b3c"),
     }
     for name, (text, example) in shown.items():
         action = _command(actions, name, f"jobs_{name}", text, example)
         action.epilog += f"\n\n{TOKEN}"
         action.add_argument("--address", metavar="URL", help=ADDRESS)
         if name == "logs":
-            action.add_argument("--follow", action="store_true", help="go on until the job ends")
+            action.add_argument("--follow", action="store_true", help="print until the job ends")
         if name == "stop":
-            action.add_argument("--no-wait", action="store_true", help="do not wait until it has ended")
+            action.add_argument("--no-wait", action="store_true", help="return at once")
         if name != "list":
             action.add_argument("job", metavar="ID", help="as `mmdiff jobs list` prints it")
 
@@ -296,15 +298,18 @@ def _add_cluster(commands: argparse._SubParsersAction) -> None:  # type: ignore[
     cluster = commands.add_parser("cluster", help="start and end a real Ray cluster on this machine")
     actions = cluster.add_subparsers(required=True, metavar="ACTION")
     shown = {
-        "up": ("start a head and workers on this machine, noted in .cluster/", " --workers 2 --cpus 4"),
+        "up": (
+            "start a head and workers on this machine; their state is in .cluster/",
+            " --workers 2 --cpus 4",
+        ),
         "down": ("end the cluster of this folder, and no other Ray", ""),
-        "status": ("say whether the cluster of this folder is up", ""),
+        "status": ("print whether the cluster of this folder is up", ""),
     }
     for name, (text, options) in shown.items():
         action = _command(actions, name, f"cluster_{name}", text, f"mmdiff cluster {name}{options}")
         if name == "up":
-            action.add_argument("--workers", type=int, default=2, help="nodes beside the head")
-            action.add_argument("--cpus", type=int, default=4, help="CPUs that each worker claims to have")
+            action.add_argument("--workers", type=int, default=2, help="number of worker nodes")
+            action.add_argument("--cpus", type=int, default=4, help="CPUs per worker, as Ray counts them")
 
 
 def _add_ui(commands: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]

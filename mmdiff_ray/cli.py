@@ -181,7 +181,7 @@ def _sweep(given: argparse.Namespace) -> int:
 
 def _submit(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed.commands import make_console
-    from mmdiff_ray.distributed.job_commands import show_logs
+    from mmdiff_ray.distributed.jobs import show_logs
     from mmdiff_ray.distributed.submit import submit
 
     words = given.words[1:] if given.words[:1] == ["--"] else given.words
@@ -198,42 +198,30 @@ def _submit(given: argparse.Namespace) -> int:
     return 0
 
 
-def _jobs_list(given: argparse.Namespace) -> int:
+def _jobs(given: argparse.Namespace) -> int:
+    from mmdiff_ray.distributed import jobs
     from mmdiff_ray.distributed.commands import make_console
-    from mmdiff_ray.distributed.job_commands import list_jobs
 
-    return list_jobs(given.address, make_console())
-
-
-def _jobs_status(given: argparse.Namespace) -> int:
-    from mmdiff_ray.distributed.commands import make_console
-    from mmdiff_ray.distributed.job_commands import show_job
-
-    return show_job(given.address, given.job, make_console())
-
-
-def _jobs_logs(given: argparse.Namespace) -> int:
-    from mmdiff_ray.distributed.commands import make_console
-    from mmdiff_ray.distributed.job_commands import show_logs
-
-    return show_logs(given.address, given.job, given.follow, make_console())
-
-
-def _jobs_stop(given: argparse.Namespace) -> int:
-    from mmdiff_ray.distributed.commands import make_console
-    from mmdiff_ray.distributed.job_commands import stop_job
-
-    return stop_job(given.address, given.job, not given.no_wait, make_console())
+    console = make_console()
+    if given.run == "jobs_list":
+        return jobs.list_jobs(given.address, console)
+    if given.run == "jobs_status":
+        return jobs.show_job(given.address, given.job, console)
+    if given.run == "jobs_logs":
+        return jobs.show_logs(given.address, given.job, given.follow, console)
+    return jobs.stop_job(given.address, given.job, not given.no_wait, console)
 
 
 def _cluster_up(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed import local_cluster
 
-    known = local_cluster.read()
-    if known is None or not local_cluster.is_up(known):
+    cluster = local_cluster.read()
+    if cluster is not None and local_cluster.nodes(cluster) == 1 + cluster.workers:
+        print("the cluster is already up")
+    else:
         print("starting a head and workers; this takes half a minute ...", flush=True)
-    cluster, new = local_cluster.up(given.workers, given.cpus)
-    print("the cluster is up" if new else "the cluster is up already")
+        cluster = local_cluster.up(given.workers, given.cpus)
+        print("the cluster is up")
     print(local_cluster.describe(cluster))
     return 0
 
@@ -241,24 +229,29 @@ def _cluster_up(given: argparse.Namespace) -> int:
 def _cluster_down(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed import local_cluster
 
-    known = local_cluster.read()
-    if known is not None and local_cluster.nodes(known):
+    cluster = local_cluster.read()
+    if cluster is not None and local_cluster.nodes(cluster):
         from mmdiff_ray.distributed.commands import make_console
-        from mmdiff_ray.distributed.job_commands import stop_all
-        from mmdiff_ray.distributed.job_server import find_place
+        from mmdiff_ray.distributed.jobs import stop_all
 
-        stop_all(find_place(known.address), make_console())
-    ended = local_cluster.down()
-    print("the cluster is down" if ended else "there is no cluster in this folder")
+        stop_all(cluster, make_console())
+    print("the cluster is down" if local_cluster.down() else "there is no cluster in this folder")
     return 0
 
 
 def _cluster_status(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed import local_cluster
 
-    words, fine = local_cluster.state()
-    print(words)
-    return 0 if fine else 1
+    cluster = local_cluster.read()
+    if cluster is None:
+        print("there is no cluster in this folder; start one: mmdiff cluster up")
+        return 1
+    wanted, found = 1 + cluster.workers, local_cluster.nodes(cluster)
+    if found < wanted:
+        print(f"{found} of {wanted} nodes answer; restart: mmdiff cluster down, mmdiff cluster up")
+        return 1
+    print(f"the cluster is up, with {found} nodes\n{local_cluster.describe(cluster)}")
+    return 0
 
 
 def _ui(given: argparse.Namespace) -> int:
@@ -294,10 +287,10 @@ RUNS: dict[str, Callable[[argparse.Namespace], int]] = {
     "experiment": _experiment,
     "sweep": _sweep,
     "submit": _submit,
-    "jobs_list": _jobs_list,
-    "jobs_status": _jobs_status,
-    "jobs_logs": _jobs_logs,
-    "jobs_stop": _jobs_stop,
+    "jobs_list": _jobs,
+    "jobs_status": _jobs,
+    "jobs_logs": _jobs,
+    "jobs_stop": _jobs,
     "cluster_up": _cluster_up,
     "cluster_down": _cluster_down,
     "cluster_status": _cluster_status,

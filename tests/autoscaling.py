@@ -58,7 +58,6 @@ def autoscaling_cluster(folder: Path, types: Mapping[str, Mapping[str, Any]]) ->
             stderr=log,
             start_new_session=True,
         )
-    root = processes.known(head.pid)
     try:
         deadline = time.monotonic() + UP_S
         while "Ray runtime started" not in (folder / "head.log").read_text():
@@ -66,8 +65,8 @@ def autoscaling_cluster(folder: Path, types: Mapping[str, Mapping[str, Any]]) ->
             time.sleep(0.2)
         yield address
     finally:
-        processes.end(processes.family((root,), MARK, name), 5.0)
-        processes.end(processes.family((), MARK, name), 2.0)  # nodes that were on their way
+        processes.end(processes.marked(MARK, name), 5.0)
+        processes.end(processes.marked(MARK, name), 2.0)  # nodes that started meanwhile
         head.wait(10)
         shutil.rmtree(temp, ignore_errors=True)
 

@@ -23,7 +23,6 @@ from mmdiff_ray.distributed.describe import description
 from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.lease import only_driver
-from mmdiff_ray.distributed.own_job import note_run
 from mmdiff_ray.distributed.worker import local_stream, ray_train_loop, train_worker
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.recorder import DESCRIPTION_TAG, DatasetFacts
@@ -50,7 +49,6 @@ def train(job: Job, display: Display) -> Path:
             display.say(f"MLflow at {shown(job.tracking_uri)} does not answer; records wait in {job.spool}")
         if job.config.workers.count and (warning := split_records(job.tracking_uri, job.config.runs)):
             display.say(warning)
-        note_run(job.run_id)
         with only_driver(job.folder, display.say, new=True):
             return run(job, display)
 
@@ -72,7 +70,6 @@ def resume(job: Job, display: Display, new_mlflow_run: bool = False) -> Path:
         else:
             run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
         jobs.write_run(job, state="running")
-        note_run(job.run_id)
         return run(job, display)
 
 

@@ -1,25 +1,25 @@
-"""What a cluster gets of this folder: the code, what git does not ignore, and the files that a command names.
+"""Choose the files that a job gets, and pack them into the zip that Ray uploads as its working directory.
 
-No data and runs, no hidden files, and none that are called as keys are. Other secrets stay where git ignores
-them, or they lie elsewhere.
+Ray can pack a folder itself. It then follows symbolic links out of the folder, sends keys, and ignores the
+`.gitignore` files above it; and `excludes` would also apply to `py_modules`: `/data` to `mmdiff_ray/data`.
 """
 
-import itertools
+import argparse
 import os
-import shutil
+import shlex
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
 import mmdiff_ray
 from mmdiff_ray.config import ConfigError
+from mmdiff_ray.sweeps.spec import whole_text
 
 CODE = ("mmdiff_ray", "pipelines")
-LOCK = "requirements.lock"
-NAMED = "submitted"
-"""The folder of the package that holds files from outside the working folder."""
-LEFT_OUT = (
+EXPERIMENTS = Path("pipelines/configs/experiments")
+NOT_AT_TOP = (
     "data",
     "runs",
     "results",
@@ -31,27 +31,14 @@ LEFT_OUT = (
     "build",
     "dist",
 )
-"""Folders of the working folder that no command needs on the cluster."""
-CACHES = ("__pycache__", "node_modules")
+"""Folders of the working folder that no job needs."""
+NOWHERE = (".*", "__pycache__", "node_modules", "*.pyc", "*.egg-info")
 KEYS = (
-    "id_rsa*",
-    "id_dsa*",
-    "id_ecdsa*",
-    "id_ed25519*",
-    "*.pem",
-    "*.key",
-    "*.p12",
-    "*.pfx",
-    "*.env",
-    "credentials",
-    "credentials.json",
-    "*_credentials.json",
-    "service-account*.json",
-    "service_account*.json",
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.env"),
+    *("credentials", "credentials.json", "*_credentials.json", "service[-_]account*.json"),
 )
-"""Names of files that hold keys and passwords."""
+"""Names of files with keys and passwords."""
 LIMIT_BYTES = 50 * 2**20
-SHOWN_FILES = 5
 
 
 def code_folder() -> Path:
@@ -59,118 +46,95 @@ def code_folder() -> Path:
     return Path(mmdiff_ray.__file__).parents[1]
 
 
-def contents(folder: Path, named: Iterable[Path] = ()) -> dict[str, Path]:
-    """Return what goes into the package: path inside it -> file here.
+def select(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Return the files to send, as name in the package -> file, and the files held back as keys.
 
-    The code that runs here; of the working folder all that git does not ignore, without hidden files, the
-    folders above and what `left_keys` names; the named files, wherever they are and whatever they are called.
-    A later one takes the place of an earlier one.
+    Sends the code that runs here and the files of a folder that git does not ignore (all, without git).
+    Leaves out hidden files, data, runs, virtual environments, and links to folders.
     """
-    found = {name: file for name, file in _found(folder).items() if not _is_key(name)}
-    return found | {place: file for file, place in places(named, folder).items()}
+    names = [*(_listed_by_git(folder) or _walk(folder, NOT_AT_TOP))]
+    names = [name for name in names if name.split("/")[0] not in NOT_AT_TOP]
+    found = {name: folder / name for name in names if (folder / name).is_file()}
+    found |= {
+        f"{part}/{name}": code_folder() / part / name for part in CODE for name in _walk(code_folder() / part)
+    }
+    environments = tuple(name.removesuffix("pyvenv.cfg") for name in found if name.endswith("/pyvenv.cfg"))
+    found = {
+        name: file
+        for name, file in sorted(found.items())
+        if not name.startswith(environments) and not any(_matches(part, NOWHERE) for part in name.split("/"))
+    }
+    keys = [name for name in found if _matches(name.rpartition("/")[2].lower(), KEYS)]
+    return {name: file for name, file in found.items() if name not in keys}, keys
 
 
-def left_keys(folder: Path, sent: Mapping[str, Path]) -> list[str]:
-    """Return the files of a folder that are not sent since they are called as keys are, sorted."""
-    return sorted(name for name in _found(folder) if _is_key(name) and name not in sent)
+def with_named_files(
+    words: Sequence[str], known: argparse.Namespace, folder: str | None, stage: Path
+) -> tuple[str, dict[str, Path]]:
+    """Return a job's shell command, and the files that it names, as name in the package -> file.
 
-
-def places(named: Iterable[Path], folder: Path) -> dict[Path, str]:
-    """Return where named files lie in the package: where they are in the working folder, or beside it all,
-    those of one name apart."""
-    found: dict[Path, str] = {}
-
-    def is_taken(place: str) -> bool:
-        return place in found.values() or (folder / place).exists()
-
-    for file in named:
-        if file in found:
+    The job starts in the package and changes to the folder. `exec` leaves no shell between Ray and the
+    process that gets its SIGTERM. stage: a folder for files that must be rewritten.
+    """
+    shell, sent = [], {}
+    for number, word in enumerate(words):
+        prefix, file = "", Path(word)
+        if word in getattr(known, "given", []):
+            name, _, value = word.partition("=")
+            prefix, file = f"{name}=", Path(value)
+        elif known.run == "experiment" and word == known.name:
+            file = file if word.endswith(".yaml") else EXPERIMENTS / f"{word}.yaml"
+        elif word not in (getattr(known, "config", None), getattr(known, "file", None)):
+            file = Path()
+        if not file.is_file():
+            shell.append(shlex.quote(word))
             continue
-        here = file.absolute()
-        if here.is_relative_to(folder.absolute()):
-            found[file] = here.relative_to(folder.absolute()).as_posix()
-            continue
-        folders = itertools.chain([NAMED], (f"{NAMED}/{number}" for number in itertools.count(2)))
-        free = (place for where in folders if not is_taken(place := f"{where}/{file.name}"))
-        found[file] = next(free)
-    return found
+        path = Path(os.path.abspath(file))
+        inside = path.is_relative_to(Path.cwd())
+        place = path.relative_to(Path.cwd()).as_posix() if inside else f".sent/{number}/{path.name}"
+        if known.run == "sweep":  # it may name other files, relative to this folder
+            path = stage / "sweep.yaml"
+            path.write_text(whole_text(file), encoding="utf8")
+        sent[place] = path
+        shell.append(f'{shlex.quote(prefix) if prefix else ""}"$PWD"/{shlex.quote(place)}')
+    go = ["-C", shlex.quote(folder)] if folder else []
+    return " ".join(["exec python -m mmdiff_ray.cli", *go, *shell]), sent
 
 
-def _found(folder: Path) -> dict[str, Path]:
-    """Return the code and the files of the working folder that may go, whatever they are called."""
-    found: dict[str, Path] = {}
-    for part in CODE:
-        found |= _under(code_folder(), code_folder() / part)
-    if folder.resolve() != code_folder().resolve():
-        found |= {name: file for name, file in _files(folder).items() if name.split("/")[0] not in CODE}
-    else:
-        found |= _files(folder)
-    lock = code_folder() / LOCK
-    found |= {LOCK: lock} if lock.is_file() and LOCK not in found else {}
-    return found
-
-
-def check_size(files: Mapping[str, Path], limit_bytes: int = LIMIT_BYTES) -> int:
-    """Return the bytes of a package. Raises ConfigError naming its largest files if they are too many."""
+def pack(files: Mapping[str, Path], target: Path) -> int:
+    """Write files into a zip and return their bytes. Raises ConfigError if these are too many."""
     sizes = {name: file.stat().st_size for name, file in files.items()}
     total = sum(sizes.values())
-    if total > limit_bytes:
-        largest = sorted(sizes, key=lambda name: -sizes[name])[:SHOWN_FILES]
-        listed = ", ".join(f"{name} ({_mib(sizes[name])})" for name in largest)
+    if total > LIMIT_BYTES:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
         raise ConfigError(
-            f"the package is {_mib(total)}, more than {_mib(limit_bytes)}; its largest files: {listed}; "
-            "add what the cluster does not need to .gitignore, or submit from a smaller folder"
+            f"{total / 2**20:.1f} MiB to send exceed {LIMIT_BYTES / 2**20:.0f} MiB; the largest files: "
+            f"{', '.join(f'{name} ({sizes[name] / 2**20:.1f} MiB)' for name in largest)}; add what the "
+            "cluster does not need to .gitignore, or submit from a smaller folder"
         )
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+        for name, file in files.items():
+            archive.write(file, name)
     return total
 
 
-def stage(files: Mapping[str, Path], target: Path) -> None:
-    """Copy a package's files into an empty folder."""
-    for name, file in files.items():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, target / name)
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Return the files of a working folder that may go: those that git knows or would add, else all."""
-    listed = _listed_by_git(folder)
-    if listed is None:
-        return {name: file for name, file in _under(folder, folder).items() if _may_go(name)}
-    return {name: folder / name for name in listed if _may_go(name) and (folder / name).is_file()}
-
-
-def _listed_by_git(folder: Path) -> list[str] | None:
+def _listed_by_git(folder: Path) -> list[str]:
+    """Return the files that git tracks or would add; none outside a repository."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return None if done.returncode else [os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
+        return []
+    return [os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
 
 
-def _under(root: Path, folder: Path) -> dict[str, Path]:
-    """Return the files of a folder without hidden ones and caches, by their paths under a root."""
-    return {file.relative_to(root).as_posix(): file for file in _walk(root, folder)}
+def _walk(root: Path, skip: Collection[str] = ()) -> Iterator[str]:
+    """Yield the files of a folder by their relative paths. skip: folders at its top, which can be huge."""
+    for path, folders, names in os.walk(root):
+        unwanted = (*NOWHERE, *skip) if Path(path) == root else NOWHERE
+        folders[:] = [name for name in folders if not _matches(name, unwanted)]
+        yield from ((Path(path) / name).relative_to(root).as_posix() for name in names)
 
 
-def _walk(root: Path, folder: Path) -> Iterator[Path]:
-    for path, folders, names in os.walk(folder):
-        where = Path(path)
-        folders[:] = sorted(name for name in folders if _may_go((where / name).relative_to(root).as_posix()))
-        yield from (
-            where / name for name in sorted(names) if not name.startswith(".") and (where / name).is_file()
-        )
-
-
-def _may_go(name: str) -> bool:
-    parts = name.split("/")
-    hidden = any(part.startswith(".") or part in CACHES for part in parts)
-    return not hidden and parts[0] not in LEFT_OUT and not name.endswith((".pyc", ".egg-info"))
-
-
-def _is_key(name: str) -> bool:
-    return any(fnmatch(name.rpartition("/")[2].lower(), pattern) for pattern in KEYS)
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
+def _matches(name: str, patterns: Collection[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)

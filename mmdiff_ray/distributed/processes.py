@@ -1,8 +1,7 @@
-"""Processes that were started before, by another command: found again for certain, and ended."""
+"""Processes that another command started: find them again, and end them."""
 
 import contextlib
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import psutil
 
@@ -12,7 +11,7 @@ SAME_S = 1.0
 
 
 def known(pid: int) -> Known:
-    """Return what tells a running process for ever."""
+    """Return what identifies a running process for ever."""
     return pid, psutil.Process(pid).create_time()
 
 
@@ -26,37 +25,27 @@ def find(wanted: Known) -> psutil.Process | None:
         return None
 
 
-def descendants(process: psutil.Process) -> list[psutil.Process]:
-    """Return what a process started, and what that started; nothing where it has ended."""
-    try:
-        return process.children(recursive=True)
-    except psutil.Error:
-        return []
-
-
-def family(roots: Iterable[Known], variable: str, value: str) -> list[psutil.Process]:
-    """Return the known processes, all that they started, and all that have the value in their environment.
-
-    Some processes lose their environment (those that rename themselves), some their parents.
-    """
-    found: set[psutil.Process] = set()
-    for root in roots:
-        if process := find(root):
-            found |= {process, *descendants(process)}
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(variable) == value:
-                found.add(process)
-    return [process for process in found if process.pid != os.getpid()]
+def marked(variable: str, prefix: str) -> list[psutil.Process]:
+    """Return the processes with a variable whose value begins so, without those that one of them started."""
+    found = {
+        process.pid: process
+        for process in psutil.process_iter(["environ", "ppid"])
+        if (process.info["environ"] or {}).get(variable, "").startswith(prefix)
+    }
+    return [process for process in found.values() if process.info["ppid"] not in found]
 
 
 def end(processes: Sequence[psutil.Process], patience_s: float) -> None:
-    """Ask processes to end, and after a while make them. One whose id has passed on is left alone."""
+    """Send processes SIGTERM, and after a while SIGKILL to what is left of them and their descendants."""
+    family = list(processes)
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            family += process.children(recursive=True)
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.terminate()
-    _, left = psutil.wait_procs(processes, timeout=patience_s)
-    for process in left:
+    psutil.wait_procs(processes, timeout=patience_s)
+    for process in family:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(left, timeout=patience_s)
+    psutil.wait_procs(family, timeout=patience_s)

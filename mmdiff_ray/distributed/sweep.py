@@ -26,7 +26,6 @@ from mmdiff_ray.distributed.describe import sweep_description
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.launch import stop_requests
 from mmdiff_ray.distributed.nodes import autoscales
-from mmdiff_ray.distributed.own_job import note_run
 from mmdiff_ray.distributed.schedulers import Deadline, make_scheduler
 from mmdiff_ray.distributed.searcher import SpaceSearcher
 from mmdiff_ray.distributed.shelf import SharedTables, make_shelf, read_once
@@ -211,7 +210,6 @@ def run_sweep(sweep: Sweep, folder: Path, say: Say) -> str:
     """
     facts = read_facts(folder)
     with sweep_cluster(sweep), stop_requests() as stopped:
-        note_run(facts["run_id"])
         where = runs.address(folder)
         if warning := split_records(facts["tracking_uri"], where):
             say(warning)

@@ -1,12 +1,20 @@
 """URIs and files."""
 
+import threading
 from pathlib import Path
 
 import pytest
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, UnreachableError
 from mmdiff_ray.data.manifest import read_manifest
-from mmdiff_ray.data.storage import absolute, check_writable, filesystem, read_bytes, write_bytes_atomic
+from mmdiff_ray.data.storage import (
+    absolute,
+    check_writable,
+    filesystem,
+    read_bytes,
+    within,
+    write_bytes_atomic,
+)
 from tests.data.samples import write
 
 
@@ -50,3 +58,11 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=f"^out: cannot write to {uri}: "):
             write(uri, range(1))
     assert (tmp_path / "file").read_text() == "dear"
+
+
+def test_answer_that_takes_too_long_is_not_waited_for() -> None:
+    with pytest.raises(UnreachableError, match=r"the store is silent within 0.05 s"):
+        within(0.05, threading.Event().wait, "the store is silent")
+    assert within(5.0, lambda: 3, "") == 3
+    with pytest.raises(KeyError):
+        within(5.0, {}.popitem, "")
