@@ -28,7 +28,7 @@ COMMAND_KEY, TRACKING_KEY, PAGE_KEY = "mmdiff.command", "mmdiff.tracking_uri", "
 STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 STOP_S = 120
 """How long a stopped job may take to save a checkpoint before Ray kills it. Ray's default is 3 s."""
-POLL_S = 1.0
+POLL_S, MAX_POLL_S = 1.0, 10.0
 SPARE_S = 30.0
 EXIT_CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 130}
 SECRET = re.compile(r"KEY|SECRET|TOKEN|PASS|CREDENTIAL", re.IGNORECASE)
@@ -172,7 +172,8 @@ def show_logs(address: str | None, job_id: str, follow: bool, console: Console) 
                 return 0
             if job.status.is_terminal():
                 break
-            time.sleep(max(POLL_S, 5 * (time.monotonic() - asked)))  # a long output takes time
+            pause_s = 5 * (time.monotonic() - asked)  # every answer holds the whole output
+            time.sleep(min(max(pause_s, POLL_S), MAX_POLL_S))
     except KeyboardInterrupt:
         console.print(f"\nthe job continues; stop it with: mmdiff jobs stop {job_id}")
         return 130
