@@ -180,7 +180,7 @@ def _sweep(given: argparse.Namespace) -> int:
 
 
 def _submit(given: argparse.Namespace) -> int:
-    from mmdiff_ray.distributed.commands import make_console
+    from mmdiff_ray.distributed.display import make_console
     from mmdiff_ray.distributed.jobs import show_logs
     from mmdiff_ray.distributed.submit import submit
 
@@ -200,7 +200,7 @@ def _submit(given: argparse.Namespace) -> int:
 
 def _jobs(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed import jobs
-    from mmdiff_ray.distributed.commands import make_console
+    from mmdiff_ray.distributed.display import make_console
 
     console = make_console()
     if given.run == "jobs_list":
@@ -231,7 +231,7 @@ def _cluster_down(given: argparse.Namespace) -> int:
 
     cluster = local_cluster.read()
     if cluster is not None and local_cluster.nodes(cluster):
-        from mmdiff_ray.distributed.commands import make_console
+        from mmdiff_ray.distributed.display import make_console
         from mmdiff_ray.distributed.jobs import stop_all
 
         stop_all(cluster, make_console())

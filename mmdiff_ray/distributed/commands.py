@@ -20,7 +20,7 @@ from mmdiff_ray.denoiser import Denoiser, inert_settings
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import launch, records, runs
 from mmdiff_ray.distributed.cluster import resources
-from mmdiff_ray.distributed.display import Display, duration
+from mmdiff_ray.distributed.display import Display, duration, make_console
 from mmdiff_ray.distributed.evaluate import evaluate_run, record_model
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.evaluation.gallery import free_folder, parse_given, write_gallery
@@ -116,12 +116,6 @@ def is_finished(job: Job) -> bool:
 def held_out(job: Job) -> int:
     """Return how many rows there are to evaluate on."""
     return sum(manifest.splits[job.config.evaluate.split].rows for manifest in job.manifests)
-
-
-def make_console() -> Console:
-    """Return the console of a command; where output is no terminal, lines are not cut at 80 columns."""
-    console = Console(highlight=False, markup=False)
-    return console if console.is_terminal else Console(highlight=False, markup=False, width=120)
 
 
 def _say_where(console: Console, folder: Path, uri: str) -> None:

@@ -16,6 +16,12 @@ LINE_EVERY_S = 15.0
 """Where output is no terminal (a log file), a line this often."""
 
 
+def make_console() -> Console:
+    """Return the console of a command. Output that is no terminal gets 120 columns, not 80."""
+    console = Console(highlight=False, markup=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=120)
+
+
 class Display:
     """Show a run's progress: samples, speed, time left, losses, the share of time spent waiting for data."""
 

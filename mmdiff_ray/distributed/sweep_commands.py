@@ -11,8 +11,8 @@ from mmdiff_ray.config import ConfigError, RunError, UnreachableError
 from mmdiff_ray.data.storage import is_uri, join, parent
 from mmdiff_ray.distributed import records, runs
 from mmdiff_ray.distributed.cluster import amount_of
-from mmdiff_ray.distributed.commands import make_console, rows_per_s
-from mmdiff_ray.distributed.display import duration
+from mmdiff_ray.distributed.commands import rows_per_s
+from mmdiff_ray.distributed.display import duration, make_console
 from mmdiff_ray.distributed.job import Job
 from mmdiff_ray.distributed.launch import STATUS
 from mmdiff_ray.distributed.lease import only_driver

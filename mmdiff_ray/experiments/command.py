@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmdiff_ray.distributed.commands import make_console
+from mmdiff_ray.distributed.display import make_console
 from mmdiff_ray.experiments.files import result_of
 from mmdiff_ray.experiments.runner import restore, run_experiment, write_result
 from mmdiff_ray.experiments.spec import Experiment
