@@ -94,7 +94,7 @@ def _measure(
             Lpips("alex", context.model.device), pasted["again"], torch.from_numpy(pasted["sample"]), ~visible
         )
         findings.figures.append(
-            Figure.of(f"{source}_from_{name}/lpips_between", "higher", {"model": between})
+            Figure.of(f"{source}_from_{name}/lpips_between", "higher", {"model": between}, context.ids(rows))
         )
     shown = "likely" if context.model.is_likely([name]) and "likely" in pasted else "sample"
     answers = {"model": pasted[shown], **filled}

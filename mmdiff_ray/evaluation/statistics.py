@@ -79,10 +79,10 @@ def by_row(tallies: Sequence[Tally]) -> list[Tally]:
     found = []
     for tally, ids in zip(tallies, known, strict=True):
         entries = [place[row] for row in ids.tolist()]
-        sums = [np.zeros((len(place), *tally.numerator.shape[1:])) for _ in range(2)]
-        for total, part in zip(sums, (tally.numerator, tally.denominator), strict=True):
-            np.add.at(total, entries, part)
-        found.append(Tally(*sums, np.array(list(place))))
+        above, below = (np.zeros((len(place), *tally.numerator.shape[1:])) for _ in range(2))
+        np.add.at(above, entries, tally.numerator)
+        np.add.at(below, entries, tally.denominator)
+        found.append(Tally(above, below, np.array(list(place))))
     return found
 
 

@@ -21,7 +21,7 @@ def save_tallies(file: Path, figures: Sequence[Figure]) -> None:
         if ids is not None:
             name = names.setdefault(ids.tobytes(), f"ids {len(names)}")
             arrays |= {name: ids, f"{figure.key}|ids": np.array(name)}
-    np.savez_compressed(file, **arrays)
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def load_tally(arrays: Mapping[str, np.ndarray], key: str, rule: str) -> Tally | None:

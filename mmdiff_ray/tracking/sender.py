@@ -247,7 +247,7 @@ def _groups(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
 
 
 def _size(entry: Entry) -> tuple[int, int, int]:
-    """Return what an entry adds to a request: values, how many of them are texts, and the characters of these."""
+    """Return what an entry adds to a request: values, how many are texts, and their characters."""
     if entry.record is None or entry.record.kind not in BATCHED:
         return MAX_METRICS + 1, 0, 0  # fits with no other
     count = len(entry.record.body["values"])
