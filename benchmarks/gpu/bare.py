@@ -59,7 +59,8 @@ class BareLoop:
         """Do one optimizer step."""
         trainer = self.trainer
         trainer.optimizer.zero_grad(set_to_none=True)
-        with trainer.autocast():
+        bfloat16 = self.config.precision == "bfloat16"
+        with torch.autocast(trainer.device.type, dtype=torch.bfloat16, enabled=bfloat16):
             loss = self.losses(self.x, self.embedding, self.targets)
         loss.backward()
         clip_gradients(self.losses, self.config.clip_norm)

@@ -1,15 +1,14 @@
 """Make the resolved configurations in `configs/` (JSON), which need neither omegaconf nor a data set to load.
 
-    .venv/bin/python -m benchmarks.gpu.configure [key=value ...]
+    .venv/bin/python -m benchmarks.gpu.configure
 
 Run it from the repository root after the experiments or the configuration's keys have changed, and commit the
-result. Overrides apply to every cell of the science part, for example given.input=z_plus_code.
+result. SCIENCE below holds the overrides of all cells, for example given.input=in_place.
 """
 
 import dataclasses
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +65,9 @@ LATENT = {
 """Class-conditional diffusion of the latents of 256-pixel images."""
 
 
-def main(overrides: Sequence[str]) -> None:
+def main() -> None:
     """Write all configurations."""
-    for name, config in {**speed(), "correctness": correctness(), **science(overrides)}.items():
+    for name, config in {**speed(), "correctness": correctness(), **science()}.items():
         text = json.dumps(configuration.to_plain(config), indent=1)
         (CONFIGS / f"{name}.json").write_text(text + "\n", encoding="utf8")
 
@@ -120,7 +119,7 @@ def correctness() -> Config:
     return fit(config, read_sources(config))[0]
 
 
-def science(overrides: Sequence[str]) -> dict[str, Config]:
+def science() -> dict[str, Config]:
     """Return the configurations of the cells."""
     made = {}
     for cell in CELLS.values():
@@ -128,10 +127,10 @@ def science(overrides: Sequence[str]) -> dict[str, Config]:
         plain = configuration.to_plain(
             experiment.config(ExperimentCell(experiment.methods[cell.method], 0), Path("runs"))
         )
-        config = configuration.load(base=plain, overrides=[*SCIENCE, *overrides])
+        config = configuration.load(base=plain, overrides=SCIENCE)
         made[cell.config] = fit(config, read_sources(config))[0]
     return made
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

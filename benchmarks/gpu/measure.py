@@ -28,7 +28,14 @@ MEASURES = {
     "masked_image": ("blocks 30 %", "blocks 50 %"),
     "image_mask": ("masks from images", "masks from images, one pass"),
 }
-SHOWN = ("lpips_hole", "l1_hole", "alpha/iou", "palette/miou")
+SHOWN = (
+    "lpips_hole",
+    "lpips_hole_likely",
+    "alpha/iou",
+    "alpha/iou_likely",
+    "palette/miou",
+    "palette/miou_likely",
+)
 
 
 def export(tensors: dict[str, Tensor], config: Config, folder: Path) -> None:

@@ -123,7 +123,7 @@ def test_models_are_measured_afterwards(results, tmp_path):
 
 def test_committed_configurations_are_those_of_the_package(monkeypatch):
     monkeypatch.chdir(ROOT)
-    made = {**configure.speed(), "correctness": configure.correctness(), **configure.science(())}
+    made = {**configure.speed(), "correctness": configure.correctness(), **configure.science()}
     assert sorted(file.stem for file in CONFIGS.glob("*.json")) == sorted(made)
     stale = [
         name for name, config in made.items() if configuration.read_json(CONFIGS / f"{name}.json") != config
