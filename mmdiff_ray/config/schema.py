@@ -170,7 +170,7 @@ class DataConfig:
     sources: the data sets. lanes: independent streams that the rows are dealt to, for any number of workers;
     where it divides them, no two open the same row group. window: row groups shuffled together. backgrounds:
     what transparent images are drawn over (random, white). flip: mirror rows at random. bad_row_limit:
-    unreadable rows tolerated before the run stops.
+    unreadable rows that a run tolerates, over all workers, epochs and restarts, before it stops.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import logging
 import math
 import threading
 from collections import defaultdict, deque
@@ -13,17 +12,13 @@ import numpy as np
 import torch
 
 from mmdiff_ray.batch import Batch
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.bad_rows import BadRows
 from mmdiff_ray.data.manifest import Split
 from mmdiff_ray.data.plan import GroupTable, Plan, Window
 from mmdiff_ray.data.reader import DATA, PRESENT, Arrays, RowReader
 
 Stream = tuple[int, int]
 """(lane, source): rows of one data set on their way through one lane."""
-
-
-class BadRowsError(ConfigError):
-    """More rows than `data.bad_row_limit` could not be read."""
 
 
 def rank_batches(
@@ -33,17 +28,17 @@ def rank_batches(
     world: int,
     start_batch: int = 0,
     stop_batch: int | None = None,
-    bad_row_limit: int = 0,
+    bad_rows: BadRows | None = None,
 ) -> Iterator[Batch]:
     """Yield a rank's share of the global batches start to stop (None: for ever).
 
     windows: (lane, window, its rows), in the order of `plan.rank_windows` with the same numbers. A batch has
     global_batch / world rows, rounded up: the same number on all ranks. Those that could not be read are
-    padding, and so is the last one of a rank that has a row less than others. Raises BadRowsError once this
-    rank has more than `bad_row_limit` of them, and RuntimeError if the windows end too early: no row is ever
+    padding, and so is the last one of a rank that has a row less than others. Raises BadRowsError where
+    `bad_rows` has too many (by default any), and RuntimeError if the windows end too early: no row is ever
     dropped silently.
     """
-    stock = _Stock(windows, bad_row_limit)
+    stock = _Stock(windows, bad_rows or BadRows(0))
     share, rows = plan.rows_of(rank, world), -(-plan.global_batch // world)
     for batch in itertools.count(start_batch) if stop_batch is None else range(start_batch, stop_batch):
         slots: dict[Stream, list[int]] = defaultdict(list)
@@ -65,16 +60,23 @@ def local_batches(
     start_batch: int = 0,
     stop_batch: int | None = None,
     threads: int = 1,
+    bad_rows: BadRows | None = None,
 ) -> Iterator[Batch]:
     """Yield a rank's share of the global batches, read in this process by background threads."""
     items = plan.rank_windows(rank, world, start_batch, stop_batch)
     ahead = len(plan.rows_of(rank, world))
     with contextlib.closing(_read_ahead(reader, items, ahead, threads)) as windows:
-        yield from rank_batches(plan, windows, rank, world, start_batch, stop_batch, reader.bad_row_limit)
+        bad_rows = bad_rows or BadRows(reader.bad_row_limit)
+        yield from rank_batches(plan, windows, rank, world, start_batch, stop_batch, bad_rows)
 
 
 def split_batches(
-    reader: RowReader, splits: Sequence[Split], rows: int, batch: int, visits: int = 1
+    reader: RowReader,
+    splits: Sequence[Split],
+    rows: int,
+    batch: int,
+    visits: int = 1,
+    bad_rows: BadRows | None = None,
 ) -> Iterator[Batch]:
     """Yield the first `rows` rows of a split, `batch` at a time, once for each visit; a visit's last batch is
     padded.
@@ -84,7 +86,7 @@ def split_batches(
     Raises BadRowsError once more than `data.bad_row_limit` rows could not be read.
     """
     groups = [GroupTable(split) for split in splits]
-    count = _BadRows(reader.bad_row_limit)
+    bad_rows = bad_rows or BadRows(reader.bad_row_limit)
     for visit in range(visits):
         turns = itertools.islice(_take_turns(splits), rows)
         while chosen := list(itertools.islice(turns, batch)):
@@ -95,7 +97,7 @@ def split_batches(
             for source, wanted in slots.items():
                 pieces = tuple(groups[source].row(chosen[slot][1]) for slot in wanted)
                 arrays = reader.read(Window(source, visit, pieces))
-                count.add(arrays)
+                bad_rows.add(arrays)
                 parts[source] = [arrays]
             yield _to_batch(_scatter(parts, slots, batch))
 
@@ -103,10 +105,10 @@ def split_batches(
 class _Stock:
     """Rows that were read and not yet put into a batch, a queue for each lane and source."""
 
-    def __init__(self, windows: Iterable[tuple[int, Window, Arrays]], bad_row_limit: int) -> None:
+    def __init__(self, windows: Iterable[tuple[int, Window, Arrays]], bad_rows: BadRows) -> None:
         self._windows = iter(windows)
         self._queues: dict[Stream, deque[Arrays]] = defaultdict(deque)
-        self._bad = _BadRows(bad_row_limit)
+        self._bad = bad_rows
 
     def take(self, stream: Stream, rows: int) -> list[Arrays]:
         """Return the next rows of a stream, in one or more parts, once their windows have come."""
@@ -129,31 +131,6 @@ class _Stock:
             self._queues[lane, window.source].append(arrays)
             return
         raise RuntimeError("the stream of rows ended before the run did")
-
-
-class _BadRows:
-    """Count the rows that could not be read, report them, and stop above a limit."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._count = 0
-        self._first = ""
-
-    def add(self, arrays: Arrays) -> None:
-        """Count what a reader returned. Raises BadRowsError above the limit."""
-        errors = arrays["error"][~arrays["real"]]
-        if not len(errors):
-            return
-        self._count += len(errors)
-        self._first = self._first or str(errors[0])
-        if self._count > self._limit:
-            raise BadRowsError(
-                f"{self._count} rows could not be read, more than data.bad_row_limit ({self._limit}). "
-                f"The first: {self._first}"
-            )
-        logging.getLogger(__name__).warning(
-            "%d rows could not be read so far; now: %s", self._count, errors[0]
-        )
 
 
 def _read_ahead(
@@ -192,7 +169,9 @@ def _scatter(parts: Mapping, slots: Mapping, rows: int) -> Arrays:
 
 
 def _to_batch(arrays: Arrays) -> Batch:
-    tensors = {name: torch.from_numpy(values) for name, values in arrays.items() if name != "error"}
+    tensors = {
+        name: torch.from_numpy(values) for name, values in arrays.items() if name not in ("error", "place")
+    }
     return Batch(
         ids=tensors["ids"],
         visits=tensors["visits"],

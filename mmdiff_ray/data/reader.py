@@ -19,8 +19,9 @@ from mmdiff_ray.modalities.base import Modality, RowContext
 Arrays = dict[str, np.ndarray]
 """Rows as arrays of one length n, fit for any transport.
 
-ids, visits: int64. real: bool, False where the row could not be read. error: str, why not ("" for a real
-row). data/<instance>: the modality's own shape and type, zeros where absent. present/<instance>: bool.
+ids, visits: int64. real: bool, False where the row could not be read. error, place: str, why not and
+where it is ("" for a real row). data/<instance>: the modality's own shape and type, zeros where absent.
+present/<instance>: bool.
 """
 DATA, PRESENT = "data/", "present/"
 
@@ -80,6 +81,13 @@ class RowReader:
                 errors[slot] = self._read_row(arrays, slot, row, where)
         arrays["error"] = errors.astype(np.str_)
         arrays["real"] = errors == ""
+        arrays["place"] = np.array(
+            [
+                f"source {window.source}, {group.path}, row group {group.group}, row {row}" if error else ""
+                for (group, row), error in zip(places, errors, strict=True)
+            ],
+            np.str_,
+        )
         return arrays
 
     def _rows(self, source: int, row_group: RowGroup, take: list[int]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What driver and workers tell each other. The actor's process imports nothing but this."""
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -7,7 +8,8 @@ class Board:
     """The actor between driver and workers: events one way, the wish to stop the other, and why no restart
     would help."""
 
-    def __init__(self) -> None:
+    def __init__(self, bad_rows: Mapping[str, str] | None = None) -> None:
+        self._bad_rows = dict(bad_rows or {})
         self._events: list[dict[str, Any]] = []
         self._stop = False
         self._failures = 0
@@ -23,6 +25,13 @@ class Board:
         """Return the events since the last call."""
         events, self._events = self._events, []
         return events
+
+    def bad_rows(self, rows: Mapping[str, str]) -> dict[str, str]:
+        """Take rows that a worker could not read, place -> why; return those of all workers."""
+        if not rows.keys() <= self._bad_rows.keys():
+            self._bad_rows |= {place: why for place, why in rows.items() if place not in self._bad_rows}
+            self._events.append({"kind": "bad_rows", "rows": self._bad_rows})
+        return self._bad_rows
 
     def fail(self, failure: Exception) -> None:
         """Note a failure that a restart would only repeat; the first one counts."""

@@ -105,6 +105,22 @@ class Job:
     def spool(self) -> Path:
         return self.folder / "tracking"
 
+    @property
+    def bad_rows(self) -> dict[str, str]:
+        """Return the rows that the run could not read so far, place -> why."""
+        file = self.folder / runs.BAD_ROWS
+        return json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
+
+    def add_bad_rows(self, rows: Mapping[str, str]) -> dict[str, str]:
+        """Note rows that the run could not read beside it, and return all of them."""
+        known = self.bad_rows
+        if not rows.keys() <= known.keys():
+            known |= {place: why for place, why in rows.items() if place not in known}
+            write_json(self.folder / runs.BAD_ROWS, known)
+            if self.mirror is not None:
+                self.mirror.send(runs.BAD_ROWS)
+        return known
+
     def denoiser(self) -> Denoiser:
         """Return the untrained model with its codes' scales set."""
         denoiser = build_denoiser(self.config)

@@ -168,7 +168,7 @@ def _run_on_ray(job: Job, display: Display) -> str:
 
     display.say(f"Ray's own log files: {log_folder()}")
     lasting: Any = {"max_restarts": BOARD_RESTARTS, "max_task_retries": BOARD_RESTARTS}
-    board: Any = ray.remote(num_cpus=0, label_selector=this_node(), **lasting)(Board).remote()
+    board: Any = ray.remote(num_cpus=0, label_selector=this_node(), **lasting)(Board).remote(job.bad_rows)
     done: queue.Queue = queue.Queue()
     with stop_requests() as stopped:
         thread = threading.Thread(target=_fit, args=(job, board, done), daemon=True)
@@ -273,6 +273,9 @@ def _show(event: dict[str, Any], job: Job, display: Display) -> None:
         display.show(event)
     elif event["kind"] == "note":
         display.say(event["text"])
+    elif event["kind"] == "bad_rows":
+        count = len(job.add_bad_rows(event["rows"]))
+        display.say(f"{count} rows could not be read (data.bad_row_limit {job.config.data.bad_row_limit})")
 
 
 @contextmanager

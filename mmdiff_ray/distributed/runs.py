@@ -30,7 +30,9 @@ CLAIMS, DRIVERS = "claims", "drivers"
 """Who reserves the name of a run in storage, and who drives it."""
 RUN, SWEEP = "run.json", "sweep.json"
 """What every run has beside it, and every sweep."""
-SMALL = (RUN, "config.yaml", "evaluation.json", "export/facts.json")
+BAD_ROWS = "bad_rows.json"
+"""The rows that a run could not read, where there are any."""
+SMALL = (RUN, "config.yaml", "evaluation.json", "export/facts.json", BAD_ROWS)
 """What every command that names a run brings to this machine."""
 ANSWER_S = 20.0
 RESEND_S = 8.0

@@ -14,6 +14,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import OutageError
+from mmdiff_ray.data.bad_rows import BadRows
 from mmdiff_ray.data.batches import rank_batches
 from mmdiff_ray.data.plan import Plan, Window
 from mmdiff_ray.data.reader import Arrays, RowReader
@@ -71,6 +72,7 @@ def stream_batches(
     data_workers: int,
     beside: bool = False,
     labels: Mapping[str, str] | None = None,
+    bad_rows: BadRows | None = None,
 ) -> Iterator[Batch]:
     """Yield a rank's rows of global batches start_batch to stop_batch, decoded by `data_workers` Ray actors.
 
@@ -84,7 +86,8 @@ def stream_batches(
     share = plan.rows_of(rank, world)
     rows = 2 * sum(map(len, share.values()))
     decoded = _decoded(windows, reader, data_workers, len(share), rows, beside)
-    return rank_batches(plan, decoded, rank, world, start_batch, stop_batch, reader.bad_row_limit)
+    bad_rows = bad_rows or BadRows(reader.bad_row_limit)
+    return rank_batches(plan, decoded, rank, world, start_batch, stop_batch, bad_rows)
 
 
 def _decoded(

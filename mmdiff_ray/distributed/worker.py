@@ -13,6 +13,7 @@ from mmdiff_ray import __version__
 from mmdiff_ray import config as configuration
 from mmdiff_ray.batch import Batch, share
 from mmdiff_ray.config import ConfigError, OutageError, RunError
+from mmdiff_ray.data.bad_rows import BadRows, Rows
 from mmdiff_ray.data.batches import local_batches, split_batches
 from mmdiff_ray.distributed.cluster import log_folder
 from mmdiff_ray.distributed.job import Job
@@ -93,10 +94,12 @@ class WorkerHooks:
         pause = self.job.pause_at
         return self.first and (self.stopped() or (pause is not None and progress.samples_seen >= pause))
 
-    def close(self) -> None:
+    def close(self, bad_rows: int = 0) -> None:
         if self.monitor is not None:
             self.monitor.stop()
         if self.tracker is not None:
+            if bad_rows:
+                self.tracker.tags({"mmdiff.bad_rows": bad_rows})
             self._close_tracker(self.tracker)
 
     def _close_tracker(self, tracker: Tracker) -> None:
@@ -116,13 +119,23 @@ class WorkerHooks:
             self.emit({"kind": kind, "progress": now, "metrics": metrics, "workers": world()[1]})
 
 
-Stream = Callable[[Job, Any, int, int, int], Iterator[Batch]]
-"""(job, reader, rank, world, finished global batches) -> this rank's batches."""
+Stream = Callable[[Job, Any, int, int, int, BadRows], Iterator[Batch]]
+"""(job, reader, rank, world, finished global batches, rows that cannot be read) -> this rank's batches."""
 
 
-def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], bool]) -> str:
+def train_worker(
+    job: Job,
+    stream: Stream,
+    emit: Emit,
+    stopped: Callable[[], bool],
+    tell: Callable[[Rows], Rows] | None = None,
+) -> str:
     """Train as one of `world()` workers and return "finished" or "stopped". The first worker writes the
-    export."""
+    export.
+
+    tell: adds rows that this worker could not read to the run's, and returns all of these; by default in the
+    run's folder, for one worker alone.
+    """
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is one by intent
     rank, count = world()
     config = job.config
@@ -132,7 +145,8 @@ def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], boo
     denoiser = job.denoiser()
     reader = job.reader(job.denoiser())  # of its own: data workers have no GPU, where the model may go
     trainer = Trainer(config, denoiser, device)
-    validation = _validation(job, reader)
+    bad_rows = BadRows(config.data.bad_row_limit, tell or job.add_bad_rows)
+    validation = _validation(job, reader, bad_rows)
     hooks = WorkerHooks(job, validation, emit, stopped)
     store = _store(job, emit)
     facts = {"config": configuration.to_plain(config), "version": __version__, "torch": torch.__version__}
@@ -140,7 +154,7 @@ def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], boo
         ended = fit(
             trainer,
             store,
-            lambda start: stream(job, reader, rank, count, start),
+            lambda start: stream(job, reader, rank, count, start, bad_rows),
             lambda: share(validation, rank, count),
             hooks,
             facts,
@@ -151,9 +165,10 @@ def train_worker(job: Job, stream: Stream, emit: Emit, stopped: Callable[[], boo
             known |= {"lineage": job.lineage} if job.lineage else {}
             save_export(job.export, trainer.config, model, known)
             _bring(job, store.unsent, emit)
+        bad_rows.ask()
         return ended
     finally:
-        hooks.close()
+        hooks.close(len(bad_rows.of_run))
 
 
 def _store(job: Job, emit: Emit) -> CheckpointStore:
@@ -182,23 +197,27 @@ def _bring(job: Job, unsent: list[str], emit: Emit) -> None:
             emit({"kind": "note", "text": not_sent(job.uri, job.folder, left)})
 
 
-def _validation(job: Job, reader: Any) -> list[Batch]:
+def _validation(job: Job, reader: Any, bad_rows: BadRows) -> list[Batch]:
     """Return the held-out rows that losses and pictures are measured on; kept, since there are few of
     them."""
     splits = [manifest.splits[job.config.evaluate.split] for manifest in job.manifests]
     if not any(split.rows for split in splits):
         return []
-    return list(split_batches(reader, splits, job.config.evaluate.rows, min(32, job.config.evaluate.rows)))
+    rows = job.config.evaluate.rows
+    return list(split_batches(reader, splits, rows, min(32, rows), bad_rows=bad_rows))
 
 
-def local_stream(job: Job, reader: Any, rank: int, world: int, start: int) -> Iterator[Batch]:
+def local_stream(
+    job: Job, reader: Any, rank: int, world: int, start: int, bad_rows: BadRows
+) -> Iterator[Batch]:
     """Stream rows read by threads of this process."""
-    return local_batches(
-        job.plan(), reader, rank, world, start, threads=max(1, job.config.workers.data_workers)
-    )
+    threads = max(1, job.config.workers.data_workers)
+    return local_batches(job.plan(), reader, rank, world, start, threads=threads, bad_rows=bad_rows)
 
 
-def ray_stream(job: Job, reader: Any, rank: int, world: int, start: int) -> Iterator[Batch]:
+def ray_stream(
+    job: Job, reader: Any, rank: int, world: int, start: int, bad_rows: BadRows
+) -> Iterator[Batch]:
     """Stream rows read by Ray Data's workers."""
     from mmdiff_ray.distributed.stream import stream_batches
 
@@ -214,6 +233,7 @@ def ray_stream(job: Job, reader: Any, rank: int, world: int, start: int) -> Iter
         workers.data_workers,
         workers.least is not None,
         workers.data_labels,
+        bad_rows,
     )
 
 
@@ -241,8 +261,12 @@ def ray_train_loop(settings: dict[str, Any]) -> None:
         return answer
 
     board.post.remote({"kind": "worker", "rank": world()[0], "pid": os.getpid(), "logs": log_folder()})
+
+    def tell(rows: Rows) -> Rows:
+        return ray.get(board.bad_rows.remote(rows))
+
     try:
-        ended = train_worker(job, ray_stream, lambda event: board.post.remote(event), stopped)
+        ended = train_worker(job, ray_stream, lambda event: board.post.remote(event), stopped, tell)
     except OutageError as error:  # a restart, which goes on from the last checkpoint, may find storage back
         ray.get(board.post.remote({"kind": "note", "text": str(error)}))
         raise

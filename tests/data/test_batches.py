@@ -14,11 +14,13 @@ import torch
 
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import ConfigError, DataConfig
-from mmdiff_ray.data.batches import BadRowsError, local_batches, rank_batches, split_batches
+from mmdiff_ray.data.bad_rows import BadRows, BadRowsError
+from mmdiff_ray.data.batches import local_batches, rank_batches, split_batches
 from mmdiff_ray.data.manifest import Manifest
 from mmdiff_ray.data.plan import Plan
 from mmdiff_ray.data.reader import RowReader
 from mmdiff_ray.data.shards import ShardWriter, row_id
+from mmdiff_ray.distributed.board import Board
 from tests.data.samples import LABELS, flip_bit, modalities, pairs, reader, row, write
 
 ROWS = 100
@@ -248,6 +250,24 @@ def test_a_row_that_cannot_be_decoded_is_one_bad_row(tmp_path: Path) -> None:
     assert sorted(real) == sorted(row_id(f"row {number}") for number in range(16) if number != 5)
     with pytest.raises(BadRowsError, match=message):
         list(split_batches(reader([uri], ["pixels"]), [writer.close().splits["train"]], 16, 8))
+
+
+def test_a_bad_row_counts_once_in_all_epochs_on_all_ranks_and_after_a_restart(damaged: str, toy) -> None:
+    flip_bit(f"{damaged}/train/00001.parquet", 700)
+    board, plan = Board(), plan_of(toy[1])
+
+    def run(rank: int, world: int, start: int, limit: int) -> int:
+        bad_rows = BadRows(limit, board.bad_rows)
+        batches = local_batches(plan, reader([damaged]), rank, world, start, start + 60, bad_rows=bad_rows)
+        assert sum(int((~batch.real).sum()) for batch in batches) > 0
+        return len(bad_rows.of_run)
+
+    lost = run(0, 1, 0, limit=16)
+    assert 1 <= lost <= 16
+    board = Board()
+    assert [run(rank, 2, start, limit=lost) for start in (0, 30) for rank in (0, 1)][1:] == [lost] * 3
+    with pytest.raises(BadRowsError, match=rf"^{lost} rows could not be read, more than .* \({lost - 1}\)"):
+        run(1, 2, 90, limit=lost - 1)
 
 
 def test_a_modality_of_the_wrong_shape_is_reported(toy) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.data import patience
-from mmdiff_ray.data.batches import BadRowsError, local_batches
+from mmdiff_ray.data.bad_rows import BadRowsError
+from mmdiff_ray.data.batches import local_batches
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.data.mirror import download
 from mmdiff_ray.data.plan import Plan

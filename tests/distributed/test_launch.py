@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.data import patience
-from mmdiff_ray.data.batches import BadRowsError
+from mmdiff_ray.data.bad_rows import BadRowsError
 from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import launch
 from mmdiff_ray.distributed.board import Board
@@ -77,6 +77,10 @@ class Ended:
     @property
     def status(self) -> str:
         return store.client(self.facts["tracking_uri"]).get_run(self.facts["run_id"]).info.status
+
+    @property
+    def tags(self) -> dict[str, str]:
+        return store.client(self.facts["tracking_uri"]).get_run(self.facts["run_id"]).data.tags
 
     def history(self, key: str) -> list[tuple[int, float]]:
         return queries.history(self.facts["tracking_uri"], self.facts["run_id"], key)
@@ -165,7 +169,12 @@ def test_corrupt_row_ends_a_run_and_a_higher_limit_lets_it_go_on(sprites, runs, 
     with pytest.raises(BadRowsError, match=r"more than data.bad_row_limit \(0\)"):
         launch.train(job, Watching())
     assert Ended(job.folder, Watching()).status == "FAILED"
-    assert resume(job.folder, "data.bad_row_limit=1000").status == "FINISHED"
+    ended = resume(job.folder, "data.bad_row_limit=1000")
+    assert ended.status == "FINISHED"
+    lost = len(json.loads((job.folder / "bad_rows.json").read_text()))
+    assert ended.tags["mmdiff.bad_rows"] == str(lost) and lost > 1
+    longer = ("train.samples=640", f"data.bad_row_limit={lost}")  # the same rows again, and again
+    assert resume(job.folder, *longer).tags["mmdiff.bad_rows"] == str(lost)
 
 
 def test_outage_of_the_data_ends_a_run_in_words_and_it_goes_on_to_the_same_end(
@@ -338,6 +347,10 @@ def test_corrupt_shard_ends_a_run_on_workers_with_its_name(ray_cluster, sprites,
         launch.train(job, display)
     assert len([text for text in display.said if text.startswith("training on")]) == 1
     assert Ended(job.folder, display).status == "FAILED"
+    ended = resume(job.folder, "data.bad_row_limit=1000")
+    lost = len(json.loads((job.folder / "bad_rows.json").read_text()))
+    assert ended.tags["mmdiff.bad_rows"] == str(lost)
+    assert f"{lost} rows could not be read (data.bad_row_limit 1000)" in ended.display.said
 
 
 def impatient_loop(settings: dict[str, Any]) -> None:

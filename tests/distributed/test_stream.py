@@ -10,7 +10,8 @@ import torch
 
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import OutageError
-from mmdiff_ray.data.batches import BadRowsError, local_batches
+from mmdiff_ray.data.bad_rows import BadRowsError
+from mmdiff_ray.data.batches import local_batches
 from mmdiff_ray.distributed import stream
 from mmdiff_ray.distributed.stream import stream_batches
 from tests import sprites as tiny
