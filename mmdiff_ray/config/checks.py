@@ -1,5 +1,7 @@
 """What a configuration must fulfil, and the words of the errors where it does not."""
 
+import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,6 +78,9 @@ def check_batch(config: Config) -> None:
 
 def _check_numbers(config: Config) -> None:
     train, workers, evaluate = config.train, config.workers, config.evaluate
+    _refuse_nan("", dataclasses.asdict(config))
+    if config.seed >= 2**63:
+        raise ConfigError(f"seed ({config.seed}) must be below 2**63")
     for key, value, least in (
         ("seed", config.seed, 0),
         ("space.height", config.space.height, 1),
@@ -87,13 +92,18 @@ def _check_numbers(config: Config) -> None:
         ("train.samples", train.samples, 1),
         ("train.global_batch", train.global_batch, 1),
         ("train.micro_batch", 1 if train.micro_batch is None else train.micro_batch, 1),
+        ("train.weight_decay", train.weight_decay, 0),
         ("train.warmup_samples", train.warmup_samples, 0),
+        ("train.final_lr_ratio", train.final_lr_ratio, 0),
         ("train.ema_samples", train.ema_samples, 1),
         ("train.log_every_samples", train.log_every_samples, 1),
         ("checkpoint.every_samples", config.checkpoint.every_samples, 1),
         ("checkpoint.keep_last", config.checkpoint.keep_last, 1),
         ("workers.count", workers.count, 0),
         ("workers.least", 1 if workers.least is None else workers.least, 1),
+        ("workers.data_workers", workers.data_workers, 1 if workers.count else 0),
+        ("workers.threads", 1 if workers.threads is None else workers.threads, 1),
+        ("workers.max_failures", workers.max_failures, 0),
         ("evaluate.rows", evaluate.rows, 1),
         ("evaluate.visits", evaluate.visits, 1),
         ("evaluate.steps", evaluate.steps, 1),
@@ -101,6 +111,9 @@ def _check_numbers(config: Config) -> None:
         ("evaluate.repeats", evaluate.repeats, 1),
         ("evaluate.likely_steps", evaluate.likely_steps, 1),
         ("evaluate.draws", evaluate.draws, 1),
+        ("evaluate.guidance", evaluate.guidance, 0),
+        ("evaluate.grid_rows", evaluate.grid_rows, 1),
+        *((f"train.changes[{index}].at", change.at, 0) for index, change in enumerate(train.changes)),
     ):
         if value < least:
             raise ConfigError(f"{key} ({value}) must be at least {least}")
@@ -130,6 +143,18 @@ def _check_numbers(config: Config) -> None:
         raise ConfigError(
             f"train.times ({times}) must reach the schedule's first step, t = 1/{config.schedule.steps}"
         )
+
+
+def _refuse_nan(key: str, value: Any) -> None:
+    """Raise ConfigError for a value in a tree that is not a number where one is wanted."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            _refuse_nan(f"{key}.{name}" if key else str(name), inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_nan(key, inner)
+    elif isinstance(value, float) and math.isnan(value):
+        raise ConfigError(f"{key} (nan) must be a number")
 
 
 def _check_names(config: Config) -> None:
@@ -165,9 +190,10 @@ def _check_task(task: str, row: TaskConfig, modalities: Mapping[str, Any]) -> No
         alternatives: list[Any] = row.alternatives(instance) or [None]
         for role in alternatives:
             one_of(f"tasks.{task}.roles.{instance}", role, ("generated", "given", "absent"))
-    if not row.frequency >= 0 or not 0 <= row.drop < 1:
+    if not 0 <= row.frequency < math.inf or not 0 <= row.drop < 1:
         raise ConfigError(
-            f"tasks.{task}: frequency ({row.frequency}) must be >= 0 and drop ({row.drop}) in [0, 1)"
+            f"tasks.{task}: frequency ({row.frequency}) must be finite and >= 0, "
+            f"and drop ({row.drop}) in [0, 1)"
         )
     if not generates(row.roles):
         raise ConfigError(f"tasks.{task} generates nothing; give at least one instance the role generated")
