@@ -188,7 +188,7 @@ def asked_of(experiment: Experiment, cell: Cell, runs: Path) -> list[Asked]:
     that is trained again on another machine may differ by what machines differ in.
     """
     folder, found = cell_folder(experiment, cell, runs), []
-    config = experiment.load((), configuration.read_yaml(folder / "export" / "config.yaml"))
+    config = configuration.load_saved(folder / "export" / "config.yaml")
     judge = next((other for other in experiment.cells() if experiment.is_judge(other)), None)
     place = None if judge is None else str(cell_folder(experiment, judge, runs) / "export")
     judges = None if judge is None else training_digest(experiment.config(judge, runs))
