@@ -34,7 +34,8 @@ from mmdiff_ray.sweeps.record import Record, read_record
 from mmdiff_ray.sweeps.report import chosen, verdict, write_report
 from mmdiff_ray.sweeps.spec import Sweep, load_sweep, whole_text
 from mmdiff_ray.tracking import run_life
-from mmdiff_ray.tracking.jobs import is_server, reachable
+from mmdiff_ray.tracking.jobs import reachable
+from mmdiff_ray.tracking.links import is_server
 from mmdiff_ray.tracking.store import shown, tracking_uri
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.remote import STILL_S

@@ -4,9 +4,9 @@ import ssl
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from urllib.parse import quote
 
 from mmdiff_ray.tracking import store
+from mmdiff_ray.tracking.links import is_server, link, where_to_look
 
 JOB_TAG = "mmdiff.job_id"
 JOB_VARIABLE = "MMDIFF_JOB_ID"
@@ -32,7 +32,7 @@ def page_of_job(uri: str, experiment: str, job: str) -> str:
     uri: "" if only the cluster knows its store. Raises ConfigError if the experiment was deleted.
     """
     if uri and not is_server(uri):
-        return store.ui_command(uri)
+        return where_to_look(uri)
     condition = f"tags.`{JOB_TAG}` = '{job}'"
     if uri and reachable(uri):
         store.prepare(uri)
@@ -40,7 +40,7 @@ def page_of_job(uri: str, experiment: str, job: str) -> str:
 
         try:
             number = store.get_or_create_experiment(uri, experiment)
-            return f"{_base(uri)}/experiments/{number}/runs?searchFilter={quote(condition, safe='')}"
+            return link(uri, number, search=condition)
         except MlflowException:  # the server does not show its experiments to this person
             pass
     return f"{store.shown(uri) or 'MLFLOW_TRACKING_URI of the cluster'} (search there: {condition})"
@@ -63,8 +63,7 @@ def runs_of_job(uri: str, job: str) -> list[RunOfJob]:
     except MlflowException:
         return []
     for info in (run.info for run in found):
-        page = f"{_base(uri)}/experiments/{info.experiment_id}/runs/{info.run_id}"
-        page = page if is_server(uri) else store.ui_command(uri)
+        page = where_to_look(uri, info.experiment_id, info.run_id)
         runs.append(RunOfJob(info.run_id, info.run_name, info.status, page))
     return runs
 
@@ -78,12 +77,3 @@ def reachable(uri: str, wait_s: float = ANSWER_S) -> bool:
         return True
     except (OSError, ValueError) as error:  # MLflow's client knows which certificates to trust
         return isinstance(getattr(error, "reason", None), ssl.SSLError)
-
-
-def is_server(uri: str) -> bool:
-    """Return whether a store is reached over the network."""
-    return uri.startswith(("http://", "https://"))
-
-
-def _base(uri: str) -> str:
-    return f"{store.shown(uri).rstrip('/')}/#"

@@ -94,6 +94,7 @@ def test_mlflow_that_does_not_answer_is_a_search_without_password_and_no_runs(de
     search = "(search there: tags.`mmdiff.job_id` = 'demo-1a2b3c')"
     assert page_of_job(uri, "mmdiff", "demo-1a2b3c") == f"{dead_url} {search}"
     assert page_of_job("", "mmdiff", "demo-1a2b3c") == f"MLFLOW_TRACKING_URI of the cluster {search}"
+    assert page_of_job("sqlite:///x.db", "mmdiff", "demo-1a2b3c").endswith(" mmdiff ui")
     assert runs_of_job(uri, "demo-1a2b3c") == runs_of_job("", "demo-1a2b3c") == []
     assert runs_of_job("sqlite:///nothing.db", "demo-1a2b3c") == [] and not Path("nothing.db").exists()
 

@@ -177,7 +177,8 @@ def test_job_trains_by_the_code_that_was_sent_with_all_it_reads_and_makes_in_s3_
     assert code == 0 and job in said
     metadata = connect(find_server(None)).get_job_info(job).metadata
     assert metadata["mmdiff.command"].startswith("train tiny.yaml") and SECRET not in str(metadata)
-    assert metadata["mmdiff.mlflow"].startswith(services.tracking) and job in metadata["mmdiff.mlflow"]
+    assert metadata["mmdiff.mlflow"].startswith(services.tracking)
+    assert job in metadata["mmdiff.mlflow"] and "workflowType=machine_learning" in metadata["mmdiff.mlflow"]
 
 
 def test_stopped_job_keeps_a_checkpoint_closes_its_run_and_goes_on_by_another_job(services, monkeypatch):
