@@ -12,7 +12,7 @@ from mmdiff_ray.experiments.spec import FOLDER, load_experiment
 from mmdiff_ray.experiments.styles import COLORS, styles, wrapped
 
 RESULTS = Path(__file__).parents[2] / "results"
-NAMES = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+NAMES = sorted(file.stem for file in FOLDER.glob("*.yaml") if (RESULTS / f"{file.stem}.json").is_file())
 
 
 def line(method: str, figure: str, mean: float, measure: str = "noise", seeds: int = 3, **more) -> dict:
