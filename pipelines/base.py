@@ -24,6 +24,7 @@ from mmdiff_ray.data.shards import ShardWriter
 from mmdiff_ray.data.storage import check_writable
 from mmdiff_ray.distributed import flow
 from mmdiff_ray.distributed.display import show_progress
+from pipelines.annotations import annotated, lacking
 from pipelines.embedders import Embedder, make_embedder
 
 CHUNK = 32
@@ -35,12 +36,14 @@ class Item(NamedTuple):
 
     key: stable, unique, the row's name. source: what `row` needs, cheap to send. group: rows of the same
     group land in the same split. split: the row's split; by default the options' shares decide it.
+    annotated: whether the row keeps the columns of `Pipeline.annotations`.
     """
 
     key: str
     source: Any
     group: str | None = None
     split: str | None = None
+    annotated: bool = True
 
 
 class BadRow(Exception):
@@ -53,13 +56,20 @@ class Options:
 
     limit: build only so many items, a stable random choice. bad_limit: unreadable items tolerated before the
     build stops. val_share: the share of rows that go to the validation split. test_share: the share of rows
-    that go to the test split; the validation rows are the same for any test_share.
+    that go to the test split; the validation rows are the same for any test_share. annotated: the share of
+    training rows that keep their annotations (masks, labels), the same share of each class; the rest have
+    none. lacks: the columns that the rest lacks, separated by commas; all annotations where it names none.
+    subset: another number draws other rows. part: all training rows, or only the annotated, or only the rest.
     """
 
     limit: int | None = None
     bad_limit: int = 0
     val_share: float = 0.1
     test_share: float = 0.0
+    annotated: float = 1.0
+    lacks: str = ""
+    subset: int = 0
+    part: str = "all"
 
 
 class Made(NamedTuple):
@@ -107,9 +117,15 @@ class Pipeline:
 
     Options: ClassVar[type[Options]] = Options
     credit: ClassVar[str] = ""
+    annotations: ClassVar[tuple[str, ...]] = ()
+    """The columns that rows without annotations lack."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
+
+    def stratum(self, item: Item) -> str:
+        """Return the class of an item, of each of which the same share keeps its annotations."""
+        return ""
 
     @property
     def description(self) -> str:
@@ -192,7 +208,8 @@ def build(
     check_writable(out)
     pipeline = make_pipeline(name, options)
     stages = pipeline.stages()
-    items = choose(pipeline.items(), pipeline.options.limit)
+    lacking(pipeline)
+    items = annotated(choose(pipeline.items(), pipeline.options.limit), pipeline.options, pipeline.stratum)
     writer = ShardWriter(
         out,
         name,
@@ -247,7 +264,8 @@ def render(pipeline: Pipeline, chunk: Sequence[Item]) -> Made:
     rows, bad = [], {}
     for item in chunk:
         try:
-            rows.append({"key": item.key, **pipeline.row(item)})
+            row = {"key": item.key, **pipeline.row(item)}
+            rows.append(row if item.annotated else row | dict.fromkeys(lacking(pipeline)))
         except BadRow as error:
             bad[item.key] = str(error)
     return Made(rows, bad)

@@ -25,6 +25,7 @@ class Digits(Pipeline):
     """Handwritten digits of 8 x 8 grey levels on black, and which digit each is."""
 
     Options = DigitsOptions
+    annotations = ("label",)
     credit = "Optical Recognition of Handwritten Digits, by E. Alpaydin and C. Kaynak, 1998, CC BY 4.0."
 
     def columns(self) -> dict[str, dict[str, Any]]:

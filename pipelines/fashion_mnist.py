@@ -54,6 +54,7 @@ class FashionMnist(Pipeline):
     """
 
     Options = FashionMnistOptions
+    annotations = ("label",)
     credit = "Fashion-MNIST by Zalando SE, MIT licence."
 
     def __init__(self, options: FashionMnistOptions) -> None:

@@ -91,6 +91,7 @@ class OpenMoji(Pipeline):
     """OpenMoji's colour emoji, one row each."""
 
     Options = OpenMojiOptions
+    annotations = ("alpha", "palette", "category")
     credit = (
         "Emoji designed by OpenMoji, the open-source emoji and icon project (openmoji.org). CC BY-SA 4.0."
     )
@@ -143,6 +144,9 @@ class OpenMoji(Pipeline):
         if self.options.fold is not None:
             return folded(items, near_duplicates(items), self.options.fold)
         return without_copies(items, self.options.val_share, self.options.test_share)
+
+    def stratum(self, item: Item) -> str:
+        return item.source[2]
 
     def row(self, item: Item) -> dict[str, Any]:
         drawing, name, category = item.source

@@ -147,6 +147,7 @@ class Sprites(Pipeline):
     """Drawn scenes of coloured shapes: picture, mask of shapes, the main shape's name and exact factors."""
 
     Options = SpritesOptions
+    annotations = ("shapes", "shape", "factors")
     credit = "Drawn by mmdiff-ray; free to use."
 
     def __init__(self, options: SpritesOptions) -> None:
