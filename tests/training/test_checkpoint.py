@@ -62,6 +62,17 @@ def test_ten_steps_are_five_a_checkpoint_and_five_bit_for_bit(job, tmp_path):
     assert (second.progress.steps, second.progress.samples_seen) == (10, 160)
 
 
+def test_the_optimizers_settings_are_those_of_the_config_and_its_moments_those_of_the_checkpoint(
+    sprites, written
+):
+    saved, path = written
+    again = tiny.trainer(tiny.job(sprites, "train.weight_decay=0.1"))
+    restore(again, path)
+    assert [group["weight_decay"] for group in again.optimizer.param_groups] == [0.1, 0]
+    assert [group["weight_decay"] for group in saved.optimizer.param_groups] == [0, 0]
+    assert tiny.same(state_of(again), state_of(saved))
+
+
 def test_what_is_written_is_the_state_of_the_moment_of_saving_though_training_goes_on(job, tmp_path):
     trainer, batches = tiny.trainer(job), tiny.batches(job)
     store = CheckpointStore(tmp_path, CheckpointConfig())
