@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.gpu.configure
 
 Run it from the repository root after the experiments or the configuration's keys have changed, and commit the
-result. SCIENCE below holds the overrides of all cells, for example given.input=in_place.
+result. SCIENCE below holds the overrides of all cells.
 """
 
 import dataclasses
@@ -24,6 +24,8 @@ from mmdiff_ray.experiments.spec import load_experiment
 
 ROWS = HERE.relative_to(Path.cwd()) / "rows"
 SCIENCE = (
+    "given.input=in_place",
+    "loss.normalize=expected",
     f"data.sources=[{{uri: {ROWS}}}]",
     "space.height=32",
     "space.width=32",
