@@ -1,11 +1,13 @@
 """A real S3 server on loopback."""
 
 import contextlib
+import json
 import logging
 import os
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -31,9 +33,38 @@ class Bucket:
         """Let the server refuse everyone from now on whom it has given no right: all."""
         self._tell("reset-auth", b"0")
 
+    def deny(self, path: str) -> None:
+        """Refuse every write of an object whose path matches."""
+        _client(self.port).put_bucket_policy(
+            Bucket="toys",
+            Policy=json.dumps(
+                {
+                    "Version": "2012-10-17",
+                    "Statement": [
+                        {
+                            "Effect": "Deny",
+                            "Principal": "*",
+                            "Action": "s3:PutObject",
+                            "Resource": f"arn:aws:s3:::toys/{path}",
+                        }
+                    ],
+                }
+            ),
+        )
+
+    def allow_all(self) -> None:
+        """Lift what `deny` refused."""
+        _client(self.port).delete_bucket_policy(Bucket="toys")
+
     def _tell(self, what: str, data: bytes = b"") -> None:
         address, plain = f"http://127.0.0.1:{self.port}/moto-api/{what}", {"Content-Type": "text/plain"}
         urllib.request.urlopen(urllib.request.Request(address, data, plain, method="POST")).close()
+
+
+def _client(port: int) -> Any:
+    import boto3
+
+    return boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1")
 
 
 @contextlib.contextmanager
@@ -67,13 +98,10 @@ def s3_server(patch: pytest.MonkeyPatch) -> Iterator[str]:
 @contextlib.contextmanager
 def serve() -> Iterator[Bucket]:
     """Serve S3 for the block, with an empty bucket `toys`. The environment must hold `KEYS`."""
-    import boto3
-
     with _running() as port:
         bucket = Bucket(port)
         try:
-            client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1")
-            client.create_bucket(Bucket="toys")
+            _client(port).create_bucket(Bucket="toys")
             yield bucket
         finally:
             bucket._tell("reset-auth", b"inf")

@@ -1,7 +1,8 @@
 """A folder of this machine with its copy in storage: what is made here is brought there, and back elsewhere.
 
 The folder lies in a cache: `MMDIFF_CACHE`, else `mmdiff_ray` in `XDG_CACHE_HOME` or `~/.cache`. What is not
-brought to storage yet is noted in its folder `.unsent`, and so survives the process. In `.seen` is what
+brought to storage yet is noted in its folder `.unsent`, and so survives the process: by a note for each time
+that it was sent, so that the end of one upload takes no other's note away. In `.seen` is what
 storage told of each file when it was last sent or fetched: if it tells something else later, another machine
 has brought the file.
 """
@@ -12,7 +13,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
@@ -76,11 +77,12 @@ class Mirror:
         return f"{self.root}/{name}" if name else self.root
 
     def send(self, *names: str) -> None:
-        """Bring files, or folders as wholes, to storage in the background."""
+        """Bring files, or folders as wholes, to storage in the background, in this order."""
         for name in names:
-            self._note(name).parent.mkdir(parents=True, exist_ok=True)
-            self._note(name).touch()
-            self._queue(name)
+            note = self.folder / UNSENT / f"{quote(name, safe='')}@{secrets.token_hex(4)}"
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
+            self._queue(name, lane=names[0])
 
     def resend(self) -> None:
         """Send what another process could not, but for what another machine has brought there since.
@@ -88,8 +90,9 @@ class Mirror:
         Raises OSError where storage does not answer.
         """
         for name in self.unsent():
+            notes = self._notes(name)
             if self._is_overtaken(name):
-                self._note(name).unlink(missing_ok=True)
+                _unlink(notes)
             else:
                 self._queue(name)
 
@@ -104,7 +107,7 @@ class Mirror:
             return False
         if seen.is_file():
             return seen.read_text() != _told_by(there)
-        return there.mtime_ns > self._note(name).stat().st_mtime_ns
+        return all(there.mtime_ns > note.stat().st_mtime_ns for note in self._notes(name))
 
     def _is_surely_overtaken(self, name: str) -> bool:
         """Return whether storage says that another machine has brought since what is unsent here."""
@@ -123,12 +126,15 @@ class Mirror:
         seen.parent.mkdir(parents=True, exist_ok=True)
         seen.write_text(_told_by(there))
 
-    def _queue(self, name: str) -> None:
+    def _queue(self, name: str, lane: str = "") -> None:
         send = self._send_folder if (self.folder / name).is_dir() else self._send_file
-        self.uploader.add(name, functools.partial(send, name))
+        self.uploader.add(name, functools.partial(send, name), lane)
 
     def send_file(self, name: str, above: str = "") -> Errand:
-        """Bring one file in the background, without a note that outlives the process."""
+        """Bring one file in the background, without a note that outlives the process.
+
+        above: what it is a part of, whose parts are brought in order.
+        """
         return self.uploader.add(above or name, functools.partial(self._upload, name))
 
     def flush(self, still_s: float) -> list[str]:
@@ -139,7 +145,7 @@ class Mirror:
     def unsent(self) -> list[str]:
         """Return the names of what was to be sent, by this process or another, and is not in storage yet."""
         notes = self.folder / UNSENT
-        return sorted(unquote(note.name) for note in notes.iterdir()) if notes.is_dir() else []
+        return sorted({_noted_by(note) for note in notes.iterdir()}) if notes.is_dir() else []
 
     def names(self, below: str = "") -> dict[str, int]:
         """Return the files in storage: name inside `below` -> bytes. Raises OSError."""
@@ -210,16 +216,19 @@ class Mirror:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _note(self, name: str) -> Path:
-        return self.folder / UNSENT / quote(name, safe="")
+    def _notes(self, name: str) -> list[Path]:
+        """Return the notes that a file or a folder is unsent."""
+        notes = self.folder / UNSENT
+        return [note for note in notes.iterdir() if _noted_by(note) == name] if notes.is_dir() else []
 
     def _send_file(self, name: str, went: Went) -> None:
+        notes = self._notes(name)  # those of now: what changes later has another
         self._upload(name, went)
-        self._sent(name)
+        self._sent(name, notes)
 
     def _send_folder(self, name: str, went: Went) -> None:
         """Send the list last, and take an older one away first: what is between is no whole."""
-        here = self.folder / name
+        here, notes = self.folder / name, self._notes(name)
         files = sorted(path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file())
         files = [file for file in files if file != FILES]
         remove(self.fs, self.path(f"{name}/{FILES}"))
@@ -231,7 +240,7 @@ class Mirror:
         data = json.dumps({"mark": secrets.token_hex(8), "files": sizes}, indent=1).encode()
         write_bytes_atomic(self.fs, self.path(f"{name}/{FILES}"), data)
         (here / FILES).write_bytes(data)
-        self._sent(name)
+        self._sent(name, notes)
 
     def _upload(self, name: str, went: Went) -> None:
         """Bring a file; one that is gone by now need not go."""
@@ -239,10 +248,9 @@ class Mirror:
         if file.is_file():
             write_atomic(self.fs, self.path(name), _counted(file, went))
 
-    def _sent(self, name: str) -> None:
+    def _sent(self, name: str, notes: Sequence[Path]) -> None:
         self._see(name, self._in_storage(name))
-        if self.uploader.count(name) < 2:  # else it has changed since, and goes again
-            self._note(name).unlink(missing_ok=True)
+        _unlink(notes)
 
 
 @functools.cache
@@ -292,6 +300,16 @@ def _counted(file: Path, went: Went) -> Iterator[bytes]:
 
 def _behind(went: Went, before: int, sent: int) -> None:
     went(before + sent)
+
+
+def _noted_by(note: Path) -> str:
+    """Return what a note says is unsent; those of before 0.2 have no "@"."""
+    return unquote(note.name.partition("@")[0])
+
+
+def _unlink(notes: Sequence[Path]) -> None:
+    for note in notes:
+        note.unlink(missing_ok=True)
 
 
 def _told_by(there: FileInfo) -> str:

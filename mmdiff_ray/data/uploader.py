@@ -1,11 +1,10 @@
-"""Work for storage, done in a thread: in order, each piece again and again until it succeeds."""
+"""Upload in a thread: oldest first. What fails is retried until it succeeds, and holds up nothing else."""
 
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
@@ -22,13 +21,18 @@ Say = Callable[[str], None]
 class Errand:
     """One piece of work. name: what it brings. action: gets a function that takes how many bytes have gone.
 
-    most: the most bytes that any attempt has brought on its way.
+    lane: errands of one lane are done in order. due: when the next attempt may begin. most: the most bytes
+    that any attempt has sent. error: why the last attempt failed.
     """
 
     name: str
     action: Callable[[Callable[[int], None]], None]
-    done: bool = False
+    lane: str
+    due: float = field(default_factory=time.monotonic)
+    pause: float = FIRST_PAUSE_S
     most: int = 0
+    error: str = ""
+    done: bool = False
 
 
 class Uploader:
@@ -37,15 +41,14 @@ class Uploader:
     def __init__(self, where: str, say: Say = _log.warning) -> None:
         self.where = where
         self.say = say
-        self._errands: deque[Errand] = deque()
+        self._errands: list[Errand] = []
         self._changed = threading.Condition()
         self._moved = time.monotonic()
         self._thread: threading.Thread | None = None
-        self._trouble = ""
 
-    def add(self, name: str, action: Callable[[Callable[[int], None]], None]) -> Errand:
-        """Put an errand behind the others and return it."""
-        errand = Errand(name, action)
+    def add(self, name: str, action: Callable[[Callable[[int], None]], None], lane: str = "") -> Errand:
+        """Queue an errand and return it. lane: its name by default."""
+        errand = Errand(name, action, lane or name)
         with self._changed:
             if not self._errands:
                 self._moved = time.monotonic()
@@ -61,15 +64,11 @@ class Uploader:
         with self._changed:
             return list(dict.fromkeys(errand.name for errand in self._errands))
 
-    def count(self, name: str) -> int:
-        """Return how many errands of a name are not done."""
-        with self._changed:
-            return sum(errand.name == name for errand in self._errands)
-
     @property
     def trouble(self) -> str:
-        """Return why the last attempt failed; nothing while all goes well."""
-        return self._trouble
+        """Return why an attempt failed at something that is still not done; nothing while all goes well."""
+        with self._changed:
+            return next((errand.error for errand in self._errands if errand.error), "")
 
     def still_for(self) -> float:
         """Return for how many seconds nothing has moved."""
@@ -77,7 +76,7 @@ class Uploader:
 
     def patience(self, still_s: float) -> float:
         """Return for how many seconds to wait for a move: fewer where nothing moved for so long."""
-        return min(still_s, AGAIN_S) if self._trouble and self.still_for() > still_s else still_s
+        return min(still_s, AGAIN_S) if self.trouble and self.still_for() > still_s else still_s
 
     def flush(self, still_s: float, longest_s: float = float("inf")) -> list[str]:
         """Wait until all is done, as long as something moves; return the names of what is not done.
@@ -86,7 +85,9 @@ class Uploader:
         """
         begun, still_s = time.monotonic(), self.patience(still_s)
         with self._changed:
-            self._changed.notify_all()  # no pause before the next attempt
+            for errand in self._errands:  # no pause before the next attempt
+                errand.due = min(errand.due, begun)
+            self._changed.notify_all()
             while self._errands:
                 now = time.monotonic()
                 left = min(max(begun, self._moved) + still_s, begun + longest_s) - now
@@ -97,28 +98,39 @@ class Uploader:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
-                while not self._errands:
-                    self._changed.wait()
-                errand = self._errands[0]
-            self._do(errand)
-            with self._changed:
-                self._errands.popleft()
-                errand.done, self._moved, self._trouble = True, time.monotonic(), ""
-                self._changed.notify_all()
-
-    def _do(self, errand: Errand) -> None:
-        pause = FIRST_PAUSE_S
-        while True:
+            errand = self._next()
             try:
-                return errand.action(lambda sent: self._went(errand, sent))
+                errand.action(lambda sent, errand=errand: self._went(errand, sent))  # type: ignore[misc]
             except Exception as error:  # whatever it is: storage may be well again later
-                if not self._trouble:
-                    self._tell(f"{errand.name} does not reach {self.where}, which is tried again: {error}")
-                self._trouble = str(error) or type(error).__name__
-            with self._changed:
-                self._changed.wait(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+                self._failed(errand, str(error) or type(error).__name__)
+            else:
+                with self._changed:
+                    self._errands.remove(errand)
+                    errand.done, self._moved = True, time.monotonic()
+                    self._changed.notify_all()
+
+    def _next(self) -> Errand:
+        """Wait for the errand that is due first among the first of all lanes."""
+        with self._changed:
+            while True:
+                lanes: dict[str, Errand] = {}
+                for errand in self._errands:
+                    lanes.setdefault(errand.lane, errand)
+                first = min(lanes.values(), key=lambda errand: errand.due, default=None)
+                wait_s = None if first is None else first.due - time.monotonic()
+                if first is not None and wait_s is not None and wait_s <= 0:
+                    return first
+                self._changed.wait(wait_s)
+
+    def _failed(self, errand: Errand, error: str) -> None:
+        """Put the next attempt off. Warn once per top folder until all of it has arrived."""
+        folder = errand.name.partition("/")[0]
+        with self._changed:
+            is_known = any(other.error for other in self._errands if other.name.partition("/")[0] == folder)
+            errand.error, errand.due = error, time.monotonic() + errand.pause
+            errand.pause = min(2 * errand.pause, LONGEST_PAUSE_S)
+        if not is_known:
+            self._tell(f"{errand.name} does not reach {self.where}, which is tried again: {error}")
 
     def _tell(self, text: str) -> None:
         try:

@@ -118,7 +118,7 @@ class RemoteCheckpoints:
         assert self._now is not None
         if world()[0] == 0:
             name, state = self._now
-            self.mirror.uploader.add(_called(name), lambda _: self._complete(name, state))
+            self.mirror.uploader.add(_called(name), lambda _: self._complete(name, state), lane=FOLDER)
         self._now = None
         if self._next is not None:
             self._start()
@@ -336,7 +336,7 @@ def copy_checkpoint(source: str, donor: str, folder: Path, mirror: Mirror | None
     partial.rename(folder / name)
     if mirror is not None:
         for file in (*sorted(files_of(folder / name, state)), STATE):
-            mirror.send_file(f"{FOLDER}/{name}/{file}")
+            mirror.send_file(f"{FOLDER}/{name}/{file}", _called(name))
         if left := mirror.uploader.flush(OUTAGE_S):
             raise OutageError(f"{mirror.uri} does not take {', '.join(left)}")
     return True

@@ -14,8 +14,16 @@ from pyarrow.fs import FileSystem
 
 from mmdiff_ray.config import RunError, UnreachableError
 from mmdiff_ray.data import mirror as mirror_module
-from mmdiff_ray.data.mirror import FILES, Mirror, cached, download, fetched, mirror
-from mmdiff_ray.data.storage import exists, filesystem, frugal, join, parent, write_bytes_atomic
+from mmdiff_ray.data.mirror import FILES, UNSENT, Mirror, cached, download, fetched, mirror
+from mmdiff_ray.data.storage import (
+    exists,
+    filesystem,
+    frugal,
+    join,
+    parent,
+    read_bytes,
+    write_bytes_atomic,
+)
 from mmdiff_ray.data.uploader import Uploader
 from tests import s3
 from tests.faults import Faults, faulty
@@ -158,7 +166,7 @@ def test_a_file_that_is_gone_by_now_holds_nothing_up(pair: tuple[Mirror, Mirror]
     assert one.flush(10) == [] and exists(one.fs, one.path("run"))
 
 
-def test_trouble_is_told_once_and_the_work_done_in_order() -> None:
+def test_trouble_is_reported_once_and_each_lane_keeps_its_order() -> None:
     said: list[str] = []
     done: list[str] = []
     failures = iter([OSError("no route"), OSError("still none")])
@@ -169,9 +177,13 @@ def test_trouble_is_told_once_and_the_work_done_in_order() -> None:
             raise failure
         done.append("first")
 
-    errands = [uploader.add("first", twice), uploader.add("second", lambda _: done.append("second"))]
+    errands = [
+        uploader.add("first", twice),
+        uploader.add("second", lambda _: done.append("second"), lane="first"),
+        uploader.add("third", lambda _: done.append("third")),
+    ]
     assert uploader.flush(20) == []
-    assert done == ["first", "second"] and all(errand.done for errand in errands)
+    assert done == ["third", "first", "second"] and all(errand.done for errand in errands)
     assert said == ["first does not reach s3://toys, which is tried again: no route"]
 
 
@@ -187,6 +199,56 @@ def test_the_cache_has_a_folder_of_its_own_for_every_place(tmp_path: Path, monke
     monkeypatch.delenv("MMDIFF_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cached("gs://b/c") == tmp_path / "mmdiff_ray" / "gs" / "b" / "c"
+
+
+@pytest.mark.parametrize("by", ["this process", "another process"])
+def test_file_that_is_sent_again_while_its_upload_ends_stays_noted_as_unsent(
+    tmp_path: Path, monkeypatch, by: str
+) -> None:
+    one = Mirror(f"file://{tmp_path}/storage/run", tmp_path / "one")
+    sender = one if by == "this process" else Mirror(one.uri, one.folder)
+    blocked, unlink = threading.Event(), Path.unlink
+
+    def send_again_first(note: Path, missing_ok: bool = False) -> None:
+        if note.parent.name == UNSENT:
+            monkeypatch.setattr(Path, "unlink", unlink)
+            sender.uploader.add("something slow", lambda _: blocked.wait() and None)
+            fill(one.folder, run="2")
+            sender.send("run")
+        unlink(note, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", send_again_first)
+    fill(one.folder, run="1")
+    one.send("run")
+    assert one.flush(0.5) == ["run"]
+    blocked.set()
+    assert sender.flush(10) == [] and read_bytes(one.fs, one.path("run")) == b"2"
+
+
+def test_note_of_an_earlier_release_is_sent(pair: tuple[Mirror, Mirror]) -> None:
+    one, _ = pair
+    fill(one.folder, run="1")
+    fill(one.folder / UNSENT, run="")
+    assert one.unsent() == ["run"]
+    one.resend()
+    assert one.flush(10) == [] and exists(one.fs, one.path("run"))
+
+
+@pytest.mark.slow
+def test_file_that_storage_refuses_holds_up_no_other(bucket: s3.Bucket, tmp_path: Path) -> None:
+    one, said = Mirror(bucket.uri("denied"), tmp_path), []
+    one.uploader.say = said.append
+    bucket.deny("denied/pictures/*")
+    for name in ("pictures", "checkpoints/16"):
+        fill(one.folder / name, a="1", b="2")
+    one.send("pictures/a", "pictures/b")
+    checkpoint = [one.send_file(f"checkpoints/16/{name}", "checkpoint 16") for name in "ab"]
+    assert one.flush(3) == ["pictures/a", "pictures/b"]
+    assert all(errand.done for errand in checkpoint)
+    assert one.names() == {"checkpoints/16/a": 1, "checkpoints/16/b": 1}
+    assert len(said) == 1 and "pictures/a" in said[0] and "ACCESS_DENIED" in said[0]
+    bucket.allow_all()
+    assert one.flush(30) == [] and len(one.names()) == 4
 
 
 # --- a faulty network ------------------------------------------------------------------------------------
