@@ -91,7 +91,10 @@ def test_a_saved_configuration_keeps_the_values_by_which_its_run_was_trained(her
 def test_manifest_and_shards_hold_the_rows_that_were_read_then(recorded):
     manifest = read_manifest("data")
     assert [manifest.digest] == json.loads((RUN / "run.json").read_text())["datasets"]
-    assert {name: split.rows for name, split in manifest.splits.items()} == {"train": 36, "val": 4}
+    assert {name: split.rows for name, split in manifest.splits.items() if split.rows} == {
+        "train": 36,
+        "val": 4,
+    }
     job = jobs.load_job(RUN.absolute())
     batch = next(split_batches(job.reader(job.denoiser()), [manifest.splits["val"]], 4, 4))
     assert same(batch.data, part(recorded, "data"))
