@@ -106,7 +106,8 @@ def _headlines(record: Record) -> list[str]:
     if not best:
         lines.append("No trial has finished yet.")
     elif len(sweep.metrics) > 1:
-        lines.append(f"{len(best)} trials are on the Pareto front.")
+        count = f"{len(best)} trials are" if len(best) > 1 else "1 trial is"
+        lines.append(f"{count} on the Pareto front.")
         lines += [f"Trial {trial.number}: {_metrics(trial)}." for trial in best[:KEPT]]
     else:
         runner_up = f" (next: {figures_of(best[1])[sweep.main]:.4g})" if len(best) > 1 else ""

@@ -398,7 +398,8 @@ def test_several_metrics_give_a_front(nodes, sprites, tmp_path):
     report = tmp_path / "runs" / "sweeps" / "tiny" / "report"
     results = json.loads((report / "results.json").read_text())
     assert results["front"] and (report / "pareto.png").is_file()
-    assert f"{len(results['front'])} lie on the front" in out
+    front = results["front"]
+    assert f"{len(front)} trial{'s are' if len(front) > 1 else ' is'} on the Pareto front." in out
     assert f"Trial {results['front'][0]}: " in out
     assert len(list((report / "best").glob("*.yaml"))) == len(results["front"])
 
