@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
+ONE_OUTAGE_S = 60.0
 AGAIN_S = 8.0
 """Enough for one more attempt at a storage that has not answered for long."""
 
@@ -22,7 +23,7 @@ class Errand:
     """One piece of work. name: what it brings. action: gets a function that takes how many bytes have gone.
 
     lane: errands of one lane are done in order. due: when the next attempt may begin. most: the most bytes
-    that any attempt has sent. error: why the last attempt failed.
+    that any attempt has sent. error: why the last attempt failed. failed: when the first of those did.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Errand:
     pause: float = FIRST_PAUSE_S
     most: int = 0
     error: str = ""
+    failed: float = 0.0
     done: bool = False
 
 
@@ -123,11 +125,17 @@ class Uploader:
                 self._changed.wait(wait_s)
 
     def _failed(self, errand: Errand, error: str) -> None:
-        """Put the next attempt off. Warn once per top folder until all of it has arrived."""
-        folder = errand.name.partition("/")[0]
+        """Put the next attempt off. Warn once per top folder until all of it has arrived, and once for all
+        that fails within ONE_OUTAGE_S."""
+        folder, now = errand.name.partition("/")[0], time.monotonic()
         with self._changed:
-            is_known = any(other.error for other in self._errands if other.name.partition("/")[0] == folder)
-            errand.error, errand.due = error, time.monotonic() + errand.pause
+            failing = [other for other in self._errands if other.error]
+            is_known = any(
+                other.name.partition("/")[0] == folder or now - other.failed < ONE_OUTAGE_S
+                for other in failing
+            )
+            errand.failed = errand.failed if errand.error else now
+            errand.error, errand.due = error, now + errand.pause
             errand.pause = min(2 * errand.pause, LONGEST_PAUSE_S)
         if not is_known:
             self._tell(f"{errand.name} does not reach {self.where}, which is tried again: {error}")

@@ -58,10 +58,10 @@ def resume(job: Job, display: Display, new_mlflow_run: bool = False) -> Path:
 
     Raises ConfigError where another process trains it, or its MLflow run was deleted.
     """
-    if not new_mlflow_run:
-        otherwise = "record it in a new MLflow run: --new-mlflow-run"
-        run_life.check_run(job.tracking_uri, job.run_id, otherwise)
     with only_driver(job.folder, display.say), resources(job.config.workers):
+        if not new_mlflow_run:  # once the lock is held: who holds it may be writing to the store
+            otherwise = "record it in a new MLflow run: --new-mlflow-run"
+            run_life.check_run(job.tracking_uri, job.run_id, otherwise)
         records.take(job.folder, job.mirror)
         if new_mlflow_run:
             lineage = job.lineage or (job.run_id if job.uri else "")  # its checkpoints bear the old id

@@ -80,11 +80,9 @@ def check_run(uri: str, run_id: str, otherwise: str = "") -> None:
     """
     if is_server(uri) and not reachable(uri):
         return  # records wait
-    from mlflow.exceptions import MlflowException
-
     try:
         stages = _stages(uri, run_id)
-    except MlflowException as error:
+    except Exception as error:  # a locked database raises what its driver raises; records wait for it
         if not store.is_unknown(error):
             return
         fix = f"check tracking.uri{otherwise and ', or '}{otherwise}"
