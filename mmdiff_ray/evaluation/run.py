@@ -105,9 +105,10 @@ def tables(figures: Iterable[Figure]) -> list[Table]:
     rows = max((figure.rows for figure in figures), default=0)
     title = f"{rows:,} held-out rows, beside the best rule that needs no model"
     shown = Table(title=title, title_justify="left", box=SIMPLE)
-    for heading in ("figure", "sample", "likely", "rule", "", ""):
-        right = heading in ("sample", "likely", "rule")
-        shown.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    for heading in ("figure", "sample", "likely", "rule"):
+        shown.add_column(heading, justify="left" if heading == "figure" else "right", no_wrap=True)
+    shown.add_column("")  # the rule's words, which alone may take several lines
+    shown.add_column("", no_wrap=True)
     found = {figure.key: figure for figure in figures if not figure.bound}
     for key, figure in sorted(found.items(), key=lambda item: not item[1].floors):
         if key.endswith(LIKELY) and key.removesuffix(LIKELY) in found:

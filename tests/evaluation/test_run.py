@@ -229,5 +229,15 @@ def test_a_sample_and_the_most_likely_answer_share_a_line_and_the_rule_is_compar
     assert line.split() == ["alpha/iou", "↑", "0.700", "0.900", "0.800", "threshold", "better"]
 
 
+def test_numbers_and_verdicts_stay_whole_where_the_terminal_is_narrow():
+    rule = "nearest palette colour, unlike the border of the picture and its neighbours"
+    keys = [f"pixels_from_masked/gradient_error{ending}" for ending in ("", "_likely")]
+    narrow = [Figure(key, 0.123, "lower", 10, {rule: 0.456}) for key in keys]
+    written = io.StringIO()
+    Console(file=written, width=100).print(tables(narrow)[0])
+    (line,) = (line for line in written.getvalue().splitlines() if "gradient" in line)
+    assert line.split()[:5] == [keys[0], "↓", "0.123", "0.123", "0.456"] and line.split()[-1] == "better"
+
+
 def test_no_bound_no_table():
     assert len(tables(FIGURES)) == 2 and len(tables(FIGURES[:3])) == 1
