@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdiff_ray.config import Config, ConfigError
-from mmdiff_ray.diffusion.process import GIVEN, Codes, Prediction, Process, Roles, over_cells
+from mmdiff_ray.diffusion.process import GENERATED, GIVEN, Codes, Prediction, Process, Roles, over_cells
 from mmdiff_ray.diffusion.schedule import make_schedule
 from mmdiff_ray.diffusion.weights import make_profile
 from mmdiff_ray.input_path import InputPath
@@ -86,9 +86,11 @@ class Denoiser(nn.Module):
     def known_cells(self, data: Mapping[str, Tensor], roles: Roles) -> Tensor | None:
         """Return the cells of a generated anchor that given masked images show exactly, bool (B, H, W), or
         None where the input path knows none."""
-        shown = {name: data[name] for name in self.path.exact & data.keys()}
-        known = self.path.known(roles, self.conditions(shown))
-        return None if known is None else known[0][:, 0]
+        known: Tensor | None = None
+        for name in sorted(self.path.exact & data.keys()):
+            seen = self.modalities[name].visible(data[name]) & (roles[name] == GIVEN)[:, None, None]
+            known = seen if known is None else known | seen
+        return None if known is None else known & (roles[self.anchor] == GENERATED)[:, None, None]
 
     def with_known(
         self, prediction: Prediction, roles: Roles, conditions: Mapping[str, Tensor]

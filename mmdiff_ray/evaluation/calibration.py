@@ -18,7 +18,7 @@ SMALLEST = 1e-12
 
 @register("evaluator", "calibration")
 def evaluate_calibration(context: Context) -> Findings:
-    """Measure the probabilities of label and mask heads from what is told: accuracy, likelihood, calibration.
+    """Measure label and mask probabilities from the condition: accuracy, likelihood, calibration.
 
     Heads are asked at t = 1 alone, where z_t is the prior's noise and what is given, and averaged over
     `evaluate.draws` draws of the noise: at smaller t the code that was sampled shows in z_t, and the head
@@ -31,7 +31,7 @@ def evaluate_calibration(context: Context) -> Findings:
     labels, masks = context.asked(LabelModality), context.asked(MaskModality)
     probabilities = first_step(context, [*labels, *masks])
     for name, modality in {**labels, **masks}.items():
-        rows = context.rows_with(name, *context.told)
+        rows = context.rows_with(name, *context.condition)
         if not rows.any():
             continue
         said, truth = probabilities[name][rows], context.truth(name, rows).numpy().astype(int)
@@ -82,8 +82,8 @@ def first_step(context: Context, names: list[str]) -> dict[str, np.ndarray]:
             Ask(
                 start,
                 len(part),
-                context.roles(context.told),
-                {name: part.data[name] for name in context.told},
+                context.roles(context.condition),
+                {name: part.data[name] for name in context.condition},
                 seed=context.config.seed + draw * AGAIN,
                 steps=1,
                 sampler=context.config.evaluate.sampler,
@@ -92,7 +92,7 @@ def first_step(context: Context, names: list[str]) -> dict[str, np.ndarray]:
             for start, part in context.parts()
         ]
         number = f" {draw}" if draw else ""
-        heads = context.drawn(f"first step given {' '.join(context.told)}{number}", asks).heads
+        heads = context.drawn(f"first step given {' '.join(context.condition)}{number}", asks).heads
         for name in names:
             totals[name] = totals.get(name, 0.0) + heads[name].double().softmax(1).numpy() / draws
     return totals

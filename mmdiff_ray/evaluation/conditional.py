@@ -26,12 +26,12 @@ from mmdiff_ray.registry import register
 
 @register("evaluator", "segmentation")
 def evaluate_segmentation(context: Context) -> Findings:
-    """Measure masks from what is told (`Context.told`): foreground IoU (two classes) or mean IoU, and
+    """Measure masks from the condition (`Context.condition`): foreground IoU (two classes) or mean IoU, and
     boundary F, of a sample and of the most likely answer; picture those of the task's own readout."""
     findings, answers = Findings(), []
-    shown_readout = "likely" if context.model.is_likely(context.told) else "sample"
+    shown_readout = "likely" if context.model.is_likely(context.condition) else "sample"
     for name, modality in context.asked(MaskModality).items():
-        rows = context.rows_with(name, *context.told)
+        rows = context.rows_with(name, *context.condition)
         if not rows.any():
             continue
         truth = context.truth(name, rows).numpy()
@@ -49,7 +49,7 @@ def evaluate_segmentation(context: Context) -> Findings:
         answers.append((name, modality, rows, context.answer(name, rows, shown_readout), truth, rules))
     shared = np.logical_and.reduce([rows for _, _, rows, *_ in answers])
     if answers and shared.any():
-        title = f"masks from {', '.join(context.told)}"
+        title = f"masks from {', '.join(context.condition)}"
         panels = mask_panels(context, answers, shared)
         picture = grid(panels, title=title, subtitle="held-out rows over random backgrounds")
         findings.pictures[title.replace(" ", "_")] = picture
@@ -65,11 +65,11 @@ def _overlap(masks: dict[str, np.ndarray], truth: np.ndarray, classes: int) -> t
 
 @register("evaluator", "labels")
 def evaluate_labels(context: Context) -> Findings:
-    """Measure labels from what is told: accuracy of a sample and of the most likely answer, beside the
+    """Measure labels from the condition: accuracy of a sample and of the most likely answer, beside the
     majority class of the training rows."""
     findings = Findings()
     for name, modality in context.asked(LabelModality).items():
-        rows = context.rows_with(name, *context.told)
+        rows = context.rows_with(name, *context.condition)
         if rows.any():
             truth = context.truth(name, rows).numpy()
             common = majority_class(class_counts(context, modality, truth))
@@ -88,7 +88,7 @@ def evaluate_embeddings(context: Context) -> Findings:
     truth, beside the mean embedding."""
     findings = Findings()
     for name in context.asked(EmbeddingModality):
-        rows = context.rows_with(name, *context.told)
+        rows = context.rows_with(name, *context.condition)
         if rows.any():
             truth = context.truth(name, rows).numpy()
             mean = mean_of(cosine(np.broadcast_to(mean_embedding(truth), truth.shape), truth))
@@ -112,7 +112,7 @@ def class_counts(context: Context, modality: Any, truth: np.ndarray) -> list[int
 def _mask_rules(context: Context, modality: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Return the masks that rules without a model give: threshold + fill, or the nearest of the classes'
     colours."""
-    if context.anchor not in context.told or context.anchor not in context.instances(ImageModality):
+    if context.anchor not in context.condition or context.anchor not in context.instances(ImageModality):
         return {}
     image = context.truth(context.anchor, rows).numpy()
     if modality.prediction_channels == 2:
@@ -137,7 +137,7 @@ def mask_panels(context: Context, answers: list[tuple], rows: np.ndarray) -> lis
     answers: (instance, its modality, its rows bool (B,), answer, truth, rule -> mask), the masks of its rows.
     """
     count = min(context.config.evaluate.grid_rows, int(rows.sum()))
-    shown = [context.panel(name, context.truth(name, rows)[:count], "given") for name in context.told]
+    shown = [context.panel(name, context.truth(name, rows)[:count], "given") for name in context.condition]
     for name, modality, own_rows, answer, truth, rules in answers:
         rule, mask = next(reversed(rules.items()), ("", None))
         wanted = [(name, answer, "generated"), (f"true {name}", truth, "truth"), (rule, mask, "trivial rule")]

@@ -113,15 +113,15 @@ class Context:
         )
 
     def asked(self, kind: type[Modality]) -> dict[str, Any]:
-        """Return the instances of a type that some task generates from what is told, by name."""
+        """Return the instances of a type that some task generates from the condition, by name."""
         return {
             name: modality
             for name, modality in self.instances(kind).items()
-            if name not in self.told and self.trained(name, *self.told)
+            if name not in self.condition and self.trained(name, *self.condition)
         }
 
     @property
-    def told(self) -> list[str]:
+    def condition(self) -> list[str]:
         """Return the instances that answers are asked from: `evaluate.condition`, or else the anchor."""
         return list(self.config.evaluate.condition) or [self.anchor]
 
@@ -141,8 +141,8 @@ class Context:
         return self.batch.data[name].cpu()[rows]
 
     def answer(self, name: str, rows: np.ndarray, readout: str = "sample") -> np.ndarray:
-        """Return the answer for an instance from what is told, in some rows. rows: bool (B,)."""
-        return self.sampled(*self.told, readout=readout).data[name][torch.from_numpy(rows)].numpy()
+        """Return the answer for an instance from the condition, in some rows. rows: bool (B,)."""
+        return self.sampled(*self.condition, readout=readout).data[name][torch.from_numpy(rows)].numpy()
 
     def sampled(self, *given: str, readout: str = "sample") -> Samples:
         """Return everything else for every row, with these instances given from the row.

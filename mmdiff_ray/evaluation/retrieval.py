@@ -24,7 +24,7 @@ def evaluate_retrieval(context: Context) -> Findings:
     """
     findings = Findings()
     for name in context.asked(EmbeddingModality):
-        rows = context.rows_with(name, *context.told)
+        rows = context.rows_with(name, *context.condition)
         count = len(np.unique(context.ids(rows)))
         visits = context.batch.visits.cpu().numpy()[rows]
         truth = context.truth(name, rows).numpy()

@@ -1,4 +1,4 @@
-"""What Ray needs of this machine is told in one line, before Ray is started and by `mmdiff doctor`."""
+"""Problems with this machine are one line each, before Ray starts and in `mmdiff doctor`."""
 
 import os
 import subprocess
