@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA := data/openmoji
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast ui cluster cluster-down bench lint lock clean
+.PHONY: help install demo test test-fast test-faults ui cluster cluster-down bench lint lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | column -t -s '	'
@@ -26,11 +26,14 @@ demo: install ## build OpenMoji shards, train 4 to 5 minutes on two Ray workers,
 	@test -f $(DATA)/manifest.json || $(BIN)/mmdiff data build openmoji --out $(DATA)
 	@$(BIN)/mmdiff train pipelines/configs/demo.yaml
 
-test: install ## all tests, two at a time
-	@$(BIN)/python -m pytest --numprocesses 2
+test: install ## all tests but the long faults, two at a time
+	@$(BIN)/python -m pytest -m "not faults" --numprocesses 2
 
 test-fast: install ## the tests that take seconds
 	@$(BIN)/python -m pytest -m "not slow"
+
+test-faults: install ## long runs whose workers, drivers and nodes are killed
+	@$(BIN)/python -m pytest -m faults --timeout 1200
 
 ui: install ## open MLflow on the runs of this folder
 	@$(BIN)/mmdiff ui

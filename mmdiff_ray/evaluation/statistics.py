@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 DRAWS = 2000
 FEWEST_SEEDS = 3
@@ -116,11 +115,13 @@ class Estimate:
 
     def interval(self, level: float = 0.95) -> Interval:
         """Return the two-sided interval at a level."""
+        from scipy.special import stdtrit  # here, since every worker imports this module
+
         tail = (1 - level) / 2
         low = high = self.value
         if len(self.rows):
             low, high = np.nanpercentile(self.rows, [100 * tail, 100 * (1 - tail)])
-        seeds = self.seeds and stats.t.ppf(1 - tail, self.freedom) ** 2 * self.seeds
+        seeds = self.seeds and stdtrit(self.freedom, 1 - tail) ** 2 * self.seeds
         below, above = (
             float(max(side, np.sqrt(self.common * side**2 + seeds))) if seeds else float(side)
             for side in (self.value - low, high - self.value)

@@ -52,6 +52,7 @@ def nodes() -> Iterator[Any]:
     cluster.shutdown()
 
 
+@pytest.mark.faults
 def test_run_goes_on_with_fewer_workers_and_again_with_more(nodes, sprites, tmp_path):
     file = tiny.write_config(
         tmp_path, sprites, *WORDS, "train.samples=1000000", "workers.count=2", "workers.least=1"

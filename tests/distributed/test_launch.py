@@ -297,6 +297,7 @@ def test_killed_worker_costs_nothing_but_time(ray_cluster, sprites, runs, togeth
     assert names.count(ended.folder.name) == 1
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.ray
 def test_terminated_driver_saves_and_resume_ends_as_the_undisturbed_run(
@@ -426,6 +427,7 @@ class Killing(Watching):
 ONE_MORE = ("workers.count=1", "workers.max_failures=1")
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.ray
 def test_worker_that_dies_again_after_a_new_checkpoint_does_not_end_the_run(ray_cluster, sprites, runs):

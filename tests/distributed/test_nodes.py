@@ -66,6 +66,7 @@ def test_what_no_autoscaler_could_bring_is_told_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.faults
 def test_training_waits_for_the_nodes_that_it_needs_and_finishes(growing, sprites, tmp_path):
     file = tiny.write_config(tmp_path, sprites, *SHORT)
     code, said, errors = mmdiff(growing, "train", file)

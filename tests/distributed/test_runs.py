@@ -260,6 +260,7 @@ def wait_for(done, process: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 def test_a_killed_run_goes_on_from_storage_on_another_machine_and_is_used_on_a_third(
     bucket, sprites, tmp_path, machines, monkeypatch
@@ -372,6 +373,7 @@ def nodes(bucket, tmp_path) -> Iterator[str]:
     cluster.shutdown()
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.ray
 def test_nodes_that_share_no_disk_train_go_on_and_evaluate(bucket, sprites, tmp_path, nodes):

@@ -141,6 +141,7 @@ def test_the_best_configuration_trains(done, tmp_path, capsys):
     assert "shape/head_nll" in capsys.readouterr().out
 
 
+@pytest.mark.faults
 def test_a_driver_that_is_killed_in_mid_sweep_loses_nothing_that_ended(nodes, sprites, tmp_path):
     file = tiny.write(tmp_path, sprites, budget__trials=5, budget__concurrent=2)
     runs = tmp_path / "runs"
@@ -216,6 +217,7 @@ def test_the_quickstart_finds_a_classifier_on_two_nodes(nodes, tmp_path):
     assert re.search(r"The base configuration itself \(trial 0.*\): label/head_accuracy 0\.\d", ended.stdout)
 
 
+@pytest.mark.faults
 def test_an_interrupted_sweep_ends_cleanly_with_what_is_known(nodes, sprites, tmp_path):
     file = tiny.write(tmp_path, sprites, budget__trials=50, budget__concurrent=1, scheduler__name="fifo")
     runs = tmp_path / "runs"
@@ -256,6 +258,7 @@ def statuses(folder: Path) -> list[str]:
     return [run.info.status for run in [parent, *queries.children(facts["tracking_uri"], parent)]]
 
 
+@pytest.mark.faults
 def test_an_interrupted_population_goes_on_where_each_member_stood(nodes, sprites, tmp_path):
     space = {f"{WEIGHTS}.scale": {"loguniform": [0.02, 0.5]}}
     file = tiny.write(
@@ -357,6 +360,7 @@ def watched_nodes(tmp_path_factory) -> Iterator[str]:
         cluster.shutdown()
 
 
+@pytest.mark.faults
 def test_a_trial_of_two_workers_that_is_stopped_makes_room_for_the_next_and_leaves_nothing_behind(
     watched_nodes, sprites, tmp_path
 ):

@@ -243,6 +243,7 @@ def cluster(caches: Path) -> Iterator[Any]:
         cluster.shutdown()
 
 
+@pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_sweep_whose_cluster_died_goes_on_on_another_that_shares_nothing_but_storage(

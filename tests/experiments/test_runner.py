@@ -301,6 +301,7 @@ def test_a_cell_that_is_killed_goes_on_and_ends_with_the_same_model(done, tmp_pa
     assert killed_before_its_end or process.returncode == 0
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
