@@ -50,7 +50,7 @@ def main() -> None:
     rows = int(sys.argv[1]) if len(sys.argv) > 1 else 4000
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        from pipelines.base import build
+        from mmdiff_ray.datasets.base import build
 
         build(
             "sprites",

@@ -7,6 +7,7 @@ itself.
 
 import difflib
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -15,14 +16,16 @@ Part = TypeVar("Part", bound=Callable[..., Any])
 
 HOMES = {
     "modality": "mmdiff_ray.modalities",
-    "backbone": "mmdiff_ray.backbones",
+    "backbone": "mmdiff_ray.models",
     "schedule": "mmdiff_ray.diffusion",
     "profile": "mmdiff_ray.diffusion",
     "sampler": "mmdiff_ray.diffusion",
     "evaluator": "mmdiff_ray.evaluation",
-    "pipeline": "pipelines",
-    "embedder": "pipelines",
+    "pipeline": "mmdiff_ray.datasets",
+    "embedder": "mmdiff_ray.datasets",
 }
+SCRIPTS = "pipelines"
+"""Data set scripts of a user's own, where such a package can be imported."""
 _parts: dict[str, dict[str, Any]] = {kind: {} for kind in HOMES}
 _loaded: set[str] = set()
 
@@ -70,8 +73,14 @@ def names(kind: str) -> list[str]:
 def _known(kind: str) -> dict[str, Any]:
     home = HOMES[kind]
     if home not in _loaded:
-        package = importlib.import_module(home)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{home}.{module.name}")
+        _import_all(home)
+        if home == HOMES["pipeline"] and importlib.util.find_spec(SCRIPTS):
+            _import_all(SCRIPTS)
         _loaded.add(home)  # only now: a module that cannot be imported must not look like an unknown name
     return _parts[kind]
+
+
+def _import_all(home: str) -> None:
+    package = importlib.import_module(home)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{home}.{module.name}")

@@ -18,14 +18,14 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.cli import main
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.manifest import read_manifest
-from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.registry import look_up
+from mmdiff_ray.runs import job as jobs
+from mmdiff_ray.sampling.export import load_export
 from mmdiff_ray.sweeps.journal import read_trials
 from mmdiff_ray.sweeps.spec import load_sweep
 from mmdiff_ray.tracking.sender import replay
 from mmdiff_ray.tracking.store import client
 from mmdiff_ray.training.checkpoint import complete, read_state
-from mmdiff_ray.training.export import load_export
 from tests.sprites import same
 
 ARCHIVE = Path(__file__).parent / "fixtures/913545b/fixtures.tar.gz"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mmdiff_ray.arguments import make_parser
-from pipelines.folder import FolderOptions
+from mmdiff_ray.cli import make_parser
+from mmdiff_ray.datasets.folder import FolderOptions
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdiff_ray.config import CheckpointConfig
-from mmdiff_ray.distributed.job import Job, prepare
+from mmdiff_ray.runs.job import Job, prepare
+from mmdiff_ray.sampling.generator import Generator
 from mmdiff_ray.training.checkpoint import CheckpointStore, complete, restore
-from mmdiff_ray.training.inference import Generator
 from mmdiff_ray.training.parallel import is_sharded
 from mmdiff_ray.training.trainer import Trainer
 from tests import sprites as tiny

@@ -25,7 +25,7 @@ from benchmarks.gpu.rows import Rows
 from benchmarks.gpu.shared import HERE, Figure, device_of, plain_figures, read_config, turn
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config
-from mmdiff_ray.denoiser import Denoiser, build_denoiser
+from mmdiff_ray.models.denoiser import Denoiser, build_denoiser
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.fit import calibrate
 from mmdiff_ray.training.parallel import is_sharded

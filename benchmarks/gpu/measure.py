@@ -18,11 +18,11 @@ from torch import Tensor
 from benchmarks.gpu.cells import CELLS, Cell
 from benchmarks.gpu.shared import read_config
 from mmdiff_ray.config import Config
-from mmdiff_ray.denoiser import build_denoiser
 from mmdiff_ray.distributed.evaluate import measure, plain
 from mmdiff_ray.experiments.spec import Measure, load_experiment
+from mmdiff_ray.models.denoiser import build_denoiser
+from mmdiff_ray.sampling.export import save_export
 from mmdiff_ray.training.checkpoint import write_json
-from mmdiff_ray.training.export import save_export
 
 MEASURES = {
     "masked_image": ("blocks 30 %", "blocks 50 %"),

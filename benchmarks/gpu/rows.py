@@ -24,7 +24,7 @@ from mmdiff_ray.batch import Batch
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.data.plan import GroupTable, Window
 from mmdiff_ray.data.reader import DATA, RowReader
-from mmdiff_ray.denoiser import build_modalities
+from mmdiff_ray.models.denoiser import build_modalities
 
 ROWS = HERE / "rows"
 VISITS = {"train": 32, "val": 8}

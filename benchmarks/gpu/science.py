@@ -24,7 +24,7 @@ from benchmarks.gpu.cells import CELLS, Cell
 from benchmarks.gpu.rows import Rows, annotated
 from benchmarks.gpu.shared import device_of, read_config, until
 from mmdiff_ray.config import Config
-from mmdiff_ray.denoiser import build_denoiser
+from mmdiff_ray.models.denoiser import build_denoiser
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.fit import calibrate
 from mmdiff_ray.training.trainer import Trainer

@@ -13,7 +13,7 @@ import torch
 from mmdiff_ray import config as configuration
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config
-from mmdiff_ray.denoiser import Denoiser
+from mmdiff_ray.models.denoiser import Denoiser
 from mmdiff_ray.training.parallel import choose_device
 
 HERE = Path(__file__).parent

@@ -23,9 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu.bare import BareLoop
 from benchmarks.gpu.cells import SPEED
 from benchmarks.gpu.shared import device_of, random_batch, read_config, synchronize, turn
-from mmdiff_ray.backbones.cost import forward_flops
 from mmdiff_ray.config import Config
-from mmdiff_ray.denoiser import build_denoiser
+from mmdiff_ray.models.cost import forward_flops
+from mmdiff_ray.models.denoiser import build_denoiser
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.trainer import Trainer
 

@@ -17,6 +17,7 @@ from typing import Any, cast
 import yaml  # type: ignore[import-untyped]
 
 from mmdiff_ray import registry
+from mmdiff_ray.config import shipped
 from mmdiff_ray.config.checks import check, generates, one_of
 from mmdiff_ray.config.errors import ConfigError
 from mmdiff_ray.config.filling import fill
@@ -169,6 +170,7 @@ def _override(tree: Any, overrides: Sequence[str]) -> None:
 def _read(file: Path) -> Any:
     from omegaconf import OmegaConf
 
+    file = shipped.find(file, shipped.CONFIGS, shipped.SWEEPS)
     try:
         tree = OmegaConf.load(file)
     except FileNotFoundError:

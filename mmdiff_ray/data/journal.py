@@ -10,7 +10,14 @@ import numpy as np
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import JOURNAL, MANIFEST, SPLITS, Shard, listed_splits, shard_from_plain
 from mmdiff_ray.data.schema import Tally
-from mmdiff_ray.data.storage import exists, files_under, filesystem, read_bytes, remove, write_bytes_atomic
+from mmdiff_ray.storage.filesystem import (
+    exists,
+    files_under,
+    filesystem,
+    read_bytes,
+    remove,
+    write_bytes_atomic,
+)
 
 SHARD_PATH = re.compile(r"(train|val|test)/\d{5,}\.parquet")
 RESTART = "build with the same settings, or start again with --force"

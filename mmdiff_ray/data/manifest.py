@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from mmdiff_ray import __version__
 from mmdiff_ray.config import ConfigError, UnreachableError
-from mmdiff_ray.data.storage import exists, filesystem, read_bytes
+from mmdiff_ray.storage.filesystem import exists, filesystem, read_bytes
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from mmdiff_ray.data.manifest import RowGroup
 from mmdiff_ray.data.schema import Column
-from mmdiff_ray.data.storage import filesystem, read_bytes
+from mmdiff_ray.storage.filesystem import filesystem, read_bytes
 
 FOOTERS_KEPT = 256
 TAIL_BYTES = 1 << 16

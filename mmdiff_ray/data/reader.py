@@ -11,10 +11,10 @@ import numpy as np
 from mmdiff_ray.config import ConfigError, DataConfig, OutageError
 from mmdiff_ray.data.manifest import Manifest, RowGroup, read_manifest
 from mmdiff_ray.data.parquet import Tables, read_row_group
-from mmdiff_ray.data.patience import patiently
 from mmdiff_ray.data.plan import Window
-from mmdiff_ray.data.storage import absolute
 from mmdiff_ray.modalities.base import Modality, RowContext
+from mmdiff_ray.storage.filesystem import absolute
+from mmdiff_ray.storage.retry import patiently
 
 Arrays = dict[str, np.ndarray]
 """Rows as arrays of one length n, fit for any transport.

@@ -19,9 +19,9 @@ from mmdiff_ray.data.manifest import (
     to_json,
 )
 from mmdiff_ray.data.parquet import encode, footer_crc32, read_row_group
-from mmdiff_ray.data.patience import patiently
 from mmdiff_ray.data.schema import Column, Tally, add_tallies, make_column
-from mmdiff_ray.data.storage import cannot_write, checksum, filesystem, remove, write_bytes_atomic
+from mmdiff_ray.storage.filesystem import cannot_write, checksum, filesystem, remove, write_bytes_atomic
+from mmdiff_ray.storage.retry import patiently
 
 
 class ShardWriter:

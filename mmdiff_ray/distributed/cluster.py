@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from mmdiff_ray.config import ConfigError, WorkersConfig, without_passwords
-from mmdiff_ray.data.storage import is_uri
 from mmdiff_ray.distributed.machine import check_ray_folder, lack_of_shared_memory
 from mmdiff_ray.distributed.nodes import Labels, alive, autoscales, fitting, machines, start_nodes
+from mmdiff_ray.storage.filesystem import is_uri
 
 _log = logging.getLogger(__name__)
 

@@ -19,9 +19,7 @@ from mmdiff_ray.config import Config, ConfigError, OutageError, RunError
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.data.parquet import Tables
-from mmdiff_ray.data.storage import join
-from mmdiff_ray.distributed import describe, flow, runs
-from mmdiff_ray.distributed import job as jobs
+from mmdiff_ray.distributed import flow
 from mmdiff_ray.distributed.cluster import check_resources, cluster, cpus_needed
 from mmdiff_ray.distributed.display import show_progress
 from mmdiff_ray.distributed.worker import go_to
@@ -30,16 +28,20 @@ from mmdiff_ray.evaluation.draws import Ask, Drawer, draw, draw_here, kept_in
 from mmdiff_ray.evaluation.gallery import free_folder
 from mmdiff_ray.evaluation.run import check_evaluators, evaluate
 from mmdiff_ray.modalities.image import to_png
+from mmdiff_ray.runs import describe
+from mmdiff_ray.runs import folder as runs
+from mmdiff_ray.runs import job as jobs
+from mmdiff_ray.sampling.export import load_export
+from mmdiff_ray.sampling.generator import Generator, Known, Samples
+from mmdiff_ray.storage.filesystem import join
 from mmdiff_ray.tracking.models import log_model
 from mmdiff_ray.tracking.recorder import DESCRIPTION_TAG
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import write_json
-from mmdiff_ray.training.export import load_export
-from mmdiff_ray.training.inference import Generator, Known, Samples
 from mmdiff_ray.training.parallel import choose_device
 
 MAY_CHANGE = ("evaluate.", "data.", "train.device")
-LOADER = "mmdiff_ray.training.export:load_export"
+LOADER = "mmdiff_ray.sampling.export:load_export"
 
 
 def evaluate_run(

@@ -14,20 +14,21 @@ from typing import Any
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError, OutageError, RunError
-from mmdiff_ray.data.storage import is_uri, join
-from mmdiff_ray.distributed import job as jobs
-from mmdiff_ray.distributed import records, runs
 from mmdiff_ray.distributed.board import Board
 from mmdiff_ray.distributed.cluster import log_folder, resources, split_records, this_node
-from mmdiff_ray.distributed.describe import description
 from mmdiff_ray.distributed.display import Display
-from mmdiff_ray.distributed.job import Job
-from mmdiff_ray.distributed.lease import only_driver
 from mmdiff_ray.distributed.worker import local_stream, ray_train_loop, train_worker
+from mmdiff_ray.runs import folder as runs
+from mmdiff_ray.runs import job as jobs
+from mmdiff_ray.runs import records
+from mmdiff_ray.runs.describe import description
+from mmdiff_ray.runs.job import Job
+from mmdiff_ray.runs.lock import only_driver
+from mmdiff_ray.storage.filesystem import is_uri, join
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.recorder import DESCRIPTION_TAG, DatasetFacts
 from mmdiff_ray.tracking.store import shown, tracking_uri
-from mmdiff_ray.training.remote import STILL_S
+from mmdiff_ray.training.remote_checkpoints import STILL_S
 
 POLL_S = 0.3
 BOARD_RESTARTS = 3

@@ -16,20 +16,20 @@ from mmdiff_ray.config import ConfigError, OutageError, RunError
 from mmdiff_ray.data.bad_rows import BadRows, Rows
 from mmdiff_ray.data.batches import local_batches, split_batches
 from mmdiff_ray.distributed.cluster import log_folder
-from mmdiff_ray.distributed.job import Job
-from mmdiff_ray.distributed.records import keep
-from mmdiff_ray.distributed.runs import not_sent
 from mmdiff_ray.evaluation.run import sample_pictures
 from mmdiff_ray.modalities.image import to_png
+from mmdiff_ray.runs.folder import not_sent
+from mmdiff_ray.runs.job import Job
+from mmdiff_ray.runs.records import keep
+from mmdiff_ray.sampling.export import save_export
+from mmdiff_ray.sampling.generator import Generator
 from mmdiff_ray.tracking.system import SystemMonitor
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import CheckpointStore
-from mmdiff_ray.training.export import save_export
 from mmdiff_ray.training.fit import fit
-from mmdiff_ray.training.inference import Generator
 from mmdiff_ray.training.parallel import choose_device, world
 from mmdiff_ray.training.progress import Progress
-from mmdiff_ray.training.remote import STILL_S, RemoteCheckpoints
+from mmdiff_ray.training.remote_checkpoints import STILL_S, RemoteCheckpoints
 from mmdiff_ray.training.trainer import Trainer, TrainingError
 
 _log = logging.getLogger(__name__)

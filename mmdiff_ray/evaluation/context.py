@@ -12,14 +12,14 @@ from torch import Tensor
 
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config
-from mmdiff_ray.denoiser import Denoiser
 from mmdiff_ray.diffusion.process import ABSENT, GENERATED, GIVEN
 from mmdiff_ray.evaluation.draws import CHUNK, Ask, Drawer, draw_here
 from mmdiff_ray.evaluation.grids import Panel
 from mmdiff_ray.evaluation.statistics import Tally
 from mmdiff_ray.evaluation.tiles import text_tile
 from mmdiff_ray.modalities.base import Modality
-from mmdiff_ray.training.inference import Generator, Known, Samples, join
+from mmdiff_ray.models.denoiser import Denoiser
+from mmdiff_ray.sampling.generator import Generator, Known, Samples, join
 
 PAIRED = {"sample": "", "likely": "_likely"}
 """Readouts that are compared with the truth of a row, and what the names of their figures end with."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmdiff_ray.training.inference import Generator, Known, Samples, sample
+from mmdiff_ray.sampling.generator import Generator, Known, Samples, sample
 
 CHUNK = 64
 """Rows sampled at once."""

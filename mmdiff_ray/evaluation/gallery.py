@@ -12,7 +12,7 @@ from mmdiff_ray.config import ConfigError
 from mmdiff_ray.evaluation.grids import Panel, grid, mosaic
 from mmdiff_ray.evaluation.tiles import text_tile
 from mmdiff_ray.modalities.image import to_png
-from mmdiff_ray.training.inference import Generator, Samples
+from mmdiff_ray.sampling.generator import Generator, Samples
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from mmdiff_ray.modalities.embedding import EmbeddingModality
 from mmdiff_ray.modalities.label import LabelModality
 from mmdiff_ray.modalities.mask import MaskModality
 from mmdiff_ray.registry import register
-from mmdiff_ray.training.export import load_export
-from mmdiff_ray.training.inference import Generator
+from mmdiff_ray.sampling.export import load_export
+from mmdiff_ray.sampling.generator import Generator
 
 
 @register("evaluator", "judge")

@@ -14,7 +14,7 @@ from mmdiff_ray.evaluation.context import PAIRED, Context, Figure, Findings
 from mmdiff_ray.evaluation.draws import Drawer
 from mmdiff_ray.evaluation.statistics import difference
 from mmdiff_ray.registry import look_up, names
-from mmdiff_ray.training.inference import Generator
+from mmdiff_ray.sampling.generator import Generator
 
 LIKELY = PAIRED["likely"]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.distributed.alone import alone
 from mmdiff_ray.experiments.cell import cell_folder, is_measured, training_digest
 from mmdiff_ray.experiments.files import beside
 from mmdiff_ray.experiments.spec import Experiment
+from mmdiff_ray.runs.exclusive import alone
 from mmdiff_ray.training.checkpoint import write_json
 
 FACTS, CONFIG = "export/facts.json", "export/config.yaml"

@@ -23,12 +23,12 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config, ConfigError, RunError
 from mmdiff_ray.data.batches import local_batches, split_batches
-from mmdiff_ray.distributed import job as jobs
-from mmdiff_ray.distributed.alone import alone
-from mmdiff_ray.experiments.spec import FOLDER, Cell, Experiment, Measure, Method, digest, load_experiment
+from mmdiff_ray.experiments.spec import Cell, Experiment, Measure, Method, digest, load_experiment
 from mmdiff_ray.experiments.watch import Watch
+from mmdiff_ray.runs import job as jobs
+from mmdiff_ray.runs.exclusive import alone
+from mmdiff_ray.sampling.export import save_export
 from mmdiff_ray.training.checkpoint import CheckpointStore, write_json
-from mmdiff_ray.training.export import save_export
 from mmdiff_ray.training.fit import fit
 from mmdiff_ray.training.parallel import choose_device
 from mmdiff_ray.training.progress import Progress
@@ -234,7 +234,7 @@ def measured_file(folder: Path, method: Method, wanted: Measure) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Train one cell in this process, and measure it where asked to."""
     parser = argparse.ArgumentParser(prog="python -m mmdiff_ray.experiments.cell", description=main.__doc__)
-    parser.add_argument("experiment", help=f"a name in {FOLDER}, or a YAML file")
+    parser.add_argument("experiment", help="the name of a shipped experiment, or a YAML file")
     parser.add_argument("method")
     parser.add_argument("seed", type=int)
     parser.add_argument("--preset", default="small")

@@ -11,8 +11,6 @@ import torch
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import RunError, named
 from mmdiff_ray.data.check import read_sources, resolve_modalities
-from mmdiff_ray.denoiser import build_denoiser
-from mmdiff_ray.distributed.alone import alone
 from mmdiff_ray.distributed.tasks import run_tasks
 from mmdiff_ray.evaluation.run import check_evaluators
 from mmdiff_ray.experiments.archive import archive_file, pack, unpack
@@ -22,6 +20,8 @@ from mmdiff_ray.experiments.page import markdown
 from mmdiff_ray.experiments.plots import draw_curves, draw_overview, draw_watched
 from mmdiff_ray.experiments.spec import Cell, Experiment
 from mmdiff_ray.experiments.table import refusals, result
+from mmdiff_ray.models.denoiser import build_denoiser
+from mmdiff_ray.runs.exclusive import alone
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.log import waiting_in
 from mmdiff_ray.tracking.store import tracking_uri

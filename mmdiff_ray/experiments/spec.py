@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import Config, ConfigError, named
+from mmdiff_ray.config import Config, ConfigError, named, shipped
 from mmdiff_ray.config.checks import check_name, one_of, unknown
 
-FOLDER = Path("pipelines/configs/experiments")
 KEYS = {
     "name",
     "title",
@@ -267,12 +266,11 @@ class Experiment:
         ]
 
 
-def load_experiment(name: str, preset: str, folder: Path = FOLDER) -> Experiment:
+def load_experiment(name: str, preset: str) -> Experiment:
     """Return an experiment by its name or file. Raises ConfigError for what is wrong in it, naming it."""
-    file = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
+    file = shipped.find(name, shipped.EXPERIMENTS)
     if not file.is_file():
-        known = sorted(path.stem for path in folder.glob("*.yaml"))
-        raise ConfigError(unknown("experiment", name, known))
+        raise ConfigError(unknown("experiment", name, shipped.names(shipped.EXPERIMENTS)))
     plain = configuration.read_yaml(file)
     with named(str(file)):
         for key in plain:

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.backbones.cost import forward_flops
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.check import read_sources, resolve_modalities
-from mmdiff_ray.denoiser import build_denoiser, inert_settings
 from mmdiff_ray.evaluation.statistics import (
     FEWEST_SEEDS,
     METHOD,
@@ -30,6 +28,8 @@ from mmdiff_ray.experiments.cell import asked_of, cell_folder, is_measured
 from mmdiff_ray.experiments.spec import Cell, Experiment, Goal, Method
 from mmdiff_ray.experiments.tallies import load_tally
 from mmdiff_ray.experiments.watch import read
+from mmdiff_ray.models.cost import forward_flops
+from mmdiff_ray.models.denoiser import build_denoiser, inert_settings
 
 
 @dataclass

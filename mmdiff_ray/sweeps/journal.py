@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmdiff_ray.data.patience import patiently
-from mmdiff_ray.data.storage import filesystem, folders_in, join, read_bytes, write_bytes_atomic
+from mmdiff_ray.storage.filesystem import filesystem, folders_in, join, read_bytes, write_bytes_atomic
+from mmdiff_ray.storage.retry import patiently
 
 TRIALS = "trials"
 FILE = "trial.json"

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from mmdiff_ray.config import Config
-from mmdiff_ray.denoiser import build_modalities, build_process
 from mmdiff_ray.diffusion.weights import w_from_b
+from mmdiff_ray.models.denoiser import build_modalities, build_process
 from mmdiff_ray.plotting import label_points, legend_above, log_scale, panels
 from mmdiff_ray.sweeps.findings import Importance, best_first, figures_of, groups, leading, short_names
 from mmdiff_ray.sweeps.journal import Trial

@@ -1,6 +1,7 @@
 """A sweep read back from MLflow alone: what it was, and what became of its trials."""
 
 import json
+import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,3 +86,15 @@ def _trial(uri: str, run: queries.Run, number: int, sweep: Sweep) -> Trial:
     outcome = tags.get("mmdiff.outcome")
     changes = json.loads(tags.get("mmdiff.changes", "[]"))
     return Trial(number, values, run.info.run_id, whole, changes, outcome, tags.get("mmdiff.why", ""))
+
+
+def sweep_description(sweep: Sweep, address: str) -> str:
+    """Return the description of a sweep's own run as Markdown. address: where the sweep lies."""
+    goals = ", ".join(f"{metric} ({way})" for metric, way in sweep.metrics.items())
+    budget = sweep.budget
+    return (
+        f"**{sweep.name}**: sweep of {budget.trials} trials x {budget.samples:,} samples over "
+        f"{', '.join(sweep.space)}; {sweep.searcher.name} and {sweep.scheduler.name} look for {goals}. "
+        f"Trials are child runs; the report is in the artifacts under `report`.\n\n"
+        f"Resume: `mmdiff sweep --resume {shlex.quote(address)}`"
+    )

@@ -11,8 +11,8 @@ import torch
 
 from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.config.checks import unknown
-from mmdiff_ray.denoiser import build_denoiser, build_modalities, build_process, is_generated
 from mmdiff_ray.diffusion.objective import Objective
+from mmdiff_ray.models.denoiser import build_denoiser, build_modalities, build_process, is_generated
 
 KINDS = ("uniform", "loguniform", "randint", "choice", "grid")
 Make = Callable[[Mapping[str, Any]], Config]

@@ -26,7 +26,7 @@ from mmdiff_ray.config import CheckpointConfig, ConfigError
 from mmdiff_ray.training.parallel import world
 
 if TYPE_CHECKING:
-    from mmdiff_ray.training.remote import RemoteCheckpoints
+    from mmdiff_ray.training.remote_checkpoints import RemoteCheckpoints
 
 FORMAT_VERSION = 1
 MIGRATIONS: dict[int, Any] = {}

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config
-from mmdiff_ray.denoiser import Denoiser
 from mmdiff_ray.diffusion import rng
 from mmdiff_ray.diffusion.objective import Objective, Terms
 from mmdiff_ray.diffusion.process import GENERATED, GIVEN, Process, Roles
+from mmdiff_ray.models.denoiser import Denoiser
 from mmdiff_ray.tasks import Tasks
 
 EXPECTED_ROWS = 2**15

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdiff_ray.config import Config, ConfigError, TrainConfig
-from mmdiff_ray.denoiser import Denoiser
+from mmdiff_ray.models.denoiser import Denoiser
 from mmdiff_ray.training.loss import TrainingLoss
 
 

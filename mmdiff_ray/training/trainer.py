@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config, RunError, in_force
-from mmdiff_ray.denoiser import Denoiser, build_denoiser, build_modalities, build_process
 from mmdiff_ray.diffusion.ema import Ema
 from mmdiff_ray.diffusion.objective import Objective, Terms
 from mmdiff_ray.diffusion.process import Process, Roles
+from mmdiff_ray.models.denoiser import Denoiser, build_denoiser, build_modalities, build_process
 from mmdiff_ray.tasks import Tasks
 from mmdiff_ray.training.loss import TrainingLoss
 from mmdiff_ray.training.optim import learning_rate, make_optimizer

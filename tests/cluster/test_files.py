@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.arguments import make_parser
+from mmdiff_ray.cli import make_parser
 from mmdiff_ray.distributed.cluster import cpus_needed
 from tests.cluster.files import CLUSTER, COMMANDS, README, ROOT, documents, pairs
 

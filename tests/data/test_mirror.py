@@ -13,9 +13,8 @@ import pytest
 from pyarrow.fs import FileSystem
 
 from mmdiff_ray.config import RunError, UnreachableError
-from mmdiff_ray.data import mirror as mirror_module
-from mmdiff_ray.data.mirror import FILES, UNSENT, Mirror, cached, download, fetched, mirror
-from mmdiff_ray.data.storage import (
+from mmdiff_ray.storage import mirror as mirror_module
+from mmdiff_ray.storage.filesystem import (
     exists,
     filesystem,
     frugal,
@@ -24,7 +23,8 @@ from mmdiff_ray.data.storage import (
     read_bytes,
     write_bytes_atomic,
 )
-from mmdiff_ray.data.uploader import Uploader
+from mmdiff_ray.storage.mirror import FILES, UNSENT, Mirror, cached, download, fetched, mirror
+from mmdiff_ray.storage.upload import Uploader
 from tests import s3
 from tests.faults import Faults, faulty
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 from mmdiff_ray.config import ConfigError, RunError
-from mmdiff_ray.data import patience
 from mmdiff_ray.data.bad_rows import BadRowsError
 from mmdiff_ray.data.batches import local_batches
 from mmdiff_ray.data.manifest import read_manifest
-from mmdiff_ray.data.mirror import download
 from mmdiff_ray.data.plan import Plan
 from mmdiff_ray.data.shards import verify
-from mmdiff_ray.data.storage import files_under, filesystem, read_bytes, write_bytes_atomic
+from mmdiff_ray.storage import retry as patience
+from mmdiff_ray.storage.filesystem import files_under, filesystem, read_bytes, write_bytes_atomic
+from mmdiff_ray.storage.mirror import download
 from tests import s3
 from tests.data.samples import interrupted, pairs, reader, write
 from tests.data.test_patience import when_told

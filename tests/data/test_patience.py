@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from mmdiff_ray.config import ConfigError, OutageError
-from mmdiff_ray.data import patience
 from mmdiff_ray.data.batches import local_batches
-from mmdiff_ray.data.patience import patiently
 from mmdiff_ray.data.plan import Plan
+from mmdiff_ray.storage import retry as patience
+from mmdiff_ray.storage.retry import patiently
 from tests.data.samples import pairs, reader, write
 from tests.faults import faulty
 

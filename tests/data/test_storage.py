@@ -7,7 +7,7 @@ import pytest
 
 from mmdiff_ray.config import ConfigError, UnreachableError
 from mmdiff_ray.data.manifest import read_manifest
-from mmdiff_ray.data.storage import (
+from mmdiff_ray.storage.filesystem import (
     absolute,
     check_writable,
     filesystem,

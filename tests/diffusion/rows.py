@@ -6,9 +6,9 @@ from itertools import product
 import torch
 
 from mmdiff_ray.config import Config, from_plain
-from mmdiff_ray.denoiser import build_modalities, build_process
 from mmdiff_ray.diffusion.objective import Objective, Terms
 from mmdiff_ray.diffusion.process import ABSENT, GENERATED, GIVEN
+from mmdiff_ray.models.denoiser import build_modalities, build_process
 
 STEPS, CELLS = 10, 16
 NAMES = ("pixels", "label", "mask")

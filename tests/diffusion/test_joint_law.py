@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from mmdiff_ray.config import ScheduleConfig, WeightsConfig, from_plain
-from mmdiff_ray.denoiser import Denoiser, build_denoiser
 from mmdiff_ray.diffusion.process import ABSENT, GENERATED, GIVEN, Prediction
 from mmdiff_ray.diffusion.schedule import make_schedule
 from mmdiff_ray.diffusion.weights import w_from_b
-from mmdiff_ray.training.inference import sample
+from mmdiff_ray.models.denoiser import Denoiser, build_denoiser
+from mmdiff_ray.sampling.generator import sample
 from tests.diffusion.ideal import (
     OVERLAPPING,
     OWN,

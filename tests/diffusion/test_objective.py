@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from mmdiff_ray.config import CoefficientsConfig, LossConfig
-from mmdiff_ray.denoiser import anchor_code
 from mmdiff_ray.diffusion.objective import Objective, Terms
 from mmdiff_ray.diffusion.process import ABSENT, GENERATED, GIVEN, Process
+from mmdiff_ray.models.denoiser import anchor_code
 from tests.diffusion.ideal import OVERLAPPING, make_process
 from tests.diffusion.rows import ALL_ROLES, CELLS, EVERYTHING, NAMES, STEPS, Rows, make_config, make_objective
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mmdiff_ray import registry
 from mmdiff_ray.config import WeightsConfig
-from mmdiff_ray.denoiser import anchor_code
 from mmdiff_ray.diffusion.process import ABSENT, GENERATED, GIVEN, Prediction, Process
 from mmdiff_ray.diffusion.samplers import State, known_codes, walk
 from mmdiff_ray.diffusion.schedule import schedule_from_alphas
+from mmdiff_ray.models.denoiser import anchor_code
 from tests.diffusion.ideal import OVERLAPPING, OWN, make_process, roles_of
 
 BETAS = np.linspace(1e-3, 0.2, 100, dtype=np.float32)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mmdiff_ray.config import ConfigError, ScheduleConfig, WeightsConfig, from_plain
-from mmdiff_ray.denoiser import build_modalities, build_process
 from mmdiff_ray.diffusion.process import GENERATED, Process
 from mmdiff_ray.diffusion.schedule import Schedule, make_schedule, schedule_from_alphas
 from mmdiff_ray.diffusion.weights import make_profile, w_from_b
 from mmdiff_ray.modalities.label import LabelModality, LabelOptions
+from mmdiff_ray.models.denoiser import build_modalities, build_process
 from tests.diffusion.ideal import make_process
 
 STEPS = 1000

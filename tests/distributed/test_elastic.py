@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import launch
 from mmdiff_ray.distributed.display import Display
+from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.tracking import queries
 from mmdiff_ray.training.checkpoint import complete
 from tests import sprites as tiny

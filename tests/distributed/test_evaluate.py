@@ -16,7 +16,7 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.distributed import evaluate as evaluation
 from mmdiff_ray.evaluation.draws import CHUNK, draw_here, kept_in
 from mmdiff_ray.evaluation.run import metrics_of
-from mmdiff_ray.training.export import load_export
+from mmdiff_ray.sampling.export import load_export
 
 WORDS = ["evaluate.evaluators=[segmentation, labels, calibration, joint, restoration]", "evaluate.steps=2"]
 

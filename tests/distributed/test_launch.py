@@ -20,15 +20,15 @@ import torch
 from safetensors.torch import load_file
 
 from mmdiff_ray.config import ConfigError, RunError
-from mmdiff_ray.data import patience
 from mmdiff_ray.data.bad_rows import BadRowsError
-from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed import launch
 from mmdiff_ray.distributed.board import Board
 from mmdiff_ray.distributed.cluster import cluster
 from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.distributed.evaluate import evaluate_run
 from mmdiff_ray.distributed.worker import ray_train_loop
+from mmdiff_ray.runs import job as jobs
+from mmdiff_ray.storage import retry as patience
 from mmdiff_ray.tracking import queries, store
 from mmdiff_ray.training.checkpoint import complete
 from mmdiff_ray.training.trainer import TrainingError

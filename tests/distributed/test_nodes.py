@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mmdiff_ray.distributed.job import read_run
+from mmdiff_ray.runs.job import read_run
 from tests import sprites as tiny
 from tests.autoscaling import autoscaling_cluster
 from tests.distributed.placed import placed

@@ -11,8 +11,8 @@ from PIL import Image
 from mmdiff_ray import config as configuration
 from mmdiff_ray.cli import parse
 from mmdiff_ray.data.manifest import read_manifest
-from mmdiff_ray.distributed import job as jobs
 from mmdiff_ray.distributed.worker import WorkerHooks
+from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.tracking import queries, store
 from mmdiff_ray.tracking.log import waiting_in
 from mmdiff_ray.training.checkpoint import complete

@@ -10,7 +10,7 @@ from mmdiff_ray.evaluation.judge import evaluate_judge, judged
 from mmdiff_ray.evaluation.retrieval import cosine
 from mmdiff_ray.evaluation.run import check_evaluators, joined
 from mmdiff_ray.evaluation.segmentation import mean_iou_tally
-from mmdiff_ray.training.export import load_export
+from mmdiff_ray.sampling.export import load_export
 from tests import sprites as tiny
 
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from mmdiff_ray.config import shipped
 from mmdiff_ray.experiments.page import markdown
 from mmdiff_ray.experiments.plots import compared_tasks, limits
 from mmdiff_ray.experiments.runner import write_page
-from mmdiff_ray.experiments.spec import FOLDER, load_experiment
+from mmdiff_ray.experiments.spec import load_experiment
 from mmdiff_ray.experiments.styles import COLORS, styles, wrapped
 
+FOLDER = shipped.root() / shipped.EXPERIMENTS
 RESULTS = Path(__file__).parents[2] / "results"
 NAMES = sorted(file.stem for file in FOLDER.glob("*.yaml") if (RESULTS / f"{file.stem}.json").is_file())
 

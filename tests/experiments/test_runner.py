@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from mmdiff_ray.cli import main
-from mmdiff_ray.distributed.alone import alone
 from mmdiff_ray.experiments import cell as cells
 from mmdiff_ray.experiments import table
 from mmdiff_ray.experiments.archive import pack, unpack
 from mmdiff_ray.experiments.page import markdown
 from mmdiff_ray.experiments.spec import load_experiment
+from mmdiff_ray.runs.exclusive import alone
 from mmdiff_ray.tracking import store
 from tests.sprites import MODEL
 

@@ -7,7 +7,10 @@ import pytest
 import yaml
 
 from mmdiff_ray.cli import main
-from mmdiff_ray.experiments.spec import FOLDER, load_experiment
+from mmdiff_ray.config import shipped
+from mmdiff_ray.experiments.spec import load_experiment
+
+FOLDER = shipped.root() / shipped.EXPERIMENTS
 
 FILES = sorted(FOLDER.absolute().glob("*.yaml"))
 

@@ -9,12 +9,12 @@ import yaml
 from torch import Tensor
 
 from mmdiff_ray import registry
-from mmdiff_ray.config import Config, ConfigError, load, to_plain
-from mmdiff_ray.denoiser import Denoiser, build_denoiser
+from mmdiff_ray.config import Config, ConfigError, load, shipped, to_plain
 from mmdiff_ray.experiments.cell import training_digest
-from mmdiff_ray.experiments.spec import FOLDER, digest, load_experiment
+from mmdiff_ray.experiments.spec import digest, load_experiment
 from mmdiff_ray.experiments.table import refusals
 from mmdiff_ray.modalities.base import Modality
+from mmdiff_ray.models.denoiser import Denoiser, build_denoiser
 
 PLAIN = {
     "name": "small",
@@ -52,7 +52,7 @@ SAME_AT_ANY_SIZE = {"own_strong", "shared_strong", "literal"}
 """Methods whose point is a scale as it is: as loud as a pixel, the paper's."""
 PRESETS = [
     (file, preset)
-    for file in sorted(FOLDER.glob("*.yaml"))
+    for file in sorted((shipped.root() / shipped.EXPERIMENTS).glob("*.yaml"))
     for preset in yaml.safe_load(file.read_text())["presets"]
 ]
 ON_GPU = pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.denoiser import build_denoiser
 from mmdiff_ray.diffusion import rng
 from mmdiff_ray.diffusion.objective import Objective
 from mmdiff_ray.modalities.base import RowContext
+from mmdiff_ray.models.denoiser import build_denoiser
 from mmdiff_ray.tasks import Tasks
 from tests.modalities import tiny
 

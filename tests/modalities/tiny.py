@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from mmdiff_ray import config as configuration
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config
-from mmdiff_ray.denoiser import build_modalities
 from mmdiff_ray.modalities.base import Features, Modality, RowContext
+from mmdiff_ray.models.denoiser import build_modalities
 from mmdiff_ray.registry import register
 
 SIZE = (8, 12)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from mmdiff_ray.cli import main
-from mmdiff_ray.distributed import commands, launch, worker
-from mmdiff_ray.distributed import job as jobs
+from mmdiff_ray.distributed import launch, worker
 from mmdiff_ray.distributed.display import Display
+from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.tracking import run_life, store, tracker
 from mmdiff_ray.tracking.log import waiting_in
 from mmdiff_ray.tracking.sender import LOCAL_TAG
@@ -230,7 +230,7 @@ def typed(monkeypatch, network: Faults, *words: str) -> tuple[int, list[str]]:
         network.down = True
 
     display = Acting({REPORTS[-1]: down})
-    monkeypatch.setattr(commands, "Display", lambda console: display)
+    monkeypatch.setattr(training, "Display", lambda console: display)
     return main(words), display.said
 
 

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from mmdiff_ray.batch import share
 from mmdiff_ray.config import CheckpointConfig
-from mmdiff_ray.distributed.job import Job
+from mmdiff_ray.runs.job import Job
 from mmdiff_ray.training.checkpoint import CheckpointStore, complete, restore
 from mmdiff_ray.training.parallel import is_sharded, world
 from mmdiff_ray.training.trainer import Trainer

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from mmdiff_ray.config import ChangeConfig, ConfigError, check_changes, in_force
-from mmdiff_ray.distributed.job import prepare
 from mmdiff_ray.distributed.worker import local_stream, train_worker
-from mmdiff_ray.training.export import load_export
+from mmdiff_ray.runs.job import prepare
+from mmdiff_ray.sampling.export import load_export
 from tests import sprites as tiny
 
 CHANGES = [

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.training.export import load_export, save_export
-from mmdiff_ray.training.inference import Generator
+from mmdiff_ray.sampling.export import load_export, save_export
+from mmdiff_ray.sampling.generator import Generator
 from tests import sprites as tiny
 
 

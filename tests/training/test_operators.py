@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdiff_ray.denoiser import build_denoiser
+from mmdiff_ray.models.denoiser import build_denoiser
 from mmdiff_ray.training.trainer import Trainer
 from tests.modalities import tiny
 

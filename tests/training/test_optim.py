@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from mmdiff_ray.config import TrainConfig
-from mmdiff_ray.denoiser import build_denoiser
+from mmdiff_ray.models.denoiser import build_denoiser
 from mmdiff_ray.training.optim import learning_rate, make_optimizer
 from tests.modalities import tiny
 

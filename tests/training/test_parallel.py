@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmdiff_ray.config import CheckpointConfig, ConfigError, TrainConfig
-from mmdiff_ray.denoiser import build_denoiser
+from mmdiff_ray.models.denoiser import build_denoiser
 from mmdiff_ray.training.checkpoint import CheckpointStore, complete, restore
 from mmdiff_ray.training.loss import TrainingLoss
 from mmdiff_ray.training.parallel import choose_device, parallelize, same_everywhere, world

@@ -9,7 +9,7 @@ from torch import nn
 
 from mmdiff_ray.batch import share
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.distributed.job import Job, prepare
+from mmdiff_ray.runs.job import Job, prepare
 from tests import sprites as tiny
 from tests.training import sharing
 
@@ -111,7 +111,7 @@ def test_shares_of_batches_are_of_one_length_and_hold_each_row_once(jobs):
 
 
 def test_parameters_that_cannot_be_shared_out_are_refused(sprites, monkeypatch):
-    from mmdiff_ray.backbones.unet import UNet
+    from mmdiff_ray.models.unet import UNet
 
     build = UNet.__init__
 

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 
 from mmdiff_ray.config import CheckpointConfig
-from mmdiff_ray.data.mirror import Mirror
-from mmdiff_ray.distributed.job import Job
-from mmdiff_ray.training import remote
+from mmdiff_ray.runs.job import Job
+from mmdiff_ray.storage.mirror import Mirror
+from mmdiff_ray.training import remote_checkpoints as remote
 from mmdiff_ray.training.checkpoint import CheckpointStore, restore
-from mmdiff_ray.training.remote import RemoteCheckpoints
+from mmdiff_ray.training.remote_checkpoints import RemoteCheckpoints
 from mmdiff_ray.training.trainer import Trainer
 from tests import s3
 from tests import sprites as tiny

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmdiff_ray.batch import Batch, share
 from mmdiff_ray.config import CheckpointConfig
-from mmdiff_ray.distributed.job import Job
+from mmdiff_ray.runs.job import Job
 from mmdiff_ray.training.checkpoint import CheckpointStore, complete, restore
 from mmdiff_ray.training.fit import fit
 from mmdiff_ray.training.parallel import add_over_workers, largest_over_workers, same_everywhere

@@ -1,0 +1,136 @@
+"""`mmdiff data`: build data sets, look at them, embed one value."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmdiff_ray.cli.common import Commands, check_workers, command
+from mmdiff_ray.config import ConfigError
+
+
+class _DatasetHelp(argparse._HelpAction):
+    """Help that lists the options of the data set that was named before it, or else of all."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        from mmdiff_ray.datasets.options import describe
+
+        parser.epilog = f"{describe(getattr(namespace, 'pipeline', None))}\n\n{parser.epilog}"
+        super().__call__(parser, namespace, values, option_string)
+
+
+def add(commands: Commands) -> None:
+    """Add `data build`, `data inspect` and `data embed`."""
+    actions = commands.add_parser("data", help="build data sets and look at them").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    build = command(
+        actions,
+        "build",
+        "build a data set of shards from a raw source",
+        "mmdiff data build folder --source photos --out data/photos --size 64",
+        _build,
+        _check_build,
+        add_help=False,
+    )
+    build.add_argument(
+        "-h", "--help", action=_DatasetHelp, help="show this, with the data set's options, and exit"
+    )
+    build.add_argument("pipeline", help="openmoji, sprites, fashion_mnist, digits, folder, or your own")
+    build.add_argument(
+        "--out", required=True, help="where to: a folder, or any URI of pyarrow (s3://bucket/name)"
+    )
+    build.add_argument("--force", action="store_true", help="replace a data set that is already there")
+    build.add_argument(
+        "--workers", type=int, default=1, help="Ray actors per embedding model; 0: without Ray"
+    )
+    build.add_argument(
+        "--label", action="append", default=[], metavar="KEY=VALUE", help="of the Ray nodes to run on"
+    )
+    build.add_argument(
+        "options", nargs="*", metavar="key=value", help="the data set's options; --key value works too"
+    )
+    inspect = command(
+        actions, "inspect", "show what is in a data set", "mmdiff data inspect data/openmoji", _inspect
+    )
+    inspect.add_argument("uri", help="the folder or URI of the data set")
+    inspect.add_argument(
+        "--picture", type=Path, help="where to draw some rows (default: the URI's last part, .png, here)"
+    )
+    embed = command(
+        actions,
+        "embed",
+        "make the embedding of a text or picture, as `mmdiff sample --given` takes it",
+        "mmdiff data embed minilm 'a red cat' --out caption.npy",
+        _embed,
+        _check_embed,
+    )
+    embed.add_argument("embedder", help="minilm, efficientnet-lite0 or open_clip:MODEL[:weights]")
+    embed.add_argument("value", help="a text, or the file of a picture")
+    embed.add_argument("--out", type=Path, required=True, help="the .npy file to write")
+
+
+def _check_build(given: argparse.Namespace) -> None:
+    from mmdiff_ray.datasets.base import check_options
+    from mmdiff_ray.datasets.options import pipeline_options
+
+    _labels(given.label)
+    check_workers(given)
+    check_options(given.pipeline, pipeline_options([*given.options, *given.extra]))
+
+
+def _build(given: argparse.Namespace) -> int:
+    from mmdiff_ray.datasets.base import build
+    from mmdiff_ray.datasets.options import pipeline_options
+
+    options = pipeline_options([*given.options, *given.extra])
+    labels = _labels(given.label)
+    built = build(given.pipeline, given.out, options, force=given.force, workers=given.workers, labels=labels)
+    for key, reason in list(built.bad.items())[:10]:
+        print(f"left out {key}: {reason}")
+    for note in built.notes:
+        print(note)
+    splits = ", ".join(
+        f"{split.rows:,} {name}"
+        for name, split in built.manifest.splits.items()
+        if split.rows or name != "test"
+    )
+    print(f"{given.out}: {splits} rows. Look at it: mmdiff data inspect {given.out}")
+    return 0
+
+
+def _labels(words: Sequence[str]) -> dict[str, str]:
+    labels = {key: value for key, _, value in (word.partition("=") for word in words)}
+    if not all(labels.values()):
+        raise ConfigError(f"--label ({', '.join(words)}) wants KEY=VALUE")
+    return labels
+
+
+def build_missing(data: Mapping[str, Any]) -> None:
+    """Build the data set of a file's `pipeline`, `uri` and `options` if its manifest does not exist."""
+    if data and not (Path(data["uri"]) / "manifest.json").is_file():
+        from mmdiff_ray.datasets.base import build
+
+        options = {key: str(value) for key, value in data.get("options", {}).items()}
+        build(data["pipeline"], data["uri"], options, workers=0)
+
+
+def _inspect(given: argparse.Namespace) -> int:
+    from mmdiff_ray.datasets.inspect import inspect
+
+    inspect(given.uri, given.picture)
+    return 0
+
+
+def _check_embed(given: argparse.Namespace) -> None:
+    from mmdiff_ray.datasets.embedders import check_embedding
+
+    check_embedding(given.embedder, given.out)
+
+
+def _embed(given: argparse.Namespace) -> int:
+    from mmdiff_ray.datasets.embedders import write_embedding
+
+    dim = write_embedding(given.embedder, given.value, given.out)
+    print(f"{given.out}: {dim} numbers")
+    return 0

@@ -1,0 +1,44 @@
+"""`mmdiff evaluate`: measure a trained model on held-out rows."""
+
+import argparse
+
+from mmdiff_ray.cli.common import RUNS, Commands, check_workers, command
+from mmdiff_ray.config import check_overrides
+
+
+def add(commands: Commands) -> None:
+    """Add `evaluate`."""
+    evaluate = command(
+        commands,
+        "evaluate",
+        "measure a trained model on held-out rows, beside the rules that need no model",
+        "mmdiff evaluate demo evaluate.rows=64",
+        _run,
+        _check,
+    )
+    evaluate.add_argument("model", metavar="RUN", help="a run's name, folder or URI")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="values of evaluate.* and data.*")
+    evaluate.add_argument("--workers", type=int, default=0, help="models at once on Ray; 0: in this process")
+    evaluate.add_argument("--runs", default="runs", help=RUNS)
+
+
+def _check(given: argparse.Namespace) -> None:
+    check_workers(given)
+    check_overrides(given.overrides)
+
+
+def _run(given: argparse.Namespace) -> int:
+    from mmdiff_ray.distributed.display import make_console
+    from mmdiff_ray.distributed.evaluate import evaluate_run
+    from mmdiff_ray.evaluation.run import tables
+    from mmdiff_ray.runs.folder import shown
+    from mmdiff_ray.runs.job import find_run
+
+    console = make_console()
+    folder = find_run(given.model, given.runs)
+    findings, place = evaluate_run(folder, given.overrides, pool=given.workers, progress=True)
+    for table in tables(findings.figures):
+        console.print(table)
+    for what, name in (("figures   ", "evaluation.json"), ("pictures  ", "pictures")):
+        console.print(f"{what}{shown(folder, place / name)}", soft_wrap=True)
+    return 0

@@ -1,0 +1,1 @@
+"""Data sets that ship: readers of folders and layouts, embedders, generated scenes."""

@@ -1,0 +1,304 @@
+"""What every dataset pipeline is made of, and `build`, which runs one: raw source -> multi-modal shards.
+
+A pipeline lists the items of its source and turns one item into one row; embedding stages add columns made by
+a frozen encoder. `build` runs them as a Ray Data program (or in this process) over one shard writer.
+"""
+
+import hashlib
+import io
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mmdiff_ray import config, registry
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.journal import RESTART
+from mmdiff_ray.data.manifest import Manifest
+from mmdiff_ray.data.shards import ShardWriter
+from mmdiff_ray.datasets.annotations import annotated, lacking
+from mmdiff_ray.datasets.embedders import Embedder, make_embedder
+from mmdiff_ray.distributed import flow
+from mmdiff_ray.distributed.display import show_progress
+from mmdiff_ray.storage.filesystem import check_writable
+
+CHUNK = 32
+"""Items that travel, and are embedded, together."""
+
+
+class Item(NamedTuple):
+    """One item of a source.
+
+    key: stable, unique, the row's name. source: what `row` needs, cheap to send. group: rows of the same
+    group land in the same split. split: the row's split; by default the options' shares decide it.
+    annotated: whether the row keeps the columns of `Pipeline.annotations`.
+    """
+
+    key: str
+    source: Any
+    group: str | None = None
+    split: str | None = None
+    annotated: bool = True
+
+
+class BadRow(Exception):
+    """An item that cannot be read. `build` counts and reports it, and stops above `bad_limit`."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every pipeline can be told.
+
+    limit: build only so many items, a stable random choice. bad_limit: unreadable items tolerated before the
+    build stops. val_share: the share of rows that go to the validation split. test_share: the share of rows
+    that go to the test split; the validation rows are the same for any test_share. annotated: the share of
+    training rows that keep their annotations (masks, labels), the same share of each class; the rest have
+    none. lacks: the columns that the rest lacks, separated by commas; all annotations where it names none.
+    subset: another number draws other rows. part: all training rows, or only the annotated, or only the rest.
+    """
+
+    limit: int | None = None
+    bad_limit: int = 0
+    val_share: float = 0.1
+    test_share: float = 0.0
+    annotated: float = 1.0
+    lacks: str = ""
+    subset: int = 0
+    part: str = "all"
+
+
+class Made(NamedTuple):
+    """What a chunk of items became. rows: in the items' order; bad: key -> why the item could not be read."""
+
+    rows: list[dict[str, Any]]
+    bad: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An embedding stage: `column` holds the embedder's vectors of column `source` (image or text)."""
+
+    column: str
+    source: str
+    embedder: Embedder
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """Return the manifest's entry of the column."""
+        return {self.column: {"kind": "embedding", "dim": self.embedder.dim, "codec": self.embedder.codec_id}}
+
+    def __call__(self, made: Made) -> Made:
+        """Return a chunk with the column added to its rows; None where a row lacks the source."""
+        has = [index for index, row in enumerate(made.rows) if row.get(self.source) is not None]
+        vectors = self.embedder([_embeddable(made.rows[index][self.source]) for index in has])
+        found: dict[int, np.ndarray] = dict(zip(has, vectors, strict=True))
+        rows = [{**row, self.column: found.get(index)} for index, row in enumerate(made.rows)]
+        return Made(rows, made.bad)
+
+
+def look_stages(spec: str) -> list[Stage]:
+    """Return the stage that embeds the pictures into the column `look`, in a list; none where it is off.
+
+    spec: as of `make_embedder`. Raises ConfigError for one that is not there.
+    """
+    return [] if is_off(spec) else [Stage("look", "pixels", make_embedder(spec, "image"))]
+
+
+def _embeddable(value: bytes | str) -> Image.Image | str:
+    return Image.open(io.BytesIO(value)) if isinstance(value, bytes) else value
+
+
+class Pipeline:
+    """A source of rows; subclasses register themselves with `registry.register("pipeline", name)`."""
+
+    Options: ClassVar[type[Options]] = Options
+    credit: ClassVar[str] = ""
+    annotations: ClassVar[tuple[str, ...]] = ()
+    """The columns that rows without annotations lack."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def stratum(self, item: Item) -> str:
+        """Return the class of an item, of each of which the same share keeps its annotations."""
+        return ""
+
+    @property
+    def description(self) -> str:
+        """Return what the data set is, one sentence for its manifest."""
+        return (type(self).__doc__ or "").split("\n")[0]
+
+    def notes(self) -> list[str]:
+        """Return what a person should know once the data set is built, one line each."""
+        return []
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """Return column -> what the manifest says of it, but the stages' columns."""
+        raise NotImplementedError
+
+    def stages(self) -> Sequence[Any]:
+        """Return the stages that hold a model: functions from Made to Made with `columns()`, as `Stage`."""
+        return []
+
+    def items(self) -> list[Item]:
+        """Return the items of the source, cheaply and in any order."""
+        raise NotImplementedError
+
+    def row(self, item: Item) -> dict[str, Any]:
+        """Return one item's row without its key: column -> value. Raises BadRow for an unreadable item.
+
+        Values: PNG bytes for images and masks, an index or a name for labels, float32 (dim,) for embeddings,
+        str for text, and None where the row lacks the column.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a build did.
+
+    kept: rows of an interrupted run before it; bad: key -> why an item is unreadable; notes: the pipeline's.
+    """
+
+    manifest: Manifest
+    written: int
+    kept: int
+    bad: Mapping[str, str]
+    notes: Sequence[str] = ()
+
+
+def make_pipeline(name: str, options: Mapping[str, Any] | None = None) -> Pipeline:
+    """Return a registered pipeline. Raises ConfigError for an unknown name or option, or a wrong value."""
+    kind, checked = check_options(name, options)
+    return kind(checked)
+
+
+def check_options(name: str, options: Mapping[str, Any] | None = None) -> tuple[type[Pipeline], Options]:
+    """Return the class of a registered pipeline and its options; nothing of the source is looked at. Raises
+    ConfigError as `make_pipeline` does."""
+    try:
+        kind = registry.look_up("pipeline", name)
+    except KeyError as error:
+        raise ConfigError(str(error.args[0])) from None
+    return kind, config.options(kind.Options, dict(options or {}), prefix="")
+
+
+def build(
+    name: str,
+    out: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    force: bool = False,
+    workers: int = 1,
+    labels: Mapping[str, str] | None = None,
+    progress: bool = True,
+) -> Build:
+    """Build the data set of a registered pipeline into the folder URI `out`.
+
+    options: the pipeline's own, as values or text. workers: Ray actors per embedding stage; 0 runs in this
+    process without Ray and gives the same rows (embeddings up to rounding). labels: of the nodes of the
+    cluster that it runs on. An interrupted build continues
+    where it stopped; a finished one is replaced only with `force`.
+    Raises ConfigError for what the user can mend.
+    """
+    check_writable(out)
+    pipeline = make_pipeline(name, options)
+    stages = pipeline.stages()
+    lacking(pipeline)
+    items = annotated(choose(pipeline.items(), pipeline.options.limit), pipeline.options, pipeline.stratum)
+    writer = ShardWriter(
+        out,
+        name,
+        pipeline.columns() | {name: entry for stage in stages for name, entry in stage.columns().items()},
+        description=pipeline.description,
+        credit=pipeline.credit,
+        val_share=pipeline.options.val_share,
+        test_share=pipeline.options.test_share,
+        force=force,
+    )
+    with show_progress(f"{name} -> {out}", len(items), progress) as advance:
+        return _write(pipeline, stages, items, writer, workers, labels, advance)
+
+
+def _write(
+    pipeline: Pipeline,
+    stages: Sequence[Any],
+    items: Sequence[Item],
+    writer: ShardWriter,
+    workers: int,
+    labels: Mapping[str, str] | None,
+    advance: Callable[[int], None],
+) -> Build:
+    """Make the rows of the items that the writer lacks and write them, in the items' order."""
+    for item in items:
+        if item.split and writer.done.get(item.key, item.split) != item.split:
+            raise ConfigError(
+                f"{writer.uri} holds an interrupted build with {item.key!r} in the split "
+                f"{writer.done[item.key]!r}, now {item.split!r}; {RESTART}"
+            )
+    placed = {item.key: (item.split, item.group) for item in items if item.split or item.group}
+    kept = sum(item.key in writer.done for item in items)
+    advance(kept)
+    chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+    chunks = [chunk for chunk in chunks if any(item.key not in writer.done for item in chunk)]
+    bad: dict[str, str] = {}
+    written = 0
+    with closing(flow.run(partial(render, pipeline), stages, chunks, workers, labels)) as stream:
+        for made in stream:
+            bad |= made.bad
+            _check_bad(bad, pipeline.options.bad_limit)
+            fresh = [row for row in made.rows if row["key"] not in writer.done]
+            for row in fresh:
+                writer.add(row, *placed.get(row["key"], ()))
+            written += len(fresh)
+            advance(len(fresh) + len(made.bad))
+    return Build(writer.close(), written, kept, bad, pipeline.notes())
+
+
+def render(pipeline: Pipeline, chunk: Sequence[Item]) -> Made:
+    """Return the rows of a chunk of items, and apart the items that cannot be read."""
+    rows, bad = [], {}
+    for item in chunk:
+        try:
+            row = {"key": item.key, **pipeline.row(item)}
+            rows.append(row if item.annotated else row | dict.fromkeys(lacking(pipeline)))
+        except BadRow as error:
+            bad[item.key] = str(error)
+    return Made(rows, bad)
+
+
+def _check_bad(bad: Mapping[str, str], limit: int) -> None:
+    if len(bad) > limit:
+        listed = "".join(f"\n  {key}: {reason}" for key, reason in list(bad.items())[:5])
+        raise ConfigError(
+            f"{len(bad)} items of the source cannot be read, more than bad_limit ({limit}); mend or remove "
+            f"them, or raise bad_limit and they are left out:{listed}"
+        )
+
+
+def choose(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """Return items in a random order that depends on their keys alone, the first `limit` of them.
+
+    Raises ConfigError for no items or two of the same key.
+    """
+    if not items:
+        raise ConfigError("the source has no items")
+    ordered = sorted(items, key=lambda item: hashlib.sha256(item.key.encode()).digest())
+    for first, second in itertools.pairwise(ordered):
+        if first.key == second.key:
+            raise ConfigError(f"two items of the source have the same key {first.key!r}")
+    return ordered[:limit]
+
+
+def is_off(value: str) -> bool:
+    """Return whether an option's text means no."""
+    return value.lower() in ("off", "false", "none", "no", "")
+
+
+def is_on(value: str) -> bool:
+    """Return whether an option's text means yes."""
+    return value.lower() in ("on", "true", "yes")

@@ -1,0 +1,206 @@
+"""Folders in the layouts of COCO and Cityscapes: the pictures that they list, and the masks of these."""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.datasets.embedders import need
+
+
+class Entry(NamedTuple):
+    """One picture. file: relative to the source, with / between folders; drawn: what its mask is read from,
+    where that is not a file of the picture's name."""
+
+    file: str
+    label: str | None = None
+    caption: str | None = None
+    drawn: Any = None
+
+    @property
+    def mask(self) -> Any:
+        """Return what `Masks.read` takes: `drawn`, or the relative path without its suffix."""
+        return Path(self.file).with_suffix("").as_posix() if self.drawn is None else self.drawn
+
+
+class Masks(Protocol):
+    """The masks of pictures."""
+
+    def facts(self) -> dict[str, Any]:
+        """Return the manifest's entry of the column."""
+
+    def read(self, mask: Any) -> np.ndarray | None:
+        """Return the classes of a mask, uint8 (H, W), or None where a picture has none. mask: `Entry.mask`.
+
+        Raises OSError or ValueError for an unreadable one.
+        """
+
+
+# --- COCO ---------------------------------------------------------------------------------------------------
+
+
+class Drawing(NamedTuple):
+    """What is drawn on one picture. outlines: (class from 1, polygons or runs), large ones first."""
+
+    height: int
+    width: int
+    outlines: tuple[tuple[int, Any], ...]
+
+
+@dataclass(frozen=True)
+class CocoMasks:
+    """Masks drawn from annotations. names: of the categories; class 0 is what none of them covers."""
+
+    names: tuple[str, ...]
+
+    def facts(self) -> dict[str, Any]:
+        return {"kind": "mask", "classes": 1 + len(self.names), "names": ["background", *self.names]}
+
+    def read(self, mask: Drawing) -> np.ndarray:
+        tool = need("pycocotools.mask", "coco")
+        classes = np.zeros((mask.height, mask.width), np.uint8)
+        for index, outline in mask.outlines:
+            try:
+                runs = outline
+                if not (isinstance(outline, dict) and isinstance(outline.get("counts"), str | bytes)):
+                    runs = tool.frPyObjects(outline, mask.height, mask.width)
+                covered = tool.decode(tool.merge(runs) if isinstance(runs, list) else runs)
+                classes[covered > 0] = index
+            except Exception as error:  # the library raises nothing narrower
+                raise ValueError(f"its outline of class {self.names[index - 1]!r}: {error}") from None
+        return classes
+
+
+def read_coco(annotations: Path, captions: Path | None = None) -> tuple[list[Entry], CocoMasks]:
+    """Return the pictures that a COCO file of instances lists, and their masks of one class per category.
+
+    Classes follow the categories' ids. Where annotations overlap, the smaller one (`area`) lies on top; a
+    picture without any is background. captions: a COCO file of captions; the one of the smallest id is kept.
+    Polygons, runs and packed runs are drawn by pycocotools. Raises ConfigError for other files.
+    """
+    need("pycocotools.mask", "coco")
+    content = _read_json("annotations", annotations, ("images", "annotations", "categories"))
+    try:
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        classes = {category["id"]: index for index, category in enumerate(categories, start=1)}
+        found: dict[int, list[Any]] = defaultdict(list)
+        for annotation in sorted(content["annotations"], key=lambda one: -float(one.get("area", 0))):
+            outline = (classes[annotation["category_id"]], annotation["segmentation"])
+            found[annotation["image_id"]].append(outline)
+        words = _captions(captions) if captions else {}
+        entries = [
+            Entry(
+                image["file_name"],
+                caption=words.get(image["id"]),
+                drawn=Drawing(image["height"], image["width"], tuple(found[image["id"]])),
+            )
+            for image in content["images"]
+        ]
+        names = tuple(str(category["name"]) for category in categories)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"annotations: {annotations} is no COCO file of instances ({type(error).__name__}: {error})"
+        ) from None
+    if not entries or not names:
+        raise ConfigError(
+            f"annotations: {annotations} lists {len(entries)} images and {len(names)} categories; want both"
+        )
+    return entries, CocoMasks(names)
+
+
+def _captions(file: Path) -> dict[int, str]:
+    content = _read_json("captions", file, ("annotations",))
+    try:
+        ordered = sorted(content["annotations"], key=lambda one: -one["id"])
+        return {one["image_id"]: one["caption"].strip() for one in ordered}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"captions: {file} is no COCO file of captions ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _read_json(key: str, file: Path, parts: tuple[str, ...]) -> Mapping[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}: cannot read {file}: {error}") from None
+    has = sorted(content) if isinstance(content, dict) else type(content).__name__
+    if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in parts):
+        raise ConfigError(f"{key}: {file} holds {has}; want a COCO file with lists of {', '.join(parts)}")
+    return content
+
+
+# --- Cityscapes ---------------------------------------------------------------------------------------------
+
+PICTURES, LABELS = "leftImg8bit", "gtFine"
+CITYSCAPES = {
+    7: ("road", 0x804080),
+    8: ("sidewalk", 0xF423E8),
+    11: ("building", 0x464646),
+    12: ("wall", 0x66669C),
+    13: ("fence", 0xBE9999),
+    17: ("pole", 0x999999),
+    19: ("traffic light", 0xFAAA1E),
+    20: ("traffic sign", 0xDCDC00),
+    21: ("vegetation", 0x6B8E23),
+    22: ("terrain", 0x98FB98),
+    23: ("sky", 0x4682B4),
+    24: ("person", 0xDC143C),
+    25: ("rider", 0xFF0000),
+    26: ("car", 0x00008E),
+    27: ("truck", 0x000046),
+    28: ("bus", 0x003C64),
+    31: ("train", 0x005064),
+    32: ("motorcycle", 0x0000E6),
+    33: ("bicycle", 0x770B20),
+}
+"""The 19 ids of the benchmark -> name and colour, as its authors give them; all other ids are class 0."""
+
+
+@dataclass(frozen=True)
+class CityscapesMasks:
+    """Masks of the 19 classes of the benchmark and, class 0, all that it leaves out. source: the folder."""
+
+    source: Path
+
+    def facts(self) -> dict[str, Any]:
+        colors = [[0, 0, 0]] + [[c >> 16, c >> 8 & 255, c & 255] for _, c in CITYSCAPES.values()]
+        names = ["unlabelled", *[name for name, _ in CITYSCAPES.values()]]
+        return {"kind": "mask", "classes": len(names), "names": names, "colors": colors}
+
+    def read(self, mask: str) -> np.ndarray | None:
+        file = self.source / mask
+        if not mask or not file.is_file():
+            return None
+        with Image.open(file) as image:
+            ids = np.asarray(image)
+        if ids.ndim != 2 or ids.dtype != np.uint8:
+            raise ValueError(f"{file} must hold ids of 8 bits; got mode {image.mode}")
+        classes = np.zeros(256, np.uint8)
+        classes[list(CITYSCAPES)] = np.arange(1, 1 + len(CITYSCAPES))
+        return classes[ids]
+
+
+def read_cityscapes(source: Path) -> tuple[list[Entry], CityscapesMasks]:
+    """Return the pictures of a Cityscapes folder, labelled by their city, and their masks.
+
+    leftImg8bit/PART/CITY/NAME_leftImg8bit.png has its mask in gtFine/PART/CITY/NAME_gtFine_labelIds.png; the
+    part "test", whose masks are not published, has none. Raises ConfigError where there is no such picture.
+    """
+    entries = []
+    for path in sorted(source.glob(f"{PICTURES}/*/*/*_{PICTURES}.png")):
+        part, city, name = path.parts[-3:]
+        mask = f"{LABELS}/{part}/{city}/{name.removesuffix(f'_{PICTURES}.png')}_{LABELS}_labelIds.png"
+        file = path.relative_to(source).as_posix()
+        entries.append(Entry(file, city, drawn=mask if part != "test" else ""))
+    if not entries:
+        raise ConfigError(
+            f"source: {source} has no {PICTURES}/PART/CITY/NAME_{PICTURES}.png, the layout of Cityscapes"
+        )
+    return entries, CityscapesMasks(source)

@@ -1,0 +1,1 @@
+"""What a run is: its folder, its lock, its checkpoints in storage, its records."""

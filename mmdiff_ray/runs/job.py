@@ -1,0 +1,350 @@
+"""A training job: everything that a worker needs, checked and made ready on the driver."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdiff_ray import config as configuration
+from mmdiff_ray.config import Config, ConfigError, check_changes, in_force
+from mmdiff_ray.data.batches import split_batches
+from mmdiff_ray.data.check import read_sources, resolve_modalities
+from mmdiff_ray.data.manifest import Manifest
+from mmdiff_ray.data.parquet import Tables
+from mmdiff_ray.data.plan import Plan
+from mmdiff_ray.data.reader import RowReader
+from mmdiff_ray.models.denoiser import Denoiser, build_denoiser, build_modalities, build_process, is_generated
+from mmdiff_ray.runs import folder as runs
+from mmdiff_ray.storage.filesystem import is_uri, join, parent
+from mmdiff_ray.storage.mirror import Mirror, mirror
+from mmdiff_ray.tracking.store import full, shown, tracking_uri
+from mmdiff_ray.training.checkpoint import write_json
+from mmdiff_ray.training.fit import calibrate
+from mmdiff_ray.training.parallel import bfloat16_is_fast, check_strategy, choose_device
+
+CALIBRATION_ROWS = 512
+CUT_SHORT = {"tracking", "config.yaml", "run.json.partial"}
+"""What a run has in its folder before its run.json."""
+MAY_CHANGE = (
+    "train.samples",
+    "train.max_minutes",
+    "train.micro_batch",
+    "train.learning_rate",
+    "train.weight_decay",
+    "train.warmup_samples",
+    "train.decay",
+    "train.final_lr_ratio",
+    "train.clip_norm",
+    "train.ema_samples",
+    "train.precision",
+    "train.compile",
+    "train.channels_last",
+    "train.device",
+    "train.log_every_samples",
+    "train.changes",
+    "loss.",
+    "checkpoint.",
+    "workers.",
+    "evaluate.",
+    "data.bad_row_limit",
+    "tracking.required",
+    "tracking.log_model",
+    "tracking.system_metrics",
+)
+"""Keys that may differ where a run goes on: neither the model nor which row is read when depends on them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run.
+
+    folder: where everything of the run lies. calibration: the modalities' fixed scales. pause_at: where
+    training ends for now, with a checkpoint, at the first report after so many samples; None: at its end.
+    tables: who reads row groups from storage, else every reader for itself.
+    uri: of a run in storage; the folder is then of this machine alone. lineage: whose checkpoints and model
+    count, of a run that may have taken another's; else the run's own do. stored_only: whether of one in
+    storage only checkpoints count that are there, since other machines go on with it, too.
+    """
+
+    config: Config
+    manifests: list[Manifest]
+    folder: Path
+    calibration: dict[str, Tensor]
+    tracking_uri: str = field(default="", repr=False)  # Ray Train shows a job's text on its dashboard
+    run_id: str = ""
+    pause_at: int | None = None
+    tables: Tables | None = None
+    uri: str = ""
+    lineage: str = ""
+    stored_only: bool = False
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """Return what brings the folder to storage, if the run is kept there."""
+        return mirror(self.uri, self.folder) if self.uri else None
+
+    def here(self) -> "Job":
+        """Return the job with its folder on the machine that asks."""
+        return dataclasses.replace(self, folder=runs.make(self.uri)) if self.uri else self
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.folder / "export"
+
+    @property
+    def spool(self) -> Path:
+        return self.folder / "tracking"
+
+    @property
+    def bad_rows(self) -> dict[str, str]:
+        """Return the rows that the run could not read so far, place -> why."""
+        file = self.folder / runs.BAD_ROWS
+        return json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
+
+    def add_bad_rows(self, rows: Mapping[str, str]) -> dict[str, str]:
+        """Note rows that the run could not read beside it, and return all of them."""
+        known = self.bad_rows
+        if not rows.keys() <= known.keys():
+            known |= {place: why for place, why in rows.items() if place not in known}
+            write_json(self.folder / runs.BAD_ROWS, known)
+            if self.mirror is not None:
+                self.mirror.send(runs.BAD_ROWS)
+        return known
+
+    def denoiser(self) -> Denoiser:
+        """Return the untrained model with its codes' scales set."""
+        denoiser = build_denoiser(self.config)
+        denoiser.modalities.load_state_dict(self.calibration, strict=False)
+        return denoiser
+
+    def reader(self, denoiser: Denoiser) -> RowReader:
+        return make_reader(self.config, denoiser, self.tables)
+
+    def plan(self) -> Plan:
+        sources = [
+            (manifest.splits["train"], source.weight)
+            for manifest, source in zip(self.manifests, self.config.data.sources, strict=True)
+        ]
+        data, train = self.config.data, self.config.train
+        return Plan(sources, data.lanes, data.window, train.global_batch, self.config.seed)
+
+    @property
+    def columns(self) -> Mapping[str, Mapping[str, Any]]:
+        """Return what the first data set's manifest says of its columns."""
+        return self.manifests[0].columns
+
+
+def make_reader(config: Config, denoiser: Denoiser, tables: Tables | None = None) -> RowReader:
+    """Return the reader of a configuration's data sets."""
+    uris = [source.uri for source in config.data.sources]
+    return RowReader(dict(denoiser.modalities.items()), uris, config.data, config.seed, tables)
+
+
+def prepare(config: Config, folder: Path, tables: Tables | None = None) -> Job:
+    """Check a configuration against its data and return the job. Raises ConfigError; nothing is started or
+    written."""
+    if config.evaluate.evaluators != []:
+        from mmdiff_ray.evaluation.run import check_evaluators  # what it draws and measures with is large
+
+        check_evaluators(config)
+    if config.workers.count == 0:
+        choose_device(config.train)
+    check_changes(config)
+    manifests = read_sources(config)
+    config, denoiser = fit(with_precision(config), manifests)
+    reader = make_reader(config, denoiser, tables)
+    splits = [manifest.splits["train"] for manifest in manifests]
+    calibrate(denoiser.modalities, split_batches(reader, splits, CALIBRATION_ROWS, 64))
+    return Job(config, manifests, folder, _fixed_scales(denoiser), tables=tables)
+
+
+def with_precision(config: Config) -> Config:
+    """Return the configuration with `train.precision` decided, where it is auto."""
+    if config.train.precision != "auto":
+        return config
+    gpu = config.workers.gpus > 0 if config.workers.count else choose_device(config.train).type == "cuda"
+    fast = gpu or bfloat16_is_fast()
+    train = dataclasses.replace(config.train, precision="bfloat16" if fast else "float32")
+    return dataclasses.replace(config, train=train)
+
+
+def fit(config: Config, manifests: list[Manifest]) -> tuple[Config, Denoiser]:
+    """Return the configuration with all that the data's manifests decide, and its model. Raises ConfigError
+    where they do not go together; no row is read."""
+    if config.evaluate.evaluators != [] and not sum(m.splits[config.evaluate.split].rows for m in manifests):
+        raise ConfigError(
+            f"evaluate.split: the data have no rows in {config.evaluate.split}; build them with a larger "
+            f"{'test' if config.evaluate.split == 'test' else 'val'}_share, or train without evaluation: "
+            "evaluate.evaluators=[]"
+        )
+    config = resolve_modalities(config, manifests)
+    denoiser = build_denoiser(config)
+    check_strategy(config, denoiser)
+    _check_phases(config)
+    cutout = config.train.cutout
+    if cutout is not None and denoiser.modalities[cutout].made_from is None:
+        raise ConfigError(f"train.cutout ({cutout}) hides nothing; name an instance with holes")
+    return _with_scales(_with_sizes(config, denoiser), denoiser), denoiser
+
+
+def _check_phases(config: Config) -> None:
+    """Raise ConfigError for a change of weights on the way that leaves the prior."""
+    for index, change in enumerate(config.train.changes):
+        later = in_force(config, change.at)
+        try:
+            build_process(later, build_modalities(later))
+        except ConfigError as error:
+            raise ConfigError(f"train.changes[{index}].values: {error}") from None
+
+
+def _with_sizes(config: Config, denoiser: Denoiser) -> Config:
+    """Return the configuration with all sizes of the backbone written out, so that it outlives its preset."""
+    sizes = getattr(denoiser.backbone, "options", None)
+    if not dataclasses.is_dataclass(sizes):
+        return config
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, options=dataclasses.asdict(sizes)),  # type: ignore[arg-type]
+    )
+
+
+def _with_scales(config: Config, denoiser: Denoiser) -> Config:
+    """Return the configuration with the scale of every profile that is used written out."""
+    modalities = {
+        name: dataclasses.replace(options, weights=denoiser.modalities[name].weights)
+        if is_generated(config, name) and name != denoiser.anchor
+        else options
+        for name, options in config.modalities.items()
+    }
+    return dataclasses.replace(config, modalities=modalities)
+
+
+def _fixed_scales(denoiser: Denoiser) -> dict[str, Tensor]:
+    buffers = dict(denoiser.modalities.named_buffers())
+    return {name: value.detach().clone() for name, value in buffers.items() if value.dtype == torch.float32}
+
+
+def new_folder(config: Config) -> Path:
+    """Return the folder of a new run: the configured name, or the next free one after it.
+
+    Raises ConfigError where runs are to be kept in storage and cannot, or MLflow has no store then.
+    """
+    if is_uri(config.runs):
+        tracking_uri(config.tracking.uri, config.runs)
+        runs.check_runs(config.runs)
+    taken = set(runs.names_in(config.runs))
+    for number in range(1, 10_000):
+        name = config.name if number == 1 else f"{config.name}-{number}"
+        if name not in taken:
+            return runs.folder_of(config.runs, name)
+    raise ConfigError(f"name: {config.runs} is full of runs named {config.name}; choose another name")
+
+
+def begun(config: Config) -> Path | None:
+    """Return the folder of the run of a configuration's name; None where it has not begun.
+
+    What a beginning that was cut short has left is removed, so that the name is free. Raises ConfigError for
+    a folder of that name that is no run's.
+    """
+    if is_uri(config.runs):
+        return runs.begun(join(config.runs, config.name))
+    folder = Path(config.runs).absolute() / config.name
+    if (folder / "run.json").is_file():
+        return folder
+    if folder.exists():
+        if not folder.is_dir() or {path.name for path in folder.iterdir()} - CUT_SHORT:
+            raise ConfigError(f"name: {folder} is there and is no run; choose another name")
+        shutil.rmtree(folder)
+    return None
+
+
+def find_run(run: str, where: str = "runs") -> Path:
+    """Return the folder of a run given by its name, its path or its URI; where: of all runs.
+
+    What is small of a run in storage is brought here. Raises ConfigError naming the runs there are.
+    """
+    if is_uri(run):
+        where, run = parent(run)
+    if is_uri(where):
+        known = runs.runs_in(where)
+        if run in known:
+            return runs.open_run(join(where, run))
+    else:
+        for folder in (Path(run), Path(where) / run):
+            if (folder / "run.json").is_file():
+                origin = runs.address(folder.absolute())
+                return runs.open_run(origin) if is_uri(origin) else folder.absolute()
+        known = sorted(path.parent.name for path in Path(where).glob("*/run.json"))
+    shown = where if is_uri(where) else f"{where}/"
+    raise ConfigError(f"no run {run!r} in {shown}; there are: {', '.join(known) or 'none yet'}")
+
+
+def write_run(job: Job, **facts: Any) -> None:
+    """Write what is known of a run beside it: its configuration, and `run.json`."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / "config.yaml").write_text(configuration.to_yaml(job.config), encoding="utf8")
+    known = {
+        "name": job.folder.name,
+        "tracking_uri": shown(job.tracking_uri),
+        "run_id": job.run_id,
+        "datasets": [manifest.digest for manifest in job.manifests],
+    } | ({"lineage": job.lineage} if job.lineage else {})
+    write_json(job.folder / "run.json", {**known, **facts})
+    if job.mirror is not None:
+        job.mirror.send("config.yaml", "run.json")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return what `write_run` wrote in `run.json`."""
+    return json.loads((folder / "run.json").read_text(encoding="utf8"))
+
+
+def load_job(folder: Path, overrides: Sequence[str] = ()) -> Job:
+    """Return the job of an existing run, with overrides.
+
+    Raises ConfigError for an override that a run cannot go on with, and where its data are other ones now.
+    """
+    before = configuration.load_saved(folder / "config.yaml")
+    if any(word.startswith("train.samples=") for word in overrides):
+        overrides = [
+            "train.max_minutes=null",
+            *overrides,
+        ]  # a length asked for now outranks an old time limit
+    config = configuration.load_saved(folder / "config.yaml", overrides)
+    check_kept(before, config, MAY_CHANGE, "a run that goes on")
+    facts, job = read_run(folder), prepare(config, folder)
+    if facts["datasets"] != [manifest.digest for manifest in job.manifests]:
+        raise ConfigError(
+            f"data.sources: the data are not those that {folder.name} was trained on (their manifests "
+            "differ); start a new run on them"
+        )
+    origin = runs.address(folder)
+    uri = origin if is_uri(origin) else ""
+    return dataclasses.replace(
+        job,
+        tracking_uri=full(facts["tracking_uri"]),
+        run_id=facts["run_id"],
+        uri=uri,
+        lineage=facts.get("lineage", ""),
+    )
+
+
+def check_kept(before: Config, now: Config, allowed: Sequence[str], what: str) -> None:
+    """Raise ConfigError for a value that differs, unless its key begins with one of the allowed ones."""
+    old, new = configuration.flatten(before), configuration.flatten(now)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(tuple(allowed)):
+            raise ConfigError(
+                f"{key}: {what} keeps {old.get(key)!r}, got {new.get(key)!r}; what may change: "
+                f"{', '.join(name + '*' if name.endswith('.') else name for name in allowed)}"
+            )

@@ -1,0 +1,1 @@
+"""Samples and exports of a trained model."""

@@ -1,0 +1,359 @@
+"""Run a sweep: Ray Tune over trials, recorded as child runs of one MLflow run, gone on with after any end."""
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mmdiff_ray import config as configuration
+from mmdiff_ray.config import Config, ConfigError, RunError, named
+from mmdiff_ray.data.batches import split_batches
+from mmdiff_ray.data.check import read_sources, resolve_modalities
+from mmdiff_ray.distributed.cluster import amount_of, check_resources, cluster, places, split_records
+from mmdiff_ray.distributed.launch import stop_requests
+from mmdiff_ray.distributed.nodes import autoscales
+from mmdiff_ray.evaluation.run import evaluate, metrics_of
+from mmdiff_ray.runs import folder as runs
+from mmdiff_ray.runs import job as jobs
+from mmdiff_ray.runs.job import Job
+from mmdiff_ray.sampling.generator import Generator
+from mmdiff_ray.storage.filesystem import filesystem, is_uri, join, parent
+from mmdiff_ray.sweeps.journal import read_trials
+from mmdiff_ray.sweeps.record import sweep_description
+from mmdiff_ray.sweeps.schedulers import Deadline, make_scheduler
+from mmdiff_ray.sweeps.searcher import SpaceSearcher
+from mmdiff_ray.sweeps.shelf import SharedTables, make_shelf, read_once
+from mmdiff_ray.sweeps.space import Look, Make, check_point, look, sizes_network
+from mmdiff_ray.sweeps.spec import Sweep
+from mmdiff_ray.sweeps.trial import SCORE, run_trial, score
+from mmdiff_ray.sweeps.watch import Watch
+from mmdiff_ray.tracking import run_life
+from mmdiff_ray.tracking.recorder import DESCRIPTION_TAG
+from mmdiff_ray.tracking.store import full, shown, tracking_uri
+from mmdiff_ray.training.checkpoint import write_json
+from mmdiff_ray.training.remote_checkpoints import STILL_S
+
+Say = Callable[[str], None]
+FACTS, TEXT = runs.SWEEP, "sweep.yaml"
+"""What a sweep has beside its trials: where it is recorded, and what it is."""
+FEW = 16
+"""Rows that an untrained model is judged on, to see which figures there are."""
+DRIVER_CPUS = 0.05
+"""What a trial asks for that only leads the workers of its own Ray Train run."""
+
+
+def make_configs(sweep: Sweep) -> Make:
+    """Return what makes a point of the space a configuration, with what only the data know filled in."""
+    manifests = read_sources(sweep.config({}))
+    return lambda values: resolve_modalities(sweep.config(values), manifests)
+
+
+def check_sweep(sweep: Sweep) -> tuple[Look, Job]:
+    """Return what the space holds, and the job of a point in it.
+
+    Raises ConfigError for what would fail later.
+
+    Looks at the corners of the space, at dimensions that change nothing, at the data, and at whether the
+    evaluators find the metrics: an untrained model is judged on a few rows.
+    """
+    workers = sweep.config({}).workers
+    if workers.labels and workers.count < 2:
+        raise ConfigError(
+            "workers.labels: Ray Tune places trials of one worker on any node; leave it out, or let trials "
+            "have two workers"
+        )
+    batch = sweep.config({}).train.global_batch
+    if sweep.period < batch:
+        raise ConfigError(
+            f"budget.reports ({sweep.budget.reports}): {sweep.budget.samples} samples are "
+            f"{-(-sweep.budget.samples // batch)} steps of {batch} rows (train.global_batch), and a trial is "
+            "judged after whole steps; ask for fewer reports, or more samples"
+        )
+    make = make_configs(sweep)
+    seen = look(sweep.space, make)
+    if sweep.baseline:
+        with named("baseline"):
+            check_point(make({}), sizes_network(sweep.space))
+    if seen.inert:
+        raise ConfigError("; ".join(seen.inert))
+    assert seen.good is not None
+    config = sweep.config(seen.good)
+    job = jobs.prepare(config, Path("unused"))
+    few = configuration.load(
+        (),
+        [f"evaluate.rows={FEW}", "evaluate.steps=1", "evaluate.grid_rows=2"],
+        configuration.to_plain(job.config),
+    )
+    splits = [manifest.splits[few.evaluate.split] for manifest in job.manifests]
+    batches = list(split_batches(job.reader(job.denoiser()), splits, FEW, FEW))
+    findings = evaluate(Generator(few, job.denoiser()), batches, job.columns)
+    found = {key.removeprefix("eval/"): value for key, value in metrics_of(findings.figures).items()}
+    score(sweep, found)
+    return seen, job
+
+
+def sweeps_in(where: str) -> str:
+    """Return where the sweeps are of a folder or storage of runs."""
+    return join(where if is_uri(where) else str(Path(where).absolute()), "sweeps")
+
+
+def sweep_folder(name: str, where: str = "runs") -> Path:
+    """Return the folder of this machine for a sweep by its name, path or URI; where: of all runs.
+
+    What is small of one in storage is brought here. Raises ConfigError naming those that there are.
+    """
+    place = sweeps_in(where)
+    if not is_uri(name) and (Path(name) / FACTS).is_file():
+        name = runs.address(Path(name).absolute())
+        if not is_uri(name):
+            return Path(name)
+    if is_uri(name):
+        place, name = parent(name)
+    if is_uri(place):
+        known = runs.runs_in(place, FACTS)
+        if name in known:
+            return runs.open_run(join(place, name), (FACTS, TEXT))
+    else:
+        known = sorted(path.parent.name for path in Path(place).glob(f"*/{FACTS}"))
+        if name in known:
+            return Path(place) / name
+    shown_place = place if is_uri(place) else f"{where}/sweeps"
+    raise ConfigError(f"no sweep {name!r} in {shown_place}; there are: {', '.join(known) or 'none yet'}")
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return what a sweep's `sweep.json` says: the address of MLflow, the id of its run, when it began."""
+    return json.loads((folder / FACTS).read_text(encoding="utf8"))
+
+
+def write_text(folder: Path, text: str) -> None:
+    """Write a sweep's YAML beside it. Raises RunError where storage does not take it."""
+    (folder / TEXT).write_text(text, encoding="utf8")
+    _bring(folder, TEXT)
+
+
+def _bring(folder: Path, *names: str) -> None:
+    mirror = runs.mirror_of(folder)
+    if mirror is not None:
+        mirror.send(*names)
+        if left := mirror.flush(STILL_S):
+            raise RunError(runs.not_sent(mirror.uri, folder, left))
+
+
+def begin_sweep(sweep: Sweep, seen: Look, text: str, command: str, where: str) -> Path:
+    """Return the folder of a new sweep, with its run in MLflow begun.
+
+    seen: what `check_sweep` found; text: the sweep's YAML, overrides applied; command: what was typed; where:
+    of all runs.
+    """
+    first = sweep.config(seen.good or {})
+    uri = tracking_uri(first.tracking.uri, where if is_uri(where) else Path(where).absolute())
+    place = sweeps_in(where)
+    taken = set(runs.names_in(place))
+    numbers = range(1, 10_000)
+    names = (sweep.name if number == 1 else f"{sweep.name}-{number}" for number in numbers)
+    name = next(name for name in names if name not in taken)
+    address, folder = join(place, name), runs.folder_of(place, name)
+    if is_uri(address):
+        runs.claim(address)
+        runs.make(address)
+    else:
+        folder.mkdir(parents=True)
+    settings = {
+        **{f"space.{key}": _said(dimension) for key, dimension in sweep.space.items()},
+        **{f"metrics.{metric}": way for metric, way in sweep.metrics.items()},
+        **{f"budget.{key}": value for key, value in vars(sweep.budget).items()},
+        **{f"searcher.{key}": value for key, value in vars(sweep.searcher).items()},
+        **{f"scheduler.{key}": value for key, value in vars(sweep.scheduler).items()},
+        "seed": sweep.seed,
+    }
+    try:
+        run_id = run_life.start_run(
+            uri,
+            f"sweep-{sweep.name}",
+            folder.name,
+            folder / "tracking",
+            settings,
+            configuration.to_yaml(first),
+            tags={
+                "mmdiff.sweep": sweep.name,
+                DESCRIPTION_TAG: sweep_description(sweep, address),
+                "mmdiff.run_folder": address,
+                "mmdiff.command": command,
+                "mmdiff.machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+            },
+            texts={"sweep.yaml": text},
+        )
+        write_text(folder, text)
+        write_json(folder / FACTS, {"tracking_uri": shown(uri), "run_id": run_id, "begun": time.time()})
+        _bring(folder, FACTS)
+    except BaseException:
+        runs.release(address)
+        raise
+    return folder
+
+
+def run_sweep(sweep: Sweep, folder: Path, say: Say) -> str:
+    """Run the trials that a sweep still lacks; return "finished" or "stopped" (Ctrl-C, SIGTERM).
+
+    Every trial is closed in MLflow whatever happens to it, or to the sweep; what was known before is not done
+    again.
+    """
+    facts = read_facts(folder)
+    with sweep_cluster(sweep), stop_requests() as stopped:
+        where = runs.address(folder)
+        if warning := split_records(facts["tracking_uri"], where):
+            say(warning)
+        state = _tune(sweep, where, facts, say, stopped)
+    return state
+
+
+def _tune(sweep: Sweep, where: str, facts: Mapping[str, Any], say: Say, stopped: Callable[[], bool]) -> str:
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours says what is left open
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that diverges ends without a score
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    from ray import tune
+
+    known = list(read_trials(where))
+    deadline = None if sweep.budget.hours is None else facts["begun"] + 3600 * sweep.budget.hours
+    make = make_configs(sweep)
+    searcher = SpaceSearcher(sweep, make, known, deadline)
+    watch = Watch(sweep, where, searcher, say, stopped)
+    if not searcher.has_more:
+        return "finished"
+    first = sweep.config({})
+    asks, at_once = resources_of(sweep, first)
+    shelf = make_shelf()
+    function = partial(
+        run_trial,
+        sweep=sweep,
+        where=where,
+        parent=facts["run_id"],
+        store=full(facts["tracking_uri"]),
+        working_folder=os.getcwd(),
+        tables=SharedTables(shelf),
+    )
+    pbt = sweep.scheduler.name == "pbt"
+    if pbt:
+        random.seed(sweep.seed + len(known))  # a population's draws are Ray's, from Python's own generator
+    fs, root = filesystem(where)
+    chosen: dict[str, Any] = {"num_samples": -1, "search_alg": searcher, "max_concurrent_trials": at_once}
+    tuner = tune.Tuner(
+        tune.with_resources(function, asks),
+        param_space=_population(searcher) if pbt else None,
+        tune_config=tune.TuneConfig(
+            metric=SCORE,
+            mode="max",
+            scheduler=make_scheduler(sweep, make, known),
+            reuse_actors=not pbt,  # a member that copies another has to begin anew
+            **({} if pbt else chosen),
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=f"{root}/ray",
+            storage_filesystem=fs if is_uri(where) else None,
+            stop=Deadline(deadline, stopped),
+            callbacks=[watch],
+            failure_config=tune.FailureConfig(max_failures=sweep.budget.retries),
+            verbose=0,
+        ),
+    )
+    try:
+        with _quiet():
+            tuner.fit()
+    finally:
+        watch.close()
+        if is_uri(where):  # Tune's own notes, which nothing is restored from
+            with suppress(OSError):
+                fs.delete_dir(f"{root}/ray")
+    say("data: " + read_once(shelf))
+    return "stopped" if stopped() else "finished"
+
+
+def _population(searcher: SpaceSearcher) -> dict[str, Any]:
+    """Return the trials of a population as Ray Tune takes them, which knows no searcher there."""
+    from ray import tune
+
+    points: dict[int, dict[str, Any]] = {}
+    while isinstance(point := searcher.suggest(f"member {len(points)}"), dict):
+        points[point["number"]] = point["values"]
+    return {
+        "number": tune.grid_search(list(points)),
+        "values": tune.sample_from(lambda spec: dict(points[spec.config.number])),  # type: ignore[attr-defined]
+    }
+
+
+def resources_of(sweep: Sweep, config: Config) -> tuple[dict[str, float], int]:
+    """Return what a trial asks Ray Tune for, and how many trials may be under way at once.
+
+    A trial of one worker is that worker. A larger one asks for next to nothing and starts a Ray Train run of
+    its own; only as many as fit at once may begin, or they would wait for each other for ever. Where not even
+    one fits, nodes that an autoscaler can start are waited for. Raises ConfigError where none fits then, or
+    not all of a population.
+    """
+    workers = config.workers
+    nested = workers.count > 1
+    count = max(1, workers.count)
+    needs = {name: count * each for name, each in workers.asks.items()}
+    needs["CPU"] = count * (workers.cpus + workers.data_workers * nested) + DRIVER_CPUS * nested
+    check_resources(workers if nested else dataclasses.replace(workers, count=1, data_workers=0))
+    held = _held(needs) if nested else places(workers.asks)
+    if held < 1:
+        said = ", ".join(amount_of(name, need) for name, need in needs.items())
+        raise ConfigError(f"workers: a trial needs {said}; the cluster has less")
+    if nested and sweep.scheduler.name == "pbt" and held < sweep.budget.trials:
+        raise ConfigError(
+            f"budget.trials ({sweep.budget.trials}): a population of trials with several workers each has to "
+            f"fit into the cluster, which holds {held}"
+        )
+    asks = {"cpu": DRIVER_CPUS} if nested else {"cpu": workers.cpus, "gpu": workers.gpus, **workers.resources}
+    wanted = sweep.budget.concurrent or held
+    return asks, wanted if autoscales() and not nested else min(held, wanted)
+
+
+def _held(needs: Mapping[str, float]) -> int:
+    """Return how many trials with such needs fit into the nodes that are up now."""
+    import ray
+
+    total = ray.cluster_resources()
+    return min(int(total.get(name, 0) / need) for name, need in needs.items() if need)
+
+
+def sweep_cluster(sweep: Sweep) -> AbstractContextManager[None]:
+    """Provide a Ray cluster: the one in use or at RAY_ADDRESS, or a local one that holds a trial."""
+    workers = sweep.config({}).workers
+    count = max(1, workers.count)
+    return cluster(max(2, int(count * (workers.cpus + workers.data_workers * (count > 1))) + 1))
+
+
+def _said(dimension: Any) -> str:
+    what = dimension.values if dimension.values else f"{dimension.low:g} to {dimension.high:g}"
+    when = f" when {dimension.when}" if dimension.when else ""
+    return f"{dimension.kind} {what}{when}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Ray Tune's own lines off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,71 @@
+"""Samples of a trained model as a data set: whole rows, the same however many are drawn and wherever."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdiff_ray.cli import main
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.manifest import read_manifest
+from mmdiff_ray.datasets.base import build
+from mmdiff_ray.sampling.export import load_export
+from tests.datasets.reading import read_rows
+
+
+def drawn(finished, folder, num: int, workers: int = 0, **options) -> dict[str, dict]:
+    settings = {"model": str(finished.folder / "export"), "num": num, "steps": 2, **options}
+    build("samples", str(folder), settings, workers=workers, progress=False)
+    return read_rows(str(folder))
+
+
+def test_every_sample_is_a_row_of_all_that_the_model_generates(finished, tmp_path):
+    rows = drawn(finished, tmp_path / "a", 40)
+    model = load_export(finished.folder / "export")
+    assert sorted(rows) == [f"{number:09d}" for number in range(40)]
+    for row in rows.values():
+        assert set(row) >= {"pixels", "shapes", "shape", "factors"} and "masked" not in row
+        assert np.asarray(Image.open(io.BytesIO(row["pixels"]))).shape == (8, 8, 3)
+        assert len(row["factors"]) == model.modality("factors").prediction_channels
+    manifest = read_manifest(str(tmp_path / "a"))
+    assert manifest.columns["shape"]["names"] == model.config.modalities["shape"].names
+    assert "samples of tiny" in manifest.description
+
+
+def test_a_sample_depends_on_its_number_and_the_seed_alone(finished, tmp_path):
+    few, many = drawn(finished, tmp_path / "few", 5), drawn(finished, tmp_path / "many", 70)
+    other = drawn(finished, tmp_path / "other", 5, seed=1)
+    for key, row in few.items():
+        assert row["pixels"] == many[key]["pixels"] and row["shape"] == many[key]["shape"]
+    assert any(row["pixels"] != other[key]["pixels"] for key, row in few.items())
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_pool_of_models_draws_what_one_process_draws(ray_cluster, finished, tmp_path):
+    alone, pool = drawn(finished, tmp_path / "a", 70), drawn(finished, tmp_path / "b", 70, workers=2)
+    assert {key: row["pixels"] for key, row in alone.items()} == {k: row["pixels"] for k, row in pool.items()}
+
+
+def test_what_is_given_is_in_every_row(finished, tmp_path, capsys):
+    out = str(tmp_path / "stars")
+    words = ["generate", str(finished.folder), "--num", "6", "--out", out, "--workers", "0", "--steps", "2"]
+    assert main([*words, "--given", "shape=star"]) == 0
+    assert "6 samples. Look at them: mmdiff data inspect" in capsys.readouterr().out
+    names = read_manifest(out).columns["shape"]["names"]
+    assert {row["shape"] for row in read_rows(out).values()} == {names.index("star")}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": "nowhere"}, "model: 'nowhere' holds no exported model"),
+        ({"num": 0}, r"num \(0\) must be at least 1"),
+        ({"given": "shape=sta"}, "shape: no label 'sta'; did you mean 'star'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told_before_anything_is_written(finished, tmp_path, options, words):
+    with pytest.raises(ConfigError, match=words):
+        drawn(finished, tmp_path / "a", **{"num": 3, **options})
+    assert not (tmp_path / "a" / "manifest.json").exists()
