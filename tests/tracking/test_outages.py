@@ -230,7 +230,7 @@ def typed(monkeypatch, network: Faults, *words: str) -> tuple[int, list[str]]:
         network.down = True
 
     display = Acting({REPORTS[-1]: down})
-    monkeypatch.setattr(training, "Display", lambda console: display)
+    monkeypatch.setattr("mmdiff_ray.cli.training.Display", lambda console: display)
     return main(words), display.said
 
 
