@@ -140,7 +140,7 @@ def assert_matches(pattern: str, text: str) -> None:
         (["train", "nowhere.yaml"], "no config file nowhere.yaml"),
         (["train", "."], "mmdiff: . is a folder, not a config file"),
         (["train", "--resume", "nothing"], "no run 'nothing' in runs/; there are: none yet"),
-        (["train", "x.yaml", "--resume", "r", "--dry-run"], "--dry-run checks a config file"),
+        (["train", "x.yaml", "--resume", "r", "--dry-run"], "--dry-run cannot be combined with --resume"),
         (["sample", "nothing"], "no run 'nothing'"),
         (["evaluate", "nothing"], "no run 'nothing'"),
         (["data", "embed", "minilm", "a cat", "--out", "x.txt"], "--out: got 'x.txt', want .*npy"),

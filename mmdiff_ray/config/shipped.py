@@ -20,7 +20,7 @@ def find(file: str | Path, *folders: str) -> Path:
     folders: where to look for a name. Returns the path unchanged where nothing is found.
     """
     file = Path(file)
-    if file.is_file() or file.is_absolute():
+    if file.is_file() or file.is_absolute() or not file.name:
         return file
     name = file if file.suffix == ".yaml" else file.with_name(f"{file.name}.yaml")
     found = [path for path in (root() / file, *(root() / one / name for one in folders)) if path.is_file()]

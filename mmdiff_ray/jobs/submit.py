@@ -135,7 +135,7 @@ def check_paths(folder: str | None, config: Config | None, known: argparse.Names
             raise ConfigError(f"--folder ({folder}) must be an absolute path on the cluster")
         return
     if known.command == "sweep" and known.file not in (None, "report"):
-        config = dataclasses.replace(any_config(load_sweep(known.file, known.overrides)), runs=known.commands)
+        config = dataclasses.replace(any_config(load_sweep(known.file, known.overrides)), runs=known.runs)
     if config is not None:
         paths = [("runs", config.runs), *(("data.sources", source.uri) for source in config.data.sources)]
     else:

@@ -85,7 +85,7 @@ def test_package_has_code_and_folder_but_no_data_runs_environments_ignored_files
 
 def test_checkout_is_sent_without_tests_and_results():
     files, _ = package.select(package.code_folder())
-    assert {"pyproject.toml", "mmdiff_ray/cli.py", "sweeps/quickstart.yaml"} <= files.keys()
+    assert {"pyproject.toml", "mmdiff_ray/cli/train.py", "sweeps/quickstart.yaml"} <= files.keys()
     assert not [name for name in files if name.startswith(("tests/", "results/", "data/", "runs/"))]
 
 
@@ -266,7 +266,7 @@ def test_command_with_a_password_is_refused_and_not_repeated(refused, words):
         (("--", "experiment", "nothing"), "experiment: unknown 'nothing'"),
         (("--", "experiment", WEIGHTS, "--cells", "no-*"), "cells: unknown 'no-*'"),
         (("--", "sweep", "nothing.yaml"), "nothing.yaml"),
-        (("--", "sweep", "x.yaml", "--dry-run"), "--dry-run starts nothing and is for this machine"),
+        (("--", "sweep", "x.yaml", "--dry-run"), "--dry-run cannot be submitted"),
         (("--", "train", "--resume", "x", "train.samplez=3"), "train.samplez: unknown key 'samplez'"),
         (("--", "evaluate", "x", "evaluate.rowz=3"), "evaluate.rowz: unknown key 'rowz'"),
         (("--", "generate", "x", "--out", "y", "--num", "-4"), "--num (-4) must be at least 1"),
