@@ -57,6 +57,8 @@ def train_and_evaluate(
         go = partial(launch.resume, new_mlflow_run=new_mlflow_run)
     for sentence in inert_settings(job.config):
         console.print(f"note: {sentence}")
+    if resumed is None and job.config.train.init:
+        console.print(f"init      {jobs.init_match(job)} from {job.config.train.init}", soft_wrap=True)
     if resumed is not None and is_finished(job):
         console.print(
             f"{job.folder.name} is finished at {job.config.train.samples:,} samples; to go on from there: "
@@ -154,6 +156,8 @@ def dry_run(config: Config) -> int:
     samples = config.train.samples
     console.print(f"data        {rows:,} training rows; {samples / rows:.1f} epochs in {samples:,} samples")
     console.print(_cost(job, denoiser))
+    if config.train.init:
+        console.print(f"init        {jobs.init_match(job)}")
     for sentence in inert_settings(job.config):
         console.print(f"note        {sentence}")
     console.print("nothing was started; train with the same command without --dry-run")

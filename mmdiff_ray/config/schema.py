@@ -203,7 +203,8 @@ class TrainConfig:
     log_every_samples: how often losses are reported. times: the part of the schedule, 0 the data and 1 the
     noise, that training draws from. cutout: a masked-image instance whose hole is cut out of z_t in half of
     the rows, as mere augmentation. changes: values that are others from some sample on, in order: of the
-    loss' coefficients, of modalities' weights, of the learning rate.
+    loss' coefficients, of modalities' weights, of the learning rate. init: a run (name, folder or URI) or a
+    `.safetensors` file whose weights the model starts from, where names and shapes match.
     """
 
     samples: int = 100_000
@@ -226,6 +227,7 @@ class TrainConfig:
     times: list[float] = field(default_factory=lambda: [0.0, 1.0])
     cutout: str | None = None
     changes: list[ChangeConfig] = field(default_factory=list)
+    init: str | None = None
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def _start_run(job: Job, uri: str, required: bool, tags: Mapping[str, Any] | Non
         configuration.flatten(job.config),
         configuration.to_yaml(job.config),
         datasets=_dataset_facts(job),
-        tags={**known, **(tags or {})},
+        tags={**known, **jobs.init_tags(job), **(tags or {})},
         required=required,
     )
 

@@ -142,13 +142,14 @@ def train_worker(
     if config.workers.threads or count > 1:
         torch.set_num_threads(config.workers.threads or max(1, int(config.workers.cpus)))
     device = choose_device(config.train)
-    denoiser = job.denoiser()
+    denoiser, store = job.denoiser(), _store(job, emit)
+    if store.latest() is None:
+        job.initialize(denoiser)
     reader = job.reader(job.denoiser())  # of its own: data workers have no GPU, where the model may go
     trainer = Trainer(config, denoiser, device)
     bad_rows = BadRows(config.data.bad_row_limit, tell or job.add_bad_rows)
     validation = _validation(job, reader, bad_rows)
     hooks = WorkerHooks(job, validation, emit, stopped)
-    store = _store(job, emit)
     facts = {"config": configuration.to_plain(config), "version": __version__, "torch": torch.__version__}
     try:
         ended = fit(

@@ -89,6 +89,9 @@ def train_cell(config: Config, folder: Path, hooks: "CellHooks", watched: Sequen
         torch.set_num_threads(config.workers.threads)
     denoiser = job.denoiser()
     reader = job.reader(job.denoiser())
+    store = CheckpointStore(job.checkpoints, config.checkpoint)
+    if store.latest() is None:
+        job.initialize(denoiser)
     trainer = Trainer(config, denoiser, choose_device(config.train))
 
     def stream(start: int) -> Iterator[Batch]:
@@ -101,7 +104,6 @@ def train_cell(config: Config, folder: Path, hooks: "CellHooks", watched: Sequen
         rows = list(split_batches(reader, splits, config.evaluate.rows, min(64, config.evaluate.rows)))
         hooks.watch = Watch(watched, rows, folder / "watched.json")
     facts = {"config": configuration.to_plain(config), "version": __version__, "torch": torch.__version__}
-    store = CheckpointStore(job.checkpoints, config.checkpoint)
     if fit(trainer, store, stream, list, hooks, facts) != "finished":
         raise RunError(f"{job.folder.name} was stopped with a checkpoint; the same command goes on with it")
     hooks.evaluate(trainer)

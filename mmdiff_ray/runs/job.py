@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import Config, ConfigError, check_changes, in_force
+from mmdiff_ray.config import Config, ConfigError, check_changes, in_force, named
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.data.manifest import Manifest
@@ -21,11 +21,13 @@ from mmdiff_ray.data.plan import Plan
 from mmdiff_ray.data.reader import RowReader
 from mmdiff_ray.models.denoiser import Denoiser, build_denoiser, build_modalities, build_process, is_generated
 from mmdiff_ray.runs import folder as runs
+from mmdiff_ray.sampling.export import WEIGHTS, shapes_in, tensors_in
 from mmdiff_ray.storage.filesystem import is_uri, join, parent
 from mmdiff_ray.storage.mirror import Mirror, mirror
 from mmdiff_ray.tracking.store import full, shown, tracking_uri
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.fit import calibrate
+from mmdiff_ray.training.init import Match, load_matching, match
 from mmdiff_ray.training.parallel import bfloat16_is_fast, check_strategy, choose_device
 
 CALIBRATION_ROWS = 512
@@ -127,6 +129,11 @@ class Job:
         denoiser.modalities.load_state_dict(self.calibration, strict=False)
         return denoiser
 
+    def initialize(self, denoiser: Denoiser) -> None:
+        """Give a model the weights of `train.init`, where it is set."""
+        if self.config.train.init:
+            load_matching(denoiser, tensors_in(self.config.train.init))
+
     def reader(self, denoiser: Denoiser) -> RowReader:
         return make_reader(self.config, denoiser, self.tables)
 
@@ -150,9 +157,11 @@ def make_reader(config: Config, denoiser: Denoiser, tables: Tables | None = None
     return RowReader(dict(denoiser.modalities.items()), uris, config.data, config.seed, tables)
 
 
-def prepare(config: Config, folder: Path, tables: Tables | None = None) -> Job:
-    """Check a configuration against its data and return the job. Raises ConfigError; nothing is started or
-    written."""
+def prepare(config: Config, folder: Path, tables: Tables | None = None, resumed: bool = False) -> Job:
+    """Check a configuration against its data and return the job; nothing is started or written.
+
+    resumed: whether the run exists and needs `train.init` no more. Raises ConfigError.
+    """
     if config.evaluate.evaluators != []:
         from mmdiff_ray.evaluation.run import check_evaluators  # what it draws and measures with is large
 
@@ -162,10 +171,40 @@ def prepare(config: Config, folder: Path, tables: Tables | None = None) -> Job:
     check_changes(config)
     manifests = read_sources(config)
     config, denoiser = fit(with_precision(config), manifests)
+    if config.train.init and not resumed:
+        config = _with_init(config, denoiser)
     reader = make_reader(config, denoiser, tables)
     splits = [manifest.splits["train"] for manifest in manifests]
     calibrate(denoiser.modalities, split_batches(reader, splits, CALIBRATION_ROWS, 64))
     return Job(config, manifests, folder, _fixed_scales(denoiser), tables=tables)
+
+
+def _with_init(config: Config, denoiser: Denoiser) -> Config:
+    """Return the configuration with the full address of `train.init`. Raises ConfigError if nothing fits."""
+    init = str(config.train.init)
+    if not init.endswith(".safetensors"):
+        init = join(runs.address(find_run(init, config.runs)), "export", WEIGHTS)
+    elif not is_uri(init):
+        init = str(Path(init).absolute())
+    with named("train.init"):
+        if not match(denoiser, shapes_in(init)).same:
+            raise ConfigError(f"no tensor in {init} has the name and shape of one of this model's")
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, init=init))
+
+
+def init_tags(job: Job) -> dict[str, str]:
+    """Return the tags of a run that starts from another's weights: from where, and that run's id if known."""
+    init = job.config.train.init
+    if not init:
+        return {}
+    file = Path(init).parents[1] / "run.json"
+    run_id = read_run(file.parent)["run_id"] if not is_uri(init) and file.is_file() else ""
+    return {"mmdiff.init": init} | ({"mmdiff.init_run_id": run_id} if run_id else {})
+
+
+def init_match(job: Job) -> Match:
+    """Return which of a model's parameters start from `train.init`."""
+    return match(job.denoiser(), shapes_in(str(job.config.train.init)))
 
 
 def with_precision(config: Config) -> Config:
@@ -322,7 +361,7 @@ def load_job(folder: Path, overrides: Sequence[str] = ()) -> Job:
         ]  # a length asked for now outranks an old time limit
     config = configuration.load_saved(folder / "config.yaml", overrides)
     check_kept(before, config, MAY_CHANGE, "a run that goes on")
-    facts, job = read_run(folder), prepare(config, folder)
+    facts, job = read_run(folder), prepare(config, folder, resumed=True)
     if facts["datasets"] != [manifest.digest for manifest in job.manifests]:
         raise ConfigError(
             f"data.sources: the data are not those that {folder.name} was trained on (their manifests "
