@@ -27,6 +27,12 @@ def check(config: Config) -> None:
     _check_numbers(config)
     one_of("train.precision", config.train.precision, ("auto", "float32", "bfloat16"))
     one_of("train.decay", config.train.decay, ("constant", "linear", "cosine"))
+    one_of("train.time_sampling", config.train.time_sampling, ("uniform", "logit_normal"))
+    if config.train.time_sampling != "uniform" and config.loss.weighting == "elbo":
+        raise ConfigError(
+            "train.time_sampling: loss.weighting=elbo estimates the bound from uniform times; choose uniform, "
+            "or another weighting"
+        )
     one_of("given.input", config.given.input, ("in_place", "u_plus_code", "z_plus_code", "z_only"))
     one_of("loss.prediction", config.loss.prediction, ("v", "eps", "x0"))
     for name, task in config.tasks.items():
@@ -93,6 +99,7 @@ def _check_numbers(config: Config) -> None:
         ("train.global_batch", train.global_batch, 1),
         ("train.micro_batch", 1 if train.micro_batch is None else train.micro_batch, 1),
         ("train.weight_decay", train.weight_decay, 0),
+        ("train.decay_samples", 1 if train.decay_samples is None else train.decay_samples, 1),
         ("train.warmup_samples", train.warmup_samples, 0),
         ("train.final_lr_ratio", train.final_lr_ratio, 0),
         ("train.ema_samples", train.ema_samples, 1),
@@ -120,6 +127,7 @@ def _check_numbers(config: Config) -> None:
     for key, rate in (
         ("train.learning_rate", train.learning_rate),
         ("train.clip_norm", train.clip_norm),
+        ("train.time_std", train.time_std),
         ("train.max_minutes", 1.0 if train.max_minutes is None else train.max_minutes),
     ):
         if not rate > 0:

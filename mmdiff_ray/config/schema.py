@@ -196,15 +196,18 @@ class TrainConfig:
     samples: where training ends. max_minutes: where set, `samples` shrinks to what fits. global_batch: rows
     of a step, over all workers. micro_batch: rows per forward pass and worker (null: all of its rows).
     learning_rate, weight_decay, betas: of AdamW. warmup_samples: in which the learning rate rises from 0.
-    decay: constant, linear or cosine, to `final_lr_ratio` of it. clip_norm: largest norm of the gradient.
+    decay: constant, linear or cosine, to `final_lr_ratio` of it, over the last `decay_samples` (null: all
+    along). clip_norm: largest norm of the gradient.
     ema_samples: half-life of the moving average. precision: float32, bfloat16 (autocast), or auto: bfloat16
     on GPUs and on CPUs that multiply matrices in it, decided when a run begins. compile: by torch.compile.
     channels_last: the memory layout, on GPUs alone. device: auto (a GPU if there is one), cpu or cuda.
-    log_every_samples: how often losses are reported. times: the part of the schedule, 0 the data and 1 the
-    noise, that training draws from. cutout: a masked-image instance whose hole is cut out of z_t in half of
-    the rows, as mere augmentation. changes: values that are others from some sample on, in order: of the
-    loss' coefficients, of modalities' weights, of the learning rate. init: a run (name, folder or URI) or a
-    `.safetensors` file whose weights the model starts from, where names and shapes match.
+    log_every_samples: how often losses are reported. times: the part of the schedule, 0 the data and 1
+    the noise, that training draws from. time_sampling: uniform, or logit_normal, the sigmoid of a normal
+    variable of mean `time_mean` and standard deviation `time_std` (Esser et al., 2024). cutout: a
+    masked-image instance whose hole is cut out of z_t in half of the rows, as mere augmentation. changes:
+    values that are others from some sample on, in order: of the loss' coefficients, of modalities'
+    weights, of the learning rate. init: a run (name, folder or URI) or a `.safetensors` file whose
+    weights the model starts from, where names and shapes match.
     """
 
     samples: int = 100_000
@@ -216,6 +219,7 @@ class TrainConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     warmup_samples: int = 3_000
     decay: str = "cosine"
+    decay_samples: int | None = None
     final_lr_ratio: float = 0.02
     clip_norm: float = 1.0
     ema_samples: int = 10_000
@@ -225,6 +229,9 @@ class TrainConfig:
     device: str = "auto"
     log_every_samples: int = 1_000
     times: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    time_sampling: str = "uniform"
+    time_mean: float = 0.0
+    time_std: float = 1.0
     cutout: str | None = None
     changes: list[ChangeConfig] = field(default_factory=list)
     init: str | None = None

@@ -86,6 +86,9 @@ class TrainingLoss(nn.Module):
         steps = self.denoiser.process.schedule.steps
         low, high = (round(time * steps) for time in self.config.train.times)
         drawn = rng.uniform(self.config.seed, "time", batch.visits, batch.ids, 1)[:, 0]
+        train = self.config.train
+        if train.time_sampling == "logit_normal":
+            drawn = torch.sigmoid(train.time_mean + train.time_std * torch.special.ndtri(drawn))
         return (low + (drawn * max(1, high - low)).floor() + 1).clamp(max=high) / steps
 
     def _cut_out(self, z_t: Tensor, batch: Batch) -> Tensor:

@@ -30,10 +30,14 @@ def _is_embedding(name: str) -> bool:
 
 
 def learning_rate(config: TrainConfig, samples_seen: int, total_samples: int) -> float:
-    """Return the learning rate of the step that starts at samples_seen: warm-up, then the configured
-    decay."""
+    """Return the learning rate of the step that starts at samples_seen: warm-up, then the configured decay.
+
+    With `train.decay_samples` the rate stays constant until so many samples before the end ("warm-up, stable,
+    decay"; Hu et al., 2024), else it decays all along.
+    """
     warmup = min(1.0, (samples_seen + config.global_batch) / max(1, config.warmup_samples))
-    progress = min(1.0, samples_seen / max(1, total_samples))
+    length = max(1, min(config.decay_samples or total_samples, total_samples))  # of the decay
+    progress = min(1.0, max(0, samples_seen - (total_samples - length)) / length)
     shape = {
         "constant": 1.0,
         "linear": 1 - progress,

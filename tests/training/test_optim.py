@@ -39,6 +39,13 @@ def test_decay_falls_from_the_learning_rate_to_its_final_share(decay, floor):
     assert learning_rate(config, 2 * TOTAL, TOTAL) == pytest.approx(0.5 * floor)  # never rises again
 
 
+def test_decay_over_the_last_samples_leaves_the_rate_constant_until_then():
+    falling = rates(decay="linear", decay_samples=2_000, final_lr_ratio=0.0, warmup_samples=0)
+    assert falling[:80] == [0.5] * 80
+    assert falling[80:] == pytest.approx([0.5 * (1 - step / 20) for step in range(20)])
+    assert rates(decay="cosine", decay_samples=TOTAL) == rates(decay="cosine")
+
+
 def test_cosine_is_a_cosine():
     config = TrainConfig(learning_rate=1.0, decay="cosine", final_lr_ratio=0.0, warmup_samples=0)
     for share in (0.1, 0.25, 0.8):

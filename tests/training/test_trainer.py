@@ -324,6 +324,18 @@ def test_times_are_drawn_from_the_part_that_is_asked_for(sprites, monkeypatch):
         assert float(t.max() - t.min()) > 0.5 * (high - low) or low == high
 
 
+def test_logit_normal_times_have_the_mean_and_spread_that_are_asked_for(sprites):
+    job = tiny.job(
+        sprites, "train.time_sampling=logit_normal", "train.time_mean=-0.5", "train.time_std=0.7",
+        "schedule.steps=10000",
+    )  # fmt: skip
+    ids = torch.arange(4096)
+    batch = Batch(ids, torch.zeros_like(ids), torch.ones(4096, dtype=torch.bool), {}, {})
+    logits = torch.logit(tiny.trainer(job).loss._times(batch))
+    assert abs(float(logits.mean()) + 0.5) < 4 * 0.7 / 64
+    assert abs(float(logits.std()) - 0.7) < 0.04
+
+
 def test_cutout_hides_the_hole_from_the_model_in_about_half_of_the_rows(sprites, monkeypatch):
     _, batch, plain, _ = seen_by_the_model(sprites, monkeypatch)
     _, _, cut, _ = seen_by_the_model(sprites, monkeypatch, "train.cutout=masked")
