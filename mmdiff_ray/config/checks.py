@@ -30,8 +30,8 @@ def check(config: Config) -> None:
     one_of("train.time_sampling", config.train.time_sampling, ("uniform", "logit_normal"))
     if config.train.time_sampling != "uniform" and config.loss.weighting == "elbo":
         raise ConfigError(
-            "train.time_sampling: loss.weighting=elbo estimates the bound from uniform times; choose uniform, "
-            "or another weighting"
+            "train.time_sampling: loss.weighting=elbo estimates the bound from uniform times; choose "
+            "uniform, or another weighting"
         )
     one_of("given.input", config.given.input, ("in_place", "u_plus_code", "z_plus_code", "z_only"))
     one_of("loss.prediction", config.loss.prediction, ("v", "eps", "x0"))
