@@ -4,6 +4,7 @@ import contextlib
 import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -132,3 +133,8 @@ def _footer(uri: str, path: str, crc32: int) -> pq.FileMetaData:
 def _footer_bytes(tail: bytes) -> int:
     """Return the length of a Parquet file's footer, with the 8 bytes at its end: this length, and "PAR1"."""
     return int.from_bytes(tail[-8:-4], "little") + 8
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a whole Parquet file of plain values. Raises OSError or ValueError."""
+    return pq.read_table(str(file)).to_pylist()

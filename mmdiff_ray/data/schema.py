@@ -97,9 +97,10 @@ class MaskColumn(Column):
         if channels != 1:
             raise ConfigError(f"a mask must have one channel of class indices (mode L), got {channels}")
         self.fix("size", size)
-        pixels = np.bincount(
-            np.asarray(Image.open(io.BytesIO(value))).ravel(), minlength=self.facts["classes"]
-        )
+        indices = np.asarray(Image.open(io.BytesIO(value)))
+        if (void := self.facts.get("void")) is not None:
+            indices = indices[indices != void]
+        pixels = np.bincount(indices.ravel(), minlength=self.facts["classes"])
         if len(pixels) > self.facts["classes"]:
             raise ConfigError(f"a mask of {self.facts['classes']} classes holds the index {len(pixels) - 1}")
         return bytes(value), {**_present(), "pixels": pixels}

@@ -29,6 +29,8 @@ from mmdiff_ray.storage.filesystem import check_writable
 
 CHUNK = 32
 """Items that travel, and are embedded, together."""
+FEWEST_BAD = 10
+"""How many unreadable items any share tolerates."""
 
 
 class Item(NamedTuple):
@@ -55,15 +57,16 @@ class Options:
     """What every pipeline can be told.
 
     limit: build only so many items, a stable random choice. bad_limit: unreadable items tolerated before the
-    build stops. val_share: the share of rows that go to the validation split. test_share: the share of rows
-    that go to the test split; the validation rows are the same for any test_share. annotated: the share of
-    training rows that keep their annotations (masks, labels), the same share of each class; the rest have
-    none. lacks: the columns that the rest lacks, separated by commas; all annotations where it names none.
-    subset: another number draws other rows. part: all training rows, or only the annotated, or only the rest.
+    build stops: a number, or a share such as 1%, but at least 10. val_share: the share of rows that go to the
+    validation split, where the source names none. test_share: the share of rows that go to the test split;
+    the validation rows are the same for any test_share. annotated: the share of training rows that keep their
+    annotations (masks, labels), the same share of each class; the rest have none. lacks: the columns that the
+    rest lacks, separated by commas; all annotations where it names none. subset: another number draws other
+    rows. part: all training rows, or only the annotated, or only the rest.
     """
 
     limit: int | None = None
-    bad_limit: int = 0
+    bad_limit: str = "0"
     val_share: float = 0.1
     test_share: float = 0.0
     annotated: float = 1.0
@@ -240,6 +243,7 @@ def _write(
                 f"{writer.uri} holds an interrupted build with {item.key!r} in the split "
                 f"{writer.done[item.key]!r}, now {item.split!r}; {RESTART}"
             )
+    limit = bad_limit(pipeline.options.bad_limit, len(items))
     placed = {item.key: (item.split, item.group) for item in items if item.split or item.group}
     kept = sum(item.key in writer.done for item in items)
     advance(kept)
@@ -250,7 +254,7 @@ def _write(
     with closing(flow.run(partial(render, pipeline), stages, chunks, workers, labels)) as stream:
         for made in stream:
             bad |= made.bad
-            _check_bad(bad, pipeline.options.bad_limit)
+            _check_bad(bad, limit)
             fresh = [row for row in made.rows if row["key"] not in writer.done]
             for row in fresh:
                 writer.add(row, *placed.get(row["key"], ()))
@@ -269,6 +273,19 @@ def render(pipeline: Pipeline, chunk: Sequence[Item]) -> Made:
         except BadRow as error:
             bad[item.key] = str(error)
     return Made(rows, bad)
+
+
+def bad_limit(text: str, items: int) -> int:
+    """Return how many of so many items may be unreadable. Raises ConfigError for what is no number or
+    share."""
+    share = text.strip().endswith("%")
+    try:
+        number = float(text.strip().removesuffix("%"))
+    except ValueError:
+        number = -1.0
+    if number < 0 or (not share and not number.is_integer()) or (share and number > 100):
+        raise ConfigError(f"bad_limit: got {text!r}, want a number (5) or a share (1%)")
+    return max(FEWEST_BAD, int(items * number / 100)) if share else int(number)
 
 
 def _check_bad(bad: Mapping[str, str], limit: int) -> None:

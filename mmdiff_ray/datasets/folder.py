@@ -1,57 +1,91 @@
 """Folder: a user's own pictures in nested folders, with masks, labels and captions where there are any."""
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.datasets.base import BadRow, Item, Options, Pipeline, Stage, is_off, is_on, look_stages
-from mmdiff_ray.datasets.embedders import has_alpha, make_embedder
+from mmdiff_ray.datasets.embedders import make_embedder
 from mmdiff_ray.datasets.layouts import Entry, Masks, read_cityscapes, read_coco
-from mmdiff_ray.datasets.listing import read_csv
+from mmdiff_ray.datasets.listing import NAMES, clean, read_table
 from mmdiff_ray.datasets.masks import find_masks
+from mmdiff_ray.datasets.pictures import (
+    DEPTHS,
+    SUFFIXES,
+    UNREADABLE,
+    is_transparent,
+    make_frame,
+    open_picture,
+)
 from mmdiff_ray.modalities.image import to_png
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 LAYOUTS = ("plain", "coco", "cityscapes")
-READ_BY = {"masks": "plain", "csv": "plain", "annotations": "coco", "captions": "coco"}
+READ_BY = {"masks": "plain", "metadata": "plain", "csv": "plain", "annotations": "coco", "captions": "coco"}
 """Option -> the layout that it belongs to."""
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What PIL raises for files that are cut short, corrupt, absurdly large or no pictures at all."""
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Names of top-level folders that are splits -> the split."""
 
 
 @dataclass(frozen=True)
 class FolderOptions(Options):
     """What is read, and how.
 
-    source: the folder of pictures, needed. size: pixels a side; the middle square of each picture is used.
-    masks: a folder of masks that repeats the pictures' relative names, or alpha, none, or auto: alpha if any
-    picture has it. csv: a file with the columns file (relative to source), label and caption, which then
-    lists the rows; without it the top-level folders' names are the labels. layout: plain, any folder; coco,
-    the pictures that annotations lists, with a class of masks per category; or cityscapes, the folder with
-    leftImg8bit and gtFine, 19 classes and unlabelled, labels from the cities; the last two take neither masks
-    nor csv. annotations: the COCO file of instances, for layout=coco. captions: the COCO file of captions,
-    for layout=coco. look: embedder of the picture over white, which makes the column look:
-    efficientnet-lite0, open_clip:MODEL[:weights] or off. embed_captions: embedder of the captions, which
-    makes the column caption: minilm, open_clip:MODEL[:weights], on (minilm) or off.
+    source: the folder of pictures, needed. size: pixels a side, or HEIGHTxWIDTH. fit: crop uses the middle of
+    each picture, pad adds borders, stretch distorts. depth: scale brings pictures of 16 bits or floats in [0,
+    1] to 8 bits, refuse leaves them out. masks: a folder of masks that repeats the pictures' relative names,
+    or alpha, none, or auto: alpha if any picture has a transparent pixel. mask_suffix: what a mask's name has
+    behind its picture's, such as _mask; auto finds it. palette: a text file with a colour and a name per line
+    (#ff0000 car), the classes of masks in colour in their order; other colours are void. ignore: the mask
+    value of pixels that are neither learned nor measured, such as 255; auto takes 255 where it lies apart
+    from all classes; none. metadata: a table (.csv, .tsv, .jsonl, .parquet) with the columns file, label and
+    caption, which then lists the rows; metadata.csv and the like in the source is found without it. Without a
+    table the top-level folders' names are the labels, and train, val and test are splits. csv: the former
+    name of metadata. split_column: the table's column with each row's split. group_by: the table's column
+    with what rows of one split share, such as a patient. val_source: a folder with the pictures of the
+    validation split. layout: plain, any folder; coco, the pictures that annotations lists, with a class of
+    masks per category; or cityscapes, the folder with leftImg8bit and gtFine, 19 classes and unlabelled,
+    labels from the cities; the last two take neither masks nor metadata. annotations: the COCO file of
+    instances, for layout=coco. captions: the COCO file of captions, for layout=coco. look: embedder of the
+    picture over white, which makes the column look: efficientnet-lite0, open_clip:MODEL[:weights] or off.
+    embed_captions: embedder of the captions, which makes the column caption: minilm,
+    open_clip:MODEL[:weights], on (minilm) or off.
     """
 
     source: str = ""
-    size: int = 64
+    size: str = "64"
+    fit: str = "crop"
+    depth: str = "refuse"
     masks: str = "auto"
+    mask_suffix: str = "auto"
+    palette: str | None = None
+    ignore: str = "auto"
+    metadata: str | None = None
     csv: str | None = None
+    split_column: str | None = None
+    group_by: str | None = None
+    val_source: str | None = None
     layout: str = "plain"
     annotations: str | None = None
     captions: str | None = None
     look: str = "off"
     embed_captions: str = "off"
-    bad_limit: int = 10
+    bad_limit: str = "1%"
 
 
 @registry.register("pipeline", "folder")
@@ -64,14 +98,15 @@ class Folder(Pipeline):
         super().__init__(options)
         if not options.source:
             raise ConfigError("source is missing; name the folder of pictures, for example source=photos")
-        if options.size < 8:
-            raise ConfigError(f"size ({options.size}) must be at least 8")
+        self.frame = make_frame(options.size, options.fit)
+        if options.depth not in DEPTHS:
+            raise ConfigError(f"depth: got {options.depth!r}, want one of {', '.join(DEPTHS)}")
         self.source = Path(options.source).expanduser().resolve()
         if not self.source.is_dir():
             raise ConfigError(f"source: no folder {self.source}")
-        self.unlisted = 0
+        self.remarks: list[str] = []
         self.entries, drawn = self._listed()
-        self.has_alpha = any(_opens_with_alpha(self.source / entry.file) for entry in self.entries)
+        self.has_alpha = any(is_transparent(self.source / entry.file) for entry in self.entries)
         self.masks = drawn or self._masks()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,9 +118,7 @@ class Folder(Pipeline):
         return f"The pictures of the folder {self.source.name}."
 
     def notes(self) -> list[str]:
-        count = self.unlisted
-        named = "picture is" if count == 1 else "pictures are"
-        return [f"{count:,} {named} not in {self.options.csv} and left out"] if count else []
+        return [*self.remarks, *_alike({entry.label for entry in self.entries if entry.label})]
 
     @property
     def _mask_folder(self) -> Path | None:
@@ -107,24 +140,59 @@ class Folder(Pipeline):
         if options.annotations is None:
             raise ConfigError("annotations is missing; name the COCO file of instances: annotations=FILE")
         words = Path(options.captions).expanduser() if options.captions else None
-        return read_coco(Path(options.annotations).expanduser(), words)
+        entries, masks, self.remarks = read_coco(Path(options.annotations).expanduser(), words)
+        return entries, masks
 
     def _entries(self) -> list[Entry]:
-        entries = list(walk(self.source, self._mask_folder))
-        if not entries:
+        options, held_out = self.options, []
+        if options.val_source:
+            folder = Path(options.val_source).expanduser().resolve()
+            held_out = [
+                entry._replace(file=os.path.relpath(folder / entry.file, self.source), split="val")
+                for entry in self._walked(folder)
+            ]
+        found = [
+            entry for entry in self._walked(self.source) if entry.file not in {one.file for one in held_out}
+        ]
+        if not found:
             raise ConfigError(f"source: no picture in {self.source}; known suffixes: {', '.join(SUFFIXES)}")
-        if self.options.csv is None:
-            return entries
-        listed = read_csv(Path(self.options.csv).expanduser(), self.source, entries[0].file)
-        named = {os.path.normpath(entry.file) for entry in listed}
-        self.unlisted = sum(os.path.normpath(entry.file) not in named for entry in entries)
-        return listed
+        table = self._table()
+        if table is None:
+            for key in ("split_column", "group_by"):
+                if getattr(options, key):
+                    raise ConfigError(f"{key}: only a table has columns; name it: metadata=FILE")
+            return [*_split_by_folder(found), *(entry._replace(split="val") for entry in held_out)]
+        names = [entry.file for entry in found]
+        listed = read_table(table, self.source, names, options.split_column, options.group_by)
+        listed = [entry._replace(label=clean(entry.label), split=_split(entry.split)) for entry in listed]
+        unlisted = len(set(names) - {entry.file for entry in listed})
+        if unlisted:
+            named = "picture is" if unlisted == 1 else "pictures are"
+            self.remarks.append(f"{unlisted:,} {named} not in {table.name} and left out")
+        return [*listed, *held_out]
+
+    def _table(self) -> Path | None:
+        """Return the table of the pictures: the named one, or one that lies beside them."""
+        if named := self.options.metadata or self.options.csv:
+            return Path(named).expanduser()
+        return next((self.source / name for name in NAMES if (self.source / name).is_file()), None)
+
+    def _walked(self, folder: Path) -> list[Entry]:
+        entries, skipped = walk(folder, self._mask_folder)
+        if skipped:
+            counts = ", ".join(f"{count:,} {what}" for what, count in sorted(skipped.items()))
+            self.remarks.append(f"skipped: {counts}")
+        return entries
 
     def _masks(self) -> Masks | None:
-        if self.options.masks == "alpha" and not self.has_alpha:
-            raise ConfigError(f"masks=alpha, but no picture in {self.source} has an alpha channel")
-        folder = self._mask_folder
-        return find_masks(folder, [entry.mask for entry in self.entries]) if folder else None
+        options, folder = self.options, self._mask_folder
+        if options.masks == "alpha" and not self.has_alpha:
+            raise ConfigError(f"masks=alpha, but no picture in {self.source} has a transparent pixel")
+        if not folder:
+            return None
+        palette = Path(options.palette).expanduser() if options.palette else None
+        stems = [entry.mask for entry in self.entries]
+        return find_masks(folder, stems, options.mask_suffix, options.ignore, palette)
 
     def columns(self) -> dict[str, dict[str, Any]]:
         columns: dict[str, dict[str, Any]] = {
@@ -149,79 +217,93 @@ class Folder(Pipeline):
         if not is_off(captions):
             if not any(entry.caption for entry in self.entries):
                 raise ConfigError(
-                    f"embed_captions={captions}, but there is no caption; give csv=FILE with a caption column"
+                    f"embed_captions={captions}, but no picture has a caption; give metadata=FILE with one"
                 )
             spec = "minilm" if is_on(captions) else captions
             stages.append(Stage("caption", "text", make_embedder(spec, "text")))
         return stages
 
     def items(self) -> list[Item]:
-        return [Item(entry.file, entry) for entry in self.entries]
+        return [Item(entry.file, entry, entry.group, entry.split) for entry in self.entries]
 
     def row(self, item: Item) -> dict[str, Any]:
         entry: Entry = item.source
+        words = {"label": entry.label, "text": entry.caption}
         try:
-            return {**self._pictures(entry), **_words(entry)}
+            return {**self._pictures(entry), **{column: value for column, value in words.items() if value}}
         except UNREADABLE as error:
             raise BadRow(str(error) or type(error).__name__) from None
 
     def _pictures(self, entry: Entry) -> dict[str, Any]:
-        picture = open_picture(self.source / entry.file)
+        picture = open_picture(self.source / entry.file, self.options.depth)
         mode = "RGBA" if self.has_alpha else "RGB"
-        pixels = np.asarray(_fit(picture.convert(mode), self.options.size, Image.Resampling.BICUBIC))
+        pixels = np.asarray(self.frame(picture.image.convert(mode), Image.Resampling.BICUBIC))
         row: dict[str, Any] = {"pixels": to_png(pixels)}
         if self._alpha_is_mask:
             row["alpha"] = to_png((pixels[..., 3] >= 128).astype(np.uint8))
-        if self.masks is not None:
-            row["mask"] = self._mask(self.masks.read(entry.mask), picture.size)
+        if self.masks is not None and (classes := self.masks.read(entry.mask)) is not None:
+            mask = picture.annotation(Image.fromarray(classes))
+            row["mask"] = to_png(np.asarray(self.frame(mask, Image.Resampling.NEAREST, self.masks.void or 0)))
         return row
 
-    def _mask(self, classes: np.ndarray | None, size: tuple[int, int]) -> bytes | None:
-        """Return a mask cut and resized like its picture of a size (width, height)."""
-        if classes is None:
-            return None
-        mask = Image.fromarray(classes)
-        if mask.size != size:
-            raise BadRow(
-                f"its mask has {mask.size[0]}x{mask.size[1]} pixels, the picture {size[0]}x{size[1]}"
-            )
-        return to_png(np.asarray(_fit(mask, self.options.size, Image.Resampling.NEAREST)))
 
+def walk(source: Path, without: Path | None) -> tuple[list[Entry], Counter[str]]:
+    """Return the pictures under a folder, sorted, labelled by their top-level folder if they lie in one, and
+    the number of other files by reason.
 
-def walk(source: Path, without: Path | None) -> Iterator[Entry]:
-    """Yield the pictures under a folder, sorted, labelled by their top-level folder if they lie in one.
-
-    Hidden files and folders are left out, and the folder `without`.
+    Hidden files and folders and the folder `without` are neither. A text file beside a picture with the same
+    name holds its caption.
     """
+    entries, skipped = [], Counter[str]()
     for path in sorted(source.rglob("*")):
         parts = path.relative_to(source).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if path.suffix.lower() in SUFFIXES and not hidden and without not in path.parents:
-            yield Entry("/".join(parts), parts[0] if len(parts) > 1 else None)
+        if any(part.startswith(".") for part in parts) or without in path.parents or not path.is_file():
+            continue
+        if path.suffix.lower() not in SUFFIXES:
+            beside = path.suffix == ".txt" and any(path.with_suffix(one).is_file() for one in SUFFIXES)
+            if not beside and path.name not in NAMES:
+                skipped[f"{path.suffix or 'suffixless'} file{'s'}"] += 1
+        elif any("\udc80" <= letter <= "\udcff" for letter in "".join(parts)):
+            skipped["files whose names are not UTF-8"] += 1
+        else:
+            entries.append(
+                Entry("/".join(parts), clean(parts[0]) if len(parts) > 1 else None, _caption(path))
+            )
+    return entries, skipped
 
 
-def open_picture(file: Path) -> Image.Image:
-    """Return a picture in RGB or RGBA, turned upright. Raises one of UNREADABLE if it cannot be decoded."""
-    with Image.open(file) as image:
-        if image.mode[0] in "IF":
-            raise ValueError(f"{file} has more than 8 bits a channel (mode {image.mode}); convert it")
-        upright = ImageOps.exif_transpose(image)
-        return upright.convert("RGBA" if has_alpha(upright) else "RGB")
+def _caption(picture: Path) -> str | None:
+    """Return the first line of the text file beside a picture."""
+    beside = picture.with_suffix(".txt")
+    if not beside.is_file():
+        return None
+    lines = beside.read_text(encoding="utf8", errors="replace").splitlines()
+    return next((line.strip() for line in lines if line.strip()), None)
 
 
-def _words(entry: Entry) -> dict[str, Any]:
-    words = {"label": entry.label, "text": entry.caption}
-    return {column: value for column, value in words.items() if value}
+def _split_by_folder(entries: list[Entry]) -> list[Entry]:
+    """Return pictures with the split of their top-level folder, if all of these are names of splits."""
+    tops = {entry.file.partition("/")[0] for entry in entries}
+    if not any("/" in entry.file for entry in entries) or not tops <= SPLITS.keys() or len(tops) < 2:
+        return entries
+    return [
+        entry._replace(split=SPLITS[parts[0]], label=clean(parts[1]) if len(parts) > 2 else None)
+        for entry in entries
+        for parts in [entry.file.split("/")]
+    ]
 
 
-def _fit(image: Image.Image, size: int, method: Image.Resampling) -> Image.Image:
-    """Return the middle square of an image, size x size pixels."""
-    return ImageOps.fit(image, (size, size), method)
+def _split(name: str | None) -> str | None:
+    """Return the split that a table names. Raises ConfigError for another word."""
+    if name is not None and name.lower() not in SPLITS:
+        raise ConfigError(f"split_column: got {name!r}, want one of {', '.join(SPLITS)}")
+    return SPLITS[name.lower()] if name else None
 
 
-def _opens_with_alpha(file: Path) -> bool:
-    try:
-        with Image.open(file) as image:
-            return has_alpha(image)
-    except UNREADABLE:
-        return False
+def _alike(labels: Iterable[str]) -> list[str]:
+    """Return a note for labels that differ in case alone; they stay different classes."""
+    groups: dict[str, list[str]] = {}
+    for label in sorted(labels):
+        groups.setdefault(label.casefold(), []).append(label)
+    found = [group for group in groups.values() if len(group) > 1]
+    return [f"labels that differ only in case are different classes: {', '.join(group)}" for group in found]

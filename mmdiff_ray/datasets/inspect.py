@@ -222,10 +222,13 @@ def over_checkerboard(pixels: np.ndarray) -> np.ndarray:
 
 
 def paint_mask(classes: np.ndarray, facts: Facts) -> np.ndarray:
-    """Return a mask (H, W) in its classes' colours, over a checkerboard where a class has none, uint8 RGB."""
+    """Return a mask (H, W) in its classes' colours, over a checkerboard where a class has none or a pixel is
+    void, uint8 RGB."""
     colors = np.array(class_colors(facts))
     bare = np.array([color is None for color in facts.get("colors") or [0] * facts["classes"]])
-    opaque = np.where(bare[classes], 0, 255)[..., None]
+    void = classes == facts.get("void", -1)
+    classes = np.where(void, 0, classes)
+    opaque = np.where(bare[classes] | void, 0, 255)[..., None]
     return over_checkerboard(np.concatenate([colors[classes], opaque], axis=-1))
 
 

@@ -16,12 +16,14 @@ from mmdiff_ray.datasets.embedders import need
 
 class Entry(NamedTuple):
     """One picture. file: relative to the source, with / between folders; drawn: what its mask is read from,
-    where that is not a file of the picture's name."""
+    where that is not a file of the picture's name; split, group: as of `Item`."""
 
     file: str
     label: str | None = None
     caption: str | None = None
     drawn: Any = None
+    split: str | None = None
+    group: str | None = None
 
     @property
     def mask(self) -> Any:
@@ -30,7 +32,10 @@ class Entry(NamedTuple):
 
 
 class Masks(Protocol):
-    """The masks of pictures."""
+    """The masks of pictures. void: the value of pixels that are neither learned nor measured, if any."""
+
+    @property
+    def void(self) -> int | None: ...
 
     def facts(self) -> dict[str, Any]:
         """Return the manifest's entry of the column."""
@@ -43,6 +48,9 @@ class Masks(Protocol):
 
 
 # --- COCO ---------------------------------------------------------------------------------------------------
+
+
+BACKGROUND = "background"
 
 
 class Drawing(NamedTuple):
@@ -58,9 +66,10 @@ class CocoMasks:
     """Masks drawn from annotations. names: of the categories; class 0 is what none of them covers."""
 
     names: tuple[str, ...]
+    void = None
 
     def facts(self) -> dict[str, Any]:
-        return {"kind": "mask", "classes": 1 + len(self.names), "names": ["background", *self.names]}
+        return {"kind": "mask", "classes": 1 + len(self.names), "names": [BACKGROUND, *self.names]}
 
     def read(self, mask: Drawing) -> np.ndarray:
         tool = need("pycocotools.mask", "coco")
@@ -77,22 +86,30 @@ class CocoMasks:
         return classes
 
 
-def read_coco(annotations: Path, captions: Path | None = None) -> tuple[list[Entry], CocoMasks]:
-    """Return the pictures that a COCO file of instances lists, and their masks of one class per category.
+def read_coco(annotations: Path, captions: Path | None = None) -> tuple[list[Entry], CocoMasks, list[str]]:
+    """Return the pictures that a COCO file of instances lists, their masks of one class per category, and
+    notes.
 
-    Classes follow the categories' ids. Where annotations overlap, the smaller one (`area`) lies on top; a
-    picture without any is background. captions: a COCO file of captions; the one of the smallest id is kept.
-    Polygons, runs and packed runs are drawn by pycocotools. Raises ConfigError for other files.
+    Classes follow the categories' ids; categories of the same name are one class. An object without an
+    outline is drawn as its box; one without either is left out and counted. Where annotations overlap, the
+    smaller one (`area`) lies on top; a picture without any is background. captions: a COCO file of captions;
+    the one of the smallest id is kept. Polygons, runs and packed runs are drawn by pycocotools. Raises
+    ConfigError for other files.
     """
     need("pycocotools.mask", "coco")
     content = _read_json("annotations", annotations, ("images", "annotations", "categories"))
     try:
-        categories = sorted(content["categories"], key=lambda category: category["id"])
-        classes = {category["id"]: index for index, category in enumerate(categories, start=1)}
+        names, classes, notes = _classes(content["categories"])
         found: dict[int, list[Any]] = defaultdict(list)
-        for annotation in sorted(content["annotations"], key=lambda one: -float(one.get("area", 0))):
-            outline = (classes[annotation["category_id"]], annotation["segmentation"])
-            found[annotation["image_id"]].append(outline)
+        lost = 0
+        for annotation in sorted(content["annotations"], key=lambda one: -float(one.get("area") or 0)):
+            outline = _outline(annotation)
+            if outline is None:
+                lost += 1
+            else:
+                found[annotation["image_id"]].append((classes[annotation["category_id"]], outline))
+        if lost:
+            notes.append(f"{lost:,} of {len(content['annotations']):,} objects have neither outline nor box")
         words = _captions(captions) if captions else {}
         entries = [
             Entry(
@@ -102,7 +119,6 @@ def read_coco(annotations: Path, captions: Path | None = None) -> tuple[list[Ent
             )
             for image in content["images"]
         ]
-        names = tuple(str(category["name"]) for category in categories)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"annotations: {annotations} is no COCO file of instances ({type(error).__name__}: {error})"
@@ -111,7 +127,40 @@ def read_coco(annotations: Path, captions: Path | None = None) -> tuple[list[Ent
         raise ConfigError(
             f"annotations: {annotations} lists {len(entries)} images and {len(names)} categories; want both"
         )
-    return entries, CocoMasks(names)
+    return entries, CocoMasks(names), notes
+
+
+def _classes(categories: list[Any]) -> tuple[tuple[str, ...], dict[int, int], list[str]]:
+    """Return the names of the classes from 1, category id -> class, and notes on what was merged or
+    renamed."""
+    names: list[str] = []
+    classes, notes = {}, []
+    for category in sorted(categories, key=lambda category: category["id"]):
+        name = str(category["name"]).strip()
+        if name == BACKGROUND:
+            name = f"{BACKGROUND} (category)"
+            notes.append(f"the category {BACKGROUND!r} is called {name!r}: class 0 has its name")
+        if name in names:
+            notes.append(f"categories of the name {name!r} are one class")
+        else:
+            names.append(name)
+        classes[category["id"]] = 1 + names.index(name)
+    return tuple(names), classes, notes
+
+
+def _outline(annotation: Mapping[str, Any]) -> Any:
+    """Return the polygons or runs of an object, or its box as a polygon; None where it has neither."""
+    outline = annotation.get("segmentation")
+    if isinstance(outline, dict):
+        return outline
+    polygons: list[Any] = [part for part in outline or () if len(part) >= 6]  # three points or more
+    if polygons:
+        return polygons
+    box: list[Any] = annotation.get("bbox") or []
+    if len(box) != 4 or not (box[2] > 0 and box[3] > 0):
+        return None
+    left, top, width, height = map(float, box)
+    return [[left, top, left + width, top, left + width, top + height, left, top + height]]
 
 
 def _captions(file: Path) -> dict[int, str]:
@@ -168,6 +217,7 @@ class CityscapesMasks:
     """Masks of the 19 classes of the benchmark and, class 0, all that it leaves out. source: the folder."""
 
     source: Path
+    void = None
 
     def facts(self) -> dict[str, Any]:
         colors = [[0, 0, 0]] + [[c >> 16, c >> 8 & 255, c & 255] for _, c in CITYSCAPES.values()]

@@ -1,56 +1,127 @@
-"""A CSV file that lists the pictures of a folder, with their labels and captions."""
+"""Tables that list the pictures of a folder, with their labels, captions, splits and groups."""
 
 import csv
 import difflib
-from collections.abc import Sequence
+import io
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.config.checks import unknown
+from mmdiff_ray.data.parquet import read_rows
 from mmdiff_ray.datasets.layouts import Entry
 
-COLUMNS = ("file", "label", "caption")
+ALIASES = {
+    "file": ("file", "filename", "file_name", "path", "image"),
+    "label": ("label", "class"),
+    "caption": ("caption", "text"),
+}
+"""Column -> the names that it goes by, in the order in which they count."""
+NAMES = tuple(f"metadata.{suffix}" for suffix in ("csv", "jsonl", "parquet"))
+"""Tables that are read without being named, in the folder of the pictures."""
 NEAR = 0.75
-"""How alike a column's name is to one of ours that it is taken for a slip, from 0 to 1."""
+"""How alike a column's name is to one of ours that it is taken for a typo, from 0 to 1."""
 
 
-def read_csv(file: Path, source: Path, example: str) -> list[Entry]:
-    """Return the pictures in `source` that a CSV file lists: its columns file, and label and caption where
-    there are any. Other columns are passed over beside a label or a caption.
+def read_table(
+    file: Path, source: Path, pictures: Sequence[str], split: str | None = None, group: str | None = None
+) -> list[Entry]:
+    """Return the pictures that a table lists: .csv, .tsv or .txt, .jsonl, or .parquet.
 
-    example: how a picture there is named. Raises ConfigError for an unreadable file, a missing column, one
-    that seems to be a slip of the pen, a picture listed twice, or a list that names no picture that is there.
+    Columns are found by their names in ALIASES, whatever their case. Text files may be in UTF-8, UTF-16 or
+    Latin-1, with commas, semicolons or tabs. pictures: those in the folder `source`, by relative path; names
+    are matched with / or \\ between folders and in any Unicode normal form. split, group: columns with the
+    split of a row, and with what rows of one split share. Raises ConfigError for an unreadable file, a
+    missing column, a likely typo, a picture listed twice, or a table that names no picture.
     """
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            rows, columns = list(reader), list(reader.fieldnames or [])
-    except (OSError, ValueError, csv.Error) as error:
-        raise ConfigError(f"csv: cannot read {file}: {error}") from None
-    _check_columns(file, columns)
-    if "file" not in columns or not rows:
+    rows = _rows(file)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    found = {ours: _column(columns, names) for ours, names in ALIASES.items()}
+    _check_columns(file, columns, found, [name for name in (split, group) if name])
+    if found["file"] is None or not rows:
         raise ConfigError(
-            f"csv: {file} needs a column 'file' and a row; it has {len(rows)} rows of {columns}"
+            f"metadata: {file} needs a column with the files ({', '.join(ALIASES['file'])}) and a row; it "
+            f"has {len(rows)} rows of {columns}"
         )
-    names = [Path(row["file"] or "").as_posix() for row in rows]
-    if "." in names:
-        raise ConfigError(f"csv: {file}, row {names.index('.') + 1}: no file")
+    known = {_normal(name): name for name in pictures}
+    entries = []
+    for number, row in enumerate(rows, 1):
+        name = str(row[found["file"]] or "").strip()
+        if not name:
+            raise ConfigError(f"metadata: {file}, row {number}: no file")
+        words = {ours: _text(row.get(found[ours] or "")) for ours in ("label", "caption")}
+        place = known.get(_normal(name)) or Path(name.replace("\\", "/")).as_posix()
+        parts = [_text(row[column]) if column else None for column in (split, group)]
+        entries.append(Entry(place, words["label"], words["caption"], None, *parts))
+    names = [entry.file for entry in entries]
     if repeated := len(names) - len(set(names)):
-        raise ConfigError(f"csv: {file} lists {repeated} of its files twice; want one row per file")
+        raise ConfigError(f"metadata: {file} lists {repeated} of its files twice; want one row per file")
     if not any((source / name).is_file() for name in names):
         raise ConfigError(
-            f"csv: {file} names none of the pictures in {source}; got {names[0]!r}, "
-            f"want names relative to that folder, as {example!r}"
+            f"metadata: {file} names none of the pictures in {source}; got {names[0]!r}, "
+            f"want names relative to that folder, as {pictures[0]!r}"
         )
-    return [Entry(name, row.get("label"), row.get("caption")) for name, row in zip(names, rows, strict=True)]
+    return entries
 
 
-def _check_columns(file: Path, columns: Sequence[str]) -> None:
-    """Raise ConfigError for a column that is like one of ours which is not there, and, where there is no
-    label and no caption, for any that is not ours."""
-    others = [column for column in columns if column not in COLUMNS]
-    lacking = [column for column in COLUMNS if column not in columns]
-    for column in others:
-        slip = difflib.get_close_matches(column.strip().lower(), lacking, n=1, cutoff=NEAR)
-        if slip or ("file" in columns and {"label", "caption"} <= set(lacking)):
-            raise ConfigError(unknown(f"csv: {file}", column, COLUMNS, "column"))
+def clean(label: str | None) -> str | None:
+    """Return a label without outer spaces, in one Unicode form; None where nothing is left."""
+    return unicodedata.normalize("NFC", label.strip()) or None if label else None
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    try:
+        if file.suffix == ".parquet":
+            return read_rows(file)
+        text = _decoded(file.read_bytes())
+        if file.suffix in (".jsonl", ".ndjson"):
+            return [dict(json.loads(line)) for line in text.splitlines() if line.strip()]
+        head = text.partition("\n")[0]
+        delimiter = max(",;\t", key=head.count)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        return [{key.strip(): value for key, value in row.items() if key is not None} for row in reader]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise ConfigError(f"metadata: cannot read {file}: {error}") from None
+
+
+def _decoded(content: bytes) -> str:
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+def _column(columns: Sequence[str], names: Sequence[str]) -> str | None:
+    """Return the column that goes by one of the names."""
+    lower = {column.strip().lower(): column for column in reversed(columns)}
+    return next((lower[name] for name in names if name in lower), None)
+
+
+def _normal(name: str) -> str:
+    return unicodedata.normalize("NFC", Path(name.replace("\\", "/")).as_posix())
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value).strip() or None
+
+
+def _check_columns(
+    file: Path, columns: Sequence[str], found: Mapping[str, str | None], named: Sequence[str]
+) -> None:
+    """Raise ConfigError for a missing named column, for a likely typo of a column that is not there, and for
+    any other column where there is no label and no caption."""
+    for column in named:
+        if column not in columns:
+            raise ConfigError(unknown(f"metadata: {file}", column, columns, "column"))
+    lacking = [ours for ours, column in found.items() if column is None]
+    for column in columns:
+        if column in found.values() or column in named:
+            continue
+        typo = difflib.get_close_matches(column.strip().lower(), lacking, n=1, cutoff=NEAR)
+        if typo or (found["file"] and {"label", "caption"} <= set(lacking) and not named):
+            raise ConfigError(unknown(f"metadata: {file}", column, list(ALIASES), "column"))

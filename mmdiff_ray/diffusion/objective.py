@@ -50,15 +50,29 @@ class Objective:
                 owned[name] = where
         return owned
 
-    def counts(self, roles: Roles, present_cells: int, known: Tensor | None = None) -> Terms:
+    def counts(
+        self,
+        roles: Roles,
+        present_cells: int,
+        known: Tensor | None = None,
+        void: Mapping[str, Tensor] | None = None,
+    ) -> Terms:
         """Return the count of every term in a batch, before any forward pass (`row_counts`)."""
-        return {key: count.sum() for key, count in self.row_counts(roles, present_cells, known).items()}
+        counts = self.row_counts(roles, present_cells, known, void)
+        return {key: count.sum() for key, count in counts.items()}
 
-    def row_counts(self, roles: Roles, present_cells: int, known: Tensor | None = None) -> Terms:
+    def row_counts(
+        self,
+        roles: Roles,
+        present_cells: int,
+        known: Tensor | None = None,
+        void: Mapping[str, Tensor] | None = None,
+    ) -> Terms:
         """Return the count of every term in every row, (B,) float64.
 
         present_cells: H * W. known: cells of a generated anchor that are not predicted, bool (B, H, W); they
-        count in neither L1 nor L3.
+        count in neither L1 nor L3. void: instance -> cells whose data are unknown, bool (B, H, W); they count
+        in neither L1 nor L2.
         """
         carried = self.process.generated_channels(roles)
         counts: Terms = {}
@@ -72,6 +86,11 @@ class Objective:
             predicted = 1 - known.flatten(1).double().mean(1)
             counts[f"l1/{anchor}"] = counts[f"l1/{anchor}"] * predicted
             counts[f"l3/{anchor}"] = counts[f"l3/{anchor}"] * predicted
+        for name, cells in (void or {}).items():
+            share = 1 - cells.flatten(1).double().mean(1)
+            for key in (f"l1/{name}", f"l2/{name}"):
+                if key in counts:
+                    counts[key] = counts[key] * share
         return counts
 
     def sums(
@@ -84,15 +103,18 @@ class Objective:
         predicted: Codes,
         heads: Mapping[str, Tensor],
         known: Tensor | None = None,
+        void: Mapping[str, Tensor] | None = None,
     ) -> Terms:
         """Return the sum of every term over a batch; t must lie on the schedule's grid.
 
-        predicted: instance -> E[c | z_t]; heads: instance -> the head's prediction; known: as for
-        `row_counts`, cells in which the predicted z_0 is the true one. Simplified weightings average over all
+        predicted: instance -> E[c | z_t]; heads: instance -> the head's prediction; known, void: as for
+        `row_counts`; in known cells the predicted z_0 is the true one. Simplified weightings average over all
         steps, the last one being booked as L3; `elbo` gives estimates of the exact terms.
         """
         last = t <= 1.5 / self.process.schedule.steps
         sums = self.prior_sums(codes, roles)
+        for name, cells in (void or {}).items():  # no error where the truth is unknown
+            codes = {**codes, name: torch.where(cells[:, None], predicted[name].to(codes[name]), codes[name])}
         per_row = self._posterior(z_t, t, roles, codes, predicted)
         for name, value in per_row.items():
             sums[f"l1/{name}"] = torch.where(last, 0, value).sum()

@@ -201,8 +201,12 @@ class Modality(nn.Module):
 
     @property
     def elements(self) -> int:
-        """Return how many elements of a row the likelihood sums over."""
+        """Return how many elements of a row without void ones the likelihood sums over."""
         return math.prod(self.data_shape)
+
+    def void(self, data: Tensor) -> Tensor | None:
+        """Return the cells with unknown data, bool (B, H, W): they are in no loss. None: there are none."""
+        return None
 
     # --- for people -----------------------------------------------------------------------------------
 

@@ -147,16 +147,16 @@ class LabelModality(Modality):
 
     def parse(self, text: str) -> np.ndarray:
         names = self.options.names or []
+        numbered = bool(names) and all(map(str.isdecimal, names))  # so an index is no name
         if text in names:
             return np.asarray(names.index(text), dtype=np.int64)
-        if text.isdecimal() and int(text) < self.prediction_channels:
+        if text.isdecimal() and int(text) < self.prediction_channels and not numbered:
             return np.asarray(int(text), dtype=np.int64)
         near = difflib.get_close_matches(text, names, n=1)
+        near = [name for name in names if text.isdecimal() and int(name) == int(text)] if numbered else near
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names[:20])}"
-        raise ConfigError(
-            f"{self.name}: no label {text!r}; {hint} (or 0 to {self.prediction_channels - 1}; "
-            f"there are {self.prediction_channels})"
-        )
+        by_index = "" if numbered else f" (or its index, 0 to {self.prediction_channels - 1})"
+        raise ConfigError(f"{self.name}: no label {text!r}; {hint}{by_index}")
 
     def write(self, data: Tensor, stem: Path) -> Path:
         path = Path(f"{stem}.txt")

@@ -19,18 +19,22 @@ from mmdiff_ray.modalities.base import DenseHead, Mean, Modality, RowContext, cl
 from mmdiff_ray.modalities.image import fitted, open_image, to_png
 from mmdiff_ray.registry import register
 
+VOID_COLOR = np.array((255, 0, 255), dtype=np.uint8)
+
 
 @dataclass(frozen=True)
 class MaskOptions(ModalityConfig):
     """column: the Parquet column (default: the instance's name). classes, names, colors: the data set's,
     filled in from its manifest (colors: one [red, green, blue] or null per class). code_channels: at least
-    log2 of the classes, the default."""
+    log2 of the classes, the default. void: the data set's value of pixels that are neither learned nor
+    measured, filled in too."""
 
     column: str | None = None
     classes: int | None = None
     names: list[str] | None = None
     colors: list[Any] | None = None
     code_channels: int | None = None
+    void: int | None = None
 
 
 @register("modality", "mask")
@@ -74,6 +78,7 @@ class MaskModality(Modality):
             classes=entry["classes"],
             names=options.names or entry.get("names"),
             colors=options.colors or entry.get("colors"),
+            void=entry.get("void"),
         )
 
     @property
@@ -94,13 +99,14 @@ class MaskModality(Modality):
     def _fit(self, array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Return class indices (h, w) at the space's size.
 
-        Every cell takes the class that most of its pixels have, of equals the first. Raises ValueError for
-        what is no mask of these classes.
+        Every cell takes the class that most of its known pixels have, of equals the first; it is void where
+        all of them are. Raises ValueError for what is no mask of these classes.
         """
-        classes = self.prediction_channels
-        if array.ndim != 2 or int(array.max(initial=0)) >= classes:
+        classes, void = self.prediction_channels, self.options.void
+        largest = int(array[array != void].max(initial=0))
+        if array.ndim != 2 or largest >= classes:
             raise ValueError(
-                f"mask {self.name}: got shape {array.shape} with classes up to {array.max(initial=0)}, "
+                f"mask {self.name}: got shape {array.shape} with classes up to {largest}, "
                 f"want (h, w) with classes below {classes}"
             )
         array = array.astype(np.uint8)
@@ -110,15 +116,24 @@ class MaskModality(Modality):
         height, width = size[0] * times[0], size[1] * times[1]  # the next size that the cells divide
         array = np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST))
         cell = np.arange(size[0] * size[1]).reshape(size).repeat(times[0], 0).repeat(times[1], 1)
-        votes = np.bincount((cell * classes + array).ravel(), minlength=size[0] * size[1] * classes)
-        return votes.reshape(*size, classes).argmax(-1).astype(np.uint8)
+        known = array != void
+        votes = np.bincount((cell * classes + array)[known], minlength=size[0] * size[1] * classes)
+        votes = votes.reshape(*size, classes)
+        fitted = votes.argmax(-1).astype(np.uint8)
+        return fitted if void is None else np.where(votes.sum(-1) > 0, fitted, np.uint8(void))
 
     @property
     def usual_scale(self) -> float:
         return 4 / math.sqrt(math.prod(self.size))  # a region, about a sixteenth of the cells, says one thing
 
+    def void(self, data: Tensor) -> Tensor | None:
+        return None if self.options.void is None else data == self.options.void
+
     def encode(self, data: Tensor) -> Tensor:
-        return self.codes[data.long()].permute(0, 3, 1, 2)
+        if (void := self.void(data)) is None:
+            return self.codes[data.long()].permute(0, 3, 1, 2)
+        codes = self.codes[torch.where(void, 0, data).long()].permute(0, 3, 1, 2)
+        return codes * ~void[:, None]  # (B, c, H, W): a void cell says nothing
 
     def from_code(self, code: Tensor) -> Tensor:
         return torch.einsum("bchw,kc->bkhw", code.float(), self.codes).argmax(1).to(torch.uint8)
@@ -133,13 +148,23 @@ class MaskModality(Modality):
         return prediction.argmax(1).to(torch.uint8)
 
     def negative_log_likelihood(self, prediction: Tensor, data: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(prediction.float(), data.long(), reduction="none").sum((1, 2))
+        ignored = -100 if self.options.void is None else self.options.void
+        nats = nn.functional.cross_entropy(
+            prediction.float(), data.long(), reduction="none", ignore_index=ignored
+        )
+        return nats.sum((1, 2))
 
     def metrics(self, answer: Tensor, data: Tensor) -> dict[str, Mean]:
-        return {"cell_accuracy": Mean(float((answer == data).sum()), data.numel())}
+        void = self.void(data)
+        known = data.numel() if void is None else int((~void).sum())
+        return {"cell_accuracy": Mean(float((answer == data).sum()), known)}
 
     def picture(self, data: Tensor) -> np.ndarray:
-        return self.palette[data.cpu().numpy()]
+        classes = data.cpu().numpy()
+        shown = self.palette[np.minimum(classes, self.prediction_channels - 1)]
+        if self.options.void is None:
+            return shown
+        return np.where((classes == self.options.void)[..., None], VOID_COLOR, shown)
 
     @property
     def palette(self) -> np.ndarray:
@@ -151,7 +176,7 @@ class MaskModality(Modality):
         )
 
     def entry(self) -> dict[str, Any]:
-        known = {"names": self.options.names, "colors": self.options.colors}
+        known = {"names": self.options.names, "colors": self.options.colors, "void": self.options.void}
         given = {key: value for key, value in known.items() if value is not None}
         return {"kind": "mask", "classes": self.prediction_channels, **given}
 

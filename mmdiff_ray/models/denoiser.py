@@ -92,6 +92,11 @@ class Denoiser(nn.Module):
             known = seen if known is None else known | seen
         return None if known is None else known & (roles[self.anchor] == GENERATED)[:, None, None]
 
+    def void_cells(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the cells whose data are unknown, instance -> bool (B, H, W), of instances that have any."""
+        found = {name: self.modalities[name].void(value) for name, value in data.items()}
+        return {name: cells for name, cells in found.items() if cells is not None}
+
     def with_known(
         self, prediction: Prediction, roles: Roles, conditions: Mapping[str, Tensor]
     ) -> Prediction:

@@ -55,13 +55,16 @@ class TrainingLoss(nn.Module):
             seen = seen.contiguous(memory_format=torch.channels_last)
         with self._autocast(z_t.device.type):
             predicted = denoiser(seen, t, roles, codes, conditions)
-        known = denoiser.known_cells(batch.data, roles)
-        return objective.sums(z_t, t, roles, codes, batch.data, predicted.codes, predicted.heads, known=known)
+        known, void = denoiser.known_cells(batch.data, roles), denoiser.void_cells(batch.data)
+        return objective.sums(
+            z_t, t, roles, codes, batch.data, predicted.codes, predicted.heads, known=known, void=void
+        )
 
     def counts(self, batch: Batch, roles: Roles) -> Terms:
         """Return the count of every loss term in a batch, before any forward pass."""
         height, width = self.denoiser.size
-        return self.objective.counts(roles, height * width, self.denoiser.known_cells(batch.data, roles))
+        known, void = self.denoiser.known_cells(batch.data, roles), self.denoiser.void_cells(batch.data)
+        return self.objective.counts(roles, height * width, known, void)
 
     def expected_counts(self, tasks: Tasks) -> Terms:
         """Return the mean count of every loss term in a row that has all modalities.

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmdiff_ray.data.manifest import read_manifest
+from mmdiff_ray.data.manifest import Manifest, read_manifest
 from mmdiff_ray.data.parquet import read_row_group
 
 
@@ -22,6 +22,13 @@ def read_rows(uri: str) -> dict[str, dict[str, Any]]:
                     row = dict(zip(columns, values, strict=True))
                     rows[row["key"]] = row
     return rows
+
+
+def keys_of(uri: str, manifest: Manifest, split: str) -> list[str]:
+    """Return the keys of a split's rows."""
+    shards = manifest.splits[split].shards
+    groups = [shard.row_group(group) for shard in shards for group in range(len(shard.row_groups))]
+    return [key for group in groups for key in read_row_group(uri, group, ["key"])["key"]]
 
 
 def decode(data: bytes) -> np.ndarray:

@@ -127,15 +127,47 @@ def test_the_first_caption_of_a_picture_is_its_text(coco):
     }
 
 
-def test_an_outline_that_is_none_makes_a_bad_row(coco):
+@pytest.mark.parametrize(
+    "outline, box, drawn",
+    [
+        ([[1, 2, 3, 4]], None, 0),
+        ([], None, 0),
+        ([[]], [2, 3, 0, 4], 0),
+        (None, [2, 3, 4, 5], 20),
+        ([[1, 2, 3, 4]], [2, 3, 4, 5], 20),
+    ],
+)
+def test_an_object_without_an_outline_is_its_box_and_one_with_neither_costs_no_picture(
+    coco, outline, box, drawn
+):
     folder, _ = coco
     file = folder / "instances.json"
     content = json.loads(file.read_text())
-    content["annotations"][2]["segmentation"] = [[1, 2]]
+    changed = content["annotations"][2]
+    changed |= {"segmentation": outline, "bbox": box}
+    if outline is None:
+        del changed["segmentation"]
     file.write_text(json.dumps(content))
     built, rows = make_coco(folder)
-    assert set(rows) == {"a.jpg", "c.jpg"}
-    assert "outline of class 'toothbrush'" in built.bad["b.jpg"]
+    assert set(rows) == {"a.jpg", "b.jpg", "c.jpg"} and not built.bad
+    assert int((decode(rows["b.jpg"]["mask"]) > 0).sum()) == drawn
+    lost = [note for note in built.notes if "neither outline nor box" in note]
+    assert lost == ([] if drawn else ["1 of 3 objects have neither outline nor box"])
+
+
+def test_categories_of_one_name_are_one_class_and_a_reserved_name_is_changed(coco):
+    folder, _ = coco
+    file = folder / "instances.json"
+    content = json.loads(file.read_text())
+    names = [category["name"] for category in content["categories"]]
+    content["categories"].append({"id": 95, "name": names[0]})
+    content["categories"].append({"id": 96, "name": "background"})
+    file.write_text(json.dumps(content))
+    built, _ = make_coco(folder)
+    known = built.manifest.columns["mask"]["names"]
+    assert len(known) == len(set(known)) == len(names) + 2
+    assert {"background", "background (category)"} <= set(known)
+    assert len([note for note in built.notes if "one class" in note or "is called" in note]) == 2
 
 
 def test_picture_of_another_size_than_annotated_is_a_bad_row(coco):
@@ -159,7 +191,8 @@ def test_picture_of_another_size_than_annotated_is_a_bad_row(coco):
             r"no COCO file of instances \(KeyError: 'file_name'\)",
         ),
         (
-            '{"images": [], "annotations": [{"category_id": 4}], "categories": [{"id": 1, "name": "x"}]}',
+            '{"images": [], "annotations": [{"category_id": 4, "image_id": 1, "bbox": [0, 0, 1, 1]}], '
+            '"categories": [{"id": 1, "name": "x"}]}',
             r"no COCO file of instances \(KeyError: 4\)",
         ),
     ],

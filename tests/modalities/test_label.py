@@ -134,3 +134,10 @@ def read_from_noise(modality: LabelModality, scale: float | None = None, rows: i
     codes = modality.encode(labels)
     noisy = codes * (scale or modality.weights.scale) + torch.randn(codes.shape, generator=rng)
     return float((modality.from_code(noisy) == labels).float().mean())
+
+
+def test_an_index_is_no_name_where_names_are_numbers():
+    named = label(names=["01", "02", "03", "04"])
+    assert named.parse("01") == 0
+    with pytest.raises(ConfigError, match=r"no label '1'; did you mean '01'\?$"):
+        named.parse("1")

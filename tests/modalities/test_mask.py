@@ -151,3 +151,30 @@ def test_a_row_and_a_given_file_of_other_proportions_show_the_same_middle_part(t
     Image.fromarray(array).save(file)
     assert np.array_equal(read(mask(), array), array[tiny.SIZE[0] : 2 * tiny.SIZE[0]])
     assert np.array_equal(read(mask(), array), mask().parse(str(file)))
+
+
+def test_void_pixels_have_no_vote_and_a_cell_of_them_alone_is_void():
+    array = np.zeros((tiny.SIZE[0] * 4, tiny.SIZE[1] * 4), np.uint8)
+    array[:4, :4] = 255
+    array[4:8, :4] = [[255, 255, 255, 3]] * 4
+    fitted = read(mask(void=255), array)
+    assert fitted[0, 0] == 255 and fitted[1, 0] == 3 and (fitted.ravel()[2:] != 255).all()
+    with pytest.raises(ValueError, match="classes up to 255"):
+        read(mask(), array)
+
+
+def test_void_cells_have_an_empty_code_no_loss_and_no_say_in_the_figures():
+    modality = mask(void=255)
+    data = torch.randint(0, 5, (2, *tiny.SIZE), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    void = torch.zeros_like(data, dtype=torch.bool)
+    void[0, :3] = True
+    marked = torch.where(void, 255, data).to(torch.uint8)
+    assert torch.equal(modality.void(marked), void) and mask().void(data) is None
+    codes = modality.encode(marked)
+    assert (codes.abs().sum(1)[void] == 0).all() and torch.equal(codes[1], modality.encode(data)[1])
+    logits = torch.randn(2, 5, *tiny.SIZE, generator=torch.Generator().manual_seed(1))
+    cells = torch.nn.functional.cross_entropy(logits, data.long(), reduction="none")
+    assert torch.allclose(modality.negative_log_likelihood(logits, marked), (cells * ~void).sum((1, 2)))
+    found = modality.metrics(data, marked)["cell_accuracy"]
+    assert found.sum == found.count == int((~void).sum())
+    assert (modality.picture(marked)[void.numpy()] == (255, 0, 255)).all()

@@ -173,3 +173,31 @@ def test_expected_counts_are_the_mean_counts_of_many_rows():
             totals[key] += float(count) / (400 * len(batch))
     for key, count in expected.items():
         assert totals[key] == pytest.approx(float(count), rel=0.05), key
+
+
+@pytest.mark.parametrize("weighting", ["v", "elbo"])
+def test_void_cells_leave_sums_and_counts_of_l1_and_l2(weighting):
+    plain, batch, roles = losses(f"loss.weighting={weighting}")
+    loss, _, _ = losses(f"loss.weighting={weighting}", "modalities.palette.void=255")
+    loss.load_state_dict(plain.state_dict())
+    assert {k: float(v) for k, v in loss(batch, roles).items()} == {
+        k: float(v) for k, v in plain(batch, roles).items()
+    }
+    void = torch.zeros_like(batch.data["palette"], dtype=torch.bool)
+    void[:, :, :4] = True
+    marked = {**batch.data, "palette": torch.where(void, 255, batch.data["palette"]).to(torch.uint8)}
+    batch = Batch(batch.ids, batch.visits, batch.real, marked, batch.present)
+    whole, counts = plain.counts(batch, roles), loss.counts(batch, roles)
+    share = 1 - 4 / void.shape[2]
+    for key in whole:
+        assert float(counts[key]) == pytest.approx(
+            float(whole[key]) * (share if key in ("l1/palette", "l2/palette") else 1)
+        )
+    seen_heads: dict[str, Any] = {}
+    loss.denoiser.heads["palette"].register_forward_hook(
+        lambda module, inputs, out: (out.retain_grad(), seen_heads.update(out=out))[0]
+    )
+    sums = loss(batch, roles)
+    (sums["l1/palette"] + sums["l2/palette"]).backward()
+    moved = seen_heads["out"].grad.abs().sum(1) > 0  # (B, H, W)
+    assert moved.any() and not (moved & void).any()

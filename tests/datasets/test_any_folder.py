@@ -1,0 +1,278 @@
+"""Folders as people have them: other tables, splits, masks and pictures than the textbook's."""
+
+import json
+import os
+import zlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, PngImagePlugin
+
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.datasets.base import bad_limit
+from tests.datasets.reading import decode, keys_of
+from tests.datasets.test_folder import BLUE, GREEN, RED, make, save
+
+
+def splits_of(built) -> dict[str, int]:
+    return {name: split.rows for name, split in built.manifest.splits.items() if split.rows}
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def listed(folder, name: str, encoding: str, separator: str, header=("file_name", "text")) -> str:
+    """Write a table of two pictures with captions, and return its path."""
+    for index, color in enumerate((RED, GREEN)):
+        save(folder / "good" / f"g0{index}.png", color=color)
+    rows = [header, ("good/g00.png", "a café"), ("good/g01.png", "two")]
+    text = "\n".join(separator.join(row) for row in rows) + "\n"
+    (folder / name).write_bytes(text.encode(encoding))
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_tables_are_read_whatever_their_encoding_and_delimiter(tmp_path, encoding, separator):
+    table = listed(tmp_path / "in", "list.csv", encoding, separator)
+    _, rows = make(tmp_path / "in", tmp_path / "set", metadata=table)
+    assert {key: row["text"] for key, row in rows.items()} == {
+        "good/g00.png": "a café",
+        "good/g01.png": "two",
+    }
+
+
+@pytest.mark.parametrize(
+    "header", [("File", "Caption"), ("filename", "TEXT"), ("path", "caption"), ("image", "text")]
+)
+def test_columns_go_by_several_names(tmp_path, header):
+    table = listed(tmp_path / "in", "list.csv", "utf-8", ",", header)
+    _, rows = make(tmp_path / "in", tmp_path / "set", metadata=table)
+    assert rows["good/g01.png"]["text"] == "two"
+
+
+def test_a_table_beside_the_pictures_is_found_in_each_format(tmp_path):
+    rows = [{"file_name": f"{name}.png", "label": name} for name in "ab"]
+    writers = {
+        "metadata.csv": lambda file: file.write_text("file_name,label\na.png,a\nb.png,b\n"),
+        "metadata.jsonl": lambda file: file.write_text("\n".join(map(json.dumps, rows))),
+        "metadata.parquet": lambda file: pq.write_table(pa.Table.from_pylist(rows), str(file)),
+    }
+    for name, write in writers.items():
+        folder = tmp_path / name
+        for picture in "ab":
+            save(folder / f"{picture}.png")
+        write(folder / name)
+        built, _ = make(folder, tmp_path / f"set-{name}")
+        assert built.manifest.columns["label"]["names"] == ["a", "b"] and not built.notes
+
+
+def test_names_match_with_backslashes_and_in_any_unicode_form(tmp_path):
+    save(tmp_path / "in" / "caf\u00e9" / "g00.png")
+    (tmp_path / "list.csv").write_text("file,label\ncafe\u0301\\g00.png,x\n")
+    _, rows = make(tmp_path / "in", tmp_path / "set", metadata=str(tmp_path / "list.csv"))
+    assert list(rows) == ["caf\u00e9/g00.png"]
+
+
+def test_labels_lose_outer_spaces_and_a_difference_in_case_is_remarked(tmp_path):
+    for index in range(4):
+        save(tmp_path / "in" / f"{index}.png")
+    (tmp_path / "list.csv").write_text("file,label\n0.png,cat\n1.png,cat \n2.png,Cat\n3.png,dog\n")
+    built, _ = make(tmp_path / "in", tmp_path / "set", metadata=str(tmp_path / "list.csv"))
+    assert built.manifest.columns["label"]["names"] == ["Cat", "cat", "dog"]
+    assert built.notes == ["labels that differ only in case are different classes: Cat, cat"]
+
+
+def test_a_table_states_splits_and_groups(tmp_path):
+    rows = ["file,label,part,patient"]
+    for index in range(40):
+        save(tmp_path / "in" / f"{index:02d}.png")
+        rows.append(f"{index:02d}.png,x,{'train' if index < 30 else 'Validation'},{index // 2}")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    table = str(tmp_path / "list.csv")
+    built, _ = make(tmp_path / "in", tmp_path / "set", metadata=table, split_column="part")
+    assert splits_of(built) == {"train": 30, "val": 10}
+    built, rows = make(
+        tmp_path / "in", tmp_path / "groups", metadata=table, group_by="patient", val_share=0.3
+    )
+    manifest = built.manifest
+    patients = {
+        split: {int(key[:2]) // 2 for key in keys_of(str(tmp_path / "groups"), manifest, split)}
+        for split in ("train", "val")
+    }
+    assert patients["val"] and not patients["train"] & patients["val"] and len(rows) == 40
+    with pytest.raises(ConfigError, match=r"unknown column 'patiend'.*did you mean 'patient'"):
+        make(tmp_path / "in", tmp_path / "no", metadata=table, group_by="patiend")
+    with pytest.raises(ConfigError, match="split_column: got 'x', want one of train"):
+        make(tmp_path / "in", tmp_path / "no", metadata=table, split_column="label")
+
+
+# --- folders ------------------------------------------------------------------------------------------------
+
+
+def test_folders_that_are_splits_are_splits_and_no_labels(tmp_path):
+    for split, label, count in (
+        ("train", "cat", 3),
+        ("train", "dog", 2),
+        ("val", "dog", 2),
+        ("test", "cat", 1),
+    ):
+        for index in range(count):
+            save(tmp_path / "in" / split / label / f"{index}.png")
+    built, _ = make(tmp_path / "in", tmp_path / "set")
+    assert built.manifest.columns["label"]["names"] == ["cat", "dog"]
+    assert splits_of(built) == {"train": 5, "val": 2, "test": 1}
+
+
+def test_a_folder_of_its_own_is_the_validation_split(tmp_path):
+    for index in range(12):
+        save(tmp_path / "in" / f"{index}.png")
+        save(tmp_path / "other" / f"{index}.png", color=BLUE)
+    built, rows = make(tmp_path / "in", tmp_path / "set", val_source=str(tmp_path / "other"), val_share=0.0)
+    assert splits_of(built) == {"train": 12, "val": 12}
+    assert tuple(decode(rows["../other/3.png"]["pixels"])[0, 0]) == BLUE
+
+
+def test_text_files_beside_pictures_are_captions_and_other_files_are_counted(tmp_path):
+    save(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "a.txt").write_text("\n a red square \nanother\n")
+    (tmp_path / "in" / "b.doc").write_text("x")
+    (tmp_path / "in" / "c.doc").write_text("x")
+    name = os.fsencode(tmp_path / "in") + b"/\xff.png"
+    with open(name, "wb") as file:
+        file.write((tmp_path / "in" / "a.png").read_bytes())
+    built, rows = make(tmp_path / "in", tmp_path / "set")
+    assert {key: row["text"] for key, row in rows.items()} == {"a.png": "a red square"}
+    assert built.notes == ["skipped: 2 .doc files, 1 files whose names are not UTF-8"]
+
+
+def test_a_share_of_unreadable_files_is_tolerated_whatever_the_number():
+    assert [bad_limit(text, 100_000) for text in ("0", "25", "1%", "0.5 %")] == [0, 25, 1000, 500]
+    assert bad_limit("1%", 30) == 10
+    for wrong in ("-1", "1.5", "many", "101%"):
+        with pytest.raises(ConfigError, match=r"bad_limit: got .* want a number"):
+            bad_limit(wrong, 100)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+def test_an_opaque_alpha_channel_is_dropped(tmp_path):
+    for index in range(3):
+        save(tmp_path / "in" / f"{index}.jpg")
+    save(tmp_path / "in" / "opaque.png", color=(*GREEN, 255))
+    built, _ = make(tmp_path / "in", tmp_path / "set")
+    assert built.manifest.columns["pixels"]["channels"] == 3 and "alpha" not in built.manifest.columns
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+def test_pictures_need_not_become_squares(tmp_path, fit):
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, :30] = RED
+    (tmp_path / "in").mkdir()
+    Image.fromarray(wide).save(tmp_path / "in" / "wide.png")
+    built, rows = make(tmp_path / "in", tmp_path / "set", size="16x32", fit=fit)
+    pixels = decode(rows["wide.png"]["pixels"])
+    assert pixels.shape == (16, 32, 3) and built.manifest.columns["pixels"]["size"] == [16, 32]
+    red = (pixels[..., 0] > 200).sum() / pixels[..., 0].size
+    assert red == pytest.approx({"crop": 0.5, "stretch": 0.5, "pad": 0.5 * 32 / 3 / 16}[fit], abs=0.06)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_deep_pictures_are_scaled_where_asked_for(tmp_path, mode):
+    ramp = np.linspace(0, 1, 256).reshape(16, 16)
+    values = (ramp * 65535).astype(np.uint16) if mode == "I;16" else ramp.astype(np.float32)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(values).save(tmp_path / "in" / "deep.tif")
+    _, rows = make(tmp_path / "in", tmp_path / "set", depth="scale")
+    assert abs(decode(rows["deep.tif"]["pixels"])[..., 0] - 255 * ramp).max() <= 1
+
+
+# --- masks --------------------------------------------------------------------------------------------------
+
+
+def beside(folder, mask, name="a.png", picture_size=None, **options) -> None:
+    """Write a picture and its mask."""
+    height, width = np.asarray(mask).shape[:2]
+    save(folder / "in" / "a.png", picture_size or (width, height))
+    (folder / "masks").mkdir(exist_ok=True)
+    Image.fromarray(np.asarray(mask)).save(folder / "masks" / name, **options)
+
+
+def test_a_mask_is_turned_like_its_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = np.zeros((16, 24, 3), np.uint8)
+    picture[:, :12] = RED
+    (tmp_path / "in").mkdir()
+    Image.fromarray(picture).save(tmp_path / "in" / "a.jpg", exif=exif, quality=95)
+    (tmp_path / "masks").mkdir()
+    Image.fromarray((picture[..., 0] > 0).astype(np.uint8)).save(tmp_path / "masks" / "a.png")
+    _, rows = make(tmp_path / "in", tmp_path / "set", masks=str(tmp_path / "masks"))
+    pixels, mask = decode(rows["a.jpg"]["pixels"]), decode(rows["a.jpg"]["mask"])
+    assert ((pixels[..., 0] > 127) == (mask == 1)).mean() > 0.9
+
+
+def test_a_mask_that_inflates_beyond_measure_costs_its_row_alone(tmp_path):
+    mask = np.zeros((20, 20), np.uint8)
+    mask[:10] = 1
+    for name in "ab":
+        save(tmp_path / "in" / f"{name}.png")
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
+    info = PngImagePlugin.PngInfo()
+    info.add(b"zTXt", b"note\0\0" + zlib.compress(b"x" * 3_000_000))
+    Image.fromarray(mask).save(tmp_path / "masks" / "b.png", pnginfo=info)
+    built, rows = make(tmp_path / "in", tmp_path / "set", masks=str(tmp_path / "masks"))
+    assert list(rows) == ["a.png"] and "b.png" in built.bad
+
+
+def test_void_pixels_are_no_class(tmp_path):
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:12, 4:12] = 2
+    mask[3, :] = 255
+    beside(tmp_path, mask)
+    for ignore in ("auto", "255"):
+        built, rows = make(
+            tmp_path / "in", tmp_path / f"set{ignore}", masks=str(tmp_path / "masks"), ignore=ignore
+        )
+        facts = built.manifest.columns["mask"]
+        assert facts["classes"] == 3 and facts["void"] == 255
+        assert (decode(rows["a.png"]["mask"]) == mask).all()
+    built, _ = make(tmp_path / "in", tmp_path / "all", masks=str(tmp_path / "masks"), ignore="none")
+    assert built.manifest.columns["mask"]["classes"] == 256
+
+
+def test_a_palette_names_the_colours_and_others_are_void(tmp_path):
+    mask = np.zeros((16, 16, 3), np.uint8)
+    mask[:8] = RED
+    mask[12:] = BLUE
+    beside(tmp_path, mask, "a_mask.png")
+    (tmp_path / "palette.txt").write_text("#0000ff sea\n#ff0000 fire\n")
+    palette = str(tmp_path / "palette.txt")
+    built, rows = make(tmp_path / "in", tmp_path / "set", masks=str(tmp_path / "masks"), palette=palette)
+    facts = built.manifest.columns["mask"]
+    assert facts["names"] == ["sea", "fire"] and facts["colors"] == [[0, 0, 255], [255, 0, 0]]
+    stored = decode(rows["a.png"]["mask"])
+    assert (stored[:8] == 1).all() and (stored[12:] == 0).all() and (stored[8:12] == facts["void"]).all()
+
+
+def test_large_ids_are_classes_in_their_order(tmp_path):
+    mask = np.full((16, 16), 7, np.uint16)
+    mask[:8] = 40_000
+    beside(tmp_path, mask)
+    built, rows = make(tmp_path / "in", tmp_path / "set", masks=str(tmp_path / "masks"))
+    assert built.manifest.columns["mask"]["names"] == ["7", "40000"]
+    assert (decode(rows["a.png"]["mask"]) == (mask == 40_000)).all()
+
+
+def test_a_palette_file_gives_its_colours(tmp_path):
+    mask = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16) % 3)
+    mask.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    save(tmp_path / "in" / "a.png", (16, 16))
+    (tmp_path / "masks").mkdir()
+    mask.save(tmp_path / "masks" / "a.png")
+    built, _ = make(tmp_path / "in", tmp_path / "set", masks=str(tmp_path / "masks"))
+    assert built.manifest.columns["mask"]["colors"] == [[0, 0, 0], [255, 0, 0], [0, 255, 0]]
