@@ -36,7 +36,10 @@ def add(commands: Commands) -> None:
     build.add_argument(
         "-h", "--help", action=_DatasetHelp, help="show this, with the data set's options, and exit"
     )
-    build.add_argument("pipeline", help="openmoji, sprites, fashion_mnist, digits, folder, or your own")
+    build.add_argument(
+        "pipeline",
+        help="folder, coco, cityscapes, parquet, webdataset, openmoji, sprites, digits, fashion_mnist, or your own",
+    )
     build.add_argument(
         "--out", required=True, help="where to: a folder, or any URI of pyarrow (s3://bucket/name)"
     )

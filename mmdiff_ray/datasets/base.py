@@ -7,7 +7,7 @@ a frozen encoder. `build` runs them as a Ray Data program (or in this process) o
 import hashlib
 import io
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -160,6 +160,20 @@ class Pipeline:
         raise NotImplementedError
 
 
+class Streamed(Pipeline):
+    """A source of files with many rows each, which are read one after another and never unpacked.
+
+    Its items are files or parts of files; the rows of the item `a` have the keys a#000000, a#000001, ...
+    """
+
+    def row(self, item: Item) -> dict[str, Any]:
+        raise NotImplementedError("a streamed source has many rows per item")
+
+    def rows(self, item: Item) -> Iterator[dict[str, Any] | BadRow]:
+        """Yield the rows of an item without their keys, or what is wrong with one, in the item's order."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Build:
     """What a build did.
@@ -212,7 +226,9 @@ def build(
     pipeline = make_pipeline(name, options)
     stages = pipeline.stages()
     lacking(pipeline)
-    items = annotated(choose(pipeline.items(), pipeline.options.limit), pipeline.options, pipeline.stratum)
+    items = pipeline.items()
+    if not isinstance(pipeline, Streamed):
+        items = annotated(choose(items, pipeline.options.limit), pipeline.options, pipeline.stratum)
     writer = ShardWriter(
         out,
         name,
@@ -243,29 +259,49 @@ def _write(
                 f"{writer.uri} holds an interrupted build with {item.key!r} in the split "
                 f"{writer.done[item.key]!r}, now {item.split!r}; {RESTART}"
             )
-    limit = bad_limit(pipeline.options.bad_limit, len(items))
+    streamed, most = isinstance(pipeline, Streamed), pipeline.options.limit
     placed = {item.key: (item.split, item.group) for item in items if item.split or item.group}
-    kept = sum(item.key in writer.done for item in items)
-    advance(kept)
-    chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
-    chunks = [chunk for chunk in chunks if any(item.key not in writer.done for item in chunk)]
+    kept = len(writer.done) if streamed else sum(item.key in writer.done for item in items)
+    size = 1 if streamed else CHUNK
+    chunks = [items[start : start + size] for start in range(0, len(items), size)]
+    if streamed:  # rows are written in order: what lies before the last item with a row is complete
+        last = max((key.rpartition("#")[0] for key in writer.done), default="")
+        chunks = [chunk for chunk in chunks if chunk[0].key >= last]
+    else:
+        chunks = [chunk for chunk in chunks if any(item.key not in writer.done for item in chunk)]
+    advance(len(items) - len(chunks) if streamed else kept)
     bad: dict[str, str] = {}
-    written = 0
+    written = seen = 0
     with closing(flow.run(partial(render, pipeline), stages, chunks, workers, labels)) as stream:
         for made in stream:
             bad |= made.bad
-            _check_bad(bad, limit)
+            seen += len(made.rows) + len(made.bad)
+            _check_bad(bad, bad_limit(pipeline.options.bad_limit, seen if streamed else len(items)))
             fresh = [row for row in made.rows if row["key"] not in writer.done]
+            if streamed and most is not None:
+                fresh = fresh[: max(0, most - kept - written)]
             for row in fresh:
-                writer.add(row, *placed.get(row["key"], ()))
+                place = row["key"].rpartition("#")[0] if streamed else row["key"]
+                writer.add(row, *placed.get(place, ()))
             written += len(fresh)
-            advance(len(fresh) + len(made.bad))
+            advance(1 if streamed else len(fresh) + len(made.bad))
+            if streamed and most is not None and kept + written >= most:
+                break
     return Build(writer.close(), written, kept, bad, pipeline.notes())
 
 
 def render(pipeline: Pipeline, chunk: Sequence[Item]) -> Made:
     """Return the rows of a chunk of items, and apart the items that cannot be read."""
-    rows, bad = [], {}
+    rows: list[dict[str, Any]] = []
+    bad: dict[str, str] = {}
+    if isinstance(pipeline, Streamed):
+        for item in chunk:
+            for number, row in enumerate(pipeline.rows(item)):
+                if isinstance(row, BadRow):
+                    bad[f"{item.key}#{number:06d}"] = str(row)
+                else:
+                    rows.append({"key": f"{item.key}#{number:06d}", **row})
+        return Made(rows, bad)
     for item in chunk:
         try:
             row = {"key": item.key, **pipeline.row(item)}

@@ -307,3 +307,31 @@ def _alike(labels: Iterable[str]) -> list[str]:
         groups.setdefault(label.casefold(), []).append(label)
     found = [group for group in groups.values() if len(group) > 1]
     return [f"labels that differ only in case are different classes: {', '.join(group)}" for group in found]
+
+
+@dataclass(frozen=True)
+class CocoOptions(FolderOptions):
+    """layout: coco."""
+
+    layout: str = "coco"
+
+
+@registry.register("pipeline", "coco")
+class Coco(Folder):
+    """The pictures and masks of COCO's annotations: source, annotations, captions."""
+
+    Options = CocoOptions
+
+
+@dataclass(frozen=True)
+class CityscapesOptions(FolderOptions):
+    """layout: cityscapes."""
+
+    layout: str = "cityscapes"
+
+
+@registry.register("pipeline", "cityscapes")
+class Cityscapes(Folder):
+    """The pictures and masks of a folder in the layout of Cityscapes."""
+
+    Options = CityscapesOptions

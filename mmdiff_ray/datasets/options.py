@@ -16,15 +16,20 @@ WIDTH, INDENT = 100, 18
 def pipeline_options(words: Sequence[str]) -> dict[str, str]:
     """Return options from `key=value`, `--key value` and `--key=value` words. Raises ConfigError for
     others."""
-    options, left = {}, list(words)
+    options: dict[str, str] = {}
+    left, mapped = list(words), False
     while left:
         word = left.pop(0)
+        if mapped and not word.startswith("--") and "=" in word:
+            options["map"] += f",{word}"  # --map pixels=image label=label
+            continue
         key, separator, value = word.removeprefix("--").partition("=")
         if not separator:
             if not word.startswith("--") or not left:
                 raise ConfigError(f"option {word!r} must read key=value or --key value")
             value = left.pop(0)
         options[key.replace("-", "_")] = value
+        mapped = word == "--map"
     return options
 
 

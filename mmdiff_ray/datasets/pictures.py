@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -87,17 +88,19 @@ def make_frame(size: str, fit: str) -> Frame:
     return Frame(height, width, fit)
 
 
-def open_picture(file: Path, depth: str = "refuse") -> Picture:
+def open_picture(file: Path | BinaryIO, depth: str = "refuse") -> Picture:
     """Return a picture in RGB or RGBA, turned upright. Raises one of UNREADABLE if it cannot be decoded.
 
     depth: scale brings 16-bit values to 0 to 255, and floats from [0, 1]; refuse raises ValueError for them.
     """
-    _register_heif(file)
+    if isinstance(file, Path):
+        _register_heif(file)
     with Image.open(file) as image:
         if image.mode[0] in "IF":
             if depth == "refuse":
+                named = file if isinstance(file, Path) else "it"
                 raise ValueError(
-                    f"{file} has more than 8 bits a channel (mode {image.mode}); scale it with depth=scale"
+                    f"{named} has more than 8 bits a channel (mode {image.mode}); scale it with depth=scale"
                 )
             values = np.asarray(image).astype(np.float64)
             values = values * 255 if image.mode[0] == "F" else values / 257

@@ -4,9 +4,11 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -217,3 +219,28 @@ def _write(fs: FileSystem, path: str, chunks: Iterable[bytes]) -> None:
     with fs.open_output_stream(path, compression=None) as stream:
         for chunk in chunks:
             stream.write(chunk)
+
+
+def listed(pattern: str) -> list[str]:
+    """Return the files of a path or URI with * in it (a path: ? too), sorted; a folder's are all below it.
+
+    Raises ConfigError where there is none.
+    """
+    place, mark, options = pattern.partition("?") if is_uri(pattern) else (pattern, "", "")
+    options = mark + options
+    fixed = re.split(r"[*?\[]", place, maxsplit=1)[0]
+    base = place if fixed == place else fixed.rpartition("/")[0] or "."
+    fs, root = filesystem(base + options)
+    if fixed == place and fs.get_file_info(root).type == FileType.File:
+        return [pattern]
+    found = [
+        info.path
+        for info in fs.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
+        if info.type == FileType.File
+    ]
+    names = sorted(path.removeprefix(root).strip("/") for path in found)
+    wanted = place.removeprefix(base).strip("/")
+    chosen = [name for name in names if not wanted or fnmatch(name, wanted)]
+    if not chosen:
+        raise ConfigError(f"source: no file matches {pattern}")
+    return [join(base + options, name) for name in chosen]

@@ -1,0 +1,179 @@
+"""What streamed sources share: which of their fields becomes which column, and how."""
+
+import io
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config.checks import unknown
+from mmdiff_ray.datasets.base import BadRow, Options, Stage, Streamed, is_off, is_on, look_stages
+from mmdiff_ray.datasets.embedders import make_embedder
+from mmdiff_ray.datasets.listing import clean
+from mmdiff_ray.datasets.pictures import DEPTHS, UNREADABLE, make_frame, open_picture
+from mmdiff_ray.modalities.image import to_png
+
+KINDS = ("image", "mask", "label", "text", "embedding")
+BY_NAME = {"pixels": "image", "mask": "mask", "label": "label", "text": "text"}
+"""Our column -> its kind, where a map does not say it."""
+
+
+@dataclass(frozen=True)
+class MappedOptions(Options):
+    """What is read, and how.
+
+    source: files: a path or URI, with * and ? for several, or a folder. map: COLUMN=FIELD or
+    COLUMN=FIELD:KIND, several separated by spaces or commas, kinds image, mask, label, text, embedding; the
+    columns pixels, mask, label and text have theirs by name; without a map it is guessed. classes: the names
+    of the labels, separated by commas, or their number; without it all files are looked through.
+    mask_classes: the same of the mask, which needs it. size: pixels
+    a side, or HEIGHTxWIDTH. fit: crop uses the middle of each picture, pad adds borders, stretch distorts.
+    depth: scale brings pictures of 16 bits or floats in [0, 1] to 8 bits, refuse leaves them out. look:
+    embedder of the picture over white, which makes the column look: efficientnet-lite0,
+    open_clip:MODEL[:weights] or off. embed_captions: embedder of the text, which makes the column caption:
+    minilm, open_clip:MODEL[:weights], on (minilm) or off.
+    """
+
+    source: str = ""
+    map: str = ""
+    classes: str = ""
+    mask_classes: str = ""
+    size: str = "64"
+    fit: str = "crop"
+    depth: str = "refuse"
+    look: str = "off"
+    embed_captions: str = "off"
+    bad_limit: str = "1%"
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of the source that becomes a column. facts: the manifest's entry of it."""
+
+    name: str
+    kind: str
+    facts: Mapping[str, Any]
+
+
+class Mapped(Streamed):
+    """A streamed source whose fields become columns by `options.map`."""
+
+    Options = MappedOptions
+
+    def __init__(self, options: MappedOptions) -> None:
+        super().__init__(options)
+        if not options.source:
+            raise ConfigError("source is missing; name the files, for example source='shards/*'")
+        if options.annotated != 1 or options.part != "all":
+            raise ConfigError("annotated and part: a streamed source has no list of rows to choose from")
+        if options.depth not in DEPTHS:
+            raise ConfigError(f"depth: got {options.depth!r}, want one of {', '.join(DEPTHS)}")
+        self.frame = make_frame(options.size, options.fit)
+
+    def fields_of(self, known: Mapping[str, str], guess: Mapping[str, str]) -> dict[str, Field]:
+        """Return column -> field by the map, else by a guess.
+
+        known: the source's fields -> their kind, "" for any; guess: column -> field. Raises ConfigError for a
+        map that names no field of the source.
+        """
+        words = self.options.map.replace(",", " ").split()
+        chosen, kinds = dict(guess) if not words else {}, dict[str, str]()
+        for word in words:
+            column, _, field = word.partition("=")
+            field, _, kind = field.partition(":")
+            if not column or not field or kind not in ("", *KINDS):
+                raise ConfigError(f"map: got {word!r}, want COLUMN=FIELD or COLUMN=FIELD:{'|'.join(KINDS)}")
+            if field not in known:
+                raise ConfigError(unknown("map", field, list(known), "field"))
+            chosen[column], kinds[column] = field, kind
+        found = {}
+        for column, field in chosen.items():
+            usual = {"number": "label", "vector": "embedding"}.get(known[field], known[field])
+            kind = kinds.get(column) or BY_NAME.get(column) or usual
+            if kind not in KINDS:
+                raise ConfigError(f"map: what is {column}={field}? Want {column}={field}:{'|'.join(KINDS)}")
+            found[column] = Field(field, kind, {})
+        if "pixels" not in found:
+            raise ConfigError(f"map: no field becomes pixels; want pixels=FIELD, of {', '.join(known)}")
+        return found
+
+    def class_facts(
+        self, kind: str, names: Iterable[str] | None, values: Callable[[], Iterable[Any]]
+    ) -> dict[str, Any]:
+        """Return the manifest's entry of a label or mask. names: where the source lists them; values: else
+        what a label holds."""
+        stated = self.options.classes if kind == "label" else self.options.mask_classes
+        if stated:
+            named = [name.strip() for name in stated.split(",")]
+            names = list(map(str, range(int(stated)))) if stated.isdecimal() else named
+        if names is None:
+            if kind == "mask":
+                raise ConfigError("mask_classes is missing; name the classes of the mask, or their number")
+            held = [value for value in values() if value is not None]
+            if all(isinstance(value, int) for value in held):
+                names = list(map(str, range(max(held, default=-1) + 1)))
+            else:
+                names = sorted({text for value in held if (text := clean(str(value)))})
+        found = {"kind": kind, "names": list(names)}
+        return found if kind == "label" else {**found, "classes": len(found["names"])}
+
+    def columns_of(self, fields: Mapping[str, Field]) -> dict[str, dict[str, Any]]:
+        """Return the manifest's entries of the fields."""
+        plain: dict[str, dict[str, Any]] = {
+            "image": {"kind": "image", "channels": 3},
+            "text": {"kind": "text"},
+        }
+        return {column: dict(field.facts) or plain[field.kind] for column, field in fields.items()}
+
+    def stages(self) -> list[Stage]:
+        stages, captions = look_stages(self.options.look), self.options.embed_captions
+        if not is_off(captions):
+            if "text" not in self.columns():
+                raise ConfigError(f"embed_captions={captions}, but no field becomes text; map text=FIELD")
+            spec = "minilm" if is_on(captions) else captions
+            stages.append(Stage("caption", "text", make_embedder(spec, "text")))
+        return stages
+
+    def converted(self, fields: Mapping[str, Field], values: Mapping[str, Any]) -> dict[str, Any] | BadRow:
+        """Return a row of field -> value as the columns' values, or what is wrong with it."""
+        row = {}
+        for column, field in fields.items():
+            value = values.get(field.name)
+            try:
+                row[column] = None if value is None else self._column(field, value)
+            except UNREADABLE as error:
+                return BadRow(f"{column}: {str(error) or type(error).__name__}")
+        return row if row.get("pixels") is not None else BadRow("no picture")
+
+    def _column(self, field: Field, value: Any) -> Any:
+        match field.kind:
+            case "image" | "mask":
+                data = value.get("bytes") if isinstance(value, dict) else value
+                if not isinstance(data, bytes):
+                    raise ValueError("it holds no bytes of a picture")
+                return self._picture(data) if field.kind == "image" else self._mask(data, field.facts)
+            case "label":
+                label, names = value if isinstance(value, int) else clean(str(value)), field.facts["names"]
+                if label is not None and label not in (
+                    range(len(names)) if isinstance(label, int) else names
+                ):
+                    raise ValueError(f"got {label!r}, which is none of the {len(names)} classes")
+                return label
+            case "embedding":
+                return np.asarray(value, dtype=np.float32).ravel()
+        text = value[0] if isinstance(value, list) and value else value
+        return str(text).strip() or None if text else None
+
+    def _picture(self, data: bytes) -> bytes:
+        picture = open_picture(io.BytesIO(data), self.options.depth).image
+        return to_png(np.asarray(self.frame(picture.convert("RGB"), Image.Resampling.BICUBIC)))
+
+    def _mask(self, data: bytes, facts: Mapping[str, Any]) -> bytes:
+        with Image.open(io.BytesIO(data)) as mask:
+            if mask.mode not in ("1", "L", "P"):
+                raise ValueError(f"a mask must hold indices of 8 bits; got mode {mask.mode}")
+            indices = Image.fromarray(np.asarray(mask).astype(np.uint8))
+        return to_png(np.asarray(self.frame(indices, Image.Resampling.NEAREST, facts.get("void", 0))))

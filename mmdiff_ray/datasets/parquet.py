@@ -1,0 +1,85 @@
+"""Parquet: files of rows with encoded pictures, as the Hugging Face Hub serves them."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from mmdiff_ray import registry
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.foreign import distinct, look_into, read_group
+from mmdiff_ray.datasets.base import BadRow, Item
+from mmdiff_ray.datasets.mapped import Field, Mapped, MappedOptions
+from mmdiff_ray.storage.filesystem import is_uri, listed
+
+SPLIT = re.compile(r"(?:^|[/_.-])(train|validation|valid|val|test)(?=[/_.-])")
+SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}
+
+
+@registry.register("pipeline", "parquet")
+class Parquet(Mapped):
+    """Parquet files with pictures in bytes (or {bytes, path}), labels, texts and vectors.
+
+    A file whose name or folder says train, validation or test belongs to that split.
+    """
+
+    def __init__(self, options: MappedOptions) -> None:
+        super().__init__(options)
+        self.files = [file for file in listed(options.source) if file.split("?")[0].endswith(".parquet")]
+        if not self.files:
+            raise ConfigError(f"source: {options.source} holds no .parquet file")
+        first = look_into(self.files[0])
+        self.fields = self.fields_of(first.kinds, _guessed(first.kinds, first.names))
+        for column, field in self.fields.items():
+            if facts := self._facts(field, first.names.get(field.name)):
+                self.fields[column] = dataclasses.replace(field, facts=facts)
+
+    def _facts(self, field: Field, names: list[str] | None) -> dict[str, Any]:
+        if field.kind in ("label", "mask"):
+
+            def values() -> set[Any]:
+                return set().union(*(distinct(file, field.name) for file in self.files))
+
+            return self.class_facts(field.kind, names, values)
+        if field.kind == "embedding":
+            row = next(read_group(self.files[0], 0, [field.name]))[field.name]
+            return {"kind": "embedding", "dim": len(row), "codec": f"{field.name} of the source"}
+        return {}
+
+    @property
+    def description(self) -> str:
+        return f"The rows of {len(self.files)} Parquet files."
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        return self.columns_of(self.fields)
+
+    def items(self) -> list[Item]:
+        items = []
+        for number, file in enumerate(self.files):
+            name = file.split("?")[0] if is_uri(file) else file
+            found = SPLIT.search("/".join(name.split("/")[-2:]))
+            split = SPLITS[found[1]] if found else None
+            for group in range(len(look_into(file).groups)):
+                items.append(Item(f"{number:05d}-{group:05d}", (file, group), None, split))
+        return items
+
+    def rows(self, item: Item) -> Iterator[dict[str, Any] | BadRow]:
+        file, group = item.source
+        wanted = list(dict.fromkeys(field.name for field in self.fields.values()))
+        for values in read_group(file, group, wanted):
+            yield self.converted(self.fields, values)
+
+
+def _guessed(kinds: dict[str, str], names: dict[str, list[str]]) -> dict[str, str]:
+    """Return column -> field for the first picture, label and text of a file."""
+    found = {}
+    for column, kind, usual in (
+        ("pixels", "image", ("image", "img", "pixels", "jpg", "png")),
+        ("label", "number", (*names, "label", "labels", "class", "fine_label")),
+        ("text", "text", ("text", "caption", "captions", "sentence")),
+    ):
+        fitting = [name for name, one in kinds.items() if one == kind]
+        usually = [name for name in usual if name in fitting]
+        if usually or (column == "pixels" and fitting):
+            found[column] = (usually or fitting)[0]
+    return found

@@ -1,0 +1,137 @@
+"""WebDataset: tar files of samples, each a group of files with one stem; img2dataset writes them."""
+
+import dataclasses
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from mmdiff_ray import registry
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.datasets.base import BadRow, Item
+from mmdiff_ray.datasets.mapped import Field, Mapped, MappedOptions
+from mmdiff_ray.storage.filesystem import filesystem, listed
+
+PICTURES = ("jpg", "jpeg", "png", "webp")
+LOOKED_AT = 16
+"""Samples of the first file by which fields are guessed."""
+
+
+@registry.register("pipeline", "webdataset")
+class WebDataset(Mapped):
+    """Tar files in WebDataset's layout, read from their beginning to their end.
+
+    Fields are the files' suffixes (jpg, cls, txt, npy, seg.png), and json.KEY for a value in a JSON file.
+    """
+
+    def __init__(self, options: MappedOptions) -> None:
+        super().__init__(options)
+        names = [file for file in listed(options.source) if ".tar" in file.rpartition("/")[2]]
+        if not names:
+            raise ConfigError(f"source: {options.source} holds no .tar file")
+        self.files = names
+        known = {
+            name: _kind(name) for sample in islice(self._samples(names[0]), LOOKED_AT) for name in sample
+        }
+        if not known:
+            raise ConfigError(f"source: {names[0]} holds no sample")
+        self.fields = self.fields_of(known, _guessed(known))
+        for column, field in self.fields.items():
+            if facts := self._facts(field):
+                self.fields[column] = dataclasses.replace(field, facts=facts)
+
+    def _facts(self, field: Field) -> dict[str, Any]:
+        if field.kind in ("label", "mask"):
+
+            def values() -> set[Any]:
+                return {one.get(field.name) for file in self.files for one in self._samples(file)}
+
+            return self.class_facts(field.kind, None, values)
+        if field.kind == "embedding":
+            value = next((s[field.name] for s in self._samples(self.files[0]) if field.name in s), ())
+            return {"kind": "embedding", "dim": int(np.size(value)), "codec": f"{field.name} of the source"}
+        return {}
+
+    @property
+    def description(self) -> str:
+        return f"The samples of {len(self.files)} tar files."
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        return self.columns_of(self.fields)
+
+    def items(self) -> list[Item]:
+        return [Item(f"{number:05d}", file) for number, file in enumerate(self.files)]
+
+    def rows(self, item: Item) -> Iterator[dict[str, Any] | BadRow]:
+        for sample in self._samples(item.source):
+            yield self.converted(self.fields, sample)
+
+    def _samples(self, uri: str) -> Iterator[dict[str, Any]]:
+        """Yield the samples of a tar file, field -> value, in its order."""
+        stem, sample = None, dict[str, Any]()
+        fs, path = filesystem(uri)
+        try:
+            if path.endswith(".tar") and fs.get_file_info(path).size % tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("it is cut short")  # which tarfile itself takes for the end
+            with fs.open_input_stream(path) as stream, tarfile.open(fileobj=stream, mode="r|*") as archive:
+                for member in archive:
+                    folder, _, name = member.name.rpartition("/")
+                    first, _, suffix = name.partition(".")
+                    if not member.isfile() or not suffix or name.startswith("."):
+                        continue
+                    if stem != (folder, first):
+                        if sample:
+                            yield sample
+                        stem, sample = (folder, first), {}
+                    file = archive.extractfile(member)
+                    data = file.read() if file else b""
+                    if len(data) != member.size:
+                        raise tarfile.ReadError(f"it ends within {member.name}")
+                    sample |= _decoded(suffix.lower(), data)
+        except (OSError, tarfile.TarError) as error:
+            raise ConfigError(f"source: cannot read {uri}: {error}") from None
+        if sample:
+            yield sample
+
+
+def _decoded(suffix: str, data: bytes) -> dict[str, Any]:
+    """Return the fields of a file in a sample."""
+    ending = suffix.rpartition(".")[2]
+    try:
+        if ending in ("cls", "id", "index"):
+            text = data.decode().strip()
+            return {suffix: int(text) if text.lstrip("-").isdecimal() else text}
+        if ending in ("txt", "text", "caption"):
+            return {suffix: data.decode(errors="replace").strip()}
+        if ending == "json":
+            values = json.loads(data)
+            fields = values.items() if isinstance(values, dict) else ()
+            return {f"{suffix}.{key}": value for key, value in fields}
+        if ending == "npy":
+            return {suffix: np.load(io.BytesIO(data), allow_pickle=False)}
+    except ValueError:
+        return {}
+    return {suffix: data}
+
+
+def _kind(field: str) -> str:
+    ending = field.rpartition(".")[2]
+    if ending in PICTURES:
+        return "mask" if "." in field else "image"
+    texts = dict.fromkeys(("txt", "text", "caption"), "text")
+    return {"cls": "label", "npy": "embedding", **texts}.get(ending, "")
+
+
+def _guessed(known: dict[str, str]) -> dict[str, str]:
+    """Return column -> field for the first picture, label and text of a sample."""
+    found = {}
+    for column, kind in (("pixels", "image"), ("label", "label"), ("text", "text")):
+        fitting = [field for field, one in known.items() if one == kind and not field.startswith("json.")]
+        spare = [field for field in ("json.caption", "json.text") if column == "text" and field in known]
+        if fitting or spare:
+            found[column] = (fitting or spare)[0]
+    return found
