@@ -311,7 +311,7 @@ def _alike(labels: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class CocoOptions(FolderOptions):
-    """layout: coco."""
+    """layout: coco, which needs annotations."""
 
     layout: str = "coco"
 
@@ -325,7 +325,7 @@ class Coco(Folder):
 
 @dataclass(frozen=True)
 class CityscapesOptions(FolderOptions):
-    """layout: cityscapes."""
+    """layout: cityscapes, whose folder is the source."""
 
     layout: str = "cityscapes"
 
