@@ -6,12 +6,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    """The weight profile of one modality.
+    """The signal weights of one modality, as a profile b(t).
 
-    family, scale, shape, knots, w, grid: the profile b(t) of the modality when it is generated
-    (`mmdiff_ray.diffusion.weights` explains them). scale: how loud its code is in the noise; None: as the
-    modality's type has it (`Modality.usual_scale`), or 1 with knots or w. kappa: its constant weight when it
-    is given.
+    family: family of the profile: clock, linear, cosine, power, sigmoid, constant, knots or step_weights.
+    scale: factor of the profile: how strong the code is beside the noise. null: the type's default, or 1
+        with knots and step_weights.
+    shape: shape of clock, power and sigmoid. A clock below 1 settles the modality before the anchor,
+        above 1 after it.
+    knots: pairs [t, b] for the family knots, from t = 0 to t = 1.
+    w: step weights for the family step_weights: one number, or one per step of `grid`.
+    grid: number of steps that `w` is stated on.
+    kappa: constant weight when the modality is given. It has no effect under given.input in_place and
+        u_plus_code.
     """
 
     family: str = "clock"
@@ -25,10 +31,11 @@ class WeightsConfig:
 
 @dataclass(frozen=True)
 class ModalityConfig:
-    """What every modality instance has. Types add their own keys in their own file.
+    """The keys of every modality. Types add their own keys in their own file.
 
-    type: the registered modality type. channels: "own", or the name of an instance whose channels it
-    overlaps. weights: its profile and kappa.
+    type: registered modality type.
+    channels: "own", or the name of a modality whose channels the code overlaps.
+    weights: signal weights.
     """
 
     type: str = "???"
@@ -38,7 +45,12 @@ class ModalityConfig:
 
 @dataclass(frozen=True)
 class SpaceConfig:
-    """The diffusion space. height, width: in cells; anchor: the instance whose code is z_0, an image."""
+    """The diffusion space.
+
+    height: number of rows of cells.
+    width: number of columns of cells.
+    anchor: modality whose code is z_0; an image.
+    """
 
     height: int = 16
     width: int = 16
@@ -47,11 +59,16 @@ class SpaceConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The noise schedule: family, and the grid of `steps` that training draws its times from.
+    """The noise schedule.
 
-    start, end, power: the family's parameters, where they shall differ from its own (`diffusion.schedule`).
-    paper_fraction: divide alpha_t by the number of modalities on that grid, as the paper's formula reads
-    literally. prior_limit: largest L0 of a generated modality, in nats per dimension, before it is refused.
+    family: cosine, linear or sigmoid.
+    steps: number of grid steps T that training draws times from.
+    start: first parameter of the family; null: the family's default.
+    end: second parameter of linear and sigmoid; null: the family's default.
+    power: temperature of sigmoid; null: the family's default.
+    paper_fraction: divide every alpha_t by the number of modalities, as the paper's formula reads
+        literally.
+    prior_limit: largest L0 of a generated modality, in nats per dimension; a config above it is refused.
     """
 
     family: str = "cosine"
@@ -65,14 +82,15 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class GivenConfig:
-    """How a given code reaches the network.
+    """How given codes reach the network.
 
-    input: in_place: it stands, free of noise, in its own channels of the network's input; u_plus_code: it is
-    taken out of z_t and stands in channels beside it; z_plus_code: it stays in z_t as well; z_only: it is
-    heard through z_t alone, as loud as its kappa, as in the paper. exact: under in_place, visible pixels of a
-    masked image stand in the anchor's channels, are never predicted and count in no loss. zero_unused: under
-    z_plus_code and u_plus_code, channels that carry nothing generated are 0 in place of noise (as in_place
-    has it always).
+    input: in_place: a given code stands without noise in its own channels; u_plus_code: given codes are
+        removed from z_t and stand in condition channels; z_plus_code: the same, and they stay in z_t;
+        z_only: the network sees z_t alone, as in the paper.
+    exact: under in_place, copy visible pixels of a masked image into the anchor's channels and never
+        predict them.
+    zero_unused: under z_plus_code and u_plus_code, set channels that carry nothing generated to 0.
+        in_place always does.
     """
 
     input: str = field(default="in_place", metadata={"reference": "u_plus_code"})
@@ -84,10 +102,11 @@ class GivenConfig:
 class TaskConfig:
     """A row of roles and how often it is drawn.
 
-    frequency: relative to the other tasks'; 0 keeps a task from being drawn. roles: instance -> generated,
-    given or absent, or a list of 1, 2, 3 or 6 of those to draw from evenly. Unlisted: absent. drop:
-    probability that a given instance is made absent, for each independently (what guidance needs). readout:
-    how the task is answered where nobody asks otherwise: sample, or likely (`mmdiff sample --likely`).
+    frequency: relative to the other tasks; 0 keeps the task from being drawn.
+    roles: modality -> generated, given or absent, or a list of 1, 2, 3 or 6 of these to draw from evenly.
+        Unlisted modalities are absent.
+    drop: probability that a given modality is made absent, for each independently. Guidance needs it.
+    readout: default answer to a request of this task: sample, or likely (the most likely data).
     """
 
     frequency: float = 1.0
@@ -111,7 +130,13 @@ def as_list(roles: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class CoefficientsConfig:
-    """The coefficients of the four sub-losses l0, l1, l2 and l3 (`diffusion.objective`)."""
+    """The coefficients of the four sub-losses (`diffusion.objective`).
+
+    l0: coefficient of L0, the prior.
+    l1: coefficient of L1, the posteriors.
+    l2: coefficient of L2, the decoder heads.
+    l3: coefficient of L3, the last step.
+    """
 
     l0: float = 0.0
     l1: float = 1.0
@@ -123,14 +148,17 @@ class CoefficientsConfig:
 class LossConfig:
     """The objective.
 
-    prediction: what the anchor's head predicts: v, eps or x0. weighting of L1 over t: the simplified v, eps,
-    x0 and min_snr, or elbo, the exact weight. gamma: where min_snr caps it. modalities: each instance's
-    coefficient in L2, 1 where it is not listed (the anchor has none, L3 decodes it). channels: the same for
-    the L1 of the channels that an instance has of its own. channel_cap: the largest weight of L1 in channels
-    without the anchor, under any weighting but elbo; without a cap a loud code outweighs all else near the
-    data. coefficients: of the four sub-losses. normalize: what the sum of a term over a batch is divided by:
-    expected: the count to expect of rows that have every modality, so that every annotation weighs the same,
-    however rare it is; batch: the batch's own count, so that rare annotations weigh more.
+    coefficients: of the four sub-losses.
+    modalities: modality -> coefficient in L2; 1 if not listed. The anchor has none, L3 decodes it.
+    channels: modality -> coefficient in L1 of its own channels; 1 if not listed.
+    prediction: what the anchor's head predicts: v, eps or x0.
+    weighting: weight of L1 over t: v, eps, x0 or min_snr (simplified), or elbo (exact).
+    gamma: cap of the signal-to-noise ratio under weighting min_snr.
+    channel_cap: largest weight of L1 in channels without the anchor, under any weighting but elbo.
+        Without it a strong code outweighs everything else near the data.
+    normalize: divisor of each loss term: expected: the expected count of rows that have every modality,
+        so that all annotations weigh the same; batch: the batch's own count, so that rare annotations
+        weigh more.
     """
 
     coefficients: CoefficientsConfig = field(default_factory=CoefficientsConfig)
@@ -145,9 +173,11 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The backbone: its registered name, a size preset, options: single sizes in the preset's place.
+    """The backbone.
 
-    An option that is null is the preset's.
+    backbone: registered name: unet, dit or dit_tokens.
+    preset: size: nano, tiny, small, base or large (dit also xlarge).
+    options: single sizes that replace those of the preset; null keeps the preset's.
     """
 
     backbone: str = "unet"
@@ -157,7 +187,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One data set. uri: its folder, any URI of pyarrow's file systems; weight: its share of the mix."""
+    """One data set.
+
+    uri: folder or URI of the data set, such as s3://bucket/photos.
+    weight: share of this data set in the mix.
+    """
 
     uri: str = "???"
     weight: float = 1.0
@@ -165,12 +199,15 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read and how.
+    """The data sets and how rows are read.
 
-    sources: the data sets. lanes: independent streams that the rows are dealt to, for any number of workers;
-    where it divides them, no two open the same row group. window: row groups shuffled together. backgrounds:
-    what transparent images are drawn over (random, white). flip: mirror rows at random. bad_row_limit:
-    unreadable rows that a run tolerates, over all workers, epochs and restarts, before it stops.
+    sources: data sets to mix.
+    lanes: number of independent streams that rows are dealt to. Workers share no row group if their
+        number divides it.
+    window: number of row groups that are shuffled together.
+    backgrounds: background of transparent images in training: random or white.
+    flip: mirror rows at random.
+    bad_row_limit: number of unreadable rows that a run tolerates, over all workers, epochs and restarts.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
@@ -183,7 +220,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ChangeConfig:
-    """Values that change while a model trains. at: after how many samples; values: dotted key -> value."""
+    """Values that change during training.
+
+    at: number of samples after which the values apply.
+    values: dotted key -> value.
+    """
 
     at: int = 0
     values: dict[str, Any] = field(default_factory=dict)
@@ -191,23 +232,36 @@ class ChangeConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The training loop; all lengths are in samples, the master clock.
+    """The training loop. All lengths are in samples.
 
-    samples: where training ends. max_minutes: where set, `samples` shrinks to what fits. global_batch: rows
-    of a step, over all workers. micro_batch: rows per forward pass and worker (null: all of its rows).
-    learning_rate, weight_decay, betas: of AdamW. warmup_samples: in which the learning rate rises from 0.
-    decay: constant, linear or cosine, to `final_lr_ratio` of it, over the last `decay_samples` (null: all
-    along). clip_norm: largest norm of the gradient.
-    ema_samples: half-life of the moving average. precision: float32, bfloat16 (autocast), or auto: bfloat16
-    on GPUs and on CPUs that multiply matrices in it, decided when a run begins. compile: by torch.compile.
-    channels_last: the memory layout, on GPUs alone. device: auto (a GPU if there is one), cpu or cuda.
-    log_every_samples: how often losses are reported. times: the part of the schedule, 0 the data and 1
-    the noise, that training draws from. time_sampling: uniform, or logit_normal, the sigmoid of a normal
-    variable of mean `time_mean` and standard deviation `time_std` (Esser et al., 2024). cutout: a
-    masked-image instance whose hole is cut out of z_t in half of the rows, as mere augmentation. changes:
-    values that are others from some sample on, in order: of the loss' coefficients, of modalities'
-    weights, of the learning rate. init: a run (name, folder or URI) or a `.safetensors` file whose
-    weights the model starts from, where names and shapes match.
+    samples: number of samples to train on.
+    max_minutes: time limit; if set, `samples` shrinks to what fits.
+    global_batch: rows per optimizer step, over all workers.
+    micro_batch: rows per forward pass and worker; null: all rows of the worker.
+    learning_rate: peak learning rate of AdamW.
+    weight_decay: weight decay of AdamW.
+    betas: betas of AdamW.
+    warmup_samples: samples over which the learning rate rises from 0.
+    decay: course of the learning rate after the warm-up: constant, linear or cosine.
+    decay_samples: samples at the end over which the learning rate decays; null: all of them.
+    final_lr_ratio: last learning rate, as a share of the peak.
+    clip_norm: largest norm of the gradient.
+    ema_samples: half-life of the averaged model (EMA).
+    precision: float32, bfloat16 (autocast), or auto: bfloat16 on GPUs and on CPUs with AVX512_BF16 or
+        AMX. A run keeps the choice made at its start.
+    compile: compile the model with torch.compile.
+    channels_last: use the channels_last memory format, on GPUs only.
+    device: cpu, cuda, or auto: a GPU if there is one.
+    log_every_samples: interval of loss reports.
+    times: range of t that training draws from; 0 is the data, 1 the noise.
+    time_sampling: uniform, or logit_normal: the sigmoid of a normal variable (Esser et al., 2024).
+    time_mean: mean of that normal variable.
+    time_std: standard deviation of that normal variable.
+    cutout: masked image whose hole is cut out of z_t in half of the rows, as plain augmentation.
+    changes: values that change during training, in order: loss coefficients, modalities' weights, the
+        learning rate.
+    init: run (name, folder or URI) or .safetensors file whose weights the model starts from, where names
+        and shapes match.
     """
 
     samples: int = 100_000
@@ -239,9 +293,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run's state is written. keep_last: how many of the last ones stay; the best stays besides.
+    """When the state of a run is saved.
 
-    every_samples: how often.
+    every_samples: interval of checkpoints.
+    keep_last: number of recent checkpoints to keep; the best one is kept as well.
     """
 
     every_samples: int = 20_000
@@ -250,18 +305,21 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class WorkersConfig:
-    """The workers. count: their number, 0 = in this process. least: where set, a run starts with fewer, down
-    to this, if the cluster holds no more, goes on with fewer where a node is lost and with more where one
-    comes; a worker then reads on its own node.
+    """The training workers.
 
-    cpus, gpus, resources: what each asks the cluster for; resources: name -> amount of what the cluster's
-    nodes were started with besides. data_workers: processes that read rows for each of them (in this process:
-    threads). threads: torch's in each (null: one per cpu where there are several workers). max_failures:
-    restarts from the last checkpoint, in a row with no new checkpoint between, before the run gives up.
-    labels, data_labels: what the nodes must be labelled with that the workers, and the processes that read
-    for them, run on. strategy: how workers share
-    the model: ddp, each holds all of it; fsdp, each a part of its parameters, their average and the
-    optimizer's state, for models that are too large for one.
+    count: number of workers; 0: train in this process.
+    least: smallest number of workers. If set, a run starts with as many as fit, continues with fewer when
+        a node is lost and with more when one is added. Data workers then run on their worker's node.
+    strategy: ddp: every worker holds the whole model; fsdp: parameters, average and optimizer state are
+        sharded (FSDP2).
+    cpus: CPUs per worker.
+    gpus: GPUs per worker.
+    resources: custom Ray resource -> amount per worker.
+    data_workers: data-loading workers per training worker (threads if count is 0).
+    threads: torch threads per worker; null: one per CPU if there are several workers.
+    max_failures: restarts in a row, without a new checkpoint, before the run fails.
+    labels: labels that the nodes of training workers must have.
+    data_labels: labels that the nodes of data-loading workers must have.
     """
 
     count: int = 0
@@ -285,19 +343,27 @@ class WorkersConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is evaluated.
+    """What is evaluated and how.
 
-    evaluators: registered names. split, rows: of which split (train, val, test), and how many at most.
-    visits: how often every row is evaluated, each time over another background. every_samples: how often
-    (0 = only at the end). sampler, steps, guidance: how samples are drawn. likely_steps: noiseless DDIM steps
-    to a most likely answer, at most `steps`. draws: of the noise, over which heads' probabilities are
-    averaged. inpaint: how holes are filled:
-    given, the masked image is given to the model; repaint, the visible pixels of a sample are replaced at
-    every step, which is taken `repeats` times (for models that were never given one); both. lpips: backbones
-    that it is measured with, alex or vgg. condition: instances that are given, in place of the anchor (or of
-    nothing, for fidelity and judge). floors: whether restoration measures the rules that need no model, too.
-    judge: the export of a model that tells labels from images. grid_rows:
-    rows in a picture.
+    evaluators: registered names; null: all.
+    split: train, val or test.
+    rows: largest number of rows.
+    visits: number of times each row is evaluated, each time with another background.
+    every_samples: interval of evaluations during training; 0: only at the end.
+    sampler: ancestral, ddim or dpm2.
+    steps: number of sampling steps.
+    likely_steps: number of noiseless DDIM steps to the most likely answer, at most `steps`.
+    draws: draws of the noise that class probabilities are averaged over.
+    guidance: guidance scale; 1: none.
+    inpaint: how holes are filled: given: the model gets the masked image; repaint: visible pixels are
+        replaced at every step, for models that were never given one; both.
+    repeats: number of times repaint takes each step.
+    lpips: LPIPS backbones: alex, vgg.
+    condition: modalities that are given instead of the anchor (instead of nothing, for fidelity and
+        judge).
+    floors: also measure the rules without a model in restoration.
+    judge: export of a model that predicts labels from images.
+    grid_rows: rows per picture.
     """
 
     evaluators: list[str] | None = None
@@ -321,12 +387,13 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Where the run is recorded. uri: MLflow's, without a password; else MLFLOW_TRACKING_URI; else SQLite
-    beside the runs.
+    """Where the run is recorded.
 
-    required: whether MLflow must answer when a run begins; if not, what is recorded waits on disk until it
-    does. experiment: MLflow's. log_model, system_metrics: whether the model, and the machines' load, are
-    logged.
+    uri: MLflow tracking URI without a password; null: MLFLOW_TRACKING_URI, else SQLite beside the runs.
+    required: whether MLflow must answer when a run starts. If false, records wait on disk.
+    experiment: MLflow experiment.
+    log_model: log the exported model.
+    system_metrics: log the load of the machines.
     """
 
     uri: str | None = None
@@ -340,10 +407,23 @@ class TrackingConfig:
 class Config:
     """The whole configuration of a run.
 
-    name: the run's; a number is added where it is taken. seed: of everything random. runs: the folder or
-    URI (s3://bucket/runs) that runs are kept in. plugins: modules that register parts of your own, imported
-    first. modalities: instance -> what it is, by its type's own keys (`ModalityConfig`). tasks: name -> a row
-    of roles. All else: sections.
+    name: name of the run. A number is added if the name is taken.
+    seed: seed of all random draws.
+    runs: folder or URI (s3://bucket/runs) of all runs.
+    plugins: modules to import first; they register types, backbones and other parts of your own.
+    modalities: name -> modality: its type and the keys of that type.
+    tasks: name -> row of roles.
+    space: diffusion space.
+    schedule: noise schedule.
+    given: how given codes reach the network.
+    loss: objective.
+    model: backbone.
+    data: data sets.
+    train: training loop.
+    checkpoint: checkpoints.
+    workers: training workers.
+    evaluate: evaluation.
+    tracking: MLflow.
     """
 
     name: str = "run"

@@ -19,9 +19,14 @@ from mmdiff_ray.registry import register
 
 @dataclass(frozen=True)
 class EmbeddingOptions(ModalityConfig):
-    """column: the Parquet column (default: the instance's name). dim: the data set's, filled in from its
-    manifest. code_channels: principal components in the code. sigma: standard deviation of the likelihood,
-    in units of the embedding's root mean square deviation per dimension."""
+    """The keys of an embedding.
+
+    column: Parquet column; null: the modality's name.
+    dim: dimensions; null: the data set's.
+    code_channels: number of principal components in the code.
+    sigma: standard deviation of the likelihood, in units of the embedding's root mean square deviation
+        per dimension.
+    """
 
     column: str | None = None
     dim: int | None = None

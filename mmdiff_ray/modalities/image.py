@@ -21,8 +21,11 @@ from mmdiff_ray.registry import register
 
 @dataclass(frozen=True)
 class ImageOptions(ModalityConfig):
-    """column: the Parquet column (default: the instance's name). sigma: standard deviation of the likelihood
-    where the image is not the anchor, in pixel units of [-1, 1]."""
+    """The keys of an image.
+
+    column: Parquet column; null: the modality's name.
+    sigma: standard deviation of the likelihood if the image is not the anchor, in pixel units of [-1, 1].
+    """
 
     column: str | None = None
     sigma: float = 0.5

@@ -18,11 +18,15 @@ from mmdiff_ray.registry import register
 
 @dataclass(frozen=True)
 class LabelOptions(ModalityConfig):
-    """column: the Parquet column (default: the instance's name). classes, names: the data set's, filled in
-    from its manifest. code: fixed, or learned (from the fixed one on; each class's RMS over channels and
-    cells stays 1). pattern: constant over the cells, or noise (each class has its own signs, which stay
-    apart from an image where channels overlap). code_channels: as for masks; with pattern noise any number,
-    1 by default.
+    """The keys of a label.
+
+    column: Parquet column; null: the modality's name.
+    classes: number of classes; null: the data set's.
+    names: class names, from the data set.
+    code: fixed, or learned: starts from the fixed code; each class keeps unit RMS.
+    pattern: constant over the cells, or noise: each class has its own random signs, which stay distinct
+        from an image if channels overlap.
+    code_channels: channels of the code; null: log2 of the classes, or 1 with pattern noise.
     """
 
     column: str | None = None

@@ -24,10 +24,15 @@ VOID_COLOR = np.array((255, 0, 255), dtype=np.uint8)
 
 @dataclass(frozen=True)
 class MaskOptions(ModalityConfig):
-    """column: the Parquet column (default: the instance's name). classes, names, colors: the data set's,
-    filled in from its manifest (colors: one [red, green, blue] or null per class). code_channels: at least
-    log2 of the classes, the default. void: the data set's value of pixels that are neither learned nor
-    measured, filled in too."""
+    """The keys of a mask.
+
+    column: Parquet column; null: the modality's name.
+    classes: number of classes; null: the data set's.
+    names: class names; null: the data set's.
+    colors: one [red, green, blue] or null per class; null: the data set's.
+    code_channels: channels of the code, at least log2 of the classes; null: as few as possible.
+    void: value of pixels that are neither learned nor measured; null: the data set's.
+    """
 
     column: str | None = None
     classes: int | None = None

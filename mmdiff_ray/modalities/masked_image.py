@@ -20,9 +20,13 @@ HOLES = ("blocks", "half", "freeform", "scatter")
 
 @dataclass(frozen=True)
 class MaskedImageOptions(ModalityConfig):
-    """source: the image instance it is made from. holes: kinds to draw from. ratio: smallest and largest
-    share of the image that is missing (kind half: always one of its halves). channels: where its code lies,
-    by default in those of `pixels`, as in the paper."""
+    """The keys of a masked image.
+
+    channels: where the code lies; by default in the channels of `pixels`, as in the paper.
+    source: image that it is made from.
+    holes: kinds of holes to draw from: blocks, half, freeform, scatter.
+    ratio: smallest and largest share of the image that is missing. The kind half always hides one half.
+    """
 
     channels: str = "pixels"
     source: str = "pixels"
