@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA := data/openmoji
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-faults ui cluster cluster-down bench lint lock clean
+.PHONY: help install demo test test-fast test-faults ui cluster cluster-down docs bench lint lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | column -t -s '	'
@@ -44,6 +44,9 @@ cluster: install ## start a Ray cluster of three nodes on this machine
 cluster-down: install ## end that cluster, and no other Ray
 	@$(BIN)/mmdiff cluster down
 
+docs: install ## build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "site/index.html"
+
 bench: install ## measure speed against named alternatives
 	@for file in benchmarks/*.py; do $(BIN)/python $$file; done
 
@@ -55,4 +58,4 @@ lock: ## choose the versions of requirements.lock anew
 	  --python-version 3.11 pyproject.toml -o requirements.lock
 
 clean: ## remove .venv and what tests left; data and runs stay
-	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache

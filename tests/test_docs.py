@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from mmdiff_ray.cli import make_parser
 from mmdiff_ray.datasets.folder import FolderOptions
 
 ROOT = Path(__file__).parent.parent
@@ -300,13 +299,6 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
         if heading:
             titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf8"), re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_that_a_page_names_exists(page):
-    known = make_parser().format_help()
-    for command in re.findall(r"\bmmdiff ([a-z]+)", page.read_text(encoding="utf8")):
-        assert command in known, command
 
 
 def test_the_page_on_data_names_the_options_of_a_folder_that_there_are():
