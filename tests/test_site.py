@@ -22,6 +22,7 @@ import yaml
 from mmdiff_ray import registry
 from mmdiff_ray.cli import parse
 from mmdiff_ray.config import ConfigError, from_plain, schema
+from mmdiff_ray.sweeps.spec import load_sweep
 from tests.test_imports import LAYERS, LEAVES
 
 ROOT = Path(__file__).parent.parent
@@ -131,8 +132,12 @@ def yaml_blocks() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("page, block", list(yaml_blocks()))
-def test_every_config_of_a_page_is_accepted(page, block):
+def test_every_config_of_a_page_is_accepted(page, block, tmp_path):
     values = yaml.safe_load(block)
+    if "space" in values and "metrics" in values:
+        (tmp_path / "sweep.yaml").write_text(block, encoding="utf8")
+        assert load_sweep(tmp_path / "sweep.yaml").config({}).tasks
+        return
     if set(values) == {"goals"}:  # of an experiment
         return
     if "mine" in values.get("plugins", []):
@@ -277,3 +282,18 @@ def test_the_examples_of_the_page_on_extending_train_a_model_together(tmp_path):
         )
         assert done.returncode == 0, done.stderr
     assert "pixels/brightness_gap" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_python_of_the_quickstart_samples_from_a_run(finished):
+    (block,) = re.findall(r"```python\n(.*?)```", read(DOCS / "quickstart.md"), re.DOTALL)
+    for there, here in (
+        ("runs/demo", str(finished.folder)),
+        ("category", "shape"),
+        ("Food & Drink", "star"),
+    ):
+        assert there in block
+        block = block.replace(there, here)
+    found: dict = {}
+    exec(block, found)
+    assert found["samples"].data["pixels"].shape == (16, 3, 8, 8)
