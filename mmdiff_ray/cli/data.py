@@ -38,8 +38,8 @@ def add(commands: Commands) -> None:
     )
     build.add_argument(
         "pipeline",
-        help="folder, coco, cityscapes, parquet, webdataset, openmoji, sprites, digits or fashion_mnist; or one "
-        "of your own",
+        help="folder, coco, cityscapes, parquet, webdataset, openmoji, sprites, digits, fashion_mnist, "
+        "or one of your own",
     )
     build.add_argument(
         "--out", required=True, help="where to: a folder, or any URI of pyarrow (s3://bucket/name)"
