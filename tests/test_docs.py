@@ -305,7 +305,7 @@ def test_the_page_on_data_names_the_options_of_a_folder_that_there_are():
     part = DATA.split("## Folders of images")[1].split("\n## ")[0]
     named = set(re.findall(r"--([a-z_]+)", part)) - {"out", "help"}
     known = {field.name for field in dataclasses.fields(FolderOptions)}
-    assert {"source", "size", "masks", "csv", "look", "embed_captions", "layout"} <= named <= known
+    assert {"source", "size", "masks", "metadata", "csv", "look", "embed_captions"} <= named <= known
 
 
 def test_the_readme_is_a_page_and_not_a_book():

@@ -23,6 +23,8 @@ from mmdiff_ray.config.errors import ConfigError
 from mmdiff_ray.config.filling import fill
 from mmdiff_ray.config.schema import Config
 
+FORMER_PLUGINS = {"pipelines.scalar_modality": "mmdiff_ray.modalities.scalar"}
+"""Plug-ins that became part of the package; saved configurations name them."""
 _ENTRY = re.compile(r"\.\d+(\.|$)|\[")
 """What the key of a single entry of a list has in it."""
 
@@ -218,7 +220,7 @@ def _import_plugins(plugins: Any) -> None:
         sys.path.insert(0, os.getcwd())
     for plugin in plugins:
         try:
-            importlib.import_module(plugin)
+            importlib.import_module(FORMER_PLUGINS.get(plugin) or plugin)
         except ImportError as error:
             raise ConfigError(f"plugins: cannot import {plugin!r}: {error}") from None
 

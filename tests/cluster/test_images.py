@@ -122,6 +122,7 @@ def test_build_reads_no_secret_data_history_or_cache():
     assert {path.split("/")[0] for path in readable} - {".dockerignore"} == {
         "LICENSE",
         "README.md",
+        "hatch_build.py",
         "pyproject.toml",
         "requirements.lock",
         "mmdiff_ray",

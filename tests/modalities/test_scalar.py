@@ -1,4 +1,4 @@
-"""The written example of a modality type in one file: found as a plugin, trained, sampled by its name."""
+"""Scalars: read, encoded, trained and sampled."""
 
 import math
 
@@ -16,7 +16,6 @@ from tests.modalities import tiny
 
 PLAIN = {
     **tiny.PLAIN,
-    "plugins": ["pipelines.scalar_modality"],
     "modalities": {
         "pixels": {"type": "image"},
         "brightness": {"type": "scalar", "source": "pixels"},
@@ -29,6 +28,10 @@ PLAIN = {
         "judge": {"roles": {"pixels": "given", "brightness": "generated"}},
     },
 }
+
+
+def test_the_plug_in_that_it_was_still_loads():
+    assert build_denoiser(tiny.config(plain={**PLAIN, "plugins": ["pipelines.scalar_modality"]}))
 
 
 @pytest.fixture

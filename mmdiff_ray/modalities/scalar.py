@@ -1,16 +1,4 @@
-"""An example of a modality type of your own, in one file: a real number per row.
-
-    plugins: [pipelines.scalar_modality]
-    modalities:
-      brightness: {type: scalar, source: pixels}    # of a picture: how bright it is
-      price: {type: scalar, column: price}          # of the data set: a text column that holds numbers
-    tasks:
-      joint: {roles: {pixels: generated, brightness: generated}}
-      to_order: {roles: {pixels: generated, brightness: given}}
-
-`mmdiff sample RUN --given brightness=0.9` then asks for bright pictures. What a type must have is explained
-in `mmdiff_ray/modalities/base.py`; all else (batches, losses, sampling, guidance) finds it by its name.
-"""
+"""Scalars: one real number per row, from a text column or of an image."""
 
 import math
 from collections.abc import Mapping
@@ -29,8 +17,11 @@ from mmdiff_ray.registry import register
 
 @dataclass(frozen=True)
 class ScalarOptions(ModalityConfig):
-    """source: an image instance whose mean level it is, from 0 to 1. column: without a source, a text column
-    that holds numbers (default: the instance's name)."""
+    """The keys of a scalar.
+
+    source: image modality whose mean level it is, from 0 to 1; null: the number is in a column.
+    column: Parquet column of texts that are numbers; null: the modality's name.
+    """
 
     source: str | None = None
     column: str | None = None
