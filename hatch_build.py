@@ -1,4 +1,4 @@
-"""Put the shipped configs, experiments and sweeps into a wheel; editable installs read them in the checkout."""
+"""Put shipped configs, experiments and sweeps into a wheel. Editable installs read them in the checkout."""
 
 from typing import Any
 
