@@ -18,7 +18,7 @@ from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.datasets.base import build
 from mmdiff_ray.diffusion.schedule import make_schedule
-from mmdiff_ray.evaluation.run import chosen, evaluate
+from mmdiff_ray.evaluation.run import evaluate, evaluator_names
 from mmdiff_ray.evaluation.weights import convolutions
 from mmdiff_ray.models.denoiser import inert_settings
 from mmdiff_ray.runs import job as jobs
@@ -93,7 +93,7 @@ def with_weights(file: Path) -> list[str]:
     try:
         convolutions("alex")
     except ConfigError:
-        wanted = [name for name in chosen(configuration.load([file])) if name != "restoration"]
+        wanted = [name for name in evaluator_names(configuration.load([file])) if name != "restoration"]
         return [f"evaluate.evaluators=[{', '.join(wanted)}]"]
     return []
 

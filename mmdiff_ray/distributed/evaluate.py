@@ -24,15 +24,15 @@ from mmdiff_ray.distributed.cluster import check_resources, cluster, cpus_needed
 from mmdiff_ray.distributed.display import show_progress
 from mmdiff_ray.distributed.worker import go_to
 from mmdiff_ray.evaluation.context import Figure, Findings
-from mmdiff_ray.evaluation.draws import Ask, Drawer, draw, draw_here, kept_in
 from mmdiff_ray.evaluation.gallery import free_folder
+from mmdiff_ray.evaluation.requests import SampleFn, SampleRequest, cached, run_request, sample_locally
 from mmdiff_ray.evaluation.run import check_evaluators, evaluate
 from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.runs import describe
 from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.sampling.export import load_export
-from mmdiff_ray.sampling.generator import Generator, Known, Samples
+from mmdiff_ray.sampling.generator import Generator, Samples
 from mmdiff_ray.storage.filesystem import join
 from mmdiff_ray.tracking.models import log_model
 from mmdiff_ray.tracking.recorder import DESCRIPTION_TAG
@@ -72,8 +72,8 @@ def evaluate_run(
     else:
         kept = folder / "evaluations" / f"unfinished-{_mark(folder, config)}"
         with cluster() if pool else nullcontext():
-            drawer = pooled(folder, config, pool) if pool else None
-            findings = measure(folder, config, drawer, kept, progress)
+            sample_fn = pooled(folder, config, pool) if pool else None
+            findings = measure(folder, config, sample_fn, kept, progress)
     place = folder
     if overrides:
         place = free_folder(folder / "evaluations" / "evaluation", _evaluations(folder))
@@ -88,15 +88,15 @@ def evaluate_run(
 def measure(
     folder: Path,
     config: Config,
-    drawer: Drawer | None = None,
+    sample_fn: SampleFn | None = None,
     kept: Path | None = None,
     progress: bool = False,
     tables: Tables | None = None,
 ) -> Findings:
     """Return what the configured evaluators find for the exported model.
 
-    drawer: who samples, the model in this process where None. kept: a folder for what was drawn, which goes
-    on from what is there. progress: whether a bar is shown. tables: as of `Job`.
+    sample_fn: how samples are drawn; by default in this process. kept: cache folder for the samples.
+    progress: whether to show a progress bar. tables: as of `Job`.
     """
     model = load_export(folder / "export", str(choose_device(config.train)), config)
     manifests = read_sources(config)
@@ -105,16 +105,16 @@ def measure(
     splits = [manifest.splits[config.evaluate.split] for manifest in manifests]
     wanted = config.evaluate
     batches = split_batches(reader, splits, wanted.rows, min(64, wanted.rows), wanted.visits)
-    drawer = drawer or draw_here(model)
+    sample_fn = sample_fn or sample_locally(model)
     if kept is not None:
-        drawer = kept_in(kept, drawer)
+        sample_fn = cached(kept, sample_fn)
     if progress:
-        drawer = shown(drawer)
-    return evaluate(model, batches, manifests[0].columns, drawer)
+        sample_fn = with_progress(sample_fn)
+    return evaluate(model, batches, manifests[0].columns, sample_fn)
 
 
 class ModelStage:
-    """The exported model of a run in an actor, which draws what is asked of it."""
+    """The exported model of a run in an actor, which answers sample requests."""
 
     def __init__(self, export: str, config: Config) -> None:
         self.export, self.config = export, config
@@ -127,41 +127,33 @@ class ModelStage:
         """Return the model, on a GPU where this actor has one."""
         return load_export(self.export, str(choose_device(self.config.train)), self.config)
 
-    def __call__(self, ask: Ask) -> Samples:
-        """Return what was asked."""
-        return draw(self.model, ask)
+    def __call__(self, request: SampleRequest) -> Samples:
+        """Return the samples of a request."""
+        return run_request(self.model, request)
 
 
-def pooled(folder: Path, config: Config, workers: int) -> Drawer:
-    """Return what draws by a pool of actors with the exported model of a run, as a Ray Data program."""
+def pooled(folder: Path, config: Config, workers: int) -> SampleFn:
+    """Return a function that samples with a pool of actors, as a Ray Data program."""
     stage = ModelStage(join(runs.address(folder.absolute()), "export"), config)
 
-    def drawer(name: str, asks: Sequence[Ask]) -> Iterator[Samples]:
-        return flow.run(None, [stage], [_on_cpu(ask) for ask in asks], min(workers, len(asks)))
+    def sample_pooled(name: str, requests: Sequence[SampleRequest]) -> Iterator[Samples]:
+        portable = [request.to("cpu") for request in requests]  # actors may lack this machine's GPU
+        return flow.run(None, [stage], portable, min(workers, len(requests)))
 
-    return drawer
-
-
-def _on_cpu(ask: Ask) -> Ask:
-    """Return an ask that can travel to a machine without this one's GPU."""
-    known = ask.known
-    if known is not None:
-        known = Known(known.data.cpu(), known.visible.cpu(), known.repeats)
-    return dataclasses.replace(
-        ask, given={name: value.cpu() for name, value in ask.given.items()}, known=known
-    )
+    return sample_pooled
 
 
-def shown(drawer: Drawer) -> Drawer:
-    """Return a drawer that shows a bar for everything it is asked."""
+def with_progress(sample_fn: SampleFn) -> SampleFn:
+    """Return a function that samples as `sample_fn` does and shows a progress bar."""
 
-    def drawer_shown(name: str, asks: Sequence[Ask]) -> Iterator[Samples]:
-        with show_progress(f"sampling, {name}", sum(ask.rows for ask in asks), True) as advance:
-            for ask, samples in zip(asks, drawer(name, asks), strict=True):
-                advance(ask.rows)
+    def sample_shown(name: str, requests: Sequence[SampleRequest]) -> Iterator[Samples]:
+        total = sum(request.rows for request in requests)
+        with show_progress(f"sampling, {name}", total, True) as advance:
+            for request, samples in zip(requests, sample_fn(name, requests), strict=True):
+                advance(request.rows)
                 yield samples
 
-    return drawer_shown
+    return sample_shown
 
 
 def _mark(folder: Path, config: Config) -> str:
@@ -182,10 +174,10 @@ def measure_on_ray(
 
     workers = config.workers
     # Outside of the placement group of a sweep's trial, which holds its driver alone.
-    asks: dict[str, Any] = {"num_cpus": workers.cpus, "num_gpus": workers.gpus}
-    asks |= {"resources": workers.resources} if workers.resources else {}
-    asks |= {"label_selector": workers.labels} if workers.labels else {}
-    task = ray.remote(**asks, scheduling_strategy="DEFAULT")(_with_all_threads)
+    options: dict[str, Any] = {"num_cpus": workers.cpus, "num_gpus": workers.gpus}
+    options |= {"resources": workers.resources} if workers.resources else {}
+    options |= {"label_selector": workers.labels} if workers.labels else {}
+    task = ray.remote(**options, scheduling_strategy="DEFAULT")(_with_all_threads)
     try:
         return ray.get(task.remote(runs.address(folder), config, os.getcwd(), tables, facts))
     except ray.exceptions.RayTaskError as error:

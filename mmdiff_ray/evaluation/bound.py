@@ -9,14 +9,12 @@ from mmdiff_ray.batch import Batch
 from mmdiff_ray.diffusion import rng
 from mmdiff_ray.diffusion.objective import Objective, last_step_nats, posterior_nats
 from mmdiff_ray.diffusion.process import ABSENT, GENERATED, Codes, Prediction, Roles
-from mmdiff_ray.evaluation.context import Context, Figure, Findings
+from mmdiff_ray.evaluation.context import Context, Findings
 from mmdiff_ray.evaluation.statistics import Tally
 from mmdiff_ray.registry import register
 
-Rows = defaultdict[str, Tensor]
-"""`term/instance` -> a number for every row, (n,) float64 on the CPU."""
 TIMES_PER_ROW = 8
-"""Steps drawn for every row; L1 is a sum over T - 1 of them, estimated from these."""
+"""Steps drawn for every row; L1 is a sum over T - 1 steps, estimated from these."""
 
 
 @register("evaluator", "bound")
@@ -24,48 +22,40 @@ TIMES_PER_ROW = 8
 def evaluate_bound(context: Context) -> Findings:
     """Measure the bound on -log p of all modalities together, L0 + L1 + L2 + L3, each in nats per element.
 
-    L1 draws t evenly over steps 2 .. T and is unbiased; its parts (noise, S_t, cross) stand beside it. L2
-    decodes at the same random t, which keeps the sum a bound. L3 is taken at step 1 of every row.
+    L1 draws t uniformly from steps 2 .. T and is unbiased; its parts (noise, S_t, cross) are reported, too.
+    L2 decodes at the same random t, which keeps the sum a bound. L3 is evaluated at step 1 of every row.
     """
-    totals, counts = (_zeros(len(context.batch)) for _ in range(2))
+    denoiser, seed, rows = context.denoiser, context.config.seed, len(context.batch)
+    process, size = denoiser.process, denoiser.size
+    objective = Objective(process, context.config.loss, dict(denoiser.modalities.items()))
+    totals, counts = (
+        defaultdict[str, Tensor](lambda: torch.zeros(rows, dtype=torch.float64)) for _ in range(2)
+    )  # `term/instance` -> (B,) on the CPU
     for start, part in context.parts():
-        for turn in range(TIMES_PER_ROW + 1):
-            _add(context, start, part, turn, totals, counts)
-    figures = []
+        chunk = slice(start, start + len(part))
+        roles, codes = _all_generated(context, part), denoiser.encode(part.data)
+        elements = objective.row_counts(roles, size[0] * size[1])
+        for draw in range(TIMES_PER_ROW + 1):  # 0: the last step (L0, L3); others: a random step (L1, L2)
+            visits = draw + (TIMES_PER_ROW + 1) * part.visits
+            k = torch.ones(len(part), dtype=torch.float64, device=part.ids.device)
+            if draw:
+                uniform = rng.uniform(seed, "bound time", visits, part.ids, 1)[:, 0]
+                k = 2 + (uniform * (process.schedule.steps - 1)).floor()
+            t = k / process.schedule.steps
+            noise = rng.normal(seed, "bound noise", visits, part.ids, (process.channels, *size))
+            z_t = process.marginal(codes, roles, t).sample(noise)
+            prediction = denoiser(z_t, t, roles, codes, denoiser.conditions(part.data))
+            terms = (_random_step if draw else _last_step)(objective, part, t, roles, codes, prediction)
+            for key, value in terms.items():
+                term, name = key.split("/")
+                totals[key][chunk] += value.double().cpu()
+                counts[key][chunk] += elements[f"{term.split('_')[0]}/{name}"].cpu()
+    findings = Findings()
     for term, name in sorted(key.split("/") for key in totals):
         tally = Tally(totals[f"{term}/{name}"].numpy(), counts[f"{term}/{name}"].numpy())
         if tally.denominator.any():
-            figures.append(
-                Figure.of(f"{name}/{term}_nats", "lower", {"model": tally}, context.ids(), bound=True)
-            )
-    return Findings(figures)
-
-
-def _zeros(rows: int) -> Rows:
-    return defaultdict(lambda: torch.zeros(rows, dtype=torch.float64))
-
-
-def _add(context: Context, start: int, part: Batch, turn: int, totals: Rows, counts: Rows) -> None:
-    """Add one look at a chunk: turn 0 at the last step (L0, L3), the others at a random one (L1, L2).
-
-    start: the number of its first row.
-    """
-    denoiser, steps = context.denoiser, context.denoiser.process.schedule.steps
-    objective = Objective(denoiser.process, context.config.loss, dict(denoiser.modalities.items()))
-    visits, seed = turn + (TIMES_PER_ROW + 1) * part.visits, context.config.seed
-    k = torch.ones(len(part), dtype=torch.float64, device=part.ids.device)
-    if turn:
-        k = 2 + (rng.uniform(seed, "bound time", visits, part.ids, 1)[:, 0] * (steps - 1)).floor()
-    roles, codes, t = _all_generated(context, part), denoiser.encode(part.data), k / steps
-    noise = rng.normal(seed, "bound noise", visits, part.ids, (denoiser.process.channels, *denoiser.size))
-    z_t = denoiser.process.marginal(codes, roles, t).sample(noise)
-    prediction = denoiser(z_t, t, roles, codes, denoiser.conditions(part.data))
-    per_element = objective.row_counts(roles, denoiser.size[0] * denoiser.size[1])
-    look, rows = _random_step if turn else _last_step, slice(start, start + len(part))
-    for key, value in look(objective, part, t, roles, codes, prediction).items():
-        term, name = key.split("/")
-        totals[key][rows] += value.double().cpu()
-        counts[key][rows] += per_element[f"{term.split('_')[0]}/{name}"].cpu()
+            findings.add(f"{name}/{term}_nats", "lower", {"model": tally}, context.ids(), bound=True)
+    return findings
 
 
 def _last_step(
@@ -100,8 +90,10 @@ def _random_step(
 
 
 def _all_generated(context: Context, part: Batch) -> dict[str, Tensor]:
-    """Return roles that generate everything a row has and some task generates."""
+    """Return roles that generate every instance that a row has and some task generates."""
     return {
-        name: torch.where(part.present[name] & part.real & (name in context.generated), GENERATED, ABSENT)
+        name: torch.where(
+            part.present[name] & part.real & (name in context.model.generated), GENERATED, ABSENT
+        )
         for name in context.denoiser.modalities
     }

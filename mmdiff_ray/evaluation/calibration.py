@@ -1,114 +1,94 @@
-"""Whether the probabilities of label and mask heads can be believed, asked at the first step of sampling."""
+"""Calibration of the class probabilities of label and mask heads, at the first step of sampling."""
 
 import numpy as np
 
 from mmdiff_ray.evaluation.conditional import class_counts
 from mmdiff_ray.evaluation.context import AGAIN, Context, Figure, Findings
-from mmdiff_ray.evaluation.draws import Ask
 from mmdiff_ray.evaluation.floors import majority_class
-from mmdiff_ray.evaluation.statistics import mean_of
+from mmdiff_ray.evaluation.statistics import Tally, mean_of
 from mmdiff_ray.modalities.label import LabelModality
 from mmdiff_ray.modalities.mask import MaskModality
 from mmdiff_ray.registry import register
 
 BINS = 15
 SMALLEST = 1e-12
-"""Probabilities below count as this one in a likelihood, which stays finite."""
+"""Lower limit of a probability in a likelihood, which keeps it finite."""
 
 
 @register("evaluator", "calibration")
 def evaluate_calibration(context: Context) -> Findings:
-    """Measure label and mask probabilities from the condition: accuracy, likelihood, calibration.
+    """Measure accuracy, likelihood and calibration error of heads given the condition.
 
-    Heads are asked at t = 1 alone, where z_t is the prior's noise and what is given, and averaged over
-    `evaluate.draws` draws of the noise: at smaller t the code that was sampled shows in z_t, and the head
-    repeats it with a confidence of its own. Without guidance, which sharpens what a head says. `head_nll` is
-    in nats, of a mask the mean over cells; its floor are the frequencies of the classes, for labels of the
-    data set's, each counted once more than it is there. The calibration error is no sum over rows and has no
-    tally; it has no floor either, for one answer for all that is the frequencies is always calibrated.
+    Heads are evaluated at t = 1 alone, where z_t is prior noise and the given codes, and averaged over
+    `evaluate.draws` draws of the noise: at smaller t, z_t holds the sampled code, and the head repeats it
+    with a confidence of its own. No guidance, which sharpens the probabilities. `head_nll` is in nats, for a
+    mask the mean over cells; its rule predicts the class frequencies, with one added to each count. The
+    calibration error is not a sum over rows, so it has no tally; a constant prediction of the frequencies is
+    always calibrated, so it has no rule.
     """
     findings = Findings()
-    labels, masks = context.asked(LabelModality), context.asked(MaskModality)
-    probabilities = first_step(context, [*labels, *masks])
-    for name, modality in {**labels, **masks}.items():
-        rows = context.rows_with(name, *context.condition)
-        if not rows.any():
-            continue
-        said, truth = probabilities[name][rows], context.truth(name, rows).numpy().astype(int)
-        classes = said.shape[1]
-        counts = (
-            class_counts(context, modality, truth)
-            if name in labels
-            else np.bincount(truth.ravel(), minlength=classes).tolist()
-        )
+    found = [*context.predicted(LabelModality), *context.predicted(MaskModality)]
+    heads = first_step(context, [name for name, *_ in found])
+    for name, modality, rows in found:
+        probabilities, truth = heads[name][rows], context.truth(name, rows).numpy().astype(int)
+        classes = probabilities.shape[1]
+        if isinstance(modality, LabelModality):
+            counts = class_counts(context, modality, truth)
+        else:
+            counts = np.bincount(truth.ravel(), minlength=classes).tolist()
         smooth = np.array(counts) + 1
-        shape = (1, classes, *[1] * (said.ndim - 2))
-        frequencies = np.broadcast_to((smooth / smooth.sum()).reshape(shape), said.shape)
-        nll = {
-            "model": mean_of(_per_row(negative_log_likelihood(said, truth))),
-            "class frequencies": mean_of(_per_row(negative_log_likelihood(frequencies, truth))),
-        }
+        shape = (1, classes, *[1] * (probabilities.ndim - 2))
+        frequencies = np.broadcast_to((smooth / smooth.sum()).reshape(shape), probabilities.shape)
         accuracy = {
-            "model": mean_of(_per_row(said.argmax(1) == truth)),
-            "majority class": mean_of(_per_row(truth == majority_class(counts))),
+            "model": _mean_over_rows(probabilities.argmax(1) == truth),
+            "majority class": _mean_over_rows(truth == majority_class(counts)),
         }
-        error = calibration_error(said, truth)
-        findings.figures.extend(
-            [
-                Figure.of(f"{name}/head_accuracy", "higher", accuracy, context.ids(rows)),
-                Figure.of(f"{name}/head_nll", "lower", nll, context.ids(rows)),
-                Figure(f"{name}/head_calibration_error", error, "lower", len(truth)),
-            ]
-        )
+        nll = {
+            "model": _mean_over_rows(negative_log_likelihood(probabilities, truth)),
+            "class frequencies": _mean_over_rows(negative_log_likelihood(frequencies, truth)),
+        }
+        findings.add(f"{name}/head_accuracy", "higher", accuracy, context.ids(rows))
+        findings.add(f"{name}/head_nll", "lower", nll, context.ids(rows))
+        error = calibration_error(probabilities, truth)
+        findings.figures.append(Figure(f"{name}/head_calibration_error", error, "lower", len(truth)))
     return findings
 
 
-def _per_row(values: np.ndarray) -> np.ndarray:
-    """Return the mean over a row's cells, float64 (n,)."""
-    return values.reshape(len(values), -1).mean(1)
+def _mean_over_rows(values: np.ndarray) -> Tally:
+    """Return the tally of the mean over rows of each row's mean over cells. values: (n, ...)."""
+    return mean_of(values.reshape(len(values), -1).mean(1))
 
 
 def first_step(context: Context, names: list[str]) -> dict[str, np.ndarray]:
-    """Return the class probabilities of instances at t = 1, instance -> (B, K) or (B, K, H, W).
+    """Return class probabilities at t = 1, instance -> (B, K) or (B, K, H, W).
 
-    The mean over `evaluate.draws` draws, the first on the noise that sampling starts from.
+    The mean over `evaluate.draws` draws of the noise; the first is the noise that sampling starts from.
     """
     if not names:
         return {}
     totals: dict[str, np.ndarray] = {}
     draws = context.config.evaluate.draws
+    given = {name: context.batch.data[name] for name in context.condition}
     for draw in range(draws):
-        asks = [
-            Ask(
-                start,
-                len(part),
-                context.roles(context.condition),
-                {name: part.data[name] for name in context.condition},
-                seed=context.config.seed + draw * AGAIN,
-                steps=1,
-                sampler=context.config.evaluate.sampler,
-                heads=names,
-            )
-            for start, part in context.parts()
-        ]
+        requests = context.requests(given, seed=context.config.seed + draw * AGAIN, steps=1, heads=names)
         number = f" {draw}" if draw else ""
-        heads = context.drawn(f"first step given {' '.join(context.condition)}{number}", asks).heads
+        heads = context.sample(f"first step given {' '.join(context.condition)}{number}", requests).heads
         for name in names:
             totals[name] = totals.get(name, 0.0) + heads[name].double().softmax(1).numpy() / draws
     return totals
 
 
 def negative_log_likelihood(probabilities: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return -log of what the true class was given, in nats, float64 (n, ...).
+    """Return -log of the true class's probability, in nats, float64 (n, ...).
 
     probabilities: (n, K, ...); truth: int (n, ...).
     """
-    given = np.take_along_axis(probabilities, truth[:, None], axis=1)[:, 0]
-    return -np.log(np.maximum(given, SMALLEST))
+    true_class = np.take_along_axis(probabilities, truth[:, None], axis=1)[:, 0]
+    return -np.log(np.maximum(true_class, SMALLEST))
 
 
 def calibration_error(probabilities: np.ndarray, truth: np.ndarray, bins: int = BINS) -> float:
-    """Return the expected calibration error, in [0, 1]: how far confidence lies from accuracy.
+    """Return the expected calibration error, in [0, 1].
 
     probabilities: (n, K, ...); truth: int (n, ...). The largest probability of each row (of each cell) falls
     into one of `bins` bins of equal width, each closed above; the error is the mean over rows (over cells) of

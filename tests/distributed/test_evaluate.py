@@ -14,7 +14,7 @@ import torch
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.distributed import evaluate as evaluation
-from mmdiff_ray.evaluation.draws import CHUNK, draw_here, kept_in
+from mmdiff_ray.evaluation.requests import CHUNK, SampleRequest, cached, sample_locally
 from mmdiff_ray.evaluation.run import metrics_of
 from mmdiff_ray.sampling.export import load_export
 
@@ -48,39 +48,39 @@ def test_a_pool_of_models_finds_what_one_process_finds(ray_cluster, finished):
     assert len(figures(alone)) > 6
 
 
-def test_what_was_drawn_is_not_drawn_again(finished, tmp_path):
+def test_cached_samples_are_not_drawn_again(finished, tmp_path):
     config = config_of(finished.folder)
     first = evaluation.measure(finished.folder, config, None, tmp_path / "kept")
     files = sorted(path.name for path in (tmp_path / "kept").iterdir())
     assert files and all(name.endswith(".pt") for name in files)
 
-    def never(name, asks):
-        assert not asks, f"{name} is asked for again"
+    def never(name, requests):
+        assert not requests, f"{name} is requested again"
         yield from ()
 
     second = evaluation.measure(finished.folder, config, never, tmp_path / "kept")
     assert figures(second) == figures(first)
 
 
-def test_only_chunks_that_are_missing_are_drawn(finished, tmp_path):
+def test_only_missing_chunks_are_drawn(finished, tmp_path):
     model = load_export(finished.folder / "export")
-    asked: list[int] = []
+    drawn: list[int] = []
 
-    def counted(name, asks):
-        asked.extend(ask.start for ask in asks)
-        return draw_here(model)(name, asks)
+    def counted(name, requests):
+        drawn.extend(request.start for request in requests)
+        return sample_locally(model)(name, requests)
 
-    drawer = kept_in(tmp_path, counted)
-    asks = [
-        evaluation.Ask(start, 3, model_roles(model), {}, seed=0, steps=2, sampler="ancestral")
+    sample_fn = cached(tmp_path, counted)
+    requests = [
+        SampleRequest(start, 3, model_roles(model), {}, seed=0, steps=2, sampler="ancestral")
         for start in (0, CHUNK, 2 * CHUNK)
     ]
-    stream = drawer("from noise", asks)
-    before = [next(stream), next(stream)]  # and then it is killed
+    stream = sample_fn("from noise", requests)
+    before = [next(stream), next(stream)]  # then the process is killed
     del stream
     (tmp_path / "from noise-000000128.partial").write_bytes(b"half")
-    after = list(drawer("from noise", asks))
-    assert asked == [0, CHUNK, 2 * CHUNK, 2 * CHUNK]
+    after = list(sample_fn("from noise", requests))
+    assert drawn == [0, CHUNK, 2 * CHUNK, 2 * CHUNK]
     for old, new in zip(before, after, strict=False):
         assert all(torch.equal(value, new.data[name]) for name, value in old.data.items())
 

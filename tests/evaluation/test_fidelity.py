@@ -109,7 +109,7 @@ def test_one_picture_made_again_and_again_is_precise_and_covers_little() -> None
 
 
 def test_too_few_to_have_five_neighbours_are_refused() -> None:
-    with pytest.raises(ValueError, match="want at least 7 real and made; got 6 and 9"):
+    with pytest.raises(ValueError, match="want at least 7 real and sampled; got 6 and 9"):
         compare(np.zeros((6, 2)), np.zeros((9, 2)))
 
 

@@ -9,7 +9,7 @@ from mmdiff_ray.evaluation.context import Context
 from mmdiff_ray.evaluation.judge import evaluate_judge, judged
 from mmdiff_ray.evaluation.retrieval import cosine
 from mmdiff_ray.evaluation.run import check_evaluators, joined
-from mmdiff_ray.evaluation.segmentation import mean_iou_tally
+from mmdiff_ray.evaluation.segmentation import iou_tally
 from mmdiff_ray.sampling.export import load_export
 from tests import sprites as tiny
 
@@ -46,7 +46,7 @@ def test_masks_and_embeddings_are_judged_by_what_they_are_measured_with(sprites,
         masks = np.roll(drawn["shapes"], shift, axis=0)
         found = figures["shapes/judged"]
         value = found.value if figure == "model" else found.floors[figure]
-        assert value == pytest.approx(mean_iou_tally(said["shapes"], masks, classes).value)
+        assert value == pytest.approx(iou_tally(said["shapes"], masks, classes).value)
     assert figures["factors/judged"].value == pytest.approx(cosine(said["factors"], drawn["factors"]).mean())
     real = judged(judge, context.truth("pixels"))["factors"]
     assert figures["factors/judged_real"].value == pytest.approx(

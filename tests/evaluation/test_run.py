@@ -16,8 +16,8 @@ from mmdiff_ray.evaluation.context import Context, Figure
 from mmdiff_ray.evaluation.floors import nearest_palette_colour
 from mmdiff_ray.evaluation.run import (
     check_evaluators,
-    chosen,
     evaluate,
+    evaluator_names,
     joined,
     metrics_of,
     sample_pictures,
@@ -184,8 +184,8 @@ def test_pictures_alone_need_few_rows(model):
 def test_unknown_evaluator_is_named_and_silence_means_all(sprites):
     with pytest.raises(ConfigError, match=r"evaluate.evaluators: .*beauty.*bound, calibration"):
         check_evaluators(tiny.config(sprites, "evaluate.evaluators=[joint, beauty]"))
-    assert chosen(tiny.config(sprites, "evaluate.evaluators=null"))[:2] == ["bound", "calibration"]
-    assert chosen(tiny.config(sprites, "evaluate.evaluators=[]")) == []
+    assert evaluator_names(tiny.config(sprites, "evaluate.evaluators=null"))[:2] == ["bound", "calibration"]
+    assert evaluator_names(tiny.config(sprites, "evaluate.evaluators=[]")) == []
 
 
 FIGURES = [

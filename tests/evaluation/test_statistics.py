@@ -192,7 +192,7 @@ def test_a_rule_with_one_tally_is_compared_with_every_seed():
 
 
 def test_different_rows_are_refused():
-    with pytest.raises(ValueError, match=r"only figures of the same rows can be compared; got \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"figures must have the same rows; got \[3, 4\]"):
         difference([mean_of(np.ones(3))], [mean_of(np.ones(4))])
 
 
