@@ -18,8 +18,8 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray import registry
 from mmdiff_ray.config import Config
 from mmdiff_ray.data.check import read_sources
+from mmdiff_ray.experiments.loading import load_experiment
 from mmdiff_ray.experiments.spec import Cell as ExperimentCell
-from mmdiff_ray.experiments.spec import load_experiment
 from mmdiff_ray.runs.job import fit
 
 ROWS = HERE.relative_to(Path.cwd()) / "rows"

@@ -19,7 +19,8 @@ from benchmarks.gpu.cells import CELLS, Cell
 from benchmarks.gpu.shared import read_config
 from mmdiff_ray.config import Config
 from mmdiff_ray.distributed.evaluate import measure, plain
-from mmdiff_ray.experiments.spec import Measure, load_experiment
+from mmdiff_ray.experiments.loading import load_experiment
+from mmdiff_ray.experiments.spec import Measure
 from mmdiff_ray.models.denoiser import build_denoiser
 from mmdiff_ray.sampling.export import save_export
 from mmdiff_ray.training.checkpoint import write_json
@@ -56,10 +57,12 @@ def measure_cell(cell: Cell, tensors: dict[str, Tensor], rows: int | None, tiny:
     with tempfile.TemporaryDirectory() as folder:
         export(tensors, config, Path(folder))
         for wanted in measures(experiment.measures_of(method), MEASURES[name]):
-            asked = experiment.asked(config, method, wanted)
+            evaluated = experiment.evaluation_config(config, method, wanted)
             if rows is not None:
-                asked = dataclasses.replace(asked, evaluate=dataclasses.replace(asked.evaluate, rows=rows))
-            for figure in measure(Path(folder), asked).figures:
+                evaluated = dataclasses.replace(
+                    evaluated, evaluate=dataclasses.replace(evaluated.evaluate, rows=rows)
+                )
+            for figure in measure(Path(folder), evaluated).figures:
                 found.append({"cell": cell.name, "measure": wanted.name, **plain(figure)})
     return found
 

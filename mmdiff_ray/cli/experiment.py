@@ -1,6 +1,7 @@
 """`mmdiff experiment`: train, measure and compare the methods of a table."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from mmdiff_ray.cli.common import Commands, command
@@ -32,27 +33,27 @@ def add(commands: Commands) -> None:
 
 
 def _check(given: argparse.Namespace) -> None:
-    from mmdiff_ray.experiments.spec import load_experiment
+    from mmdiff_ray.experiments.loading import load_experiment
 
     if "://" in given.runs:
         raise ConfigError(
             f"--runs ({given.runs}): an experiment needs a folder there, on a disk that all nodes share"
         )
-    load_experiment(given.name, given.preset).matching(given.cells)
+    load_experiment(given.name, given.preset).select(given.cells)
 
 
 def _run(given: argparse.Namespace) -> int:
     from mmdiff_ray.cli.data import build_missing
     from mmdiff_ray.distributed.display import make_console
-    from mmdiff_ray.experiments.files import result_of
+    from mmdiff_ray.experiments.archive import result_path
+    from mmdiff_ray.experiments.loading import load_experiment
     from mmdiff_ray.experiments.runner import restore, run_experiment, write_result
-    from mmdiff_ray.experiments.spec import load_experiment
 
     experiment, runs, console = load_experiment(given.name, given.preset), Path(given.runs), make_console()
     preset = experiment.preset.name
     default = {"small": Path("results") / experiment.name, "smoke": runs / experiment.name}
     out = default.get(preset, Path("results") / f"{experiment.name}-{preset}")
-    target = result_of(given.out) if given.out else out
+    target = result_path(given.out) if given.out else out
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
@@ -62,8 +63,8 @@ def _run(given: argparse.Namespace) -> int:
         page = write_result(experiment, runs, target, say)[0]
     else:
         for data in experiment.data_sets():
-            build_missing(data)
-        cells = experiment.matching(given.cells)
+            build_missing(dataclasses.asdict(data))
+        cells = experiment.select(given.cells)
         say(f"{experiment.title}: {len(experiment.methods)} methods, {len(cells)} models to train")
         page = run_experiment(experiment, runs, target, say, cells)
     say(page.read_text(encoding="utf8"))

@@ -32,7 +32,7 @@ def evaluate_calibration(context: Context) -> Findings:
     for name, modality, rows in found:
         probabilities, truth = heads[name][rows], context.truth(name, rows).numpy().astype(int)
         classes = probabilities.shape[1]
-        if isinstance(modality, LabelModality):
+        if truth.ndim == 1:
             counts = class_counts(context, modality, truth)
         else:
             counts = np.bincount(truth.ravel(), minlength=classes).tolist()

@@ -1,6 +1,8 @@
 """Agreement of sampled images with their conditions, as predicted by a separately trained model."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -19,12 +21,16 @@ from mmdiff_ray.registry import register
 from mmdiff_ray.sampling.export import load_export
 from mmdiff_ray.sampling.generator import Generator
 
-KINDS: dict[type[Modality], str] = {
-    LabelModality: "labels",
-    MaskModality: "masks",
-    EmbeddingModality: "embeddings",
+Agreement = Callable[[Any, np.ndarray, np.ndarray], Tally]
+KINDS: dict[type[Modality], tuple[str, Agreement]] = {
+    LabelModality: ("labels", lambda _, predicted, wanted: mean_of(predicted == wanted)),
+    MaskModality: (
+        "masks",
+        lambda mask, predicted, wanted: iou_tally(predicted, wanted, mask.prediction_channels),
+    ),
+    EmbeddingModality: ("embeddings", lambda _, predicted, wanted: mean_of(cosine(predicted, wanted))),
 }
-"""Modality types that a judge predicts -> their plural, for the name of the rule."""
+"""Modality types that a judge predicts -> their plural, and the agreement of two arrays (n, ...)."""
 
 
 @register("evaluator", "judge")
@@ -45,20 +51,18 @@ def evaluate_judge(context: Context) -> Findings:
     judge = load_export(settings.judge, str(context.model.device))
     drawn = context.sampled(*condition).data
     of_samples, of_real = judged(judge, drawn[anchor]), judged(judge, context.truth(anchor))
-    for kind, plural in KINDS.items():
+    for kind, (plural, agreement) in KINDS.items():
         for name, modality in context.instances(kind).items():
             rows = context.rows_with(name, anchor, *condition)
             is_sampled = name in condition or context.trained(name, *condition)
             if name not in of_samples or not is_sampled or not rows.any():
                 continue
-            wanted = drawn[name].cpu().numpy()[rows]
+            predicted, wanted = of_samples[name][rows], drawn[name].cpu().numpy()[rows]
             tallies = {
-                "model": _agreement(modality, of_samples[name][rows], wanted),
-                f"{plural} of other samples": _agreement(
-                    modality, of_samples[name][rows], np.roll(wanted, 1, axis=0)
-                ),
+                "model": agreement(modality, predicted, wanted),
+                f"{plural} of other samples": agreement(modality, predicted, np.roll(wanted, 1, axis=0)),
             }
-            real = _agreement(modality, of_real[name][rows], context.truth(name, rows).numpy())
+            real = agreement(modality, of_real[name][rows], context.truth(name, rows).numpy())
             findings.add(f"{name}/judged", "higher", tallies, context.ids(rows))
             findings.add(f"{name}/judged_real", "higher", {"model": real}, context.ids(rows))
     return findings
@@ -79,11 +83,3 @@ def judged(judge: Generator, images: Tensor) -> dict[str, np.ndarray]:
     given = {judge.denoiser.anchor: images.cpu().numpy()}
     drawn = judge.draw(given, len(images), steps=1, batch=CHUNK, likely=False).data
     return {name: data.cpu().numpy() for name, data in drawn.items()}
-
-
-def _agreement(modality: Modality, predicted: np.ndarray, wanted: np.ndarray) -> Tally:
-    if isinstance(modality, MaskModality):
-        return iou_tally(predicted, wanted, modality.prediction_channels)
-    if isinstance(modality, EmbeddingModality):
-        return mean_of(cosine(predicted, wanted))
-    return mean_of(predicted == wanted)

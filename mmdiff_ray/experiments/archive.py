@@ -1,4 +1,4 @@
-"""What a table needs of its cells, in one small file beside it: who has it need not train them again."""
+"""The files of a result, and the archive of its cells: a table can be rebuilt without training them again."""
 
 import dataclasses
 import json
@@ -9,83 +9,93 @@ from pathlib import Path
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.experiments.cell import cell_folder, is_measured, training_digest
-from mmdiff_ray.experiments.files import beside
+from mmdiff_ray.experiments.digest import training_digest
+from mmdiff_ray.experiments.measurement import is_measured
 from mmdiff_ray.experiments.spec import Experiment
 from mmdiff_ray.runs.exclusive import alone
 from mmdiff_ray.training.checkpoint import write_json
 
 FACTS, CONFIG = "export/facts.json", "export/config.yaml"
-KEPT = (CONFIG, FACTS, "watched.json", "measured/*.json", "measured/*.npz")
-"""Everything but models, checkpoints and pictures."""
+ARCHIVED = (CONFIG, FACTS, "watched.json", "measured/*.json", "measured/*.npz")
+"""Everything in a cell's folder but models, checkpoints and pictures."""
 DAY = (1980, 1, 1, 0, 0, 0)
-"""The time of every entry: the same cells make the same file."""
+"""The time of every entry, so that the same cells make the same file."""
+
+
+def result_file(out: Path, suffix: str) -> Path:
+    """Return a file of the result at `out`: `out` with a suffix such as .json or -overview.png."""
+    return out.with_name(f"{out.name}{suffix}")
+
+
+def result_path(file: Path) -> Path:
+    """Return the `out` of a result that is named by itself, its .json or its .md."""
+    return file.with_suffix("") if file.suffix in (".json", ".md") else file
 
 
 def archive_file(out: Path) -> Path:
-    """Return where the cells of the table at `out` are kept."""
-    return beside(out, ".cells.zip")
+    """Return the archive of the result at `out`."""
+    return result_file(out, ".cells.zip")
 
 
 def pack(experiment: Experiment, runs: Path, out: Path) -> Path:
-    """Write what a table needs of all trained cells. Returns the file.
+    """Write the archive of all trained cells, and return it.
 
-    What the file has already stays, but for cells that are measured to their end here.
+    Cells already in the archive stay, unless they are fully measured in `runs`.
     """
     file = archive_file(out)
-    kept = _read(file)
-    known = {name.partition("/")[0] for name in kept}
+    entries = _read(file)
+    archived = {name.partition("/")[0] for name in entries}
     for cell in experiment.cells():
-        folder = cell_folder(experiment, cell, runs)
-        if not (folder / FACTS).is_file() or (cell.key in known and not is_measured(experiment, cell, runs)):
+        folder = experiment.folder(runs, cell)
+        if not (folder / FACTS).is_file() or (
+            cell.key in archived and not is_measured(experiment, cell, runs)
+        ):
             continue
-        kept = {name: data for name, data in kept.items() if not name.startswith(f"{cell.key}/")}
-        for path in (path for pattern in KEPT for path in sorted(folder.glob(pattern))):
-            name = path.relative_to(folder).as_posix()
-            kept[f"{cell.key}/{name}"] = _anywhere(path) if name == CONFIG else path.read_bytes()
+        entries = {name: data for name, data in entries.items() if not name.startswith(f"{cell.key}/")}
+        for path in (path for pattern in ARCHIVED for path in sorted(folder.glob(pattern))):
+            entries[f"{cell.key}/{path.relative_to(folder).as_posix()}"] = path.read_bytes()
+        config = dataclasses.replace(configuration.load_saved(folder / CONFIG), runs="runs")
+        entries[f"{cell.key}/{CONFIG}"] = configuration.to_yaml(
+            config
+        ).encode()  # without this machine's paths
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial")
     with zipfile.ZipFile(partial, "w") as archive:
-        for name in sorted(kept):
-            archive.writestr(zipfile.ZipInfo(name, DAY), kept[name], zipfile.ZIP_DEFLATED)
+        for name in sorted(entries):
+            archive.writestr(zipfile.ZipInfo(name, DAY), entries[name], zipfile.ZIP_DEFLATED)
     partial.replace(file)
     return file
 
 
 def _read(file: Path) -> dict[str, bytes]:
-    """Return what an archive holds, name -> bytes."""
+    """Return the entries of an archive, name -> bytes."""
     if not file.is_file():
         return {}
     with zipfile.ZipFile(file) as archive:
         return {name: archive.read(name) for name in archive.namelist() if ".." not in name.split("/")}
 
 
-def _anywhere(config: Path) -> bytes:
-    """Return a configuration without the folder that the cell was trained in."""
-    return configuration.to_yaml(dataclasses.replace(configuration.load_saved(config), runs="runs")).encode()
-
-
 def unpack(experiment: Experiment, runs: Path, out: Path) -> int:
-    """Lay the cells that are kept beside a table where they would have been trained; return how many.
+    """Restore the archived cells of the result at `out` into `runs`; return how many.
 
-    Left alone are cells that are there, those that are being trained, and those that were trained with other
-    settings than the experiment asks for now.
+    Skips cells that are in `runs`, cells in training, and cells trained with other settings than the
+    experiment has now.
     """
-    kept, found = _read(archive_file(out)), 0
+    entries, restored = _read(archive_file(out)), 0
     for cell in experiment.cells():
-        folder = cell_folder(experiment, cell, runs)
-        mine = {name: data for name, data in kept.items() if name.startswith(f"{cell.key}/")}
-        facts = mine.pop(f"{cell.key}/{FACTS}", None)
-        if facts is None or (folder / FACTS).is_file():
+        folder = experiment.folder(runs, cell)
+        own = {name: data for name, data in entries.items() if name.startswith(f"{cell.key}/")}
+        facts = json.loads(own.pop(f"{cell.key}/{FACTS}", b"{}"))
+        if not facts or (folder / FACTS).is_file():
             continue
-        if json.loads(facts)["digest"] != training_digest(experiment.config(cell, folder.parent)):
+        if facts["digest"] != training_digest(experiment.config(cell, folder.parent)):
             continue
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(ConfigError), alone(folder):
             shutil.rmtree(folder / "measured", ignore_errors=True)
-            for name, data in mine.items():
+            for name, data in own.items():
                 (folder.parent / name).parent.mkdir(exist_ok=True)
                 (folder.parent / name).write_bytes(data)
-            write_json(folder / FACTS, json.loads(facts))  # with it the cell counts
-            found += 1
-    return found
+            write_json(folder / FACTS, facts)  # last: with it the cell counts as trained
+            restored += 1
+    return restored

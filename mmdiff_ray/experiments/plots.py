@@ -1,25 +1,25 @@
-"""The figures of an experiment's page: the overview, curves, and what was watched during training."""
+"""Figures of an experiment's page: the overview, curves, and the watched tasks during training."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdiff_ray.experiments.files import beside
+from mmdiff_ray.experiments.archive import result_file
 from mmdiff_ray.experiments.spec import Panel
 from mmdiff_ray.experiments.styles import RULE, Style, direction, label_ends, numbered, styles, wrapped
 from mmdiff_ray.plotting import POINTS, log_scale, panels, save_png
 
 WIDTH = 11.0
-"""Inches of a whole figure."""
+"""Width of a figure in inches."""
 TITLE, LEGEND = 26, 28
-"""Letters in a line of a panel's title, and of the names of rules below it."""
+"""Characters per line of a panel's title, and of the rules below it."""
 Line = Mapping[str, Any]
 """One figure of one method: an entry of a result's `figures`."""
 
 
 def draw_overview(values: Mapping[str, Any], overview: Sequence[Panel], out: Path) -> list[Path]:
-    """Draw the measured panels of the overview beside `out`: methods as rows. Return the file, if any."""
+    """Draw the measured panels of the overview with methods as rows. Return the file, if any."""
     measured = [(panel, _panel_lines(values, panel)) for panel in overview]
     measured = [(panel, lines) for panel, lines in measured if lines.keys() & values["methods"]]
     if not measured:
@@ -40,7 +40,7 @@ def draw_overview(values: Mapping[str, Any], overview: Sequence[Panel], out: Pat
     labels = [wrapped(known[name].label + fewer.get(name, ""), 40) for name in rows]
     for tick, name in zip(axes[0].set_yticks(range(len(rows)), labels), rows, strict=True):
         tick.label1.set(fontweight=known[name].weight, fontsize=POINTS)
-    return [save_png(figure, beside(out, "-overview.png"))]
+    return [save_png(figure, result_file(out, "-overview.png"))]
 
 
 def _panel_lines(values: Mapping[str, Any], panel: Panel) -> dict[str, Line]:
@@ -82,7 +82,7 @@ def _draw_panel(
 
 
 def _interval(line: Line) -> tuple[float, float]:
-    """Return the ends of a mean's bar: its interval, else one standard deviation over seeds to each side."""
+    """Return the ends of a mean's bar: its interval, else the standard deviation over seeds on each side."""
     spread = line["spread"] or 0.0
     low, high = line.get("interval", (line["mean"] - spread, line["mean"] + spread))
     return low, high
@@ -97,9 +97,9 @@ def _bars(lines: Sequence[Line]) -> str:
 
 
 def limits(ends: Sequence[float], rules: Sequence[float], log: bool) -> tuple[float, float]:
-    """Return the limits of an axis that shows all bars, and the rules that need at most as much room again.
+    """Return the limits of an axis that shows all bars, and rules within as much room on each side.
 
-    ends: of the bars. log: whether the axis is logarithmic.
+    ends: ends of the bars. log: whether the axis is logarithmic.
     """
     to, back = (math.log, math.exp) if log else (float, float)
     low, high = to(min(ends)), to(max(ends))
@@ -126,16 +126,16 @@ def _draw_rules(axes: Any, rules: Mapping[str, float], known: Mapping[str, Style
 
 
 def draw_curves(values: Mapping[str, Any], curves: Sequence[Mapping[str, Any]], out: Path) -> list[Path]:
-    """Draw each curve that was measured at two points or more, beside `out`; return the files.
+    """Draw each curve that is measured at two points or more; return the files.
 
-    curves: `name`, `title`, `figure`, `x` and `y` (labels of the axes) and `points`: measure -> x.
+    curves: each with `name`, `title`, `figure`, `x` and `y` (axis labels) and `points`: measure -> x.
     """
     lines = [(curve, _curve_points(values, curve)) for curve in curves]
     return [_draw_curve(values, curve, points, out) for curve, points in lines if points]
 
 
 def _curve_points(values: Mapping[str, Any], curve: Mapping[str, Any]) -> dict[str, list[tuple[float, Line]]]:
-    """Return method -> points in order (x and figure), for methods measured at two points or more."""
+    """Return method -> sorted (x, figure), for methods measured at two points or more."""
     found: dict[str, list[tuple[float, Line]]] = {}
     for line in values["figures"]:
         if line["figure"] == curve["figure"] and line["measure"] in curve["points"]:
@@ -164,30 +164,30 @@ def _draw_curve(
     y_label = f"{curve.get('y', curve['figure'])} ({direction(better)})"
     axes.set(title=f"{curve['title']} (bars: 95 % intervals)", xlabel=curve["x"], ylabel=y_label)
     label_ends(axes, ends)
-    return save_png(figure, beside(out, f"-{curve['name']}.png"))
+    return save_png(figure, result_file(out, f"-{curve['name']}.png"))
 
 
-def draw_watched(values: Mapping[str, Any], names: Mapping[str, str], out: Path) -> list[Path]:
-    """Draw what was watched during training, beside `out`; return the files.
+def draw_watched(values: Mapping[str, Any], titles: Mapping[str, str], out: Path) -> list[Path]:
+    """Draw the watched tasks during training; return the files.
 
-    names: task -> its title. OUT-tasks.png has the loss of every compared task, OUT-conflict.png the cosine
+    titles: task -> title. OUT-tasks.png has the loss of every compared task, OUT-conflict.png the cosine
     between the gradients of every two tasks of the main method.
     """
     watched, main = values["watched"], values["main"]
     if main not in watched:
         return []
     compared, own = compared_tasks(watched, main)
-    files = [_draw_tasks(values, {task: names.get(task, task) for task in compared}, out)]
+    files = [_draw_tasks(values, {task: titles.get(task, task) for task in compared}, out)]
     if watched[main][0]["cosines"]:
-        files.append(_draw_conflict(watched[main], {task: names.get(task, task) for task in own}, out))
+        files.append(_draw_conflict(watched[main], {task: titles.get(task, task) for task in own}, out))
     return files
 
 
 def compared_tasks(watched: Mapping[str, Any], main: str) -> tuple[list[str], list[str]]:
     """Return the tasks whose losses are compared, and those whose gradients are.
 
-    Losses: tasks that another method was watched at, too; all if there are none. Gradients: tasks of the main
-    method alone, those it trains; all if there are fewer than two.
+    Losses: tasks that another method watches, too; all if there are none. Gradients: tasks that the main
+    method alone watches, those it trains; all if there are fewer than two.
     """
     tasks = list(watched[main][0]["losses"])
     elsewhere = {task for name in watched if name != main for task in watched[name][0]["losses"]}
@@ -211,7 +211,7 @@ def _draw_tasks(values: Mapping[str, Any], tasks: Mapping[str, str], out: Path) 
         panel.set(title=title, xlabel="thousand samples seen", ylabel="held-out loss (lower is better)")
     axes[-1].set_axis_off()
     axes[-1].legend(handles.values(), handles, loc="center left", fontsize=POINTS, frameon=False)
-    return save_png(figure, beside(out, "-tasks.png"))
+    return save_png(figure, result_file(out, "-tasks.png"))
 
 
 def _draw_conflict(points: Sequence[Mapping[str, Any]], tasks: Mapping[str, str], out: Path) -> Path:
@@ -229,4 +229,4 @@ def _draw_conflict(points: Sequence[Mapping[str, Any]], tasks: Mapping[str, str]
     axes.set(title="Gradients of two tasks in the shared backbone", xlabel="thousand samples seen")
     axes.set(ylabel="cosine (below 0: they conflict)", ylim=(-1, 1))
     label_ends(axes, ends, 60)
-    return save_png(figure, beside(out, "-conflict.png"))
+    return save_png(figure, result_file(out, "-conflict.png"))

@@ -1,4 +1,4 @@
-"""How methods and rules are drawn: the same colour, marker and line in every figure of an experiment."""
+"""Styles of methods and rules: the same colour, marker and line in every figure of an experiment."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ COLORS = (
     "#332288", "#44AA99", "#DDAA33", "#882255", "#88CCEE", "#117733", "#AA4499", "#999933", "#4477AA",
     "#661100", "#EE8899", "#222222", "#BBCC33",
 )  # fmt: skip
-"""Of methods other than the main one; Paul Tol's qualitative schemes, safe for colour-blind readers."""
+"""Colours of the other methods: Paul Tol's qualitative schemes, safe for colour-blind readers."""
 MARKERS = "sD^vPX<>ph"
 DASHES = ((0, (6, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (10, 3)), (0, (3, 1, 1, 1, 1, 1)))
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a method or a rule is drawn. line: a line style of matplotlib."""
+    """The style of a method or a rule. line: a line style of matplotlib."""
 
     label: str
     color: str
@@ -47,7 +47,7 @@ class Style:
 def styles(values: Mapping[str, Any]) -> dict[str, Style]:
     """Return the style of every method and rule of a result, by name.
 
-    The main method stands out. No two others share both colour and marker. Rules are grey, with dashes.
+    The main method stands out. No two others share both colour and marker. Rules are grey and dashed.
     """
     main = values["main"]
     found = {main: Style(values["methods"][main], MAIN, "o", width=2.8, size=8, is_main=True)}
@@ -66,7 +66,7 @@ def numbered(at: int, label: str) -> Style:
 
 
 def wrapped(text: str, width: int) -> str:
-    """Return a text in as few lines as a width allows, of similar length."""
+    """Wrap a text to a width in as few lines as possible, of similar length."""
     count = len(textwrap.wrap(text, width))
     filled = (textwrap.wrap(text, narrow) for narrow in range(1, width + 1))
     return "\n".join(next((lines for lines in filled if len(lines) <= count), [text]))
@@ -78,9 +78,9 @@ def direction(better: str) -> str:
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[float, float, Style]], width: int = 44) -> None:
-    """Write the labels of lines to the right of their last points, moved up or down to avoid overlaps.
+    """Write the labels of lines to the right of their last points without overlaps.
 
-    ends: x and y of each line's last point, and its style. Call it after all that changes the axes.
+    ends: x and y of each line's last point, and its style. Call it last: it depends on the axes' limits.
     """
     axes.autoscale_view()
     ends = sorted(ends, key=lambda end: end[1])

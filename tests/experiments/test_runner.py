@@ -17,8 +17,9 @@ from mmdiff_ray.cli import main
 from mmdiff_ray.experiments import cell as cells
 from mmdiff_ray.experiments import table
 from mmdiff_ray.experiments.archive import pack, unpack
+from mmdiff_ray.experiments.loading import load_experiment
+from mmdiff_ray.experiments.measurement import measure_cell
 from mmdiff_ray.experiments.page import markdown
-from mmdiff_ray.experiments.spec import load_experiment
 from mmdiff_ray.runs.exclusive import alone
 from mmdiff_ray.tracking import store
 from tests.sprites import MODEL
@@ -163,6 +164,8 @@ def test_tasks_are_watched_while_cells_train(done):
     assert set(watched["both"][0]["cosines"]) == {"generate~restore"} and watched["alone"][0]["cosines"] == {}
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_cell_that_still_trains_cuts_no_curve_short(done, tmp_path):
     runs = shutil.copytree(done / "runs", tmp_path / "runs")
     folder = runs / "small-smoke" / "both-1"
@@ -221,9 +224,9 @@ def test_a_cell_made_elsewhere_in_one_process_counts_in_the_table(done, tmp_path
     shutil.copytree(runs / "small-smoke" / "both-0", tmp_path / "all" / "small-smoke" / "both-0")
     half = table.result(experiment, tmp_path / "all")
     assert (half["missing"], half["unmeasured"]) == ([], ["both-0"])
-    assert "Trained, and not measured yet: both-0." in markdown(half)
+    assert "Trained, not measured yet: both-0." in markdown(half)
     cell = experiment.cells()[0]
-    cells.measure_cell(experiment, cell, tmp_path / "all", print)
+    measure_cell(experiment, cell, tmp_path / "all", print)
     merged = table.result(experiment, tmp_path / "all")
     assert merged["missing"] == merged["unmeasured"] == []
     assert merged["figures"] == result(done)["figures"]
@@ -238,7 +241,7 @@ def test_a_method_is_added_to_a_table_whose_models_are_elsewhere(done, tmp_path,
     plain["methods"]["quick"] = {"title": "both, quickly", "overrides": ["train.learning_rate=0.01"]}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
     assert main(words(tmp_path)) == 0
-    assert "2 of 3 cells are those of" in capsys.readouterr().out
+    assert "2 of 3 cells restored from" in capsys.readouterr().out
     models = {file.parts[-3] for file in tmp_path.glob("runs/small-smoke/*/export/model.safetensors")}
     assert models == {"quick-0"}
     found, before = result(tmp_path), result(done)
@@ -258,7 +261,7 @@ def test_a_cell_whose_model_is_elsewhere_is_trained_again_for_another_measure(do
     file, runs = str(done / "small.yaml"), tmp_path / "runs"
     experiment = load_experiment(file, "smoke")
     cell = experiment.cells()[0]
-    folder = cells.cell_folder(experiment, cell, runs)
+    folder = experiment.folder(runs, cell)
     assert unpack(experiment, runs, tmp_path / "result") == 4
     assert unpack(experiment, runs, tmp_path / "result") == 0
     config = (folder / "export" / "config.yaml").read_text()
@@ -324,7 +327,10 @@ def test_a_runner_that_is_ended_goes_on_and_finishes_with_the_same_table(done, t
     parent = json.loads((tmp_path / "runs/small-smoke/tracking/run.json").read_text())["run_id"]
     server = store.client(store.tracking_uri(None, tmp_path / "runs"))
     if number == signal.SIGTERM:
-        assert "stopped; the same command goes on" in said.read_text() and "Traceback" not in said.read_text()
+        assert (
+            "stopped; run the same command to resume" in said.read_text()
+            and "Traceback" not in said.read_text()
+        )
         assert server.get_run(parent).info.status == "KILLED"
     assert not (tmp_path / "result.json").exists()
     trained = {file: file.stat().st_mtime_ns for file in ended}
@@ -352,7 +358,7 @@ def test_a_table_of_fewer_cells_replaces_none_of_more(done, tmp_path, capsys):
     assert (
         main(words(done, "--table", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "result"))) == 0
     )
-    assert f"{tmp_path / 'result.json'} stays: it has 4 cells, here are 0" in capsys.readouterr().out
+    assert f"{tmp_path / 'result.json'} stays: it has 4 cells, this result has 0" in capsys.readouterr().out
     assert result(tmp_path) == result(done)
     assert (tmp_path / "runs" / "small-smoke" / "small.md").is_file()
 
@@ -364,4 +370,4 @@ def test_other_settings_than_those_a_cell_was_trained_with_are_refused(done, tmp
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
     runs = str(done / "runs")
     assert cells.main([str(tmp_path / "small.yaml"), "both", "0", "--preset", "smoke", "--runs", runs]) == 2
-    assert "was trained with other settings than the experiment asks for now" in capsys.readouterr().err
+    assert "was trained with other settings than the experiment has now" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import yaml
 
 from mmdiff_ray.cli import main
 from mmdiff_ray.config import shipped
-from mmdiff_ray.experiments.spec import load_experiment
+from mmdiff_ray.experiments.loading import load_experiment
 
 FOLDER = shipped.root() / shipped.EXPERIMENTS
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mmdiff_ray import registry
 from mmdiff_ray.config import Config, ConfigError, load, shipped, to_plain
-from mmdiff_ray.experiments.cell import training_digest
-from mmdiff_ray.experiments.spec import digest, load_experiment
+from mmdiff_ray.experiments.digest import digest, training_digest
+from mmdiff_ray.experiments.loading import load_experiment
+from mmdiff_ray.experiments.spec import DataSet
 from mmdiff_ray.experiments.table import refusals
 from mmdiff_ray.modalities.base import Modality
 from mmdiff_ray.models.denoiser import Denoiser, build_denoiser
@@ -75,18 +76,18 @@ def written(folder: Path, **changes) -> str:
 
 def test_cells_are_chosen_by_patterns_and_a_judge_comes_with_them(tmp_path):
     experiment = load_experiment(written(tmp_path), "smoke")
-    assert [cell.key for cell in experiment.matching(["*-4", "half-*"])] == ["half-3", "both-4"]
+    assert [cell.key for cell in experiment.select(["*-4", "half-*"])] == ["half-3", "both-4"]
     judged = load_experiment(written(tmp_path, judge="half"), "smoke")
-    assert [cell.key for cell in judged.matching(["both-4"])] == ["half-3", "both-4"]
+    assert [cell.key for cell in judged.select(["both-4"])] == ["half-3", "both-4"]
     with pytest.raises(ConfigError, match="cells: unknown 'asked-3'"):
-        experiment.matching(["both-3", "asked-3"])
+        experiment.select(["both-3", "asked-3"])
 
 
 def test_cells_are_methods_by_seeds_the_first_seed_of_all_first(tmp_path):
     experiment = load_experiment(written(tmp_path), "smoke")
     assert [cell.key for cell in experiment.cells()] == ["both-3", "half-3", "both-4"]
-    assert [m.name for m in experiment.askers(experiment.methods["both"])] == ["both", "asked"]
-    assert [m.name for m in experiment.askers(experiment.methods["half"])] == ["half"]
+    assert [m.name for m in experiment.evaluated_on(experiment.methods["both"])] == ["both", "asked"]
+    assert [m.name for m in experiment.evaluated_on(experiment.methods["half"])] == ["half"]
     assert [m.name for m in experiment.measures_of(experiment.methods["half"])] == ["thirty"]
 
 
@@ -117,15 +118,15 @@ def test_data_of_folds_go_with_the_seed(tmp_path):
         measures__joint__overrides=["data.sources=[{uri: 'data/other{fold}'}]"],
     )
     experiment = load_experiment(file, "smoke")
-    assert experiment.data_sets() == [
-        {"pipeline": "toy", "uri": f"data/toy-fold{fold}", "options": {"fold": fold}} for fold in ("1", "0")
+    assert [(one.uri, one.options) for one in experiment.data_sets()] == [
+        (f"data/toy-fold{fold}", {"fold": fold}) for fold in ("1", "0")
     ]
     both, _, later = (experiment.config(cell, tmp_path) for cell in experiment.cells())
     assert [source.uri for source in both.data.sources] == ["data/toy-fold1", "data/all"]
     assert [source.uri for source in later.data.sources] == ["data/toy-fold0", "data/all"]
     assert training_digest(both) != training_digest(dataclasses.replace(later, seed=both.seed))
     thirty, joint = (
-        experiment.asked(later, experiment.methods["both"], experiment.measures[name])
+        experiment.evaluation_config(later, experiment.methods["both"], experiment.measures[name])
         for name in ("thirty", "joint")
     )
     assert (thirty.evaluate.split, later.evaluate.split) == ("test", "val")
@@ -133,12 +134,29 @@ def test_data_of_folds_go_with_the_seed(tmp_path):
     assert [source.uri for source in joint.data.sources] == ["data/other0"]
 
 
-def test_data_without_folds_are_one_data_set_and_folds_are_counted(tmp_path):
-    data = {"pipeline": "toy", "uri": "data/toy"}
-    assert load_experiment(written(tmp_path, data=data), "smoke").data_sets() == [data]
+def test_an_experiment_has_one_data_set_or_several_with_placeholders(tmp_path):
+    toy = {"pipeline": "toy", "uri": "data/toy"}
+    drawn = {"pipeline": "samples", "uri": "data/drawn-{seed}", "options": {"seed": "{seed}"}}
+    fold = {"pipeline": "toy", "uri": "data/fold-{fold}", "folds": 2}
     assert load_experiment(written(tmp_path), "smoke").data_sets() == []
-    with pytest.raises(ConfigError, match=r"data.folds \(0\) must be a whole number of at least 1"):
-        load_experiment(written(tmp_path, data=data | {"folds": 0}), "smoke")
+    assert load_experiment(written(tmp_path, data=toy), "smoke").data_sets() == [DataSet(**toy)]
+    file = written(
+        tmp_path,
+        data=[toy, drawn, fold],
+        base__data={"sources": [{"uri": "data/drawn-{seed}"}, {"uri": "data/fold-{fold}"}]},
+        measures__thirty__overrides=["data.sources=[{uri: data/toy}]"],
+    )
+    experiment = load_experiment(file, "smoke")
+    uris = ["data/toy", "data/drawn-3", "data/drawn-4", "data/fold-1", "data/fold-0"]
+    assert [one.uri for one in experiment.data_sets()] == uris
+    assert experiment.data_sets()[1].options == {"seed": "3"}
+    config = experiment.config(experiment.cells()[0], tmp_path)
+    assert [source.uri for source in config.data.sources] == ["data/drawn-3", "data/fold-1"]
+    both, thirty = experiment.methods["both"], experiment.measures["thirty"]
+    evaluated = experiment.evaluation_config(config, both, thirty)
+    assert [source.uri for source in evaluated.data.sources] == ["data/toy"]
+    at_preset = written(tmp_path, data=toy, presets__smoke__data=[drawn])
+    assert [one.pipeline for one in load_experiment(at_preset, "smoke").data_sets()] == ["samples"] * 2
 
 
 def test_a_configuration_is_checked_once(tmp_path):
@@ -152,10 +170,12 @@ def test_a_model_is_asked_as_method_and_measure_say(tmp_path):
     experiment = load_experiment(written(tmp_path), "smoke")
     config = experiment.config(experiment.cells()[0], tmp_path)
     measure = experiment.measures["thirty"]
-    asked = experiment.asked(config, experiment.methods["asked"], measure)
+    asked = experiment.evaluation_config(config, experiment.methods["asked"], measure)
     assert asked.evaluate.inpaint == "repaint" and asked.evaluate.evaluators == ["restoration"]
     assert asked.modalities["masked"].ratio == [0.3, 0.3]
-    assert experiment.asked(config, experiment.methods["both"], measure).evaluate.inpaint == "given"
+    assert (
+        experiment.evaluation_config(config, experiment.methods["both"], measure).evaluate.inpaint == "given"
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,6 +224,16 @@ def test_a_model_is_asked_as_method_and_measure_say(tmp_path):
             r"kind: got 'best', want better, not worse or within N %",
         ),
         (
+            {"data": {"pipeline": "toy", "uri": "x", "folds": 0}},
+            "smoke",
+            r"data.folds \(0\) must be a whole number of at least 1",
+        ),
+        (
+            {"data": [{"pipeline": "toy", "url": "x"}]},
+            "smoke",
+            r"data: unknown key 'url'.*did you mean 'uri'",
+        ),
+        (
             {"task_words": {"draw": "images"}},
             "smoke",
             r"task_words: unknown 'draw'; known: generate, restore",
@@ -234,9 +264,9 @@ def test_shipped_experiments_make_a_checked_configuration_for_every_cell_and_mea
         if cell.seed != experiment.preset.seeds[0]:
             continue
         config = experiment.config(cell, Path("runs"))
-        for method in experiment.askers(cell.method):
+        for method in experiment.evaluated_on(cell.method):
             for measure in experiment.measures_of(method):
-                experiment.asked(config, method, measure)
+                experiment.evaluation_config(config, method, measure)
     for curve in experiment.curves:
         assert set(curve["points"]) <= set(experiment.measures)
 
@@ -320,7 +350,9 @@ def test_a_digest_changes_with_any_setting_and_not_with_a_new_one_at_its_default
     experiment = load_experiment(written(tmp_path), "smoke")
     configs = [experiment.config(cell, tmp_path) for cell in experiment.cells()]
     assert len({training_digest(config) for config in configs}) == 3
-    asked = experiment.asked(configs[0], experiment.methods["asked"], experiment.measures["thirty"])
+    asked = experiment.evaluation_config(
+        configs[0], experiment.methods["asked"], experiment.measures["thirty"]
+    )
     assert training_digest(asked) != training_digest(configs[0])  # its holes are other ones
     assert digest(Changed(size=3)) == digest(Old()) != digest(Changed()) == digest(Old(size=5))
     same = ["name=other", "runs=x", "checkpoint.keep_last=3", "train.log_every_samples=7", "evaluate.steps=9"]

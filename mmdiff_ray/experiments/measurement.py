@@ -1,0 +1,120 @@
+"""Measurements of trained cells: what is evaluated, and the files of the results."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mmdiff_ray import config as configuration
+from mmdiff_ray.config import Config, ConfigError
+from mmdiff_ray.evaluation.context import Figure
+from mmdiff_ray.evaluation.statistics import Tally
+from mmdiff_ray.experiments.digest import digest, training_digest
+from mmdiff_ray.experiments.spec import Cell, Experiment, Measure, Method
+from mmdiff_ray.training.checkpoint import write_json
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A measure of a method, evaluated on a cell's model under `config`.
+
+    file: its figures; their tallies and the pictures lie beside it. digest: of all settings it depends on.
+    """
+
+    method: Method
+    measure: Measure
+    config: Config
+    file: Path
+    digest: str
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the file holds the figures under these settings."""
+        return (
+            self.file.is_file() and json.loads(self.file.read_text(encoding="utf8"))["digest"] == self.digest
+        )
+
+    @property
+    def needs_judge(self) -> bool:
+        return "judge" in self.measure.evaluators
+
+
+def measurements_of(experiment: Experiment, cell: Cell, runs: Path) -> list[Measurement]:
+    """Return the measurements of a trained cell, under all methods that are evaluated on its model.
+
+    The digest of a judged measurement has the judge's training settings, not its weights: a judge trained
+    again on another machine may differ by floating-point noise.
+    """
+    folder, found = experiment.folder(runs, cell), []
+    config = configuration.load_saved(folder / "export" / "config.yaml")
+    judge, export, judge_digest = experiment.judge_cell(), None, None
+    if judge is not None:
+        export = str(experiment.folder(runs, judge) / "export")
+        judge_digest = training_digest(experiment.config(judge, runs))
+    for method in experiment.evaluated_on(cell.method):
+        for measure in experiment.measures_of(method):
+            evaluated = experiment.evaluation_config(config, method, measure, export)
+            by = judge_digest if "judge" in measure.evaluators else None
+            settings = dataclasses.replace(evaluated.evaluate, judge=by)
+            file = folder / "measured" / f"{method.name}.{measure.name}.json"
+            key = training_digest(evaluated) + digest(settings)
+            found.append(Measurement(method, measure, evaluated, file, key))
+    return found
+
+
+def is_measured(experiment: Experiment, cell: Cell, runs: Path) -> bool:
+    """Return whether a cell is trained and all its measurements are done."""
+    trained = (experiment.folder(runs, cell) / "export" / "facts.json").is_file()
+    return trained and all(one.is_done for one in measurements_of(experiment, cell, runs))
+
+
+def measure_cell(experiment: Experiment, cell: Cell, runs: Path, say: Say) -> None:
+    """Do all measurements of a trained cell that are not done. Raises ConfigError without the judge."""
+    from mmdiff_ray.distributed.evaluate import measure, plain
+
+    for one in measurements_of(experiment, cell, runs):
+        if one.is_done:
+            continue
+        judge = Path(one.config.evaluate.judge or "")
+        if one.needs_judge and judge.name and not (judge / "model.safetensors").is_file():
+            raise ConfigError(
+                f"{one.measure.name}: the judge is not trained; train {judge.parent.name} first"
+            )
+        start = time.monotonic()
+        findings = measure(experiment.folder(runs, cell), one.config)
+        one.file.parent.mkdir(exist_ok=True)
+        save_tallies(one.file.with_suffix(".npz"), findings.figures)
+        for name, picture in findings.pictures.items():
+            picture.save(one.file.with_name(f"{one.file.stem}-{name}.png"))
+        seconds = time.monotonic() - start
+        figures = [plain(figure) for figure in findings.figures]
+        write_json(one.file, {"digest": one.digest, "seconds": seconds, "figures": figures})
+        say(f"{one.method.name}: {one.measure.name} measured in {seconds:.0f} s")
+
+
+def save_tallies(file: Path, figures: Sequence[Figure]) -> None:
+    """Write the tallies of figures for `load_tally`; figures of the same rows share one array of ids."""
+    arrays: dict[str, np.ndarray] = {}
+    names: dict[bytes, str] = {}
+    for figure in figures:
+        for rule, tally in figure.tallies.items():
+            for part in ("numerator", "denominator"):
+                arrays[f"{figure.key}|{rule}|{part}"] = getattr(tally, part).astype(np.float32)
+        ids = figure.tallies["model"].ids if figure.tallies else None
+        if ids is not None:
+            name = names.setdefault(ids.tobytes(), f"ids {len(names)}")
+            arrays |= {name: ids, f"{figure.key}|ids": np.array(name)}
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def load_tally(arrays: Mapping[str, np.ndarray], key: str, rule: str) -> Tally | None:
+    """Return a saved tally, None if the figure has none. Cells measured by early releases have no ids."""
+    if f"{key}|{rule}|numerator" not in arrays:
+        return None
+    ids = arrays[str(arrays[f"{key}|ids"])] if f"{key}|ids" in arrays else None
+    return Tally(arrays[f"{key}|{rule}|numerator"], arrays[f"{key}|{rule}|denominator"], ids)
