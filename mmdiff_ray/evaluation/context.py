@@ -42,6 +42,12 @@ class Figure:
     bound: bool = False
     tallies: Mapping[str, Tally] = field(default_factory=dict, compare=False)
 
+    @property
+    def best_rule(self) -> tuple[str, float] | None:
+        """The best rule that needs no model, and its value; None if the figure has none."""
+        pick = max if self.better == "higher" else min
+        return pick(self.floors.items(), key=lambda item: item[1], default=None)
+
 
 @dataclass(frozen=True)
 class Findings:

@@ -132,10 +132,9 @@ def _against_rule(figure: Figure) -> tuple[str, str, str]:
 
     "no difference shown": the 95 % interval of the difference over rows contains 0.
     """
-    if not figure.floors:
+    if figure.best_rule is None:
         return "", "", ""
-    pick = max if figure.better == "higher" else min
-    rule, value = pick(figure.floors.items(), key=lambda item: item[1])
+    rule, value = figure.best_rule
     ours, floor = figure.tallies.get("model"), figure.tallies.get(rule)
     if ours is not None and floor is not None and not difference([ours], [floor]).excludes_zero:
         return f"{value:.3f}", rule, "no difference shown"

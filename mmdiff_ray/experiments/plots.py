@@ -7,7 +7,7 @@ from typing import Any
 
 from mmdiff_ray.experiments.archive import result_file
 from mmdiff_ray.experiments.spec import Panel
-from mmdiff_ray.experiments.styles import RULE, Style, direction, label_ends, numbered, styles, wrapped
+from mmdiff_ray.experiments.styles import RULE, Style, label_ends, numbered, styles, wrapped
 from mmdiff_ray.plotting import POINTS, log_scale, panels, save_png
 
 WIDTH = 11.0
@@ -20,55 +20,58 @@ Line = Mapping[str, Any]
 
 def draw_overview(values: Mapping[str, Any], overview: Sequence[Panel], out: Path) -> list[Path]:
     """Draw the measured panels of the overview with methods as rows. Return the file, if any."""
-    measured = [(panel, _panel_lines(values, panel)) for panel in overview]
-    measured = [(panel, lines) for panel, lines in measured if lines.keys() & values["methods"]]
+    titles, measured = values["methods"], []
+    for panel in overview:
+        lines = {
+            line["method"]: line
+            for line in values["figures"]
+            if (line["measure"], line["figure"]) == (panel.measure, panel.figure)
+            and not math.isnan(line["mean"])
+        }
+        if lines.keys() & titles:
+            measured.append((panel, lines))
     if not measured:
         return []
     known = styles(values)
-    rows = [
-        name for name in known if any(name in lines for _, lines in measured) and name in values["methods"]
-    ]
-    most_rules = max(len(lines.keys() - values["methods"]) for _, lines in measured)
+    rows = [name for name in known if name in titles and any(name in lines for _, lines in measured)]
+    most_rules = max(len(lines.keys() - titles) for _, lines in measured)
     height = 0.36 * len(rows) + 1.7 + 0.3 * most_rules
     figure, axes = panels(len(measured), len(measured), (WIDTH / len(measured), height))
     for one, (panel, lines) in zip(axes, measured, strict=True):
         _draw_panel(one, panel, lines, rows, known)
     seeds = {name: max(len(lines[name]["seeds"]) for _, lines in measured if name in lines) for name in rows}
-    fewer = {
-        n: f" ({count} seed{'s' * (count > 1)})" for n, count in seeds.items() if count < max(seeds.values())
-    }
-    labels = [wrapped(known[name].label + fewer.get(name, ""), 40) for name in rows]
+    labels = []
+    for name, count in seeds.items():
+        fewer = f" ({count} seed{'s' * (count > 1)})" if count < max(seeds.values()) else ""
+        labels.append(wrapped(known[name].label + fewer, 40))
     for tick, name in zip(axes[0].set_yticks(range(len(rows)), labels), rows, strict=True):
         tick.label1.set(fontweight=known[name].weight, fontsize=POINTS)
     return [save_png(figure, result_file(out, "-overview.png"))]
-
-
-def _panel_lines(values: Mapping[str, Any], panel: Panel) -> dict[str, Line]:
-    return {
-        line["method"]: line
-        for line in values["figures"]
-        if (line["measure"], line["figure"]) == (panel.measure, panel.figure) and not math.isnan(line["mean"])
-    }
 
 
 def _draw_panel(
     axes: Any, panel: Panel, lines: Mapping[str, Line], rows: Sequence[str], known: Mapping[str, Style]
 ) -> None:
     """Draw means with their intervals, single seeds as dots, and rules as vertical lines."""
-    shown = {name: lines[name] for name in rows if name in lines}
+    ends: list[float] = []
     for at, name in enumerate(rows):
-        if name in shown:
-            line, style = shown[name], known[name]
-            axes.plot(_interval(line), [at, at], color=style.color, linewidth=style.width)
-            seeds = line.get("values", [])
+        if line := lines.get(name):
+            style, seeds, bar = known[name], line.get("values", []), _interval(line)
+            axes.plot(bar, [at, at], color=style.color, linewidth=style.width)
             axes.plot(seeds, [at + 0.27] * len(seeds), ".", color=style.color, markersize=4, alpha=0.6)
             axes.plot(line["mean"], at, **style.drawn)
+            ends += bar
     better = next(iter(lines.values()))["better"]
-    title = "\n".join(wrapped(part, TITLE) for part in [*panel.name.split(": "), f"({direction(better)})"])
-    axes.set_title(title, fontsize=9.5)
-    axes.set_xlabel(_bars(list(shown.values())), fontsize=POINTS, color="0.35")
+    parts = [*panel.name.split(": "), f"({better} is better)"]
+    axes.set_title("\n".join(wrapped(part, TITLE) for part in parts), fontsize=9.5)
+    shown = [lines[name] for name in rows if name in lines]
+    bars = "one seed, no interval"
+    if any("interval" in line for line in shown):
+        bars = "bars: 95 % intervals"
+    elif any(line["spread"] is not None for line in shown):
+        bars = "bars: ± s. d. over seeds"
+    axes.set_xlabel(bars, fontsize=POINTS, color="0.35")
     rules = {name: line["mean"] for name, line in lines.items() if name.startswith(RULE)}
-    ends = [end for line in shown.values() for end in _interval(line)]
     if panel.log:
         log_scale(axes)
     else:
@@ -86,14 +89,6 @@ def _interval(line: Line) -> tuple[float, float]:
     spread = line["spread"] or 0.0
     low, high = line.get("interval", (line["mean"] - spread, line["mean"] + spread))
     return low, high
-
-
-def _bars(lines: Sequence[Line]) -> str:
-    if any("interval" in line for line in lines):
-        return "bars: 95 % intervals"
-    if any(line["spread"] is not None for line in lines):
-        return "bars: ± s. d. over seeds"
-    return "one seed, no interval"
 
 
 def limits(ends: Sequence[float], rules: Sequence[float], log: bool) -> tuple[float, float]:
@@ -126,42 +121,42 @@ def _draw_rules(axes: Any, rules: Mapping[str, float], known: Mapping[str, Style
 
 
 def draw_curves(values: Mapping[str, Any], curves: Sequence[Mapping[str, Any]], out: Path) -> list[Path]:
-    """Draw each curve that is measured at two points or more; return the files.
+    """Draw the curves of methods that are measured at two points or more; return the files.
 
     curves: each with `name`, `title`, `figure`, `x` and `y` (axis labels) and `points`: measure -> x.
     """
-    lines = [(curve, _curve_points(values, curve)) for curve in curves]
-    return [_draw_curve(values, curve, points, out) for curve, points in lines if points]
-
-
-def _curve_points(values: Mapping[str, Any], curve: Mapping[str, Any]) -> dict[str, list[tuple[float, Line]]]:
-    """Return method -> sorted (x, figure), for methods measured at two points or more."""
-    found: dict[str, list[tuple[float, Line]]] = {}
-    for line in values["figures"]:
-        if line["figure"] == curve["figure"] and line["measure"] in curve["points"]:
-            found.setdefault(line["method"], []).append((float(curve["points"][line["measure"]]), line))
-    return {
-        name: sorted(points, key=lambda point: point[0]) for name, points in found.items() if len(points) > 1
-    }
+    files = []
+    for curve in curves:
+        points: dict[str, list[tuple[float, Line]]] = {}
+        for line in values["figures"]:
+            if line["figure"] == curve["figure"] and line["measure"] in curve["points"]:
+                points.setdefault(line["method"], []).append((float(curve["points"][line["measure"]]), line))
+        if points := {
+            name: sorted(found, key=lambda one: one[0]) for name, found in points.items() if len(found) > 1
+        }:
+            files.append(_draw_curve(values, curve, points, out))
+    return files
 
 
 def _draw_curve(
-    values: Mapping[str, Any], curve: Mapping[str, Any], lines: Mapping[str, Any], out: Path
+    values: Mapping[str, Any],
+    curve: Mapping[str, Any],
+    points: Mapping[str, Sequence[tuple[float, Line]]],
+    out: Path,
 ) -> Path:
     figure, (axes,) = panels(1, 1, (WIDTH, 7.2))
     known, ends = styles(values), []
-    methods = [name for name in known if name in lines]
+    methods = [name for name in known if name in points]
     step = 0.03 * (max(curve["points"].values()) - min(curve["points"].values())) / len(methods)
     for at, name in enumerate(methods):
-        x = [one + step * (at - len(methods) / 2) for one, _ in lines[name]]  # intervals side by side
-        y = [line["mean"] for _, line in lines[name]]
+        x = [one + step * (at - len(methods) / 2) for one, _ in points[name]]  # intervals side by side
+        y = [line["mean"] for _, line in points[name]]
         axes.plot(x, y, **known[name].drawn)
         if not name.startswith(RULE):
-            bars = [line.get("interval", (line["mean"], line["mean"])) for _, line in lines[name]]
+            bars = [line.get("interval", (line["mean"], line["mean"])) for _, line in points[name]]
             axes.vlines(x, *zip(*bars, strict=True), color=known[name].color, linewidth=1)
         ends.append((x[-1], y[-1], known[name]))
-    better = next(line["better"] for line in values["figures"] if line["figure"] == curve["figure"])
-    y_label = f"{curve.get('y', curve['figure'])} ({direction(better)})"
+    y_label = f"{curve.get('y', curve['figure'])} ({points[methods[0]][0][1]['better']} is better)"
     axes.set(title=f"{curve['title']} (bars: 95 % intervals)", xlabel=curve["x"], ylabel=y_label)
     label_ends(axes, ends)
     return save_png(figure, result_file(out, f"-{curve['name']}.png"))

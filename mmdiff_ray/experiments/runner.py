@@ -163,7 +163,7 @@ def _run_cells(
     experiment: Experiment, cells: Sequence[Cell], runs: Path, uri: str, parent: str, say: Say
 ) -> dict[str, str]:
     """Run cells as Ray tasks and print their logs; return the error of each failed cell."""
-    logs = {cell.key: _log_file(experiment, runs, cell) for cell in cells}
+    logs = {cell.key: experiment.folder(runs) / f"{cell.key}.log" for cell in cells}
     printed = {key: log.stat().st_size if log.is_file() else 0 for key, log in logs.items()}
     calls = {cell.key: (experiment, cell, runs.absolute(), uri, parent) for cell in cells}
     judge = [cell.key for cell in cells if cell == experiment.judge_cell()]
@@ -186,14 +186,10 @@ def _run_cells(
     return failed
 
 
-def _log_file(experiment: Experiment, runs: Path, cell: Cell) -> Path:
-    return experiment.folder(runs) / f"{cell.key}.log"
-
-
 def _cell_task(experiment: Experiment, cell: Cell, runs: Path, uri: str, parent: str) -> None:
     """Run one cell in a Ray worker, recorded as a child run."""
     torch.set_num_threads(max(1, int(experiment.preset.cpus)))
-    folder, log = experiment.folder(runs, cell), _log_file(experiment, runs, cell)
+    folder, log = experiment.folder(runs, cell), experiment.folder(runs) / f"{cell.key}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
 
     def say(line: str) -> None:

@@ -72,11 +72,6 @@ def wrapped(text: str, width: int) -> str:
     return "\n".join(next((lines for lines in filled if len(lines) <= count), [text]))
 
 
-def direction(better: str) -> str:
-    """Return the note beside a figure's name: which values are better."""
-    return f"{better} is better"
-
-
 def label_ends(axes: Any, ends: Sequence[tuple[float, float, Style]], width: int = 44) -> None:
     """Write the labels of lines to the right of their last points without overlaps.
 

@@ -24,14 +24,6 @@ def headlines(figures: Iterable[Figure]) -> list[Figure]:
     return chosen
 
 
-def baseline(figure: Figure) -> tuple[str, float] | None:
-    """Return the best rule that needs no model, with its value; None where the figure has none."""
-    if not figure.floors:
-        return None
-    pick = max if figure.better == "higher" else min
-    return pick(figure.floors.items(), key=lambda item: item[1])
-
-
 def rows_of(figures: Iterable[Figure]) -> list[list[Any]]:
     """Return all figures as the rows of a table with the columns COLUMNS, a row for every baseline.
 
@@ -71,7 +63,7 @@ def description(config: Config, address: str, seen: int = 0, figures: Sequence[F
 
 def _beside_baseline(figure: Figure) -> str:
     arrow = "\N{UPWARDS ARROW}" if figure.better == "higher" else "\N{DOWNWARDS ARROW}"
-    rule = baseline(figure)
+    rule = figure.best_rule
     compared = f" ({rule[0]}: {rule[1]:.3f})" if rule else ""
     return f"{figure.key} {arrow} **{figure.value:.3f}**{compared}"
 
