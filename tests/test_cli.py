@@ -423,7 +423,7 @@ def test_samples_that_are_there_are_never_written_over(capsys, finished):
         assert run(capsys, *words)[0] == 0
     assert sorted(path.name for path in Path("samples").iterdir()) == ["tiny-joint", "tiny-joint-2"]
     code, _, errors = run(capsys, *words, "--out", "samples/tiny-joint")
-    assert code == 2 and "is a folder with files in it; name a new one" in errors
+    assert code == 2 and "is not empty; name a new folder" in errors
 
 
 def test_hole_can_be_a_picture_of_its_own(capsys, finished):
@@ -449,7 +449,7 @@ def test_samples_of_one_seed_are_the_same_files(capsys, finished):
     [
         (["--given", "shape=sta"], "shape: no label 'sta'; did you mean 'star'"),
         (["--given", "colour=red"], "no modality 'colour'; it has: pixels, shapes"),
-        (["--given", "shape"], "--given 'shape' must read instance=value"),
+        (["--given", "shape"], "--given 'shape' must be instance=value"),
         (["--given", "pixels=nowhere.png"], "pixels: no file 'nowhere.png'; a picture is given as a file$"),
         (["--given", "pixels=."], "pixels: '.' is a folder"),
         (
@@ -457,10 +457,10 @@ def test_samples_of_one_seed_are_the_same_files(capsys, finished):
             "factors: no file 'a cat'; an embedding is given as a .npy file of 9 numbers.*"
             "mmdiff data embed EMBEDDER 'a cat' --out factors.npy",
         ),
-        (["--hole", "x.png"], "--hole goes with a masked image"),
+        (["--hole", "x.png"], "--hole needs a masked image"),
         (["--num", "0"], r"--?num \(0\) must be at least 1"),
         (["--guidance", "-3"], r"--guidance \(-3\) must be at least 0"),
-        (["--num", "1", "--out", "/proc/x"], "--out /proc/x cannot be made"),
+        (["--num", "1", "--out", "/proc/x"], "--out /proc/x cannot be created"),
         (["--steps", "0"], r"steps \(0\) must be at least 1"),
         (["--sampler", "fast"], "sampler: .*fast.*ancestral, ddim, dpm2"),
     ],
@@ -476,7 +476,7 @@ def test_folder_with_other_files_is_not_written_into(capsys, finished):
     Path("mine").mkdir()
     Path("mine/letter.txt").write_text("dear")
     code, _, errors = run(capsys, "sample", str(finished.folder), "--num", "1", "--out", "mine")
-    assert code == 2 and "mine is a folder with files in it" in errors
+    assert code == 2 and "mine is not empty" in errors
     assert [path.name for path in Path("mine").iterdir()] == ["letter.txt"]
 
 

@@ -91,7 +91,7 @@ def model_roles(model) -> dict[str, int]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_an_evaluation_that_is_killed_goes_on_and_finds_the_same(run):
+def test_a_killed_evaluation_resumes_and_finds_the_same(run):
     words = [*WORDS, "evaluate.rows=40", "evaluate.steps=30"]
     command = [sys.executable, "-m", "mmdiff_ray.cli", "evaluate", str(run), *words]
     process = subprocess.Popen(

@@ -26,8 +26,8 @@ def test_pairs_of_joint_samples_and_of_given_labels_are_judged(sprites, finished
         figures = {figure.key: figure for figure in evaluate_judge(context).figures}
         drawn = context.sampled(*condition).data
         wanted = context.truth("shape").numpy() if condition else drawn["shape"].numpy()
-        said = judged(judge, drawn["pixels"])["shape"]
-        assert figures["shape/judged"].value == pytest.approx((said == wanted).mean())
+        predicted = judged(judge, drawn["pixels"])["shape"]
+        assert figures["shape/judged"].value == pytest.approx((predicted == wanted).mean())
         assert set(figures["shape/judged"].floors) == {"labels of other samples"}
         real = judged(judge, context.truth("pixels"))["shape"]
         assert figures["shape/judged_real"].value == pytest.approx(
@@ -35,19 +35,21 @@ def test_pairs_of_joint_samples_and_of_given_labels_are_judged(sprites, finished
         )
 
 
-def test_masks_and_embeddings_are_judged_by_what_they_are_measured_with(sprites, finished):
+def test_masks_and_embeddings_are_judged_by_their_own_metrics(sprites, finished):
     judge = load_export(finished.folder / "export")
     context = context_of(sprites, finished)
     figures = {figure.key: figure for figure in evaluate_judge(context).figures}
     drawn = {name: data.numpy() for name, data in context.sampled().data.items()}
-    said = judged(judge, torch.from_numpy(drawn["pixels"]))
+    predicted = judged(judge, torch.from_numpy(drawn["pixels"]))
     classes = context.denoiser.modalities["shapes"].prediction_channels
     for figure, shift in (("model", 0), ("masks of other samples", 1)):
         masks = np.roll(drawn["shapes"], shift, axis=0)
         found = figures["shapes/judged"]
         value = found.value if figure == "model" else found.floors[figure]
-        assert value == pytest.approx(iou_tally(said["shapes"], masks, classes).value)
-    assert figures["factors/judged"].value == pytest.approx(cosine(said["factors"], drawn["factors"]).mean())
+        assert value == pytest.approx(iou_tally(predicted["shapes"], masks, classes).value)
+    assert figures["factors/judged"].value == pytest.approx(
+        cosine(predicted["factors"], drawn["factors"]).mean()
+    )
     real = judged(judge, context.truth("pixels"))["factors"]
     assert figures["factors/judged_real"].value == pytest.approx(
         cosine(real, context.truth("factors").numpy()).mean()
@@ -56,7 +58,7 @@ def test_masks_and_embeddings_are_judged_by_what_they_are_measured_with(sprites,
     assert "factors/judged" not in {figure.key for figure in evaluate_judge(given).figures}
 
 
-def test_without_a_judge_nothing_is_judged_and_a_missing_one_is_told(sprites):
+def test_without_a_judge_there_are_no_figures_and_a_missing_one_is_refused(sprites):
     assert (
         evaluate_judge(
             Context(tiny.generator(tiny.job(sprites)), joined(tiny.held_out(tiny.job(sprites))))

@@ -68,7 +68,7 @@ def test_gradient_error_is_0_for_the_truth_and_counts_too_smooth_and_too_rough_a
     assert gradient_error(seen_only, truth, visible).value == 0
 
 
-def test_lpips_is_taken_in_the_hole_of_pasted_and_outside_of_unpasted_images(
+def test_lpips_uses_pasted_images_in_the_hole_and_unpasted_ones_outside(
     context: Context, figures: dict[str, Figure]
 ) -> None:
     masked, truth = context.truth("masked"), context.truth("pixels")

@@ -16,13 +16,10 @@ def a_pair(rows: int = 60, noise: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     return first, (3 * first + 3 * noise * rng.normal(size=(rows, 8))).astype(np.float32)
 
 
-def test_cosine_is_one_less_scipys_cosine_distance() -> None:
+def test_cosine_is_one_minus_scipys_cosine_distance_and_0_for_a_zero_row() -> None:
     first, second = a_pair()
     expected = [1 - cosine_distance(a, b) for a, b in zip(first, second, strict=True)]
     assert cosine(first, second) == pytest.approx(expected, abs=1e-6)
-
-
-def test_the_cosine_with_nothing_is_zero() -> None:
     assert cosine(np.zeros((1, 3)), np.ones((1, 3))).tolist() == [0.0]
 
 

@@ -1,4 +1,4 @@
-"""The evaluators run together on a tiny model: what they find, what they leave out, how it is told."""
+"""All evaluators on a tiny model: their figures, what they leave out, and the printed tables."""
 
 import dataclasses
 import io
@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from mmdiff_ray.experiments.tallies import load_tally, save_tallies
+from mmdiff_ray.experiments.measurement import load_tally, save_tallies
 from rich.console import Console
 
 from mmdiff_ray.batch import Batch
@@ -114,38 +114,31 @@ def test_boundaries_are_measured_for_the_model_and_every_rule(sprites):
     assert edges.floors["nearest palette colour"] == pytest.approx(boundary_f(nearest, truth).mean())
 
 
-def test_padding_is_no_row(model, findings):
+def test_only_real_rows_that_have_an_instance_count_for_it(model, findings):
     assert len(joined(model[1])) == 12
-    assert by_key(findings)["shape/accuracy"].rows == ROWS
-    assert by_key(findings)["pixels/l1_nats"].rows == ROWS
+    assert by_key(findings)["shape/accuracy"].rows == by_key(findings)["pixels/l1_nats"].rows == ROWS
+    some = by_key(evaluate(model[0], without(model[1], "shape", slice(0, 4))))
+    assert some["shape/accuracy"].rows == ROWS - 4
+    assert some["shapes/miou"].rows == ROWS
+    none = evaluate(model[0], without(model[1], "shapes", slice(None)))
+    assert "shapes/miou" not in by_key(none) and "masks_from_pixels" not in none.pictures
+    assert by_key(none)["shape/accuracy"].rows == ROWS
 
 
-def test_figures_are_the_same_again_and_however_the_rows_were_cut(model, findings):
+def test_figures_are_the_same_again_and_for_any_batch_size(model, findings):
     again = evaluate(model[0], [joined(model[1])])
     for key, figure in by_key(findings).items():
         assert by_key(again)[key].value == pytest.approx(figure.value, rel=1e-6), key
 
 
-def test_rows_that_lack_an_instance_do_not_count_for_it(model):
-    found = by_key(evaluate(model[0], without(model[1], "shape", slice(0, 4))))
-    assert found["shape/accuracy"].rows == ROWS - 4
-    assert found["shapes/miou"].rows == ROWS
-
-
-def test_instance_that_no_row_has_is_left_out(model):
-    found = evaluate(model[0], without(model[1], "shapes", slice(None)))
-    assert "shapes/miou" not in by_key(found) and "masks_from_pixels" not in found.pictures
-    assert by_key(found)["shape/accuracy"].rows == ROWS
-
-
-def test_instance_that_no_task_generates_from_the_anchor_is_not_asked_for(sprites):
+def test_an_instance_that_no_task_predicts_from_the_anchor_is_left_out(sprites):
     model, batches = model_of(sprites, "tasks.understand.roles.factors=absent")
     found = by_key(evaluate(model, batches))
     assert "factors/cosine" not in found and "shape/accuracy" in found
     assert "factors/l2_nats" in found  # it is generated from noise all the same
 
 
-def test_model_that_was_never_given_the_anchor_is_judged_on_joint_samples_alone(sprites):
+def test_a_model_that_was_never_given_the_anchor_is_evaluated_on_joint_samples_alone(sprites):
     model, batches = model_of(sprites, "tasks.understand=null", "tasks.restore=null", "tasks.prompt=null")
     found = by_key(evaluate(model, batches))
     assert not {"shapes/miou", "shape/accuracy", "factors/cosine"} & set(found)
@@ -169,7 +162,7 @@ def test_masks_of_a_picture_belong_to_the_same_rows(model):
     assert np.array_equal(panels["pixels"], anchor.picture(context.truth("pixels", every & some)[:2]))
 
 
-def test_samples_are_drawn_once_however_many_ask(model):
+def test_samples_are_drawn_once_for_all_evaluators(model):
     context = Context(model[0], joined(model[1]))
     assert context.sampled("pixels") is context.sampled("pixels")
     assert context.sampled() is not context.sampled("pixels")
@@ -181,7 +174,7 @@ def test_pictures_alone_need_few_rows(model):
     assert set(pictures) == {"joint", "masks_from_pixels"}
 
 
-def test_unknown_evaluator_is_named_and_silence_means_all(sprites):
+def test_an_unknown_evaluator_is_named_and_none_means_all(sprites):
     with pytest.raises(ConfigError, match=r"evaluate.evaluators: .*beauty.*bound, calibration"):
         check_evaluators(tiny.config(sprites, "evaluate.evaluators=[joint, beauty]"))
     assert evaluator_names(tiny.config(sprites, "evaluate.evaluators=null"))[:2] == ["bound", "calibration"]
@@ -205,27 +198,28 @@ def test_metrics_are_flat_with_floors_under_their_figures():
     assert len(metrics) == 5 + 4
 
 
-def told(figures: list[Figure]) -> str:
+def printed(figures: list[Figure]) -> str:
     written = io.StringIO()
     for table in tables(figures):
         Console(file=written, width=120).print(table)
     return written.getvalue()
 
 
-def test_each_figure_stands_beside_the_best_rule_and_whether_it_is_beaten():
-    lines = {line.split()[0]: line for line in told(FIGURES).splitlines() if "/" in line}
+def test_each_figure_stands_beside_the_best_rule_and_a_verdict():
+    lines = {line.split()[0]: line for line in printed(FIGURES).splitlines() if "/" in line}
     assert lines["alpha/iou"].split()[1:] == ["↑", "0.900", "0.800", "threshold", "+", "fill", "better"]
     assert lines["pixels/l1"].split()[1:] == ["↓", "0.500", "0.400", "mean", "colour", "not", "better"]
     assert lines["shape/code_agreement"].split()[1:] == ["↑", "0.700"]
-    assert "l1_nats" not in told(FIGURES) and "1.5" in told(FIGURES).split("the bound")[1]
+    assert "l1_nats" not in printed(FIGURES) and "1.5" in printed(FIGURES).split("the bound")[1]
+    assert len(tables(FIGURES)) == 2 and len(tables(FIGURES[:3])) == 1
 
 
-def test_a_sample_and_the_most_likely_answer_share_a_line_and_the_rule_is_compared_with_the_second():
+def test_a_sample_and_the_most_likely_prediction_share_a_line_and_the_rule_is_compared_with_the_latter():
     both = [
         Figure("alpha/iou", 0.7, "higher", 10, {"threshold": 0.8}),
         Figure("alpha/iou_likely", 0.9, "higher", 10, {"threshold": 0.8}),
     ]
-    (line,) = (line for line in told(both).splitlines() if "/" in line)
+    (line,) = (line for line in printed(both).splitlines() if "/" in line)
     assert line.split() == ["alpha/iou", "↑", "0.700", "0.900", "0.800", "threshold", "better"]
 
 
@@ -237,7 +231,3 @@ def test_numbers_and_verdicts_stay_whole_where_the_terminal_is_narrow():
     Console(file=written, width=100).print(tables(narrow)[0])
     (line,) = (line for line in written.getvalue().splitlines() if "gradient" in line)
     assert line.split()[:5] == [keys[0], "↓", "0.123", "0.123", "0.456"] and line.split()[-1] == "better"
-
-
-def test_no_bound_no_table():
-    assert len(tables(FIGURES)) == 2 and len(tables(FIGURES[:3])) == 1

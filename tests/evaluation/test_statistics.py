@@ -52,7 +52,7 @@ def test_ids_in_the_same_order_change_no_interval():
     assert difference(*known) == difference(*bare)
 
 
-def test_answers_about_one_row_are_resampled_together():
+def test_entries_of_one_row_are_resampled_together():
     values = np.random.default_rng(0).gamma(2, size=60)
     once = interval([mean_of(values)])
     ids = np.arange(60)
@@ -62,7 +62,7 @@ def test_answers_about_one_row_are_resampled_together():
     assert apart.high - apart.low < 0.6 * (once.high - once.low)
 
 
-def test_clusters_keep_the_level_where_rows_taken_apart_do_not():
+def test_clustered_rows_keep_the_level_and_independent_ones_do_not():
     def excludes(ids: np.ndarray) -> float:
         found = []
         for trial in range(200):
@@ -76,7 +76,7 @@ def test_clusters_keep_the_level_where_rows_taken_apart_do_not():
     assert excludes(np.arange(160)) > 0.2
 
 
-def test_seeds_that_judge_other_rows_have_one_interval_over_all_of_them():
+def test_seeds_on_different_folds_have_one_interval_over_all_rows():
     generator = np.random.default_rng(0)
     folds = [np.arange(start, start + 40) for start in range(0, 200, 40)]
     hard = generator.normal(size=200)

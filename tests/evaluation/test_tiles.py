@@ -27,7 +27,7 @@ def test_a_text_stays_inside_its_tile(text: str, size: int) -> None:
     assert not written[:, :margin].any() and not written[:, -margin:].any()
 
 
-def test_wrapped_lines_are_no_wider_than_asked_and_lose_no_word_where_there_is_room() -> None:
+def test_wrapped_lines_fit_the_width_and_keep_all_words_if_there_is_room() -> None:
     text = "every word of this sentence has to come back in the order in which it went in"
     lines = tiles.wrap(text, 12, 120, 20)
     assert " ".join(lines) == text

@@ -39,15 +39,15 @@ def values(*figures: dict, **more) -> dict:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_committed_page_is_that_of_its_result_with_all_figures(name, tmp_path):
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf8"))
-    experiment, said = load_experiment(name, "small"), RESULTS / f"{name}.discussion.md"
-    (tmp_path / said.name).write_text(said.read_text(encoding="utf8"), encoding="utf8")
+    experiment, file = load_experiment(name, "small"), RESULTS / f"{name}.discussion.md"
+    (tmp_path / file.name).write_text(file.read_text(encoding="utf8"), encoding="utf8")
     page, *pictures = write_page(experiment, found, tmp_path / name)
     assert page.read_text(encoding="utf8") == (RESULTS / page.name).read_text(encoding="utf8")
     assert pictures[0].name == f"{name}-overview.png"
     assert all((RESULTS / picture.name).is_file() for picture in pictures)
-    told = {(one["measure"], one["figure"]) for one in found["figures"]}
-    assert {(panel.measure, panel.figure) for panel in experiment.overview} <= told
-    assert {curve["figure"] for curve in experiment.curves} <= {figure for _, figure in told}
+    shown = {(one["measure"], one["figure"]) for one in found["figures"]}
+    assert {(panel.measure, panel.figure) for panel in experiment.overview} <= shown
+    assert {curve["figure"] for curve in experiment.curves} <= {figure for _, figure in shown}
 
 
 def test_real_images_stand_beside_the_distances_of_as_many_samples_alone():
@@ -62,7 +62,7 @@ def test_real_images_stand_beside_the_distances_of_as_many_samples_alone():
     assert "grows as images get fewer" not in markdown(values(*figures[:1]))
 
 
-def test_rows_tell_their_seeds_where_these_differ():
+def test_rows_show_their_seeds_if_these_differ():
     same = markdown(values(line("ours", "label/judged", 0.5), line("other", "label/judged", 0.4)))
     assert "seeds |\n|---|---|---|\n" not in same and "fewer where" not in same
     page = markdown(values(line("ours", "label/judged", 0.5), line("other", "label/judged", 0.4, seeds=1)))
@@ -84,7 +84,7 @@ def test_a_comparison_by_one_seed_is_marked_apart_and_the_page_counts_them():
     assert "2 of 3 comparisons are marked" in page
 
 
-def test_a_page_says_what_a_sample_costs_and_whose_costs_more():
+def test_a_page_states_the_network_evaluations_per_sample():
     ways = {
         "ours": {"sampler": "ancestral", "predictions": 20},
         "other": {"sampler": "ancestral", "predictions": 77},
@@ -103,7 +103,7 @@ def test_a_page_says_how_lpips_and_boundaries_are_measured_where_they_are():
     assert "bilinearly" not in plain and "diagonal" not in plain
 
 
-def test_a_recall_that_shuffled_pixels_reach_is_told_to_be_weak():
+def test_a_recall_that_shuffled_pixels_reach_has_a_warning():
     rule = line("rule: shuffled pixels", "pixels/recall_x", 0.15)
     page = markdown(values(line("ours", "pixels/recall_x", 0.1), rule, line("other", "pixels/recall_x", 0.2)))
     assert "pixels/recall_x: shuffled pixels reach 0.150, at least as much as ours, all. With so few" in page
@@ -147,7 +147,7 @@ def test_rules_far_from_all_methods_do_not_stretch_an_axis():
     assert 0 < low < 90 and high > 4000
 
 
-def test_words_are_wrapped_evenly_in_as_few_lines_as_can_be():
+def test_labels_are_wrapped_evenly_in_as_few_lines_as_possible():
     assert wrapped("restoration alone (diffusion), asked in one pass", 40).split("\n") == [
         "restoration alone (diffusion),", "asked in one pass",
     ]  # fmt: skip

@@ -166,7 +166,7 @@ def test_tasks_are_watched_while_cells_train(done):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_cell_that_still_trains_cuts_no_curve_short(done, tmp_path):
+def test_a_cell_in_training_shortens_no_curve(done, tmp_path):
     runs = shutil.copytree(done / "runs", tmp_path / "runs")
     folder = runs / "small-smoke" / "both-1"
     (folder / "export" / "facts.json").unlink()
@@ -199,7 +199,7 @@ def test_cells_are_child_runs_of_one_run_with_losses_and_figures(done):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_second_run_does_nothing_again_and_says_the_same(done):
+def test_a_second_run_trains_nothing_and_has_the_same_result(done):
     before = result(done)
     weights = done / "runs" / "small-smoke" / "both-0" / "export" / "model.safetensors"
     written = weights.stat().st_mtime_ns
@@ -285,7 +285,7 @@ def test_a_cell_whose_model_is_elsewhere_is_trained_again_for_another_measure(do
 
 
 @pytest.mark.slow
-def test_a_cell_that_is_killed_goes_on_and_ends_with_the_same_model(done, tmp_path):
+def test_a_killed_cell_resumes_and_ends_with_the_same_model(done, tmp_path):
     runs = tmp_path / "runs"
     command = [sys.executable, "-m", "mmdiff_ray.experiments.cell", str(done / "small.yaml"), "alone", "1"]
     command += ["--preset", "smoke", "--runs", str(runs)]
@@ -308,19 +308,19 @@ def test_a_cell_that_is_killed_goes_on_and_ends_with_the_same_model(done, tmp_pa
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_runner_that_is_ended_goes_on_and_finishes_with_the_same_table(done, tmp_path, number):
+def test_a_killed_runner_resumes_and_ends_with_the_same_table(done, tmp_path, number):
     shutil.copy(done / "small.yaml", tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     environment.pop("RAY_ADDRESS", None)
-    said = tmp_path / "said"
-    with said.open("w") as out:
+    log = tmp_path / "log"
+    with log.open("w") as out:
         runner = subprocess.Popen(
             [sys.executable, "-m", "mmdiff_ray.cli", *words(tmp_path)],
             stdout=out, stderr=subprocess.STDOUT, env=environment,
         )  # fmt: skip
         deadline = time.monotonic() + 200
         while not (ended := list(tmp_path.glob("runs/small-smoke/*/export/facts.json"))):
-            assert time.monotonic() < deadline and runner.poll() is None, said.read_text()
+            assert time.monotonic() < deadline and runner.poll() is None, log.read_text()
             time.sleep(0.05)
         runner.send_signal(number)
         assert runner.wait(60) == (130 if number == signal.SIGTERM else -signal.SIGKILL)
@@ -328,8 +328,8 @@ def test_a_runner_that_is_ended_goes_on_and_finishes_with_the_same_table(done, t
     server = store.client(store.tracking_uri(None, tmp_path / "runs"))
     if number == signal.SIGTERM:
         assert (
-            "stopped; run the same command to resume" in said.read_text()
-            and "Traceback" not in said.read_text()
+            "stopped; run the same command to resume" in log.read_text()
+            and "Traceback" not in log.read_text()
         )
         assert server.get_run(parent).info.status == "KILLED"
     assert not (tmp_path / "result.json").exists()
@@ -341,7 +341,7 @@ def test_a_runner_that_is_ended_goes_on_and_finishes_with_the_same_table(done, t
 
 
 @pytest.mark.slow
-def test_a_second_runner_is_told_of_the_first_and_changes_nothing(done, capsys):
+def test_a_second_runner_is_refused_and_changes_nothing(done, capsys):
     before = (done / "result.json").read_bytes()
     with alone(done / "runs" / "small-smoke"):
         assert main(words(done)) == 2

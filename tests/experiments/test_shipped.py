@@ -39,12 +39,12 @@ def test_experiment_runs_to_its_page(folder, ray_cluster, capsys, file):
     for method in experiment.methods.values():
         for measure in experiment.measures_of(method):
             assert (measure.name, method.name) in measured
-    told = {line["figure"] for line in found["figures"]}
+    shown = {line["figure"] for line in found["figures"]}
     assert {(panel.measure, panel.figure) for panel in experiment.overview} <= {
         (line["measure"], line["figure"]) for line in found["figures"]
     } or experiment.preset.measures
     for matrix in experiment.matrices:
         assert set(matrix["rows"]) <= {measure for measure, _ in measured}
-        assert set(matrix["columns"]) <= told
+        assert set(matrix["columns"]) <= shown
     assert all(line["mean"] == line["mean"] for line in found["figures"]), "a figure is not a number"
     assert experiment.title in capsys.readouterr().out

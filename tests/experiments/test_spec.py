@@ -166,13 +166,15 @@ def test_a_configuration_is_checked_once(tmp_path):
     assert experiment.load(["seed=2"], PLAIN["base"]).seed == 2
 
 
-def test_a_model_is_asked_as_method_and_measure_say(tmp_path):
+def test_a_model_is_evaluated_under_the_overrides_of_method_and_measure(tmp_path):
     experiment = load_experiment(written(tmp_path), "smoke")
     config = experiment.config(experiment.cells()[0], tmp_path)
     measure = experiment.measures["thirty"]
-    asked = experiment.evaluation_config(config, experiment.methods["asked"], measure)
-    assert asked.evaluate.inpaint == "repaint" and asked.evaluate.evaluators == ["restoration"]
-    assert asked.modalities["masked"].ratio == [0.3, 0.3]
+    config_of_measure = experiment.evaluation_config(config, experiment.methods["asked"], measure)
+    assert config_of_measure.evaluate.inpaint == "repaint" and config_of_measure.evaluate.evaluators == [
+        "restoration"
+    ]
+    assert config_of_measure.modalities["masked"].ratio == [0.3, 0.3]
     assert (
         experiment.evaluation_config(config, experiment.methods["both"], measure).evaluate.inpaint == "given"
     )
@@ -245,13 +247,13 @@ def test_mistakes_are_named_with_the_file(tmp_path, changes, preset, words):
         load_experiment(written(tmp_path, **changes), preset)
 
 
-def test_a_wrong_override_is_told_with_its_method(tmp_path):
+def test_a_wrong_override_is_named_with_its_method(tmp_path):
     experiment = load_experiment(written(tmp_path, methods__half__overrides=["train.smples=3"]), "smoke")
     with pytest.raises(ConfigError, match=r"small, method half: train.smples: unknown key"):
         experiment.config(experiment.cells()[1], tmp_path)
 
 
-def test_an_unknown_experiment_is_answered_with_those_there_are():
+def test_an_unknown_experiment_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"unknown 'masked_imge'; known: .*did you mean 'masked_image'"):
         load_experiment("masked_imge", "smoke")
 
@@ -298,7 +300,7 @@ def built(file: Path, preset: str) -> dict[str, Denoiser]:
 
 
 @ON_GPU
-def test_models_for_a_gpu_are_large_equal_where_compared_and_say_things_as_loudly(file):
+def test_models_for_a_gpu_are_large_equally_sized_and_have_codes_of_usual_scale(file):
     experiment = load_experiment(str(file), "gpu")
     small, large = built(file, "small"), built(file, "gpu")
     sizes = {name: sum(map(Tensor.numel, denoiser.parameters())) for name, denoiser in large.items()}
@@ -350,10 +352,10 @@ def test_a_digest_changes_with_any_setting_and_not_with_a_new_one_at_its_default
     experiment = load_experiment(written(tmp_path), "smoke")
     configs = [experiment.config(cell, tmp_path) for cell in experiment.cells()]
     assert len({training_digest(config) for config in configs}) == 3
-    asked = experiment.evaluation_config(
+    config_of_measure = experiment.evaluation_config(
         configs[0], experiment.methods["asked"], experiment.measures["thirty"]
     )
-    assert training_digest(asked) != training_digest(configs[0])  # its holes are other ones
+    assert training_digest(config_of_measure) != training_digest(configs[0])  # its holes are other ones
     assert digest(Changed(size=3)) == digest(Old()) != digest(Changed()) == digest(Old(size=5))
     same = ["name=other", "runs=x", "checkpoint.keep_last=3", "train.log_every_samples=7", "evaluate.steps=9"]
     plain = to_plain(configs[0])
@@ -361,7 +363,7 @@ def test_a_digest_changes_with_any_setting_and_not_with_a_new_one_at_its_default
     assert training_digest(load((), ["train.clip_norm=7"], plain)) != training_digest(configs[0])
 
 
-def test_a_method_is_not_taken_for_refused_where_it_is_the_data_that_lack(tmp_path, monkeypatch):
+def test_missing_data_do_not_count_as_a_refused_method(tmp_path, monkeypatch):
     experiment = load_experiment("weights", "smoke")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="no data set at data/digits"):
