@@ -29,48 +29,34 @@ from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import write_json
 
 
-def run_experiment(
-    experiment: Experiment, runs: Path, out: Path, say: Say, cells: Sequence[Cell] | None = None
-) -> Path:
-    """Train and measure every cell that is not done, and write the result beside `out`: json, md, figures.
+def run_experiment(experiment: Experiment, runs: Path, out: Path, say: Say, cells: Sequence[Cell]) -> Path:
+    """Train and measure the cells that are not done, write the result beside `out`, and return its page.
 
     runs: the folder of the cells. Cells in it are done, wherever they were trained, and so are those in the
-    archive beside `out`. cells: those to run, all where None. Raises ConfigError for a wrong configuration
-    before any cell starts, and RunError at the end if cells failed; the result has those that did not.
+    archive beside `out`. Raises ConfigError for a wrong configuration before any cell starts, and RunError at
+    the end if cells failed; the result has those that did not.
     """
-    folder = experiment.folder(runs)
+    folder, uri = experiment.folder(runs), tracking_uri(None, runs.absolute())
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
-        return _run(experiment, runs, out, say, cells)
-
-
-def _run(experiment: Experiment, runs: Path, out: Path, say: Say, cells: Sequence[Cell] | None) -> Path:
-    restore(experiment, runs, out, say)
-    check_cells(experiment, runs)
-    folder, uri = experiment.folder(runs), tracking_uri(None, runs.absolute())
-    root = folder / "tracking"
-    parent = _start_or_resume(
-        uri,
-        root,
-        f"experiment-{experiment.name}",
-        folder.name,
-        {"experiment": experiment.name, "preset": experiment.preset.name, "main": experiment.main},
-        configuration.to_yaml(experiment),
-    )
-    try:
-        failed = _run_cells(
-            experiment, experiment.cells() if cells is None else cells, runs, uri, parent, say
-        )
-    except KeyboardInterrupt:
-        run_life.end_run(uri, parent, "KILLED", root)
-        say("stopped; run the same command to resume, or with --table to see the result so far")
-        raise
-    written = write_result(experiment, runs, out, say)
-    tracker = Tracker(uri, parent, root)
-    for path in written:
-        tracker.artifact(path, "result")
-    tracker.close(timeout_s=30)
-    run_life.end_run(uri, parent, "FAILED" if failed else "FINISHED", root)
+        restore(experiment, runs, out, say)
+        check_cells(experiment, runs)
+        root, name = folder / "tracking", f"experiment-{experiment.name}"
+        settings = {"experiment": experiment.name, "preset": experiment.preset.name, "main": experiment.main}
+        yaml = configuration.to_yaml(experiment)
+        parent = _start_or_resume(uri, root, name, folder.name, settings, yaml)
+        try:
+            failed = _run_cells(experiment, cells, runs, uri, parent, say)
+        except KeyboardInterrupt:
+            run_life.end_run(uri, parent, "KILLED", root)
+            say("stopped; run the same command to resume, or with --table to see the result so far")
+            raise
+        written = write_result(experiment, runs, out, say)
+        tracker = Tracker(uri, parent, root)
+        for path in written:
+            tracker.artifact(path, "result")
+        tracker.close(timeout_s=30)
+        run_life.end_run(uri, parent, "FAILED" if failed else "FINISHED", root)
     if failed:
         errors = "; ".join(f"{key}: {error}" for key, error in failed.items())
         raise RunError(f"{len(failed)} cells failed; run the same command to retry them: {errors}")

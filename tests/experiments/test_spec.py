@@ -109,21 +109,30 @@ def test_a_preset_has_values_of_its_own_for_a_method_and_its_overrides_come_last
     assert (half.train.global_batch, both.train.global_batch) == (16, 8)
 
 
-def test_data_of_folds_go_with_the_seed(tmp_path):
+def test_data_sets_are_one_or_several_and_follow_the_seed(tmp_path):
+    toy = {"pipeline": "toy", "uri": "data/toy"}
+    drawn = {"pipeline": "samples", "uri": "data/drawn-{seed}", "options": {"seed": "{seed}"}}
+    fold = {"pipeline": "toy", "uri": "data/fold{fold}", "options": {"fold": "{fold}"}, "folds": 2}
+    assert load_experiment(written(tmp_path), "smoke").data_sets() == []
+    assert load_experiment(written(tmp_path, data=toy), "smoke").data_sets() == [DataSet(**toy)]
+    at_preset = load_experiment(written(tmp_path, data=toy, presets__smoke__data=[drawn]), "smoke")
+    assert [one.pipeline for one in at_preset.data_sets()] == ["samples"] * 2
     file = written(
         tmp_path,
-        data={"pipeline": "toy", "uri": "data/toy-fold{fold}", "options": {"fold": "{fold}"}, "folds": 2},
-        base__data={"sources": [{"uri": "data/toy-fold{fold}"}, {"uri": "data/all"}]},
+        data=[toy, drawn, fold],
+        base__data={"sources": [{"uri": "data/fold{fold}"}, {"uri": "data/drawn-{seed}"}]},
         measures__thirty__overrides=["evaluate.split=test"],
         measures__joint__overrides=["data.sources=[{uri: 'data/other{fold}'}]"],
     )
     experiment = load_experiment(file, "smoke")
     assert [(one.uri, one.options) for one in experiment.data_sets()] == [
-        (f"data/toy-fold{fold}", {"fold": fold}) for fold in ("1", "0")
+        ("data/toy", {}),
+        *[(f"data/drawn-{seed}", {"seed": seed}) for seed in ("3", "4")],
+        *[(f"data/fold{number}", {"fold": number}) for number in ("1", "0")],
     ]
     both, _, later = (experiment.config(cell, tmp_path) for cell in experiment.cells())
-    assert [source.uri for source in both.data.sources] == ["data/toy-fold1", "data/all"]
-    assert [source.uri for source in later.data.sources] == ["data/toy-fold0", "data/all"]
+    assert [source.uri for source in both.data.sources] == ["data/fold1", "data/drawn-3"]
+    assert [source.uri for source in later.data.sources] == ["data/fold0", "data/drawn-4"]
     assert training_digest(both) != training_digest(dataclasses.replace(later, seed=both.seed))
     thirty, joint = (
         experiment.evaluation_config(later, experiment.methods["both"], experiment.measures[name])
@@ -132,31 +141,6 @@ def test_data_of_folds_go_with_the_seed(tmp_path):
     assert (thirty.evaluate.split, later.evaluate.split) == ("test", "val")
     assert thirty.data == later.data
     assert [source.uri for source in joint.data.sources] == ["data/other0"]
-
-
-def test_an_experiment_has_one_data_set_or_several_with_placeholders(tmp_path):
-    toy = {"pipeline": "toy", "uri": "data/toy"}
-    drawn = {"pipeline": "samples", "uri": "data/drawn-{seed}", "options": {"seed": "{seed}"}}
-    fold = {"pipeline": "toy", "uri": "data/fold-{fold}", "folds": 2}
-    assert load_experiment(written(tmp_path), "smoke").data_sets() == []
-    assert load_experiment(written(tmp_path, data=toy), "smoke").data_sets() == [DataSet(**toy)]
-    file = written(
-        tmp_path,
-        data=[toy, drawn, fold],
-        base__data={"sources": [{"uri": "data/drawn-{seed}"}, {"uri": "data/fold-{fold}"}]},
-        measures__thirty__overrides=["data.sources=[{uri: data/toy}]"],
-    )
-    experiment = load_experiment(file, "smoke")
-    uris = ["data/toy", "data/drawn-3", "data/drawn-4", "data/fold-1", "data/fold-0"]
-    assert [one.uri for one in experiment.data_sets()] == uris
-    assert experiment.data_sets()[1].options == {"seed": "3"}
-    config = experiment.config(experiment.cells()[0], tmp_path)
-    assert [source.uri for source in config.data.sources] == ["data/drawn-3", "data/fold-1"]
-    both, thirty = experiment.methods["both"], experiment.measures["thirty"]
-    evaluated = experiment.evaluation_config(config, both, thirty)
-    assert [source.uri for source in evaluated.data.sources] == ["data/toy"]
-    at_preset = written(tmp_path, data=toy, presets__smoke__data=[drawn])
-    assert [one.pipeline for one in load_experiment(at_preset, "smoke").data_sets()] == ["samples"] * 2
 
 
 def test_a_configuration_is_checked_once(tmp_path):
