@@ -311,7 +311,7 @@ def test_continue_takes_no_folder_for_a_run_that_holds_anything_else(capsys, con
     other = config_file.parent / "runs" / "tiny" / "checkpoints"
     other.mkdir(parents=True)
     code, _, errors = run(capsys, "train", str(config_file), "--continue")
-    assert code == 2 and "tiny is there and is no run; choose another name" in errors and other.is_dir()
+    assert code == 2 and "tiny exists and is no run; choose another name" in errors and other.is_dir()
     code, _, errors = run(capsys, "train", str(config_file), "--continue", "--dry-run")
     assert code == 2 and "--continue" in errors
 

@@ -31,7 +31,7 @@ def _run(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed.display import make_console
     from mmdiff_ray.distributed.evaluate import evaluate_run
     from mmdiff_ray.evaluation.run import tables
-    from mmdiff_ray.runs.folder import shown
+    from mmdiff_ray.runs.folder import display_path
     from mmdiff_ray.runs.job import find_run
 
     console = make_console()
@@ -40,5 +40,5 @@ def _run(given: argparse.Namespace) -> int:
     for table in tables(findings.figures):
         console.print(table)
     for what, name in (("figures   ", "evaluation.json"), ("pictures  ", "pictures")):
-        console.print(f"{what}{shown(folder, place / name)}", soft_wrap=True)
+        console.print(f"{what}{display_path(folder, place / name)}", soft_wrap=True)
     return 0

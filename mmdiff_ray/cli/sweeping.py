@@ -15,7 +15,6 @@ from mmdiff_ray.distributed.launch import STATUS
 from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import records
 from mmdiff_ray.runs.job import Job
-from mmdiff_ray.runs.lock import only_driver
 from mmdiff_ray.storage.filesystem import is_uri, join, parent
 from mmdiff_ray.sweeps.findings import figures_of
 from mmdiff_ray.sweeps.journal import read_trials, trial_address
@@ -39,7 +38,6 @@ from mmdiff_ray.tracking.jobs import reachable
 from mmdiff_ray.tracking.links import is_server
 from mmdiff_ray.tracking.store import shown, tracking_uri
 from mmdiff_ray.tracking.tracker import Tracker
-from mmdiff_ray.training.remote_checkpoints import STILL_S
 
 REPORT = "report"
 
@@ -60,7 +58,7 @@ def sweep(spec: Sweep, file: str, overrides: Sequence[str], where: str) -> int:
         if folder.name != spec.name:
             before = shlex.join([spec.name] if where == "runs" else [spec.name, "--runs", where])
             console.print(f"{spec.name} is there already; mmdiff sweep --resume {before} goes on with it")
-        with only_driver(folder, _say, new=True):
+        with runs.lock_run(folder, _say):
             return _run(spec, folder)
 
 
@@ -78,7 +76,7 @@ def resume(name: str, where: str, overrides: Sequence[str]) -> int:
     folder = sweep_folder(name, where)
     facts = read_facts(folder)
     spec = load_sweep(folder / TEXT, overrides)
-    with only_driver(folder, _say), sweep_cluster(spec):
+    with runs.lock_run(folder, _say), sweep_cluster(spec):
         resources_of(spec, spec.config({}))
         records.take(folder, runs.mirror_of(folder))
         run_life.resume_run(facts["tracking_uri"], facts["run_id"], records.root(folder))
@@ -155,7 +153,7 @@ def _report(uri: str, run_id: str, folder: Path) -> Record:
     mirror = runs.mirror_of(folder)
     if mirror is not None:
         mirror.send(REPORT)
-        if left := mirror.flush(STILL_S):
+        if left := mirror.flush():
             raise RunError(runs.not_sent(mirror.uri, folder, left, "mmdiff sweep report"))
     return record
 
@@ -173,7 +171,7 @@ def report(name: str, where: str) -> int:
         uri, run_id = _store(None, where), Path(name).name
         folder = runs.folder_of(sweeps_in(where), run_id)
         if is_uri(where):
-            runs.make(join(sweeps_in(where), run_id))
+            runs.make_cache(join(sweeps_in(where), run_id))
     record = _report(uri, run_id, folder)
     console = make_console()
     for line in verdict(record):

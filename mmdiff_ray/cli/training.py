@@ -26,10 +26,9 @@ from mmdiff_ray.runs import records
 from mmdiff_ray.runs.job import Job
 from mmdiff_ray.storage.filesystem import is_uri
 from mmdiff_ray.tracking.links import is_server
-from mmdiff_ray.tracking.run_life import is_local, run_page
+from mmdiff_ray.tracking.run_life import run_page
 from mmdiff_ray.tracking.store import shown, tracking_uri
 from mmdiff_ray.training.parallel import choose_device
-from mmdiff_ray.training.remote_checkpoints import STILL_S
 
 TIMED_STEPS = 6
 """Steps that a dry run measures; the first does not count."""
@@ -64,7 +63,7 @@ def train_and_evaluate(
             f"{job.folder.name} is finished at {job.config.train.samples:,} samples; to go on from there: "
             f"mmdiff train --resume {_called(job.folder)} train.samples=N"
         )
-        return _all_sent(console, job.folder)
+        return exit_code(console, job.folder)
     if config is not None:
         launch.check_tracking(job)
     begun = time.monotonic()
@@ -79,7 +78,7 @@ def train_and_evaluate(
             return 130
         if job.config.evaluate.evaluators == []:
             _say_where(console, folder, run["tracking_uri"])
-            return _all_sent(console, folder)
+            return exit_code(console, folder)
         rows = min(job.config.evaluate.rows, held_out(job))
         console.print(f"trained in {duration(time.monotonic() - begun)}; evaluating on {rows} rows")
         findings, _ = evaluate_run(folder, on_ray=job.config.workers.count > 0)
@@ -88,18 +87,12 @@ def train_and_evaluate(
     for table in tables(findings.figures):
         console.print(table)
     _say_where(console, folder, run["tracking_uri"])
-    return _all_sent(console, folder)
+    return exit_code(console, folder)
 
 
-def _all_sent(console: Console, folder: Path) -> int:
-    """Wait until MLflow has a run's records, and storage what was made of it; return the exit code, 1 where
-    one has not. Records of a run that began without MLflow may wait."""
-    left = records.settle(folder, lambda text: console.print(text, soft_wrap=True))
-    mirror = runs.mirror_of(folder)
-    unsent = mirror.flush(STILL_S) if mirror is not None else []
-    if unsent:
-        console.print(runs.not_sent(runs.address(folder), folder, unsent), soft_wrap=True)
-    return 1 if unsent or (left and not is_local(jobs.read_run(folder)["run_id"])) else 0
+def exit_code(console: Console, folder: Path) -> int:
+    """Wait until MLflow and storage have all of a run; return 0 if they have, else 1."""
+    return 0 if records.finish(folder, lambda text: console.print(text, soft_wrap=True)) else 1
 
 
 def is_finished(job: Job) -> bool:
@@ -118,8 +111,8 @@ def held_out(job: Job) -> int:
 
 
 def _say_where(console: Console, folder: Path, uri: str) -> None:
-    console.print(f"run       {runs.shown(folder, folder)}", soft_wrap=True)
-    console.print(f"pictures  {runs.shown(folder, folder / 'pictures')}", soft_wrap=True)
+    console.print(f"run       {runs.display_path(folder, folder)}", soft_wrap=True)
+    console.print(f"pictures  {runs.display_path(folder, folder / 'pictures')}", soft_wrap=True)
     console.print(f"MLflow    {_ui(folder, uri)}", soft_wrap=True)
     console.print(f"next      mmdiff sample {_called(folder)} --num 16", soft_wrap=True)
 
@@ -129,13 +122,19 @@ def _ui(folder: Path, uri: str) -> str:
     where = folder.parent
     if is_uri(runs.address(folder)) or is_server(uri) or uri != shown(tracking_uri(None, where)):
         return run_page(uri, jobs.read_run(folder)["run_id"])
-    return "mmdiff ui" if where == Path("runs").absolute() else f"mmdiff ui --runs {runs.near(where)}"
+    return (
+        "mmdiff ui"
+        if where == Path("runs").absolute()
+        else f"mmdiff ui --runs {runs.display_path(where, where)}"
+    )
 
 
 def _called(folder: Path) -> str:
     """Return what a person types to name a run from here."""
     return (
-        folder.name if folder.parent == Path("runs").absolute() else shlex.quote(runs.shown(folder, folder))
+        folder.name
+        if folder.parent == Path("runs").absolute()
+        else shlex.quote(runs.display_path(folder, folder))
     )
 
 

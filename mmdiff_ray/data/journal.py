@@ -12,11 +12,11 @@ from mmdiff_ray.data.manifest import JOURNAL, MANIFEST, SPLITS, Shard, listed_sp
 from mmdiff_ray.data.schema import Tally
 from mmdiff_ray.storage.filesystem import (
     exists,
-    files_under,
     filesystem,
+    list_files,
     read_bytes,
     remove,
-    write_bytes_atomic,
+    write_atomic,
 )
 
 SHARD_PATH = re.compile(r"(train|val|test)/\d{5,}\.parquet")
@@ -47,7 +47,7 @@ class Journal:
             },
             "shards": {split: [asdict(shard) for shard in shards] for split, shards in self.shards.items()},
         }
-        write_bytes_atomic(fs, f"{root}/{JOURNAL}", json.dumps(plain).encode())
+        write_atomic(fs, f"{root}/{JOURNAL}", json.dumps(plain).encode())
 
     def go_on_from(self, earlier: "Journal", uri: str) -> None:
         """Take over what an interrupted build has written. Raises ConfigError if it was set up otherwise."""
@@ -107,7 +107,7 @@ def make_room(uri: str, force: bool) -> None:
         for path in ours:
             remove(fs, f"{root}/{path}")
     if force or not ours:
-        strangers = [path for split in SPLITS for path in files_under(fs, f"{root}/{split}")]
+        strangers = [path for split in SPLITS for path in list_files(fs, f"{root}/{split}")]
         if strangers:
             raise ConfigError(
                 f"{uri} holds files that are not ours, e.g. {strangers[0]}; build in an empty folder"

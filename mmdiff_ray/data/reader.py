@@ -14,7 +14,7 @@ from mmdiff_ray.data.parquet import Tables, read_row_group
 from mmdiff_ray.data.plan import Window
 from mmdiff_ray.modalities.base import Modality, RowContext
 from mmdiff_ray.storage.filesystem import absolute
-from mmdiff_ray.storage.retry import patiently
+from mmdiff_ray.storage.retry import retry
 
 Arrays = dict[str, np.ndarray]
 """Rows as arrays of one length n, fit for any transport.
@@ -61,7 +61,7 @@ class RowReader:
 
         A row that cannot be read or decoded keeps its slot, so that no other row moves: it is not real, and
         its error says why. Corrupt data never raises here; who makes batches of the rows counts them and
-        stops. Storage that does not answer makes no row bad: it is tried again, for minutes, unless `ended`
+        stops. Storage that does not answer makes no row bad: it is retried, for minutes, unless `ended`
         is set. Raises OutageError then.
         """
         places = window.places()
@@ -71,7 +71,7 @@ class RowReader:
             take = [places[slot][1] for slot in slots]
             rows_of = functools.partial(self._rows, window.source, row_group, take)
             try:
-                rows = patiently(rows_of, f"read {self.uris[window.source]}", ended)
+                rows = retry(rows_of, f"read {self.uris[window.source]}", ended)
             except OutageError:
                 raise
             except Exception as error:
@@ -128,7 +128,7 @@ class RowReader:
 
 
 def _manifest(uri: str) -> Manifest:
-    return patiently(lambda: read_manifest(uri), f"read {uri}")
+    return retry(lambda: read_manifest(uri), f"read {uri}")
 
 
 def _by_row_group(places: Sequence[tuple[RowGroup, int]]) -> dict[RowGroup, list[int]]:

@@ -20,8 +20,8 @@ from mmdiff_ray.data.manifest import (
 )
 from mmdiff_ray.data.parquet import encode, footer_crc32, read_row_group
 from mmdiff_ray.data.schema import Column, Tally, add_tallies, make_column
-from mmdiff_ray.storage.filesystem import cannot_write, checksum, filesystem, remove, write_bytes_atomic
-from mmdiff_ray.storage.retry import patiently
+from mmdiff_ray.storage.filesystem import cannot_write, checksum, filesystem, remove, write_atomic
+from mmdiff_ray.storage.retry import retry
 
 
 class ShardWriter:
@@ -126,7 +126,7 @@ class ShardWriter:
             created_by=created_by(),
         )
         fs, root = filesystem(self.uri)
-        self._bring(lambda: write_bytes_atomic(fs, f"{root}/{MANIFEST}", to_json(manifest)))
+        self._bring(lambda: write_atomic(fs, f"{root}/{MANIFEST}", to_json(manifest)))
         self._bring(lambda: remove(fs, f"{root}/{JOURNAL}"))
         return manifest
 
@@ -146,7 +146,7 @@ class ShardWriter:
         path = f"{split}/{len(self._journal.shards[split]):05d}.parquet"
         data = encode(rows, self._columns, self._rows_per_group)
         fs, root = filesystem(self.uri)
-        self._bring(lambda: write_bytes_atomic(fs, f"{root}/{path}", data))
+        self._bring(lambda: write_atomic(fs, f"{root}/{path}", data))
         groups = _group_sizes(len(rows), self._rows_per_group)
         digest = hashlib.sha256(data).hexdigest()
         self._journal.shards[split].append(
@@ -164,7 +164,7 @@ class ShardWriter:
     def _bring(self, action: Callable[[], None]) -> None:
         """Change something in storage, and wait an outage out. Raises RunError where that cannot be done."""
         try:
-            patiently(action, f"write to {self.uri}")
+            retry(action, f"write to {self.uri}")
         except (OSError, OutageError) as error:
             what = str(error) if isinstance(error, OutageError) else f"cannot write to {self.uri}: {error}"
             raise RunError(f"{what}; run the same command again, it goes on where it stopped") from None
@@ -240,7 +240,7 @@ def _keys(uri: str, shard: Shard) -> list[str]:
         return [key for group in groups for key in read_row_group(uri, group, ["key"])["key"]]
 
     try:
-        return patiently(read, f"read {uri}")
+        return retry(read, f"read {uri}")
     except (OSError, ValueError) as error:
         where = f"{uri}/{shard.path} of an interrupted build"
         raise ConfigError(f"{where} cannot be read: {error}; {RESTART}") from None

@@ -234,7 +234,7 @@ def _evaluations(folder: Path) -> list[str]:
     """Return the names of the evaluations that a run has in storage."""
     mirror = runs.mirror_of(folder)
     try:
-        return [] if mirror is None else [name.partition("/")[0] for name in mirror.names("evaluations")]
+        return [] if mirror is None else [name.partition("/")[0] for name in mirror.files("evaluations")]
     except OSError as error:
         raise RunError(f"cannot look into {runs.address(folder)}: {error}") from None
 

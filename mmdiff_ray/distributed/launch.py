@@ -23,12 +23,10 @@ from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.runs import records
 from mmdiff_ray.runs.describe import description
 from mmdiff_ray.runs.job import Job
-from mmdiff_ray.runs.lock import only_driver
 from mmdiff_ray.storage.filesystem import is_uri, join
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.recorder import DESCRIPTION_TAG, DatasetFacts
 from mmdiff_ray.tracking.store import shown, tracking_uri
-from mmdiff_ray.training.remote_checkpoints import STILL_S
 
 POLL_S = 0.3
 BOARD_RESTARTS = 3
@@ -50,7 +48,7 @@ def train(job: Job, display: Display) -> Path:
             display.say(f"MLflow at {shown(job.tracking_uri)} does not answer; records wait in {job.spool}")
         if job.config.workers.count and (warning := split_records(job.tracking_uri, job.config.runs)):
             display.say(warning)
-        with only_driver(job.folder, display.say, new=True):
+        with runs.lock_run(job.folder, display.say):
             return run(job, display)
 
 
@@ -59,7 +57,7 @@ def resume(job: Job, display: Display, new_mlflow_run: bool = False) -> Path:
 
     Raises ConfigError where another process trains it, or its MLflow run was deleted.
     """
-    with only_driver(job.folder, display.say), resources(job.config.workers):
+    with runs.lock_run(job.folder, display.say), resources(job.config.workers):
         if not new_mlflow_run:  # once the lock is held: who holds it may be writing to the store
             otherwise = "record it in a new MLflow run: --new-mlflow-run"
             run_life.check_run(job.tracking_uri, job.run_id, otherwise)
@@ -146,7 +144,7 @@ def run(job: Job, display: Display) -> Path:
         if left:
             records.keep(job.folder, job.mirror)
             display.say(records.advice(job.folder, left))
-        unsent = job.mirror.flush(STILL_S) if job.mirror is not None else []
+        unsent = job.mirror.flush() if job.mirror is not None else []
         if unsent and state != "finished":  # what follows a finished run tries again, and tells
             display.say(runs.not_sent(job.uri, job.folder, unsent))
 

@@ -29,7 +29,7 @@ from mmdiff_ray.training.checkpoint import CheckpointStore
 from mmdiff_ray.training.fit import fit
 from mmdiff_ray.training.parallel import choose_device, world
 from mmdiff_ray.training.progress import Progress
-from mmdiff_ray.training.remote_checkpoints import STILL_S, RemoteCheckpoints
+from mmdiff_ray.training.remote_checkpoints import RemoteCheckpoints
 from mmdiff_ray.training.trainer import Trainer, TrainingError
 
 _log = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _store(job: Job, emit: Emit) -> CheckpointStore:
     if job.mirror is None:
         return CheckpointStore(job.checkpoints, job.config.checkpoint, run=job.lineage, completed=completed)
     if world()[0] == 0:
-        job.mirror.uploader.say = lambda text: emit({"kind": "note", "text": text})
+        job.mirror.uploads.warn = lambda text: emit({"kind": "note", "text": text})
     keep = job.config.checkpoint.keep_last
     run = job.lineage or job.run_id
     remote = RemoteCheckpoints(job.mirror, run, keep, completed=completed, stored_only=job.stored_only)
@@ -194,7 +194,7 @@ def _bring(job: Job, unsent: list[str], emit: Emit) -> None:
         if unsent:
             emit({"kind": "note", "text": not_sent(job.uri, job.folder, unsent, "training that goes on")})
         job.mirror.send(job.export.name)
-        if left := job.mirror.flush(STILL_S):
+        if left := job.mirror.flush():
             emit({"kind": "note", "text": not_sent(job.uri, job.folder, left)})
 
 

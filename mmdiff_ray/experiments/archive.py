@@ -12,7 +12,7 @@ from mmdiff_ray.config import ConfigError
 from mmdiff_ray.experiments.digest import training_digest
 from mmdiff_ray.experiments.measurement import is_measured
 from mmdiff_ray.experiments.spec import Experiment
-from mmdiff_ray.runs.exclusive import alone
+from mmdiff_ray.storage.lock import lock_folder
 from mmdiff_ray.training.checkpoint import write_json
 
 FACTS, CONFIG = "export/facts.json", "export/config.yaml"
@@ -91,7 +91,7 @@ def unpack(experiment: Experiment, runs: Path, out: Path) -> int:
         if facts["digest"] != training_digest(experiment.config(cell, folder.parent)):
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        with suppress(ConfigError), alone(folder):
+        with suppress(ConfigError), lock_folder(folder):
             shutil.rmtree(folder / "measured", ignore_errors=True)
             for name, data in own.items():
                 (folder.parent / name).parent.mkdir(exist_ok=True)

@@ -30,8 +30,8 @@ from mmdiff_ray.experiments.measurement import Say, is_measured, measure_cell
 from mmdiff_ray.experiments.spec import Cell, Experiment
 from mmdiff_ray.experiments.watch import Watch
 from mmdiff_ray.runs import job as jobs
-from mmdiff_ray.runs.exclusive import alone
 from mmdiff_ray.sampling.export import save_export
+from mmdiff_ray.storage.lock import lock_folder
 from mmdiff_ray.training.checkpoint import CheckpointStore
 from mmdiff_ray.training.fit import fit
 from mmdiff_ray.training.parallel import choose_device
@@ -153,7 +153,7 @@ def lock_cell(experiment: Experiment, cell: Cell, runs: Path) -> AbstractContext
     """Lock a cell's folder. Raises ConfigError if another process holds the lock."""
     folder = experiment.folder(runs, cell)
     folder.mkdir(parents=True, exist_ok=True)
-    return alone(folder, LOCK_WAIT_S)
+    return lock_folder(folder, LOCK_WAIT_S)
 
 
 def run_cell(

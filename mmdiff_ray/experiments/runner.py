@@ -21,7 +21,7 @@ from mmdiff_ray.experiments.plots import draw_curves, draw_overview, draw_watche
 from mmdiff_ray.experiments.spec import Cell, Experiment
 from mmdiff_ray.experiments.table import refusals, result
 from mmdiff_ray.models.denoiser import build_denoiser
-from mmdiff_ray.runs.exclusive import alone
+from mmdiff_ray.storage.lock import lock_folder
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.log import waiting_in
 from mmdiff_ray.tracking.store import tracking_uri
@@ -38,7 +38,7 @@ def run_experiment(experiment: Experiment, runs: Path, out: Path, say: Say, cell
     """
     folder, uri = experiment.folder(runs), tracking_uri(None, runs.absolute())
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder):
+    with lock_folder(folder):
         restore(experiment, runs, out, say)
         check_cells(experiment, runs)
         root, name = folder / "tracking", f"experiment-{experiment.name}"

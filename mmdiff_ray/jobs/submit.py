@@ -31,7 +31,8 @@ from mmdiff_ray.jobs import client as jobs
 from mmdiff_ray.jobs import package
 from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import job
-from mmdiff_ray.storage.filesystem import is_uri, within
+from mmdiff_ray.storage.filesystem import is_uri
+from mmdiff_ray.storage.retry import with_timeout
 from mmdiff_ray.sweeps.spec import any_config, load_sweep
 from mmdiff_ray.tracking.jobs import JOB_VARIABLE, REVISION_VARIABLE, page_of_job
 from mmdiff_ray.tracking.provenance import git_revision
@@ -159,7 +160,7 @@ def check_ahead(config: Config | None, known: argparse.Namespace, here: bool) ->
 
     def answer(what: str, function: Callable[[], Any]) -> Any:
         try:
-            return within(ANSWER_S, function, f"{what} does not answer this machine")
+            return with_timeout(ANSWER_S, function, f"{what} does not answer this machine")
         except UnreachableError as error:
             notes.append(("note", f"not checked: {error}"))
 

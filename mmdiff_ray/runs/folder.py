@@ -1,15 +1,15 @@
-"""Where runs lie: in a folder, or in storage, with a folder of this machine for each run.
+"""Where runs lie: in a local folder or in storage, where each run has a cache folder on every machine.
 
-A run in storage is worked on in a cache folder (`mmdiff_ray.storage.mirror`); `ORIGIN` in it holds its URI.
+`ORIGIN` in the cache folder of a run holds its URI (`mmdiff_ray.storage.mirror`).
 """
 
-import contextlib
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mmdiff_ray.config import ConfigError, RunError, UnreachableError
 from mmdiff_ray.storage.filesystem import (
@@ -20,38 +20,51 @@ from mmdiff_ray.storage.filesystem import (
     join,
     parent,
     remove,
-    within,
-    write_bytes_atomic,
+    write_atomic,
 )
+from mmdiff_ray.storage.lock import DRIVERS, Lease, lock_folder
 from mmdiff_ray.storage.mirror import Mirror, cached, fetched, mirror
+from mmdiff_ray.storage.retry import with_timeout
 
 ORIGIN = ".origin"
-CLAIMS, DRIVERS = "claims", "drivers"
-"""Who reserves the name of a run in storage, and who drives it."""
+CLAIMS = "claims"
+"""The folder of a run in storage whose files reserve its name."""
 RUN, SWEEP = "run.json", "sweep.json"
-"""What every run has beside it, and every sweep."""
+"""What every run has in its folder, and every sweep."""
 BAD_ROWS = "bad_rows.json"
-"""The rows that a run could not read, where there are any."""
+"""The rows that a run could not read, if there are any."""
 SMALL = (RUN, "config.yaml", "evaluation.json", "export/facts.json", BAD_ROWS)
-"""What every command that names a run brings to this machine."""
+"""The files that every command on a run in storage fetches."""
 ANSWER_S = 20.0
 RESEND_S = 8.0
-BRING_S = 60.0
-LOOKS = 16
-"""How many runs of a storage are looked at at once."""
+FETCH_S = 60.0
+THREADS = 16
+
+T = TypeVar("T")
+
+
+@contextmanager
+def lock_run(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold a run or a sweep, by its folder on this machine, against other drivers here and anywhere.
+
+    Raises as `lock_folder` and `Lease`.
+    """
+    where = address(folder)
+    with lock_folder(folder), Lease(where, say) if is_uri(where) else nullcontext():
+        yield
 
 
 def check_runs(runs: str) -> None:
-    """Raise ConfigError unless runs can be kept in storage: try a small object, and remove it."""
+    """Raise ConfigError unless runs can be kept in storage: write a small object and remove it."""
     probe = f".mmdiff-{secrets.token_hex(4)}"
 
     def attempt() -> None:
         fs, root = opened(runs)
-        write_bytes_atomic(fs, f"{root}/{probe}", b"mmdiff tries whether it can write here")
+        write_atomic(fs, f"{root}/{probe}", b"mmdiff checks that it can write here")
         remove(fs, f"{root}/{probe}")
 
     try:
-        within(ANSWER_S, attempt, f"runs: {runs} does not answer")
+        with_timeout(ANSWER_S, attempt, f"runs: {runs} does not answer")
     except OSError as error:
         raise ConfigError(
             f"runs: cannot write to {runs}: {error}; want a bucket that exists, keys in the environment "
@@ -70,67 +83,53 @@ def opened(runs: str) -> tuple[Any, str]:
     return fs, root
 
 
-def names_in(runs: str) -> list[str]:
-    """Return the names that are taken in a folder or in storage, by a run or what may become one.
-
-    Raises UnreachableError where storage does not answer.
-    """
-    if not is_uri(runs):
-        folder = Path(runs)
-        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+def _look(runs: str, look: Callable[[Any, str], T]) -> T:
+    """Return what a look into storage finds. Raises UnreachableError where it does not answer."""
     fs, root = opened(runs)
     try:
-        found = within(ANSWER_S, lambda: folders_in(fs, root), f"runs: {runs} does not answer")
+        return with_timeout(ANSWER_S, lambda: look(fs, root), f"runs: {runs} does not answer")
     except OSError as error:
         raise UnreachableError(f"runs: cannot look into {runs}: {error}") from None
-    here = cached(runs)
-    return sorted({*found, *(path.name for path in here.iterdir())} if here.is_dir() else found)
 
 
-def runs_in(where: str, marked_by: str = RUN) -> list[str]:
-    """Return the names of the runs in storage, or of the sweeps.
+def names_in(runs: str) -> list[str]:
+    """Return the names that are taken in a folder or in storage, by a run or anything else.
 
-    Raises UnreachableError where it does not answer.
+    Raises UnreachableError.
     """
-    fs, root = opened(where)
+    here = cached(runs) if is_uri(runs) else Path(runs)
+    names = {path.name for path in here.iterdir()} if here.is_dir() else set()
+    return sorted(names.union(_look(runs, folders_in) if is_uri(runs) else ()))
 
-    def look() -> list[str]:
+
+def runs_in(where: str, marker: str = RUN) -> list[str]:
+    """Return the names of the runs in storage, or with SWEEP of the sweeps. Raises UnreachableError."""
+
+    def look(fs: Any, root: str) -> list[str]:
         names = folders_in(fs, root)
-        with ThreadPoolExecutor(LOOKS) as pool:
-            marked = pool.map(lambda name: exists(fs, f"{root}/{name}/{marked_by}"), names)
-            return [name for name, has in zip(names, marked, strict=True) if has]
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = pool.map(lambda name: exists(fs, f"{root}/{name}/{marker}"), names)
+            return [name for name, is_marked in zip(names, found, strict=True) if is_marked]
 
-    try:
-        return within(ANSWER_S, look, f"runs: {where} does not answer")
-    except OSError as error:
-        raise UnreachableError(f"runs: cannot look into {where}: {error}") from None
+    return _look(where, look)
 
 
 def addresses(where: str) -> list[str]:
     """Return the URI of the run in storage, those of a sweep and its trials, or all in a folder there.
 
-    Raises UnreachableError where storage does not answer, ConfigError where there is no run.
+    Raises UnreachableError; ConfigError where there is no run.
     """
-    fs, root = opened(where)
-
-    def look() -> set[str]:
-        return {name for name in (RUN, SWEEP) if exists(fs, f"{root}/{name}")}
-
-    try:
-        found = within(ANSWER_S, look, f"runs: {where} does not answer")
-    except OSError as error:
-        raise UnreachableError(f"runs: cannot look into {where}: {error}") from None
-    if RUN in found:
+    is_run, is_sweep = _look(where, lambda fs, root: [exists(fs, f"{root}/{name}") for name in (RUN, SWEEP)])
+    if is_run:
         return [where]
-    if SWEEP in found:
-        trials = join(where, "trials")
+    trials, sweeps = join(where, "trials"), join(where, "sweeps")
+    if is_sweep:
         return [where, *(join(trials, name) for name in runs_in(trials))]
-    sweeps = join(where, "sweeps")
-    inside = [join(where, name) for name in runs_in(where)]
-    inside += [one for name in runs_in(sweeps, SWEEP) for one in addresses(join(sweeps, name))]
-    if not inside:
+    found = [join(where, name) for name in runs_in(where)]
+    found += [uri for name in runs_in(sweeps, SWEEP) for uri in addresses(join(sweeps, name))]
+    if not found:
         raise ConfigError(f"there is no run in {where}; give the URI of a run, a sweep, or of all runs")
-    return inside
+    return found
 
 
 def folder_of(runs: str, name: str) -> Path:
@@ -145,21 +144,20 @@ def address(folder: Path) -> str:
 
 
 def mirror_of(folder: Path) -> Mirror | None:
-    """Return the mirror of a run in storage; None for one that is a folder alone."""
+    """Return the mirror of a run in storage, None for a run in a local folder."""
     where = address(folder)
     return mirror(where, folder) if is_uri(where) else None
 
 
-def make(uri: str) -> Path:
-    """Return the folder of this machine for a run in storage, made where it is not there."""
+def make_cache(uri: str) -> Path:
+    """Return the folder of this machine for a run in storage, made if it is missing."""
     folder = cached(uri)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ORIGIN).write_text(uri, encoding="utf8")
     except OSError as error:
         raise ConfigError(
-            f"runs: {folder}, where this machine keeps what it works on, cannot be made: {error.strerror}; "
-            "name another place by MMDIFF_CACHE"
+            f"runs: cannot make the cache folder {folder}: {error.strerror}; choose another by MMDIFF_CACHE"
         ) from None
     return folder
 
@@ -167,76 +165,74 @@ def make(uri: str) -> Path:
 def claim(uri: str) -> None:
     """Reserve the name of a new run in storage. Raises ConfigError where another process has it.
 
-    Storage has no operation that only one of two can win: each leaves a note and then looks who is there, so
-    that of two at the same moment at least one goes away.
+    Each process writes a file and then lists them all, so of two at the same moment at least one gives up.
     """
     fs, root = filesystem(uri)
-    note = f"{CLAIMS}/{secrets.token_hex(8)}"
-    write_bytes_atomic(fs, f"{root}/{note}", b"a run begins")
-    if set(mirror(uri, cached(uri)).names()) != {note}:
-        remove(fs, f"{root}/{note}")
+    name = f"{CLAIMS}/{secrets.token_hex(8)}"
+    write_atomic(fs, f"{root}/{name}", b"a run begins")
+    if set(mirror(uri, cached(uri)).files()) != {name}:
+        remove(fs, f"{root}/{name}")
         raise ConfigError(f"name: {uri} was taken by another run in this moment; try again")
 
 
-def begun(uri: str) -> Path | None:
+def find_begun(uri: str) -> Path | None:
     """Return the folder of this machine for the run at a URI; None where it has not begun.
 
-    What a beginning that was cut short has left is removed. Raises ConfigError for what is no run's.
+    Frees the name where a process reserved it and died. Raises ConfigError where something else has it.
     """
     where, name = parent(uri)
     if name in runs_in(where):
         return open_run(uri)
     if name in names_in(where):
-        if any(not file.startswith(f"{CLAIMS}/") for file in mirror(uri, cached(uri)).names()):
-            raise ConfigError(f"name: {uri} is there and is no run; choose another name")
+        if any(file.partition("/")[0] not in (CLAIMS, DRIVERS) for file in mirror(uri, cached(uri)).files()):
+            raise ConfigError(f"name: {uri} exists and is no run; choose another name")
         release(uri)
     return None
 
 
 def release(where: str) -> None:
-    """Give the name of a run back that has not begun, and remove what is here and there of it, if it can
-    be."""
-    with contextlib.suppress(OSError):
+    """Free the name of a run that has not begun and remove its files, as far as storage answers."""
+    with suppress(OSError):
         clear(where)
 
 
 def clear(where: str) -> None:
-    """Remove all that is here and in storage of a run. Raises OSError where storage does not answer."""
+    """Remove all files of a run, here and in storage. Raises OSError where storage does not answer."""
     here = cached(where) if is_uri(where) else Path(where)
     shutil.rmtree(here, ignore_errors=True)
     if is_uri(where):
-        if mirror(where, here).uploader.flush(ANSWER_S):  # what is on its way would be there again
-            raise OSError(f"{where} does not take what was begun to be sent")
+        if mirror(where, here).uploads.flush(ANSWER_S):  # an upload would bring a file back
+            raise OSError(f"{where} does not take the uploads that have begun")
         shutil.rmtree(here, ignore_errors=True)
     fs, root = filesystem(where)
-    with contextlib.suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
         fs.delete_dir(root)
 
 
 def open_run(uri: str, small: Sequence[str] = SMALL) -> Path:
-    """Return the folder of this machine for a run that is in storage, with its small files up to date.
+    """Return the folder of this machine for a run in storage, with its small files up to date.
 
-    What an earlier command could not send is sent. Raises UnreachableError where storage does not answer.
+    Sends what an earlier command could not send. Raises UnreachableError.
     """
-    run = mirror(uri, make(uri))
+    run = mirror(uri, make_cache(uri))
 
-    def bring() -> None:
+    def fetch() -> None:
         run.resend()
         run.flush(RESEND_S)
         for name in small:
             run.fetch(name)
 
     try:
-        within(BRING_S, bring, f"runs: {uri} does not answer")
+        with_timeout(FETCH_S, fetch, f"runs: {uri} does not answer")
     except (OSError, RunError, UnreachableError) as error:
         raise UnreachableError(f"runs: {error}") from None
     return run.folder
 
 
 def with_export(where: str) -> Path:
-    """Return the folder on this machine of a run at an address, with its exported model where it has one.
+    """Return the folder of this machine for a run at an address, with its exported model if it has one.
 
-    Raises UnreachableError where storage does not answer.
+    Raises UnreachableError.
     """
     return fetched(join(where, "export")).parent if is_uri(where) else Path(where)
 
@@ -244,19 +240,13 @@ def with_export(where: str) -> Path:
 def not_sent(
     where: str, folder: Path, names: Sequence[str], sender: str = "the next command that names this run"
 ) -> str:
-    """Return the sentence about what did not reach storage. sender: who will bring it there."""
+    """Return the message about files that are not in storage. sender: what will send them."""
     return f"not in {where}: {', '.join(names)}. All is in {folder}; {sender} on the same machine sends it"
 
 
-def shown(folder: Path, path: Path) -> str:
-    """Return where a part of a run lies: its URI, or the path as it is seen from here."""
+def display_path(folder: Path, path: Path) -> str:
+    """Return where a part of a run lies for the user: its URI, or its path from the working directory."""
     where = address(folder)
-    return join(where, *path.relative_to(folder).parts) if is_uri(where) else str(near(path))
-
-
-def near(path: Path) -> Path:
-    """Return a path as seen from the working folder, where it lies below."""
-    try:
-        return path.relative_to(Path.cwd())
-    except ValueError:
-        return path
+    if is_uri(where):
+        return join(where, *path.relative_to(folder).parts)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

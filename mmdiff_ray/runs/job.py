@@ -93,7 +93,7 @@ class Job:
 
     def here(self) -> "Job":
         """Return the job with its folder on the machine that asks."""
-        return dataclasses.replace(self, folder=runs.make(self.uri)) if self.uri else self
+        return dataclasses.replace(self, folder=runs.make_cache(self.uri)) if self.uri else self
 
     @property
     def checkpoints(self) -> Path:
@@ -296,13 +296,13 @@ def begun(config: Config) -> Path | None:
     a folder of that name that is no run's.
     """
     if is_uri(config.runs):
-        return runs.begun(join(config.runs, config.name))
+        return runs.find_begun(join(config.runs, config.name))
     folder = Path(config.runs).absolute() / config.name
     if (folder / "run.json").is_file():
         return folder
     if folder.exists():
         if not folder.is_dir() or {path.name for path in folder.iterdir()} - CUT_SHORT:
-            raise ConfigError(f"name: {folder} is there and is no run; choose another name")
+            raise ConfigError(f"name: {folder} exists and is no run; choose another name")
         shutil.rmtree(folder)
     return None
 

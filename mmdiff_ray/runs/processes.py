@@ -5,25 +5,6 @@ from collections.abc import Sequence
 
 import psutil
 
-Known = tuple[int, float]
-"""A process id and when its process began: the id alone may belong to another process by now."""
-SAME_S = 1.0
-
-
-def known(pid: int) -> Known:
-    """Return what identifies a running process for ever."""
-    return pid, psutil.Process(pid).create_time()
-
-
-def find(wanted: Known) -> psutil.Process | None:
-    """Return a known process if it still runs."""
-    try:
-        process = psutil.Process(wanted[0])
-        same = abs(process.create_time() - wanted[1]) < SAME_S
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.Error:
-        return None
-
 
 def marked(variable: str, prefix: str) -> list[psutil.Process]:
     """Return the processes with a variable whose value begins so, without those that one of them started."""

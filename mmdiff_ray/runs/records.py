@@ -1,8 +1,7 @@
-"""What of a run's records MLflow has not taken: sent at the end, counted, and kept where it is found again.
+"""Records of a run that MLflow has not got: sent at the end, counted, and kept where they are found again.
 
-The log of a run lies in the run's folder. Where the run is kept in storage, that folder is of one machine,
-which may go: what waits is brought to `records/` of the storage, and whoever sends the run's records next
-takes it from there.
+The log of a run lies in its folder. If the run is kept in storage, that folder belongs to one machine, which
+may go: unsent records move to `records/` in storage, and whoever sends the run's records next fetches them.
 """
 
 import dataclasses
@@ -12,6 +11,7 @@ import os
 import secrets
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mmdiff_ray.config import RunError, UnreachableError
@@ -21,92 +21,78 @@ from mmdiff_ray.storage.filesystem import is_uri, join
 from mmdiff_ray.storage.mirror import Mirror
 from mmdiff_ray.tracking.jobs import JOB_VARIABLE
 from mmdiff_ray.tracking.log import Log, waiting_in
+from mmdiff_ray.tracking.run_life import is_local
 from mmdiff_ray.tracking.sender import Replayed, replay
 from mmdiff_ray.tracking.sync import report
-from mmdiff_ray.tracking.tracker import Say, Tracker
-from mmdiff_ray.training.remote_checkpoints import STILL_S
+from mmdiff_ray.tracking.tracker import Tracker
 
-PLACE = "records"
+RECORDS = "records"
 _log = logging.getLogger(__name__)
 
 
 def root(folder: Path) -> Path:
-    """Return where the log of a run lies."""
+    """Return the folder of the log of a run."""
     return folder / "tracking"
 
 
 def keep(folder: Path, mirror: Mirror | None) -> list[str]:
-    """Bring what waits of a run's records to its storage; return what is not there then.
+    """Move a run's unsent records to its storage; return what is not there afterwards.
 
-    What a thread is sending at this moment stays.
+    Records that another thread or process is sending stay.
     """
     if mirror is None:
         return []
-    name = f"{PLACE}/{time.time_ns():020d}-{secrets.token_hex(4)}"
-    if not Log(root(folder)).pack(folder / name):
-        return [root(folder).name, *_unsent(mirror)]
+    name = f"{RECORDS}/{time.time_ns():020d}-{secrets.token_hex(4)}"
+    is_packed = Log(root(folder)).pack(folder / name)
     if (folder / name).is_dir():
         mirror.send(name)
-    return _unsent(mirror)
-
-
-def _unsent(mirror: Mirror) -> list[str]:
-    return [name for name in mirror.flush(STILL_S) if name.startswith(f"{PLACE}/")]
+    left = [name for name in mirror.flush() if name.startswith(f"{RECORDS}/")]
+    return left if is_packed else [root(folder).name, *left]
 
 
 def take(folder: Path, mirror: Mirror | None) -> None:
-    """Bring the records here that a run or a sweep has in storage, to be sent. Where that fails, they stay
-    there."""
-    if mirror is None:
-        return
+    """Move the records that a run or a sweep has in storage into its log, if storage answers."""
     file = next((file for name in (runs.RUN, runs.SWEEP) if (file := folder / name).is_file()), None)
-    if file is None:  # it never began
+    if mirror is None or file is None:
         return
     facts = json.loads(file.read_text(encoding="utf8"))
     try:
-        for name in sorted({file.partition("/")[0] for file in mirror.names(PLACE)}):
-            mirror.take(f"{PLACE}/{name}", root(folder) / name)
+        for name in sorted({file.partition("/")[0] for file in mirror.files(RECORDS)}):
+            mirror.take(f"{RECORDS}/{name}", root(folder) / name)
     except (OSError, RunError, UnreachableError) as error:
-        _log.warning("records of the run stay in %s: %s", join(mirror.uri, PLACE), error)
+        _log.warning("records of the run stay in %s: %s", join(mirror.uri, RECORDS), error)
     Log(root(folder), {"uri": facts["tracking_uri"], "run_id": facts["run_id"]})  # absorbs them
 
 
-def settle(folder: Path, say: Say) -> int:
-    """Send what waits of a run, keep what cannot be sent where it is found again, and return how many records
-    wait."""
+def finish(folder: Path, say: Callable[[str], None]) -> bool:
+    """Wait until MLflow has a run's records and storage its files, and report what they do not take.
+
+    Returns whether they have all; records of a run that began without MLflow may wait.
+    """
     mirror, run = runs.mirror_of(folder), jobs.read_run(folder)
     take(folder, mirror)
     if waiting_in(root(folder)):
         Tracker(run["tracking_uri"], run["run_id"], root(folder)).finish(say=say)
-    left = waiting_in(root(folder))
-    if left:
+    if left := waiting_in(root(folder)):
         keep(folder, mirror)
         say(advice(folder, left))
-    return left
+    if unsent := mirror.flush() if mirror is not None else []:
+        say(runs.not_sent(runs.address(folder), folder, unsent))
+    return not unsent and (not left or is_local(run["run_id"]))
 
 
 def advice(folder: Path, left: int) -> str:
-    """Return the sentence about records that wait: how many, where, and what sends them."""
+    """Return the message about records that wait: how many, where, and the command that sends them."""
     address = runs.address(folder)
-    place = join(address, PLACE) if is_uri(address) else str(root(folder))
-    words = f"in {place}: {left} records wait for MLflow; send them with: mmdiff sync {shlex.quote(address)}"
-    if os.environ.get(JOB_VARIABLE):
-        words += f"; from elsewhere: mmdiff submit -- sync {shlex.quote(address)}"
-    return words
-
-
-def sync(where: str) -> int:
-    """Send all that waits of a run or a sweep in storage, or of all runs there; return 1 if some still waits.
-
-    Raises ConfigError where there is no such run.
-    """
-    kept = sum(_sync_run(address) for address in runs.addresses(where))
-    print("nothing waits any more" if not kept else f"what waits is safe; try again: mmdiff sync {where}")
-    return 1 if kept else 0
+    place = join(address, RECORDS) if is_uri(address) else str(root(folder))
+    sync = f"mmdiff sync {shlex.quote(address)}"
+    elsewhere = f"; from elsewhere: mmdiff submit -- {sync.removeprefix('mmdiff ')}"
+    message = f"in {place}: {left} records wait for MLflow; send them with: {sync}"
+    return message + (elsewhere if os.environ.get(JOB_VARIABLE) else "")
 
 
 def send(where: str) -> Replayed:
-    """Send what waits of a run at an address; what still waits of one in storage is kept there."""
+    """Send the records of a run at an address; keep what MLflow does not take."""
     if not is_uri(where):
         return replay(root(Path(where)))
     folder = runs.open_run(where, (*runs.SMALL, runs.SWEEP))
@@ -119,8 +105,15 @@ def send(where: str) -> Replayed:
     return dataclasses.replace(done, waiting=done.waiting + len(unsent))
 
 
-def _sync_run(address: str) -> int:
-    """Send what waits of a run in storage; return how many records still wait."""
-    done = send(address)
-    report(address, done)
-    return done.waiting
+def sync(where: str) -> int:
+    """Send the records of a run or a sweep in storage, or of all runs there; return 1 if some still wait.
+
+    Raises ConfigError where there is no such run.
+    """
+    waiting = 0
+    for address in runs.addresses(where):
+        done = send(address)
+        report(address, done)
+        waiting += done.waiting
+    print("nothing waits any more" if not waiting else f"what waits is safe; try again: mmdiff sync {where}")
+    return 1 if waiting else 0

@@ -5,16 +5,15 @@ import functools
 import hashlib
 import os
 import re
+import secrets
 import tempfile
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
-from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem, S3FileSystem
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType, LocalFileSystem, S3FileSystem
 
 from mmdiff_ray.config import IN_STORAGE, ConfigError, UnreachableError, refuse_password
 
@@ -30,32 +29,34 @@ def filesystem(uri: str) -> tuple[FileSystem, str]:
     """
     if is_uri(uri):
         return _remote(uri)
-    return LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+    return LocalFileSystem(), absolute(uri)
 
 
-def frugal(fs: FileSystem) -> FileSystem:
-    """Return a file system that holds no more than a part of a file in memory while it writes.
-
-    By itself S3's takes all of a file at once and sends it afterwards, whatever its size.
-    """
-    if not isinstance(fs, S3FileSystem):
-        return fs
-    options = fs.__reduce__()[1][0]
-    return S3FileSystem(**{**options, "background_writes": False})
-
-
-def absolute(uri: str) -> str:
-    """Return a URI that means the same in a process with another working directory."""
-    return uri if is_uri(uri) else filesystem(uri)[1]
+@functools.lru_cache(maxsize=32)
+def _remote(uri: str) -> tuple[FileSystem, str]:
+    refuse_password(uri, IN_STORAGE)
+    try:
+        fs, path = FileSystem.from_uri(uri)
+    except (pa.ArrowException, OSError) as error:
+        kind = UnreachableError if isinstance(error, OSError) else ConfigError
+        raise kind(f"cannot open {uri}: {error}; want a path or file://, s3://, gs:// or hdfs://") from None
+    if isinstance(fs, S3FileSystem):  # by default it holds a whole file in memory while it writes
+        fs = S3FileSystem(**{**fs.__reduce__()[1][0], "background_writes": False})
+    return fs, path.rstrip("/")
 
 
 def is_uri(place: str) -> bool:
-    """Return whether a place is named by a URI rather than a path of this machine."""
+    """Return whether a place is a URI rather than a path of this machine."""
     return "://" in place
 
 
+def absolute(place: str) -> str:
+    """Return a path or URI that means the same in a process with another working directory."""
+    return place if is_uri(place) else os.path.abspath(os.path.expanduser(place))
+
+
 def join(place: str, *names: str) -> str:
-    """Return the path or URI of something inside a place; a URI's options stay behind it."""
+    """Return the path or URI of something inside a place; a URI keeps its options."""
     if not is_uri(place):
         return os.path.join(place, *names)
     parts = urlsplit(place)
@@ -70,10 +71,10 @@ def parent(uri: str) -> tuple[str, str]:
 
 
 def read_bytes(fs: FileSystem, path: str) -> bytes:
-    """Return the bytes of a file, those of one version of it. Raises FileNotFoundError or OSError.
+    """Return the bytes of one version of a file. Raises FileNotFoundError or OSError.
 
-    An object store is asked for the size first: of a file that a longer one replaces in between it would give
-    the beginning.
+    pyarrow asks an object store for the size first. If a longer file replaces this one in between, it reads
+    only the beginning, so compare sizes and read again.
     """
     while True:
         with fs.open_input_file(path) as file:
@@ -82,36 +83,90 @@ def read_bytes(fs: FileSystem, path: str) -> bytes:
             return data
 
 
-def write_bytes_atomic(fs: FileSystem, path: str, data: bytes) -> None:
-    """Write a file so that no reader ever sees a part of it.
-
-    Local files are written under a temporary name and renamed; an object store shows an object only when
-    complete.
-    """
-    write_atomic(fs, path, [data])
-
-
-def write_atomic(fs: FileSystem, path: str, chunks: Iterable[bytes]) -> None:
-    """Write a file in pieces, as `write_bytes_atomic` does."""
-    if not isinstance(fs, LocalFileSystem):
-        _write(fs, path, chunks)
-        return
-    fs.create_dir(os.path.dirname(path), recursive=True)
-    _write(fs, path + PART, chunks)
-    fs.move(path + PART, path)
-
-
 def read_chunks(fs: FileSystem, path: str) -> Iterator[bytes]:
-    """Yield a file in pieces. Raises FileNotFoundError or OSError."""
+    """Yield a file in chunks. Raises FileNotFoundError or OSError."""
     with fs.open_input_stream(path, compression=None) as stream:
         while chunk := stream.read(CHUNK_BYTES):
             yield chunk
 
 
+def write_atomic(fs: FileSystem, path: str, data: bytes | Iterable[bytes]) -> None:
+    """Write a file, given as bytes or in chunks, so that no reader ever sees a part of it.
+
+    A local file is written under a temporary name and renamed; an object store shows complete objects only.
+    """
+    is_local = isinstance(fs, LocalFileSystem)
+    if is_local:
+        fs.create_dir(os.path.dirname(path), recursive=True)
+    with fs.open_output_stream(path + PART if is_local else path, compression=None) as stream:
+        for chunk in [data] if isinstance(data, bytes) else data:
+            stream.write(chunk)
+    if is_local:
+        fs.move(path + PART, path)
+
+
+def version(info: FileInfo) -> str:
+    """Return what differs between two versions of a file."""
+    return f"{info.mtime_ns} {info.size}"
+
+
+def download(fs: FileSystem, path: str, file: Path, size: int | None = None) -> None:
+    """Copy a file to this machine, whole or not at all; start over if it is replaced meanwhile.
+
+    size: in bytes, if known. Raises OSError, also for a file of another size.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{secrets.token_hex(4)}{PART}")
+    copied = None
+    try:
+        while copied != (copied := version(fs.get_file_info(path))):
+            with part.open("wb") as out:
+                out.writelines(read_chunks(fs, path))
+        if size is not None and part.stat().st_size != size:
+            raise OSError(f"{path} has {part.stat().st_size} bytes, expected {size}")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove(fs: FileSystem, path: str) -> None:
+    """Remove a file, and what an interrupted write of it left, if they exist."""
+    for name in (path, path + PART):
+        if exists(fs, name):
+            fs.delete_file(name)
+
+
+def exists(fs: FileSystem, path: str) -> bool:
+    """Return whether a file exists."""
+    return fs.get_file_info(path).type == FileType.File
+
+
+def list_files(fs: FileSystem, folder: str, recursive: bool = True) -> dict[str, FileInfo]:
+    """Return the files in a folder: path inside it -> info, sorted; none if there is no such folder."""
+    found = fs.get_file_info(FileSelector(folder, recursive=recursive, allow_not_found=True))
+    files = {info.path[len(folder) + 1 :]: info for info in found if info.type == FileType.File}
+    return dict(sorted(files.items()))
+
+
+def folders_in(fs: FileSystem, path: str) -> list[str]:
+    """Return the names of the folders in a folder, sorted; none if there is no such folder."""
+    found = fs.get_file_info(FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in found if info.type == FileType.Directory)
+
+
+def checksum(fs: FileSystem, path: str) -> tuple[int, str]:
+    """Return a file's size in bytes and its sha256 in hexadecimal."""
+    size, digest = 0, hashlib.sha256()
+    for chunk in read_chunks(fs, path):
+        size += len(chunk)
+        digest.update(chunk)
+    return size, digest.hexdigest()
+
+
 def check_writable(uri: str) -> None:
     """Raise ConfigError unless files can be written into the local folder of a URI; leave nothing behind.
 
-    Other file systems are not asked: there, only writing tells.
+    Does nothing for other file systems, where only a real write can tell.
     """
     fs, root = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
@@ -137,90 +192,6 @@ def cannot_write(uri: str, error: OSError) -> ConfigError:
     )
 
 
-def remove(fs: FileSystem, path: str) -> None:
-    """Remove a file, and what an interrupted write of it left, if they are there."""
-    for name in (path, path + PART):
-        if exists(fs, name):
-            fs.delete_file(name)
-
-
-def exists(fs: FileSystem, path: str) -> bool:
-    """Return whether a file is there."""
-    return fs.get_file_info(path).type == FileType.File
-
-
-def files_under(fs: FileSystem, path: str) -> list[str]:
-    """Return the paths of all files in a folder and below, sorted; none if there is no such folder."""
-    found = fs.get_file_info(FileSelector(path, recursive=True, allow_not_found=True))
-    return sorted(info.path for info in found if info.type == FileType.File)
-
-
-def sizes_under(fs: FileSystem, path: str) -> dict[str, int]:
-    """Return the files in a folder and below: path inside it -> bytes; none if there is no such folder."""
-    found = fs.get_file_info(FileSelector(path, recursive=True, allow_not_found=True))
-    return {info.path[len(path) + 1 :]: info.size for info in found if info.type == FileType.File}
-
-
-def times_in(fs: FileSystem, path: str) -> dict[str, float]:
-    """Return the files in a folder: name -> when it was written, in seconds by the clock of the storage; none
-    if there is no such folder."""
-    found = fs.get_file_info(FileSelector(path, allow_not_found=True))
-    return {info.base_name: (info.mtime_ns or 0) / 1e9 for info in found if info.type == FileType.File}
-
-
-def folders_in(fs: FileSystem, path: str) -> list[str]:
-    """Return the names of the folders in a folder; none if there is no such folder."""
-    found = fs.get_file_info(FileSelector(path, allow_not_found=True))
-    return sorted(info.base_name for info in found if info.type == FileType.Directory)
-
-
-def checksum(fs: FileSystem, path: str) -> tuple[int, str]:
-    """Return a file's size in bytes and its sha256 in hexadecimal, read in pieces."""
-    size, digest = 0, hashlib.sha256()
-    for chunk in read_chunks(fs, path):
-        size += len(chunk)
-        digest.update(chunk)
-    return size, digest.hexdigest()
-
-
-def within(seconds: float, function: Callable[[], Any], words: str) -> Any:
-    """Return what a function returns, or raise what it raises; UnreachableError if that takes too long."""
-    outcome: list[tuple[bool, Any]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((True, function()))
-        except Exception as error:
-            outcome.append((False, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise UnreachableError(f"{words} within {seconds:g} s")
-    good, value = outcome[0]
-    if not good:
-        raise value
-    return value
-
-
-@functools.lru_cache(maxsize=32)
-def _remote(uri: str) -> tuple[FileSystem, str]:
-    refuse_password(uri, IN_STORAGE)
-    try:
-        fs, path = FileSystem.from_uri(uri)
-    except (pa.ArrowException, OSError) as error:
-        kind = UnreachableError if isinstance(error, OSError) else ConfigError
-        raise kind(f"cannot open {uri}: {error}; want a path or file://, s3://, gs:// or hdfs://") from None
-    return fs, path.rstrip("/")
-
-
-def _write(fs: FileSystem, path: str, chunks: Iterable[bytes]) -> None:
-    with fs.open_output_stream(path, compression=None) as stream:
-        for chunk in chunks:
-            stream.write(chunk)
-
-
 def listed(pattern: str) -> list[str]:
     """Return the files of a path or URI with * in it (a path: ? too), sorted; a folder's are all below it.
 
@@ -231,16 +202,10 @@ def listed(pattern: str) -> list[str]:
     fixed = re.split(r"[*?\[]", place, maxsplit=1)[0]
     base = place if fixed == place else fixed.rpartition("/")[0] or "."
     fs, root = filesystem(base + options)
-    if fixed == place and fs.get_file_info(root).type == FileType.File:
+    if fixed == place and exists(fs, root):
         return [pattern]
-    found = [
-        info.path
-        for info in fs.get_file_info(FileSelector(root, recursive=True, allow_not_found=True))
-        if info.type == FileType.File
-    ]
-    names = sorted(path.removeprefix(root).strip("/") for path in found)
     wanted = place.removeprefix(base).strip("/")
-    chosen = [name for name in names if not wanted or fnmatch(name, wanted)]
+    chosen = [name for name in list_files(fs, root) if not wanted or fnmatch(name, wanted)]
     if not chosen:
         raise ConfigError(f"source: no file matches {pattern}")
     return [join(base + options, name) for name in chosen]

@@ -1,151 +1,123 @@
-"""Upload in a thread: oldest first. What fails is retried until it succeeds, and holds up nothing else."""
+"""Upload in the background, in one lane per folder. A failed upload is retried until it succeeds."""
 
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 30.0
+from mmdiff_ray.storage.retry import FIRST_PAUSE_S, LONGEST_PAUSE_S
+
+STALL_S = 30.0
+"""How long `flush` waits while no byte moves."""
+STALL_AGAIN_S = 8.0
+"""The same where storage has not answered for long already: enough for one more attempt."""
 ONE_OUTAGE_S = 60.0
-AGAIN_S = 8.0
-"""Enough for one more attempt at a storage that has not answered for long."""
+"""Failures within this time count as one outage, with one warning."""
 
 _log = logging.getLogger(__name__)
 
-Say = Callable[[str], None]
-"""Takes a sentence for the person who runs this; called from another thread."""
-
 
 @dataclass(eq=False)
-class Errand:
-    """One piece of work. name: what it brings. action: gets a function that takes how many bytes have gone.
-
-    lane: errands of one lane are done in order. due: when the next attempt may begin. most: the most bytes
-    that any attempt has sent. error: why the last attempt failed. failed: when the first of those did.
-    """
+class Upload:
+    """An upload in a queue. name: for the user. action: may be called several times."""
 
     name: str
-    action: Callable[[Callable[[int], None]], None]
-    lane: str
-    due: float = field(default_factory=time.monotonic)
-    pause: float = FIRST_PAUSE_S
-    most: int = 0
-    error: str = ""
-    failed: float = 0.0
+    action: Callable[[], None]
     done: bool = False
 
 
-class Uploader:
-    """A queue of errands and the thread that does them. where: the storage, as it is named to people."""
+class UploadQueue:
+    """Lanes of uploads, each with a thread that runs them in order: a failing one delays no other lane.
 
-    def __init__(self, where: str, say: Say = _log.warning) -> None:
-        self.where = where
-        self.say = say
-        self._errands: list[Errand] = []
+    uri: names the storage in warnings; warn: takes them.
+    """
+
+    def __init__(self, uri: str, warn: Callable[[str], None] = _log.warning) -> None:
+        self.uri = uri
+        self.warn = warn
+        self._lanes: dict[str, list[Upload]] = {}
+        self._failing: dict[str, float] = {}  # lane -> when it began to fail
         self._changed = threading.Condition()
         self._moved = time.monotonic()
-        self._thread: threading.Thread | None = None
 
-    def add(self, name: str, action: Callable[[Callable[[int], None]], None], lane: str = "") -> Errand:
-        """Queue an errand and return it. lane: its name by default."""
-        errand = Errand(name, action, lane or name)
+    def add(self, name: str, action: Callable[[], None], lane: str) -> Upload:
+        """Queue an upload and return it."""
+        upload = Upload(name, action)
         with self._changed:
-            if not self._errands:
-                self._moved = time.monotonic()
-            self._errands.append(errand)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="storage", daemon=True)
-                self._thread.start()
-            self._changed.notify_all()
-        return errand
+            if not self.waiting:
+                self.progress()
+            self._lanes.setdefault(lane, []).append(upload)
+            if len(self._lanes[lane]) == 1:
+                threading.Thread(target=self._work, args=(lane,), name="upload", daemon=True).start()
+        return upload
 
-    def waiting(self) -> list[str]:
-        """Return the names of what is not done, in order, each once."""
-        with self._changed:
-            return list(dict.fromkeys(errand.name for errand in self._errands))
+    def progress(self) -> None:
+        """Note that bytes have moved. Actions call it."""
+        self._moved = time.monotonic()
 
     @property
-    def trouble(self) -> str:
-        """Return why an attempt failed at something that is still not done; nothing while all goes well."""
+    def waiting(self) -> list[str]:
+        """The names of uploads that are not done, each once."""
         with self._changed:
-            return next((errand.error for errand in self._errands if errand.error), "")
+            return list(dict.fromkeys(upload.name for lane in self._lanes.values() for upload in lane))
 
-    def still_for(self) -> float:
-        """Return for how many seconds nothing has moved."""
-        return time.monotonic() - self._moved
+    @property
+    def is_failing(self) -> bool:
+        """Whether an upload has failed in a lane that is not empty."""
+        return bool(self._failing)
 
-    def patience(self, still_s: float) -> float:
-        """Return for how many seconds to wait for a move: fewer where nothing moved for so long."""
-        return min(still_s, AGAIN_S) if self.trouble and self.still_for() > still_s else still_s
+    def flush(self, stall_s: float | None = None, uploads: Collection[Upload] | None = None) -> list[str]:
+        """Wait until uploads, by default all, are done; give up when no byte moves for `stall_s`.
 
-    def flush(self, still_s: float, longest_s: float = float("inf")) -> list[str]:
-        """Wait until all is done, as long as something moves; return the names of what is not done.
-
-        still_s: how many seconds nothing may move; longest_s: how many to wait in all.
+        stall_s: `STALL_S` by default. Returns the names of uploads that are not done.
         """
-        begun, still_s = time.monotonic(), self.patience(still_s)
+        stall_s, begun = STALL_S if stall_s is None else stall_s, time.monotonic()
+        if self.is_failing and begun - self._moved > stall_s:
+            stall_s = min(stall_s, STALL_AGAIN_S)
         with self._changed:
-            for errand in self._errands:  # no pause before the next attempt
-                errand.due = min(errand.due, begun)
-            self._changed.notify_all()
-            while self._errands:
-                now = time.monotonic()
-                left = min(max(begun, self._moved) + still_s, begun + longest_s) - now
-                if left <= 0:
+            self._changed.notify_all()  # no pause before the next attempt
+            while self.waiting if uploads is None else not all(upload.done for upload in uploads):
+                left_s = max(begun, self._moved) + stall_s - time.monotonic()
+                if left_s <= 0:
                     break
-                self._changed.wait(left)
-        return self.waiting()
+                self._changed.wait(left_s)
+        return self.waiting
 
-    def _work(self) -> None:
+    def _work(self, lane: str) -> None:
+        """Run the uploads of a lane until it is empty."""
+        pause, upload = FIRST_PAUSE_S, self._lanes[lane][0]
         while True:
-            errand = self._next()
             try:
-                errand.action(lambda sent, errand=errand: self._went(errand, sent))  # type: ignore[misc]
-            except Exception as error:  # whatever it is: storage may be well again later
-                self._failed(errand, str(error) or type(error).__name__)
-            else:
+                upload.action()
+            except Exception as error:  # whatever it is: storage may recover
+                self._failed(lane, upload, str(error) or type(error).__name__)
                 with self._changed:
-                    self._errands.remove(errand)
-                    errand.done, self._moved = True, time.monotonic()
-                    self._changed.notify_all()
+                    self._changed.wait(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+                continue
+            with self._changed:
+                upload.done, pause = True, FIRST_PAUSE_S
+                self._lanes[lane].remove(upload)
+                self.progress()
+                self._changed.notify_all()
+                if not self._lanes[lane]:
+                    self._failing.pop(lane, None)
+                    return
+                upload = self._lanes[lane][0]
 
-    def _next(self) -> Errand:
-        """Wait for the errand that is due first among the first of all lanes."""
+    def _failed(self, lane: str, upload: Upload, error: str) -> None:
+        """Warn once per lane until it is empty, and once per outage."""
+        now = time.monotonic()
         with self._changed:
-            while True:
-                lanes: dict[str, Errand] = {}
-                for errand in self._errands:
-                    lanes.setdefault(errand.lane, errand)
-                first = min(lanes.values(), key=lambda errand: errand.due, default=None)
-                wait_s = None if first is None else first.due - time.monotonic()
-                if first is not None and wait_s is not None and wait_s <= 0:
-                    return first
-                self._changed.wait(wait_s)
-
-    def _failed(self, errand: Errand, error: str) -> None:
-        """Put the next attempt off. Warn once per top folder until all of it has arrived, and once for all
-        that fails within ONE_OUTAGE_S."""
-        folder, now = errand.name.partition("/")[0], time.monotonic()
-        with self._changed:
-            failing = [other for other in self._errands if other.error]
-            is_known = any(
-                other.name.partition("/")[0] == folder or now - other.failed < ONE_OUTAGE_S
-                for other in failing
+            is_known = lane in self._failing or any(
+                now - failed_at < ONE_OUTAGE_S for failed_at in self._failing.values()
             )
-            errand.failed = errand.failed if errand.error else now
-            errand.error, errand.due = error, now + errand.pause
-            errand.pause = min(2 * errand.pause, LONGEST_PAUSE_S)
-        if not is_known:
-            self._tell(f"{errand.name} does not reach {self.where}, which is tried again: {error}")
-
-    def _tell(self, text: str) -> None:
+            self._failing.setdefault(lane, now)
+        if is_known:
+            return
+        message = f"cannot upload {upload.name} to {self.uri}, retrying: {error}"
         try:
-            self.say(text)
+            self.warn(message)
         except Exception:  # whoever listened is gone
-            _log.warning(text)
-
-    def _went(self, errand: Errand, sent: int) -> None:
-        if sent > errand.most:
-            errand.most, self._moved = sent, time.monotonic()
+            _log.warning(message)

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmdiff_ray.storage.filesystem import filesystem, folders_in, join, read_bytes, write_bytes_atomic
-from mmdiff_ray.storage.retry import patiently
+from mmdiff_ray.storage.filesystem import filesystem, folders_in, join, read_bytes, write_atomic
+from mmdiff_ray.storage.retry import retry
 
 TRIALS = "trials"
 FILE = "trial.json"
@@ -90,7 +90,7 @@ def number_of(sweep: str | Path, tune_id: str, number: int) -> int:
 def read_trials(sweep: str | Path) -> Iterator[Trial]:
     """Yield the trials that have begun, by number."""
     fs, root = filesystem(join(str(sweep), TRIALS))
-    for name in patiently(lambda: folders_in(fs, root), f"look into {sweep}"):
+    for name in retry(lambda: folders_in(fs, root), f"look into {sweep}"):
         trial = read_trial(sweep, int(name)) if name.isdigit() else None
         if trial is not None:
             yield trial
@@ -99,7 +99,7 @@ def read_trials(sweep: str | Path) -> Iterator[Trial]:
 def _read(file: str) -> bytes | None:
     fs, path = filesystem(file)
     try:
-        return patiently(lambda: read_bytes(fs, path), f"read {file}")
+        return retry(lambda: read_bytes(fs, path), f"read {file}")
     except FileNotFoundError:
         return None
 
@@ -107,4 +107,4 @@ def _read(file: str) -> bytes | None:
 def _write(file: str, value: Any) -> None:
     fs, path = filesystem(file)
     data = json.dumps(value, indent=1).encode()
-    patiently(lambda: write_bytes_atomic(fs, path, data), f"write {file}")
+    retry(lambda: write_atomic(fs, path, data), f"write {file}")

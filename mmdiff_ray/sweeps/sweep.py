@@ -40,7 +40,6 @@ from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.recorder import DESCRIPTION_TAG
 from mmdiff_ray.tracking.store import full, shown, tracking_uri
 from mmdiff_ray.training.checkpoint import write_json
-from mmdiff_ray.training.remote_checkpoints import STILL_S
 
 Say = Callable[[str], None]
 FACTS, TEXT = runs.SWEEP, "sweep.yaml"
@@ -145,7 +144,7 @@ def _bring(folder: Path, *names: str) -> None:
     mirror = runs.mirror_of(folder)
     if mirror is not None:
         mirror.send(*names)
-        if left := mirror.flush(STILL_S):
+        if left := mirror.flush():
             raise RunError(runs.not_sent(mirror.uri, folder, left))
 
 
@@ -165,7 +164,7 @@ def begin_sweep(sweep: Sweep, seen: Look, text: str, command: str, where: str) -
     address, folder = join(place, name), runs.folder_of(place, name)
     if is_uri(address):
         runs.claim(address)
-        runs.make(address)
+        runs.make_cache(address)
     else:
         folder.mkdir(parents=True)
     settings = {

@@ -28,14 +28,14 @@ from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.runs import records
 from mmdiff_ray.runs.job import Job
 from mmdiff_ray.storage.filesystem import is_uri, join
-from mmdiff_ray.storage.retry import OUTAGE_S, patiently
+from mmdiff_ray.storage.retry import OUTAGE_S, retry
 from mmdiff_ray.sweeps.journal import TRIALS, Trial, number_of, read_trial, trial_address, write_trial
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.store import full, shown
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import write_json
-from mmdiff_ray.training.remote_checkpoints import FOLDER, STILL_S, copy_checkpoint, set_back
+from mmdiff_ray.training.remote_checkpoints import FOLDER, copy_checkpoint, set_back
 from mmdiff_ray.training.trainer import TrainingError
 
 SCORE = "score"
@@ -112,7 +112,7 @@ def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables
     address = trial_address(where, trial.number)
     config = trial_config(sweep, trial, where, store)
     place = runs.folder_of(join(where, TRIALS), f"{trial.number:04d}")
-    job = patiently(lambda: jobs.prepare(config, place, tables), f"look at the data of trial {trial.number}")
+    job = retry(lambda: jobs.prepare(config, place, tables), f"look at the data of trial {trial.number}")
     if trial.run_id:
         facts = jobs.read_run(_open(where, trial))
         job = dataclasses.replace(
@@ -139,7 +139,7 @@ def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables
         runs.clear(address)  # of a trial that died before its run had begun
         return launch.begin(job, required=False, tags=tags)
 
-    job = patiently(begin, f"begin {address}")
+    job = retry(begin, f"begin {address}")
     job = dataclasses.replace(job, lineage=job.run_id, stored_only=True)
     if job.mirror is not None and (left := job.mirror.flush(OUTAGE_S)):
         run_life.end_run(job.tracking_uri, job.run_id, launch.STATUS["failed"], job.spool)
@@ -154,7 +154,7 @@ def _open(where: str, trial: Trial) -> Path:
     address = trial_address(where, trial.number)
     if not is_uri(address):
         return Path(address)
-    return patiently(lambda: runs.open_run(address), f"open {address}")
+    return retry(lambda: runs.open_run(address), f"open {address}")
 
 
 def trial_config(sweep: Sweep, trial: Trial, where: str, store: str) -> Config:
@@ -192,7 +192,7 @@ def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
     model, seen = _exported(job, trial)
     now = in_force(job.config, seen)  # a model is asked with the weights that it was trained with last
     judge = partial(measure_on_ray, facts=model) if job.config.workers.count else measure
-    findings = patiently(lambda: judge(job.folder, now, tables=job.tables), f"judge {job.folder.name}")
+    findings = retry(lambda: judge(job.folder, now, tables=job.tables), f"judge {job.folder.name}")
     figures = {key.removeprefix("eval/"): value for key, value in metrics_of(findings.figures).items()}
     for metric in sweep.metrics:
         if not math.isfinite(figures.get(metric, 0.0)):
@@ -215,7 +215,7 @@ def _exported(job: Job, trial: Trial) -> tuple[dict[str, Any], int]:
     samples that it has seen. Raises OutageError where the worker could not bring it to storage."""
     where = runs.address(job.folder)
     if job.config.workers.count:
-        patiently(lambda: runs.with_export(where), f"bring the model of {where}")
+        retry(lambda: runs.with_export(where), f"bring the model of {where}")
     model = export_facts(job.folder)
     seen = model.get("progress", {}).get("samples_seen", 0)
     if seen <= trial.samples or model.get("lineage") != job.lineage:
@@ -300,4 +300,4 @@ def _close(where: str, trial: Trial, state: str, tags: Mapping[str, str] | None 
     if (mirror := runs.mirror_of(place)) is not None:
         mirror.send(runs.RUN)
         records.keep(place, mirror)
-        mirror.flush(STILL_S)
+        mirror.flush()

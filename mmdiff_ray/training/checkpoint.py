@@ -136,7 +136,7 @@ class CheckpointStore:
         if done[0]:
             self.wait()
         if done[1] and remote is not None:
-            remote.go_on()
+            remote.complete()
 
     def close(self) -> None:
         """Wait until the checkpoint begun last is complete, also in storage if that can be reached."""

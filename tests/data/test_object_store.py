@@ -1,9 +1,5 @@
 """The data layer on an object store, a real S3 server on the loopback."""
 
-import contextlib
-import threading
-from collections.abc import Iterator
-
 import pytest
 
 from mmdiff_ray.config import ConfigError, RunError
@@ -12,53 +8,14 @@ from mmdiff_ray.data.batches import local_batches
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.data.plan import Plan
 from mmdiff_ray.data.shards import verify
-from mmdiff_ray.storage import retry as patience
-from mmdiff_ray.storage.filesystem import files_under, filesystem, read_bytes, write_bytes_atomic
-from mmdiff_ray.storage.mirror import download
+from mmdiff_ray.storage import retry
+from mmdiff_ray.storage.filesystem import filesystem, list_files, read_bytes, write_atomic
 from tests import s3
 from tests.data.samples import interrupted, pairs, reader, write
-from tests.data.test_patience import when_told
 from tests.faults import faulty
+from tests.storage.test_retry import on_warning
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def bucket(monkeypatch) -> Iterator[s3.Bucket]:
-    for name, value in s3.KEYS.items():
-        monkeypatch.setenv(name, value)
-    with s3.serve() as bucket:
-        yield bucket
-
-
-@contextlib.contextmanager
-def replaced(uri: str, versions: list[bytes]) -> Iterator[None]:
-    """Write versions of a file by turns for the block."""
-    (fs, path), ended = filesystem(uri), threading.Event()
-
-    def write_all() -> None:
-        while not ended.is_set():
-            for data in versions:
-                write_bytes_atomic(fs, path, data)
-
-    write_bytes_atomic(fs, path, versions[0])
-    thread = threading.Thread(target=write_all)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
-def test_a_file_that_is_replaced_while_it_is_read_is_had_in_one_version(bucket, tmp_path) -> None:
-    uri, versions = bucket.uri("journal"), [b"short", b"a longer one", b"the longest of them all"]
-    fs, path = filesystem(uri)
-    with replaced(uri, versions):
-        for _ in range(100):
-            assert read_bytes(fs, path) in versions
-            download(fs, path, tmp_path / "file")
-            assert (tmp_path / "file").read_bytes() in versions
 
 
 def test_a_data_set_on_an_object_store_is_written_taken_up_read_and_checked(
@@ -83,13 +40,13 @@ def test_a_data_set_on_an_object_store_is_written_taken_up_read_and_checked(
     shard = f"{root}/train/00001.parquet"
     data = bytearray(read_bytes(fs, shard))
     data[700] ^= 1
-    write_bytes_atomic(fs, shard, bytes(data))
+    write_atomic(fs, shard, bytes(data))
     assert len(verify(uri)) == 1
     with pytest.raises(BadRowsError, match=r"train/00001.parquet"):
         list(local_batches(plan, reader([uri]), stop_batch=12))
 
     write(uri, range(20), force=True)
-    assert files_under(fs, root) == [f"{root}/{name}" for name in names_of(uri)]
+    assert list(list_files(fs, root)) == names_of(uri)
 
 
 def test_an_upload_that_breaks_off_is_made_again_and_a_build_that_gives_up_goes_on(
@@ -103,13 +60,13 @@ def test_an_upload_that_breaks_off_is_made_again_and_a_build_that_gives_up_goes_
             if number == 5:
                 network.cut_after = 2000
                 break
-        with when_told(lambda: setattr(network, "cut_after", None)) as told:
+        with on_warning(lambda: setattr(network, "cut_after", None)) as warnings:
             assert next(number for number in rows if number == 40)
-        assert network.cut > 0 and len(told) == 1
-        assert told[0].startswith(f"cannot write to {uri}, which is tried again for 180 s: ")
+        assert network.cut > 0 and len(warnings) == 1
+        assert warnings[0].startswith(f"cannot write to {uri}, retrying for 180 s: ")
 
         network.cut_after = 2000
-        monkeypatch.setattr(patience, "OUTAGE_S", 0.0)
+        monkeypatch.setattr(retry, "OUTAGE_S", 0.0)
         with pytest.raises(RunError, match=r"^cannot write to s3://toys/toy.*; run the same command again"):
             list(rows)
         network.cut_after = None

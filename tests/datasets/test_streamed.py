@@ -13,7 +13,7 @@ from PIL import Image
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.datasets.base import build, make_pipeline
 from mmdiff_ray.datasets.options import pipeline_options
-from mmdiff_ray.storage.filesystem import filesystem, write_bytes_atomic
+from mmdiff_ray.storage.filesystem import filesystem, write_atomic
 from tests.datasets.reading import decode, read_rows
 
 COLORS = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
@@ -223,7 +223,7 @@ def test_both_stream_through_ray_from_an_object_store(name, hub, tars, bucket, r
     folder, pattern = (hub, "*.parquet") if name == "parquet" else (tars, "*.tar*")
     for file in folder.glob(pattern):
         fs, path = filesystem(bucket.uri(f"{name}/{file.name}"))
-        write_bytes_atomic(fs, path, file.read_bytes())
+        write_atomic(fs, path, file.read_bytes())
     here = make(name, str(folder / pattern), str(tmp_path / "set"))[1]
     there = make(name, bucket.uri(name), str(tmp_path / "far"), workers=1)[1]
     assert {key: row["text"] for key, row in there.items()} == {key: row["text"] for key, row in here.items()}

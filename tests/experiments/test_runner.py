@@ -20,7 +20,7 @@ from mmdiff_ray.experiments.archive import pack, unpack
 from mmdiff_ray.experiments.loading import load_experiment
 from mmdiff_ray.experiments.measurement import measure_cell
 from mmdiff_ray.experiments.page import markdown
-from mmdiff_ray.runs.exclusive import alone
+from mmdiff_ray.storage.lock import lock_folder
 from mmdiff_ray.tracking import store
 from tests.sprites import MODEL
 
@@ -343,7 +343,7 @@ def test_a_killed_runner_resumes_and_ends_with_the_same_table(done, tmp_path, nu
 @pytest.mark.slow
 def test_a_second_runner_is_refused_and_changes_nothing(done, capsys):
     before = (done / "result.json").read_bytes()
-    with alone(done / "runs" / "small-smoke"):
+    with lock_folder(done / "runs" / "small-smoke"):
         assert main(words(done)) == 2
     assert "works on it" in capsys.readouterr().err
     assert (done / "result.json").read_bytes() == before

@@ -19,6 +19,7 @@ from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.runs import records
+from mmdiff_ray.storage import upload
 from mmdiff_ray.storage.filesystem import folders_in, join
 from mmdiff_ray.storage.mirror import cached
 from mmdiff_ray.tracking.log import Log, waiting_in
@@ -108,15 +109,15 @@ def test_one_name_is_given_to_one_run(made, tmp_path):
 
 def test_to_continue_a_run_finds_it_or_frees_what_a_beginning_that_was_cut_short_left(made, tmp_path):
     where = f"file://{tmp_path}/storage"
-    assert runs.begun(join(where, "other")) is None
-    assert (runs.begun(made.uri) / "run.json").is_file()
+    assert runs.find_begun(join(where, "other")) is None
+    assert (runs.find_begun(made.uri) / "run.json").is_file()
     runs.claim(join(where, "other"))
-    assert runs.begun(join(where, "other")) is None
+    assert runs.find_begun(join(where, "other")) is None
     assert "other" not in runs.names_in(where)
     (tmp_path / "storage" / "mine").mkdir()
     (tmp_path / "storage" / "mine" / "letters.txt").touch()
-    with pytest.raises(ConfigError, match=r"^name: file://.*/mine is there and is no run"):
-        runs.begun(join(where, "mine"))
+    with pytest.raises(ConfigError, match=r"^name: file://.*/mine exists and is no run"):
+        runs.find_begun(join(where, "mine"))
 
 
 def test_a_run_that_cannot_be_recorded_leaves_nothing_in_storage(sprites, tmp_path, cache):
@@ -159,7 +160,7 @@ def test_records_that_a_worker_cannot_send_reach_the_driver_on_another_machine(m
 
 def test_records_that_storage_does_not_take_either_are_named_with_where_they_lie(made, tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "HAND_OVER_S", 0.2)
-    monkeypatch.setattr(records, "STILL_S", 0.2)
+    monkeypatch.setattr(upload, "STALL_S", 0.2)
     (tmp_path / "storage" / "tiny" / "records").write_text("no folder")
     notes: list[dict] = []
     hooks = worker.WorkerHooks(
@@ -276,7 +277,7 @@ def test_a_killed_run_goes_on_from_storage_on_another_machine_and_is_used_on_a_t
     command = [sys.executable, "-m", "mmdiff_ray.cli", "train", str(file)]
     killed = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     run = runs.mirror(join(where, "tiny"), tmp_path / "looking")
-    wait_for(lambda: any(name.endswith("/state.json") for name in run.names("checkpoints")), killed)
+    wait_for(lambda: any(name.endswith("/state.json") for name in run.files("checkpoints")), killed)
     killed.send_signal(signal.SIGSTOP)
     code, _, refused = two("train", "--resume", "tiny", f"runs={where}")
     assert code == 2 and f"{join(where, 'tiny')}: process {killed.pid} on " in refused, refused
@@ -286,7 +287,7 @@ def test_a_killed_run_goes_on_from_storage_on_another_machine_and_is_used_on_a_t
     code, said, _ = two("train", "--resume", "tiny", f"runs={where}")
     assert code == 0 and "from the checkpoint at" in said
     assert f"run       {join(where, 'tiny')}\n" in said
-    names = set(run.names())
+    names = set(run.files())
     assert {"run.json", "config.yaml", "evaluation.json", "pictures/joint.png", "export/files.json"} <= names
     assert any(name.startswith("pictures/joint-000000") for name in names)
     assert not any(name.startswith("tracking/") for name in names)
@@ -316,10 +317,7 @@ def test_a_server_that_dies_at_the_end_costs_an_exit_code_and_the_next_command_s
     bucket, sprites, tmp_path, machines, monkeypatch
 ):
     one, two = next(machines), next(machines)
-    monkeypatch.setattr(remote, "STILL_S", 1.0)
-    monkeypatch.setattr("mmdiff_ray.distributed.worker.STILL_S", 1.0)
-    monkeypatch.setattr("mmdiff_ray.distributed.launch.STILL_S", 1.0)
-    monkeypatch.setattr("mmdiff_ray.cli.training.STILL_S", 1.0)
+    monkeypatch.setattr(upload, "STALL_S", 1.0)
     with faulty(bucket.port) as network:
         where = bucket.uri("runs", network.port)
         file = tiny.write_config(
@@ -339,7 +337,7 @@ def test_a_server_that_dies_at_the_end_costs_an_exit_code_and_the_next_command_s
         with monkeypatch.context() as patch:
             patch.setenv("MMDIFF_CACHE", str(one.folder / "cache"))
             here = cached(uri)
-        assert code == 1 and said.count("which is tried again") == 1
+        assert code == 1 and said.count("cannot upload") == 1
         checkpoints = "checkpoint 000000000064, checkpoint 000000000160"
         assert f"not in {uri}: {checkpoints}. All is in {here}; training that goes on" in said
         left = "config.yaml, evaluation.json, export, pictures/joint.png, run.json"
@@ -399,10 +397,10 @@ def test_nodes_that_share_no_disk_train_go_on_and_evaluate(bucket, sprites, tmp_
         (kept,) = (tmp_path / f"node-{number}").glob(f"{place}/checkpoints/000000000160")
         assert len(list(kept.glob("*/*.distcp"))) == 1
     run = runs.mirror(join(where, "tiny"), tmp_path / "looking")
-    names = run.names()
+    names = run.files()
     assert sum(name.startswith("checkpoints/000000000160/") for name in names) == 4
     assert {"run.json", "config.yaml", "export/files.json"} <= set(names)
     changed = ("train.samples=224", "evaluate.evaluators=[joint]")
     said = train("driver-2", "--resume", "tiny", "--runs", where, *changed)
     assert "training on 2 workers, from the checkpoint at 160 samples" in said
-    assert "not in s3://" not in said and {"evaluation.json", "pictures/joint.png"} <= set(run.names())
+    assert "not in s3://" not in said and {"evaluation.json", "pictures/joint.png"} <= set(run.files())

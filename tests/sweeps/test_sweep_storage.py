@@ -67,7 +67,7 @@ def saved(uri: str, folder: Path, samples: int, run: str, mark: str, value: floa
         run_there = mirror(uri, folder)
         for name in (*files, "state.json"):
             run_there.send_file(f"checkpoints/{place.name}/{name}")
-        assert run_there.uploader.flush(10) == []
+        assert run_there.uploads.flush(10) == []
     return place
 
 
@@ -79,19 +79,19 @@ def test_a_checkpoint_is_copied_from_storage_as_the_only_one_and_another_machine
         saved(join(where, "mine"), mine, samples, "mine", "m", 2.0)
     run = mirror(join(where, "mine"), mine)
     source = join(where, "donor", "checkpoints", f"{64:012d}")
-    before = run.names("checkpoints")
+    before = run.files("checkpoints")
     assert not copy_checkpoint(source, "donor", mine / "checkpoints", run, "mine")
-    assert run.names("checkpoints") == before and len(list((mine / "checkpoints").iterdir())) == 2
+    assert run.files("checkpoints") == before and len(list((mine / "checkpoints").iterdir())) == 2
 
     source = join(where, "donor", "checkpoints", f"{32:012d}")
     assert not copy_checkpoint(source, "what it was before", mine / "checkpoints", run, "mine")
-    assert run.names("checkpoints") == before and len(list((mine / "checkpoints").iterdir())) == 2
+    assert run.files("checkpoints") == before and len(list((mine / "checkpoints").iterdir())) == 2
     assert copy_checkpoint(source, "donor", mine / "checkpoints", run, "mine")
     (kept,) = (mine / "checkpoints").iterdir()
     assert kept.name == f"{32:012d}" and torch.load(kept / "d" / "0.distcp") == 1.0
     state = json.loads((kept / "state.json").read_text())
     assert (state["run"], state["mark"]) == ("mine", "d")
-    assert set(run.names("checkpoints")) == {f"{kept.name}/{file}" for file in ("d/0.distcp", "state.json")}
+    assert set(run.files("checkpoints")) == {f"{kept.name}/{file}" for file in ("d/0.distcp", "state.json")}
 
     old = tmp_path / "old"  # a machine that this trial was on before
     for samples, mark in ((32, "m"), (64, "m")):
@@ -219,7 +219,7 @@ def test_a_trial_copies_another_and_moves_between_machines_as_it_would_in_one_fo
         figures = [report["figures"] for report in trial.reports]
         found.append((figures, load_file(folder / "export" / "model.safetensors")))
     assert found[0][0] == found[1][0] and tiny_sprites.same(found[0][1], found[1][1])
-    names = mirror(join(where, "trials", "0001"), tmp_path / "looking").names("checkpoints")
+    names = mirror(join(where, "trials", "0001"), tmp_path / "looking").files("checkpoints")
     assert {name.partition("/")[0] for name in names} == {f"{samples:012d}" for samples in (32, 64, 96, 128)}
 
 
@@ -292,7 +292,7 @@ def test_a_sweep_whose_cluster_died_goes_on_on_another_that_shares_nothing_but_s
             trained = client.get_metric_history(trial.run_id, "loss/l0/pixels")
             assert [point.step for point in trained].count(32) == 1
     assert all(list((tmp_path / "first" / f"node-{number}").rglob("run.json")) for number in (1, 2))
-    there = set(mirror(address, tmp_path / "looking").names())
+    there = set(mirror(address, tmp_path / "looking").files())
     assert {"sweep.json", "sweep.yaml", "report/report.html", "trials/0000/run.json"} <= there
     assert {f"trials/{n:04d}/checkpoints/{64:012d}/state.json" for n in range(4)} <= there
     assert not any(name.startswith("ray/") for name in there)

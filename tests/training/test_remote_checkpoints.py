@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from mmdiff_ray.config import OutageError, RunError
-from mmdiff_ray.storage import mirror
-from mmdiff_ray.storage import retry as patience
-from mmdiff_ray.storage.filesystem import read_bytes, write_bytes_atomic
+from mmdiff_ray.storage import filesystem, retry, upload
+from mmdiff_ray.storage.filesystem import read_bytes, write_atomic
 from mmdiff_ray.training import remote_checkpoints as remote
 from mmdiff_ray.training.checkpoint import complete
 from tests import sprites as tiny
@@ -25,7 +24,7 @@ def job(sprites):
 
 @pytest.fixture(scope="module")
 def trainer(job):
-    """A trainer after a step. Its checkpoints are told apart by the samples it is said to have seen."""
+    """A trainer after a step. Its checkpoints are called apart by the samples it is said to have seen."""
     made = tiny.trainer(job)
     made.advance(tiny.batches(job), 16)
     return made
@@ -61,9 +60,9 @@ def test_last_and_best_are_kept_in_storage_and_what_was_never_completed_goes(tra
                 store.remote.mirror.fs,
                 store.remote.mirror.path("checkpoints/000000000070/mark/__0_0.distcp"),
             )
-            write_bytes_atomic(fs, left, b"by a killed worker")
+            write_atomic(fs, left, b"by a killed worker")
     assert names(store) == [32, 64, 80]
-    found = {name.split("/")[0] for name in store.remote.mirror.names("checkpoints")}
+    found = {name.split("/")[0] for name in store.remote.mirror.files("checkpoints")}
     assert found == {"000000000032", "000000000064", "000000000080"}
     assert [int(path.name) for path in complete(store.folder)] == [32, 64, 80]
     again = make_store(f"file://{tmp_path}/storage", tmp_path / "two")
@@ -75,17 +74,17 @@ def test_last_and_best_are_kept_in_storage_and_what_was_never_completed_goes(tra
 def broken(kind: str, store) -> None:
     """Break the newest checkpoint in storage."""
     fs, path = store.remote.mirror.fs, store.remote.mirror.path
-    (file,) = [name for name in store.remote.mirror.names() if name.endswith("32/state.json")]
+    (file,) = [name for name in store.remote.mirror.files() if name.endswith("32/state.json")]
     state = json.loads(read_bytes(fs, path(file)))
     shard = path(f"{file.removesuffix('/state.json')}/{sorted(state['files'])[-1]}")
     if kind == "short file":
-        write_bytes_atomic(fs, shard, read_bytes(fs, shard)[:-1])
+        write_atomic(fs, shard, read_bytes(fs, shard)[:-1])
     elif kind == "no file":
         fs.delete_file(shard)
     elif kind == "no state":
         fs.delete_file(path(file))
     elif kind == "half a state":
-        write_bytes_atomic(fs, path(file), read_bytes(fs, path(file))[:100])
+        write_atomic(fs, path(file), read_bytes(fs, path(file))[:100])
 
 
 @pytest.mark.parametrize("kind", ["short file", "no file", "no state", "half a state"])
@@ -106,10 +105,10 @@ def test_half_a_checkpoint_is_never_taken_for_one(trainer, tmp_path, kind):
 def test_training_goes_on_while_storage_is_away_and_the_newest_gets_there_in_the_end(
     trainer, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(remote, "STILL_S", 1.0)
+    monkeypatch.setattr(upload, "STALL_S", 1.0)
     storage = tmp_path / "storage"
-    store, told = make_store(f"file://{storage}", tmp_path / "one"), []
-    store.remote.completed = lambda: told.append(names(store)[-1])
+    store, called = make_store(f"file://{storage}", tmp_path / "one"), []
+    store.remote.completed = lambda: called.append(names(store)[-1])
     storage.write_text("a file where the folder should be")
     for samples in (16, 32, 48, 64):
         trainer.progress.samples_seen = samples
@@ -118,11 +117,11 @@ def test_training_goes_on_while_storage_is_away_and_the_newest_gets_there_in_the
     store.close()
     assert store.unsent == ["checkpoint 000000000016", "checkpoint 000000000064"]
     assert [int(path.name) for path in complete(store.folder)] == [16, 48, 64]  # 32 is old, 16 on its way
-    assert told == []
+    assert called == []
     storage.unlink()
-    monkeypatch.setattr(remote, "STILL_S", 30.0)
+    monkeypatch.setattr(upload, "STALL_S", 30.0)
     store.close()
-    assert store.unsent == [] and names(store) == told == [16, 64]
+    assert store.unsent == [] and names(store) == called == [16, 64]
 
 
 # --- two machines and S3 ---------------------------------------------------------------------------------
@@ -130,8 +129,8 @@ def test_training_goes_on_while_storage_is_away_and_the_newest_gets_there_in_the
 
 @pytest.mark.slow
 def test_storage_that_does_not_answer_is_no_empty_storage(trainer, bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "STILL_S", 0.1)
-    monkeypatch.setattr(patience, "OUTAGE_S", 0.1)
+    monkeypatch.setattr(remote, "STALL_S", 0.1)
+    monkeypatch.setattr(retry, "OUTAGE_S", 0.1)
     with faulty(bucket.port) as network:
         uri = bucket.uri("silent", network.port)
         save(make_store(uri, tmp_path / "one"), trainer, 16)
@@ -149,18 +148,18 @@ def test_a_checkpoint_that_storage_does_not_give_is_asked_for_again(trainer, tmp
     def download(*given: Any) -> None:
         if left:
             raise left.pop()
-        mirror.download(*given)
+        filesystem.download(*given)
 
     monkeypatch.setattr(remote, "download", download)
     two = make_store(uri, tmp_path / "two")
     if failures == 1:
         assert int(two.latest().name) == 16 and [int(path.name) for path in complete(two.folder)] == [16]
         return
-    monkeypatch.setattr(patience, "OUTAGE_S", 0.0)
-    with pytest.raises(OutageError, match=r"^cannot bring checkpoint 0+16 from file://.*: no route$"):
+    monkeypatch.setattr(retry, "OUTAGE_S", 0.0)
+    with pytest.raises(OutageError, match=r"^cannot fetch checkpoint 0+16 from file://.*: no route$"):
         two.latest()
     monkeypatch.setattr(remote, "download", lambda *_: (tmp_path / "nothing").read_bytes())
-    with pytest.raises(RunError, match=r"^cannot bring checkpoint 0+16 .*No such file") as caught:
+    with pytest.raises(RunError, match=r"^cannot fetch checkpoint 0+16 .*No such file") as caught:
         two.latest()
     assert not isinstance(caught.value, OutageError)
 

@@ -1,4 +1,4 @@
-"""What two processes do together for `test_remote`, as on two machines: each has its own disk and network."""
+"""Two workers of `test_remote_checkpoints` as on two machines, each with a disk and a network of its own."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from mmdiff_ray.config import CheckpointConfig
 from mmdiff_ray.runs.job import Job
+from mmdiff_ray.storage import upload
 from mmdiff_ray.storage.mirror import Mirror
-from mmdiff_ray.training import remote_checkpoints as remote
 from mmdiff_ray.training.checkpoint import CheckpointStore, restore
 from mmdiff_ray.training.remote_checkpoints import RemoteCheckpoints
 from mmdiff_ray.training.trainer import Trainer
@@ -32,7 +32,7 @@ def make_store(uri: str, folder: Path, run: str = RUN) -> CheckpointStore:
 def work(rank: int, job: Job, bucket: s3.Bucket, folder: Path) -> None:
     """Be one of two workers and write down what was seen."""
     torch.set_num_threads(1)
-    remote.STILL_S, remote.SLICE_S = 4.0, 1.0
+    upload.STALL_S = 4.0
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
     with faulty(bucket.port) as network:
         uri = bucket.uri("apart", network.port)
@@ -101,7 +101,7 @@ def same_disk(job: Job, rank: int, uri: str, folder: Path) -> list[str]:
         store.close()
     assert store.remote is not None
     dist.barrier()
-    return sorted(store.remote.mirror.names())
+    return sorted(store.remote.mirror.files())
 
 
 def stored(store: CheckpointStore, rank: int) -> list[str]:

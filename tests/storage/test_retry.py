@@ -1,4 +1,4 @@
-"""Storage that does not answer: tried again for a while, told once; what time does not mend is not."""
+"""Storage that does not answer: retried for a while, with one warning; permanent errors are not."""
 
 import contextlib
 import logging
@@ -9,29 +9,29 @@ from pathlib import Path
 
 import pytest
 
-from mmdiff_ray.config import ConfigError, OutageError
+from mmdiff_ray.config import ConfigError, OutageError, UnreachableError
 from mmdiff_ray.data.batches import local_batches
 from mmdiff_ray.data.plan import Plan
-from mmdiff_ray.storage import retry as patience
-from mmdiff_ray.storage.retry import patiently
+from mmdiff_ray.storage import retry as retry_module
+from mmdiff_ray.storage.retry import retry, with_timeout
 from tests.data.samples import pairs, reader, write
 from tests.faults import faulty
 
 
 @contextlib.contextmanager
-def when_told(act: Callable[[], object]) -> Iterator[list[str]]:
-    """Do something as soon as an outage is told; yield what is told."""
-    told: list[str] = []
+def on_warning(act: Callable[[], object]) -> Iterator[list[str]]:
+    """Do something as soon as an outage is logged; yield the warnings."""
+    warnings: list[str] = []
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            told.append(record.getMessage())
+            warnings.append(record.getMessage())
             act()
 
-    listener, logger = Listener(), logging.getLogger(patience.__name__)
+    listener, logger = Listener(), logging.getLogger(retry_module.__name__)
     logger.addHandler(listener)
     try:
-        yield told
+        yield warnings
     finally:
         logger.removeHandler(listener)
 
@@ -40,16 +40,16 @@ def no_answer() -> None:
     raise OSError("no route")
 
 
-def test_an_outage_is_told_once_however_many_meet_it() -> None:
-    with when_told(lambda: None) as told:
+def test_an_outage_is_one_warning_however_many_threads_meet_it() -> None:
+    with on_warning(lambda: None) as warnings:
         for _ in range(2):
-            with pytest.raises(OutageError, match=r"^cannot read x, tried for 0 s: no route$"):
-                patiently(no_answer, "read x", longest_s=0.0)
-    assert told == ["cannot read x, which is tried again for 0 s: no route"]
+            with pytest.raises(OutageError, match=r"^cannot read x, retried for 0 s: no route$"):
+                retry(no_answer, "read x", timeout_s=0.0)
+    assert warnings == ["cannot read x, retrying for 0 s: no route"]
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("gone"), PermissionError("no"), OSError(28, "full")])
-def test_what_time_does_not_mend_is_not_tried_again(error: OSError) -> None:
+def test_a_permanent_error_is_not_retried(error: OSError) -> None:
     calls: list[int] = []
 
     def fail() -> None:
@@ -57,11 +57,11 @@ def test_what_time_does_not_mend_is_not_tried_again(error: OSError) -> None:
         raise error
 
     with pytest.raises(type(error)) as caught:
-        patiently(fail, "read x")
+        retry(fail, "read x")
     assert caught.value is error and len(calls) == 1
 
 
-def test_nobody_waits_for_readers_in_an_outage_when_a_stream_is_closed(tmp_path: Path) -> None:
+def test_a_stream_that_is_closed_during_an_outage_ends_the_retries(tmp_path: Path) -> None:
     uri = str(tmp_path / "toy")
     plan = Plan([(write(uri, range(60), rows_per_shard=4).splits["train"], 1.0)], 4, 2, 8, 0)
     windows = [window for _, window in plan.rank_windows(0, 1, 0, 5)]
@@ -70,13 +70,13 @@ def test_nobody_waits_for_readers_in_an_outage_when_a_stream_is_closed(tmp_path:
         (tmp_path / "toy" / path).unlink()
         (tmp_path / "toy" / path).mkdir()
     met = threading.Event()
-    with when_told(met.set):
+    with on_warning(met.set):
         batches = local_batches(plan, reader([uri]), stop_batch=5)
         next(batches)
         assert met.wait(60)
         begun = time.monotonic()
         batches.close()
-    assert time.monotonic() - begun < patience.OUTAGE_S / 2
+    assert time.monotonic() - begun < retry_module.OUTAGE_S / 2
 
 
 @pytest.mark.slow
@@ -89,16 +89,24 @@ def test_an_outage_in_mid_stream_costs_time_and_no_row(bucket, tmp_path: Path, m
         batches = local_batches(plan, there, stop_batch=12)
         found = [next(batches)]
         network.down = True
-        with when_told(lambda: setattr(network, "down", False)) as told:
+        with on_warning(lambda: setattr(network, "down", False)) as warnings:
             found += batches
         assert pairs(found) == pairs(local_batches(plan, reader([local]), stop_batch=12))
         assert all(bool(batch.real.all()) for batch in found)
-        assert len(told) == 1 and told[0].startswith(f"cannot read {there.uris[0]}, which is tried again for")
+        assert len(warnings) == 1 and warnings[0].startswith(f"cannot read {there.uris[0]}, retrying for")
 
         network.down = True
-        monkeypatch.setattr(patience, "OUTAGE_S", 0.0)
-        with pytest.raises(OutageError, match=r"^cannot read s3://toys/toy.*, tried for 0 s: ") as caught:
+        monkeypatch.setattr(retry_module, "OUTAGE_S", 0.0)
+        with pytest.raises(OutageError, match=r"^cannot read s3://toys/toy.*, retried for 0 s: ") as caught:
             next(local_batches(plan, there))
         assert not isinstance(caught.value, ConfigError)
         with pytest.raises(OutageError, match=r"^cannot read s3://toys/toy"):
             reader([bucket.uri("toy", network.port)])
+
+
+def test_an_answer_that_takes_too_long_is_not_waited_for() -> None:
+    with pytest.raises(UnreachableError, match=r"the store is silent within 0.05 s"):
+        with_timeout(0.05, threading.Event().wait, "the store is silent")
+    assert with_timeout(5.0, lambda: 3, "") == 3
+    with pytest.raises(KeyError):
+        with_timeout(5.0, {}.popitem, "")
