@@ -28,6 +28,7 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _run(given: argparse.Namespace) -> int:
+    from mmdiff_ray.cli.training import exit_code
     from mmdiff_ray.distributed.display import make_console
     from mmdiff_ray.distributed.evaluate import evaluate_run
     from mmdiff_ray.evaluation.run import tables
@@ -41,4 +42,4 @@ def _run(given: argparse.Namespace) -> int:
         console.print(table)
     for what, name in (("figures   ", "evaluation.json"), ("pictures  ", "pictures")):
         console.print(f"{what}{display_path(folder, place / name)}", soft_wrap=True)
-    return 0
+    return exit_code(console, folder)

@@ -20,7 +20,7 @@ from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.runs import records
 from mmdiff_ray.storage import upload
-from mmdiff_ray.storage.filesystem import folders_in, join
+from mmdiff_ray.storage.filesystem import filesystem, folders_in, join
 from mmdiff_ray.storage.mirror import cached
 from mmdiff_ray.tracking.log import Log, waiting_in
 from mmdiff_ray.training import remote_checkpoints as remote
@@ -351,6 +351,8 @@ def test_a_server_that_dies_at_the_end_costs_an_exit_code_and_the_next_command_s
         code, said, _ = one("train", "--resume", "tiny", "--runs", where)
         assert code == 0 and "tiny is finished" in said
         assert two("sample", uri, "--num", "2")[0] == 0
+        assert two("evaluate", uri, "evaluate.rows=4")[0] == 0
+        assert folders_in(*filesystem(join(uri, "evaluations"))) == ["evaluation"]
         monkeypatch.setenv("MMDIFF_CACHE", str(two.folder / "cache"))
         assert jobs.read_run(jobs.find_run("tiny", where))["state"] == "finished"
 
