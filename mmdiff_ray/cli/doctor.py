@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from mmdiff_ray.cli.common import RUNS, Commands, command
 from mmdiff_ray.config import ConfigError
@@ -123,7 +122,7 @@ def _disk(runs: str) -> Check:
     from mmdiff_ray.storage.filesystem import is_uri
     from mmdiff_ray.storage.mirror import cached
 
-    folder = cached(runs) if is_uri(runs) else Path(runs).absolute()
+    folder = cached(runs)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 2**30

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from mmdiff_ray.datasets.base import Item, Made, Options, Pipeline
 from mmdiff_ray.evaluation.gallery import parse_given
 from mmdiff_ray.sampling.export import load_export
 from mmdiff_ray.sampling.generator import Generator, sample
-from mmdiff_ray.storage.filesystem import is_uri
 from mmdiff_ray.storage.mirror import fetched
 
 
@@ -97,7 +95,7 @@ class Samples(Pipeline):
 
     def __init__(self, options: SamplesOptions) -> None:
         super().__init__(options)
-        here = fetched(options.model) if is_uri(options.model) else Path(options.model)
+        here = fetched(options.model)
         if not (here / "config.yaml").is_file():
             raise ConfigError(f"model: {options.model!r} holds no exported model; name a run's export folder")
         if options.num < 1:

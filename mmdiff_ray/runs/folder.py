@@ -97,7 +97,7 @@ def names_in(runs: str) -> list[str]:
 
     Raises UnreachableError.
     """
-    here = cached(runs) if is_uri(runs) else Path(runs)
+    here = cached(runs)
     names = {path.name for path in here.iterdir()} if here.is_dir() else set()
     return sorted(names.union(_look(runs, folders_in) if is_uri(runs) else ()))
 
@@ -134,7 +134,7 @@ def addresses(where: str) -> list[str]:
 
 def folder_of(runs: str, name: str) -> Path:
     """Return the folder of this machine for a run."""
-    return cached(join(runs, name)) if is_uri(runs) else Path(runs).absolute() / name
+    return cached(join(runs, name))
 
 
 def address(folder: Path) -> str:
@@ -198,7 +198,7 @@ def release(where: str) -> None:
 
 def clear(where: str) -> None:
     """Remove all files of a run, here and in storage. Raises OSError where storage does not answer."""
-    here = cached(where) if is_uri(where) else Path(where)
+    here = cached(where)
     shutil.rmtree(here, ignore_errors=True)
     if is_uri(where):
         if mirror(where, here).uploads.flush(ANSWER_S):  # an upload would bring a file back
@@ -234,7 +234,7 @@ def with_export(where: str) -> Path:
 
     Raises UnreachableError.
     """
-    return fetched(join(where, "export")).parent if is_uri(where) else Path(where)
+    return fetched(join(where, "export")).parent
 
 
 def not_sent(

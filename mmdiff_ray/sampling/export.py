@@ -62,7 +62,7 @@ def load_export(folder: str | Path, device: str = "cpu", config: Config | None =
 
     config: in place of its own, one that differs in nothing that the weights depend on.
     """
-    folder = fetched(str(folder)) if is_uri(str(folder)) else Path(folder)
+    folder = fetched(str(folder))
     if not (folder / "model.safetensors").is_file() or not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder} holds no exported model (model.safetensors and config.yaml)")
     config = config or configuration.load_saved(folder / "config.yaml")

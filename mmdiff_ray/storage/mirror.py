@@ -23,6 +23,7 @@ from mmdiff_ray.storage.filesystem import (
     CHUNK_BYTES,
     download,
     filesystem,
+    is_uri,
     join,
     list_files,
     parent,
@@ -41,7 +42,9 @@ SEEN = ".seen"
 
 
 def cached(uri: str) -> Path:
-    """Return the folder of this machine for what lies at a URI."""
+    """Return the folder of this machine for what lies at a URI, or the folder at a path itself."""
+    if not is_uri(uri):
+        return Path(uri).absolute()
     parts = urlsplit(uri)
     server = parse_qs(parts.query).get("endpoint_override", [""])[0]
     first = f"{parts.scheme}@{server}" if server else parts.scheme
@@ -251,9 +254,12 @@ def mirror(uri: str, folder: Path) -> Mirror:
 
 
 def fetched(uri: str) -> Path:
-    """Return the folder of this machine with what lies at a URI, fetched as by `Mirror.fetch_folder`."""
-    place, (above, name) = cached(uri), parent(uri)
-    mirror(above, place.parent).fetch_folder(name)
+    """Return the folder of this machine with what lies at a URI, fetched as by `Mirror.fetch_folder`, or the
+    folder at a path itself."""
+    place = cached(uri)
+    if is_uri(uri):
+        above, name = parent(uri)
+        mirror(above, place.parent).fetch_folder(name)
     return place
 
 

@@ -37,7 +37,7 @@ class UploadQueue:
         self.uri = uri
         self.warn = warn
         self._lanes: dict[str, list[Upload]] = {}
-        self._failing: dict[str, float] = {}  # lane -> when it began to fail
+        self._failing: dict[str, float] = {}  # lane that is not empty -> when it began to fail
         self._changed = threading.Condition()
         self._moved = time.monotonic()
 
@@ -62,18 +62,13 @@ class UploadQueue:
         with self._changed:
             return list(dict.fromkeys(upload.name for lane in self._lanes.values() for upload in lane))
 
-    @property
-    def is_failing(self) -> bool:
-        """Whether an upload has failed in a lane that is not empty."""
-        return bool(self._failing)
-
     def flush(self, stall_s: float | None = None, uploads: Collection[Upload] | None = None) -> list[str]:
         """Wait until uploads, by default all, are done; give up when no byte moves for `stall_s`.
 
         stall_s: `STALL_S` by default. Returns the names of uploads that are not done.
         """
         stall_s, begun = STALL_S if stall_s is None else stall_s, time.monotonic()
-        if self.is_failing and begun - self._moved > stall_s:
+        if self._failing and begun - self._moved > stall_s:
             stall_s = min(stall_s, STALL_AGAIN_S)
         with self._changed:
             self._changed.notify_all()  # no pause before the next attempt

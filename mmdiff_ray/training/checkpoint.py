@@ -126,7 +126,7 @@ class CheckpointStore:
     def poll(self) -> None:
         """Finish the checkpoint begun last if it is written on every worker, and the one on its way to
         storage if it is there (one small message between them)."""
-        remote = self.remote if self.remote is not None and self.remote.busy else None
+        remote = self.remote if self.remote is not None and self.remote.held else None
         if self._pending is None and remote is None:
             return
         written = self._pending is not None and self._pending[0].done()

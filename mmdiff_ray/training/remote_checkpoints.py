@@ -19,7 +19,15 @@ from typing import Any
 import torch.distributed as dist
 
 from mmdiff_ray.config import OutageError, RunError
-from mmdiff_ray.storage.filesystem import download, filesystem, list_files, read_bytes, remove, write_atomic
+from mmdiff_ray.storage.filesystem import (
+    download,
+    filesystem,
+    folders_in,
+    list_files,
+    read_bytes,
+    remove,
+    write_atomic,
+)
 from mmdiff_ray.storage.mirror import Mirror
 from mmdiff_ray.storage.retry import OUTAGE_S, retry
 from mmdiff_ray.storage.upload import STALL_S, Upload
@@ -61,13 +69,7 @@ class RemoteCheckpoints:
         # Workers wait in `close` for the one with the slowest network.
         self._group: Any = dist.new_group(backend="gloo", timeout=LONGEST_UPLOAD) if world()[1] > 1 else None
         self._queue: list[tuple[str, dict[str, Any]]] = []  # the one being uploaded, then the newest
-        self._uploads: list[Upload] = []  # this worker's files of the first
-        self._completions: list[Upload] = []
-
-    @property
-    def busy(self) -> bool:
-        """Whether a checkpoint is being uploaded."""
-        return bool(self._queue)
+        self._uploads: list[Upload] = []  # of this worker: the completion before, and files of the first
 
     @property
     def held(self) -> set[str]:
@@ -76,7 +78,7 @@ class RemoteCheckpoints:
 
     def mark(self) -> str:
         """Return a new name for the files of one save, the same on all workers."""
-        return self._broadcast(secrets.token_hex(4))
+        return self._gather(secrets.token_hex(4))[0]
 
     def is_first_here(self) -> bool:
         """Return whether this worker is the first of those that see the same folder on a disk."""
@@ -106,7 +108,6 @@ class RemoteCheckpoints:
         """Start to upload the first in the queue, each file by one of the workers that have it."""
         name, state = self._queue[0]
         seen = self._gather(files_of(self.folder / name, state))
-        self._uploads = []
         for number, file in enumerate(sorted(set().union(*seen))):
             ranks = [rank for rank, theirs in enumerate(seen) if file in theirs]
             if ranks[number % len(ranks)] == world()[0]:
@@ -119,10 +120,10 @@ class RemoteCheckpoints:
     def complete(self) -> None:
         """Complete the checkpoint whose files all workers have sent, and start to upload the next."""
         name, state = self._queue.pop(0)
+        self._uploads = []
         if world()[0] == 0:
             action = functools.partial(self._complete, name, state)
-            left = [upload for upload in self._completions if not upload.done]
-            self._completions = [*left, self.mirror.uploads.add(_label(name), action, lane=FOLDER)]
+            self._uploads.append(self.mirror.uploads.add(_label(name), action, lane=FOLDER))
         if self._queue:
             self._upload()
 
@@ -134,9 +135,7 @@ class RemoteCheckpoints:
         try:
             metrics = {name: state.get("metric") for name, state in self.stored().items()}
             kept = worth_keeping(metrics, self.keep_last, self.better)
-            for old in _names(self.mirror):
-                if old < name and old not in kept:
-                    _remove(self.mirror, old)
+            _remove(self.mirror, lambda old: old < name and old not in kept)
         except OSError as error:  # the next one tries again
             _log.warning("old checkpoints stay in %s: %s", self.mirror.uri, error)
 
@@ -149,8 +148,8 @@ class RemoteCheckpoints:
                 break
             self.complete()
         else:
-            self.mirror.uploads.flush(uploads=self._completions)
-        left = {_label(name) for name in self.held} | {u.name for u in self._completions if not u.done}
+            self.mirror.uploads.flush(uploads=self._uploads)
+        left = {_label(name) for name in self.held} | {u.name for u in self._uploads if not u.done}
         return sorted(set().union(*self._gather(left)))
 
     def latest(self) -> Path | None:
@@ -170,66 +169,40 @@ class RemoteCheckpoints:
             files = set(state["files"])
             joint |= {name} if set().union(*(theirs[name] for theirs in seen)) >= files else set()
             everywhere |= {name} if all(theirs[name] >= files for theirs in seen) else set()
-        stored = self._broadcast(self._look(bool(everywhere)) if world()[0] == 0 else None)
+        stored = self._gather(self._look(bool(everywhere)) if world()[0] == 0 else None)[0]
         if isinstance(stored, RunError):
             raise stored
         newest = max(joint | stored.keys(), default=None)
         if newest is None:
             return None
         if newest not in stored:
-            self.add(newest, states[newest])
+            if newest not in self.held:
+                self.add(newest, states[newest])
             if newest not in everywhere and (left := self.close()):
-                raise RunError(
-                    f"no machine has all of {', '.join(left)}, and {self.mirror.uri} does not take it"
-                )
-        self._fetch(newest, stored.get(newest) or states[newest])
+                missing = f"no machine has all of {', '.join(left)}"
+                raise RunError(f"{missing}, and {self.mirror.uri} does not take it")
+        state, root = stored.get(newest) or states[newest], self.mirror.path(f"{FOLDER}/{newest}")
+        fetch = functools.partial(_download, self.mirror.fs, root, self.folder / newest, state)
+        what = f"fetch checkpoint {newest} from {self.mirror.uri}"
+        problem = _attempt(fetch, what) if self.is_first_here() else None
+        for found in filter(None, self._gather(problem)):
+            raise found
         return self.folder / newest
 
     def stored(self) -> dict[str, dict[str, Any]]:
         """Return the states of the complete checkpoints in storage by name. Raises OSError."""
-        sizes, found = self.mirror.files(FOLDER), {}
-        for name in [file.partition("/")[0] for file in sizes if file.endswith(f"/{STATE}")]:
-            try:
-                state = json.loads(read_bytes(self.mirror.fs, self.mirror.path(f"{FOLDER}/{name}/{STATE}")))
-            except (ValueError, FileNotFoundError):  # damaged, or removed meanwhile
-                continue
-            if state.get("run") == self.run and all(
-                sizes.get(f"{name}/{file}") == size for file, size in state["files"].items()
-            ):
-                found[name] = state
-        return found
+        fs, path = self.mirror.fs, self.mirror.path
+        found = {name: _read_complete(fs, path(f"{FOLDER}/{name}"), self.run) for name in _names(self.mirror)}
+        return {name: state for name, state in found.items() if state is not None}
 
     def _look(self, has_local: bool) -> dict[str, dict[str, Any]] | RunError:
         """Return what is in storage; where it does not answer, an error, or nothing if there is one here."""
-        what = f"look for checkpoints in {self.mirror.uri}"
-        try:
-            return retry(self.stored, what, timeout_s=STALL_S if has_local else None)
-        except (OSError, OutageError) as error:
-            if has_local:
-                _log.warning("%s", error)
-                return {}
-            return error if isinstance(error, OutageError) else RunError(f"cannot {what}: {error}")
-
-    def _fetch(self, name: str, state: dict[str, Any]) -> None:
-        """Download what is missing of a checkpoint, once for all workers that see the same folder."""
-        problem, what = None, f"fetch checkpoint {name} from {self.mirror.uri}"
-        if self.is_first_here():
-            try:
-                retry(lambda: self._download(name, state), what)
-            except (OutageError, OSError) as error:
-                problem = error if isinstance(error, RunError) else RunError(f"cannot {what}: {error}")
-        for found in filter(None, self._gather(problem)):
-            raise found
-
-    def _download(self, name: str, state: dict[str, Any]) -> None:
-        place = self.folder / name
-        missing = state["files"].keys() - files_of(place, state)
-        if missing:
-            (place / STATE).unlink(missing_ok=True)  # until all files are here
-        for file in sorted(missing):
-            path = self.mirror.path(f"{FOLDER}/{name}/{file}")
-            download(self.mirror.fs, path, place / file, state["files"][file])
-        write_json(place / STATE, state)
+        timeout_s = STALL_S if has_local else None
+        found = _attempt(self.stored, f"look for checkpoints in {self.mirror.uri}", timeout_s)
+        if isinstance(found, RunError) and has_local:
+            _log.warning("%s", found)
+            return {}
+        return found
 
     def _gather(self, value: Any) -> list[Any]:
         if self._group is None:
@@ -238,31 +211,18 @@ class RemoteCheckpoints:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def _broadcast(self, value: Any) -> Any:
-        if self._group is None:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, 0, group=self._group)
-        return values[0]
-
 
 def set_back(folder: Path, mirror: Mirror | None, samples: int) -> None:
     """Remove the checkpoints of a run that were written after so many samples, here and in storage.
 
     folder: the checkpoints' on this machine. Raises OutageError where storage does not answer.
     """
-
     for path in written(folder):
         if int(path.name) > samples:
             drop(path)
     if mirror is not None:
-        retry(lambda: _remove_after(mirror, samples), f"look for checkpoints in {mirror.uri}")
-
-
-def _remove_after(mirror: Mirror, samples: int) -> None:
-    for name in _names(mirror):
-        if int(name) > samples:
-            _remove(mirror, name)
+        what = f"look for checkpoints in {mirror.uri}"
+        retry(lambda: _remove(mirror, lambda name: int(name) > samples), what)
 
 
 def copy_checkpoint(source: str, donor: str, folder: Path, mirror: Mirror | None, run: str) -> bool:
@@ -277,16 +237,10 @@ def copy_checkpoint(source: str, donor: str, folder: Path, mirror: Mirror | None
     partial = folder / f"{name}.partial"
 
     def fetch() -> dict[str, Any]:
-        state = json.loads(read_bytes(fs, f"{root}/{STATE}"))
-        there = {file: info.size for file, info in list_files(fs, root).items()}
-        files = state.get("files", there)
-        if state.get("run", donor) != donor:
-            raise FileNotFoundError(f"{source} is of {state['run']}")
-        if any(there.get(file) != size for file, size in files.items()):
-            raise FileNotFoundError(f"{source} is not complete")
         shutil.rmtree(partial, ignore_errors=True)
-        for file in files.keys() - {STATE}:
-            download(fs, f"{root}/{file}", partial / file, files[file])
+        if (state := _read_complete(fs, root, donor)) is None:
+            raise FileNotFoundError(source)
+        _download(fs, root, partial, state := {**state, "run": run})
         return state
 
     try:
@@ -294,27 +248,57 @@ def copy_checkpoint(source: str, donor: str, folder: Path, mirror: Mirror | None
     except FileNotFoundError:
         shutil.rmtree(partial, ignore_errors=True)
         return False
-    write_json(partial / STATE, {**state, "run": run})
     set_back(folder, mirror, -1)
     drop(folder / name)  # a folder of that name that is no checkpoint
     partial.rename(folder / name)
     if mirror is not None:
-        for file in (*sorted(files_of(folder / name, state)), STATE):
+        for file in (*sorted(state["files"]), STATE):
             mirror.send_file(f"{FOLDER}/{name}/{file}", _label(name))
         if left := mirror.uploads.flush(OUTAGE_S):
             raise OutageError(f"{mirror.uri} does not take {', '.join(left)}")
     return True
 
 
+def _attempt(action: Callable[[], Any], what: str, timeout_s: float | None = None) -> Any:
+    """Return what an action on storage returns, or the error that `retry` raises as a RunError."""
+    try:
+        return retry(action, what, timeout_s=timeout_s)
+    except (OutageError, OSError) as error:
+        return error if isinstance(error, RunError) else RunError(f"cannot {what}: {error}")
+
+
 def _names(mirror: Mirror) -> list[str]:
     """Return the names of the checkpoints in storage, complete or not. Raises OSError."""
-    return sorted(filter(str.isdigit, {file.partition("/")[0] for file in mirror.files(FOLDER)}))
+    return list(filter(str.isdigit, folders_in(mirror.fs, mirror.path(FOLDER))))
 
 
-def _remove(mirror: Mirror, name: str) -> None:
-    """Remove a checkpoint from storage, its state first, so that the rest never counts as complete."""
-    remove(mirror.fs, mirror.path(f"{FOLDER}/{name}/{STATE}"))
-    mirror.fs.delete_dir(mirror.path(f"{FOLDER}/{name}"))
+def _read_complete(fs: Any, root: str, run: str) -> dict[str, Any] | None:
+    """Return the state of a checkpoint, None unless it is complete and of a run. Raises OSError."""
+    try:
+        state = json.loads(read_bytes(fs, f"{root}/{STATE}"))
+    except (ValueError, FileNotFoundError):
+        return None
+    sizes = {file: info.size for file, info in list_files(fs, root).items() if file != STATE}
+    files = state.setdefault("files", sizes)  # a run in a local folder lists none
+    is_complete = all(sizes.get(file) == size for file, size in files.items())
+    return state if is_complete and state.get("run", run) == run else None
+
+
+def _download(fs: Any, root: str, place: Path, state: dict[str, Any]) -> None:
+    """Download the files of a checkpoint that are missing in a folder; the state marks it complete."""
+    missing = state["files"].keys() - files_of(place, state)
+    if missing:
+        (place / STATE).unlink(missing_ok=True)
+    for file in sorted(missing):
+        download(fs, f"{root}/{file}", place / file, state["files"][file])
+    write_json(place / STATE, state)
+
+
+def _remove(mirror: Mirror, is_old: Callable[[str], bool]) -> None:
+    """Remove checkpoints from storage, each state first, so that the rest never counts as complete."""
+    for name in filter(is_old, _names(mirror)):
+        remove(mirror.fs, mirror.path(f"{FOLDER}/{name}/{STATE}"))
+        mirror.fs.delete_dir(mirror.path(f"{FOLDER}/{name}"))
 
 
 def _label(name: str) -> str:

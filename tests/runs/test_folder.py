@@ -23,7 +23,6 @@ from mmdiff_ray.storage import upload
 from mmdiff_ray.storage.filesystem import filesystem, folders_in, join
 from mmdiff_ray.storage.mirror import cached
 from mmdiff_ray.tracking.log import Log, waiting_in
-from mmdiff_ray.training import remote_checkpoints as remote
 from tests import s3
 from tests import sprites as tiny
 from tests.faults import faulty
@@ -323,15 +322,14 @@ def test_a_server_that_dies_at_the_end_costs_an_exit_code_and_the_next_command_s
         file = tiny.write_config(
             one.folder, sprites, f"runs='{where}'", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
         )
-        latest = remote.RemoteCheckpoints.latest
+        resumed = worker.WorkerHooks.resumed
 
-        def latest_and_no_more(checkpoints):
-            found = latest(checkpoints)
-            checkpoints.mirror.flush(20)
+        def resumed_and_cut_off(hooks, progress):
+            resumed(hooks, progress)
+            hooks.job.mirror.flush(20)
             network.down = True
-            return found
 
-        monkeypatch.setattr(remote.RemoteCheckpoints, "latest", latest_and_no_more)
+        monkeypatch.setattr(worker.WorkerHooks, "resumed", resumed_and_cut_off)
         code, said, _ = one("train", str(file))
         uri = join(where, "tiny")
         with monkeypatch.context() as patch:
