@@ -16,6 +16,7 @@ from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import records
 from mmdiff_ray.runs.job import Job
 from mmdiff_ray.storage.filesystem import is_uri, join, parent
+from mmdiff_ray.storage.mirror import cached
 from mmdiff_ray.sweeps.findings import figures_of
 from mmdiff_ray.sweeps.journal import read_trials, trial_address
 from mmdiff_ray.sweeps.record import Record, read_record
@@ -169,7 +170,7 @@ def report(name: str, where: str) -> int:
             raise
         # It lies elsewhere, or it is named by its run.
         uri, run_id = _store(None, where), Path(name).name
-        folder = runs.folder_of(sweeps_in(where), run_id)
+        folder = cached(join(sweeps_in(where), run_id))
         if is_uri(where):
             runs.make_cache(join(sweeps_in(where), run_id))
     record = _report(uri, run_id, folder)

@@ -34,6 +34,7 @@ from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.sampling.export import load_export
 from mmdiff_ray.sampling.generator import Generator, Samples
 from mmdiff_ray.storage.filesystem import join
+from mmdiff_ray.storage.mirror import fetched
 from mmdiff_ray.tracking.models import log_model
 from mmdiff_ray.tracking.recorder import DESCRIPTION_TAG
 from mmdiff_ray.tracking.tracker import Tracker
@@ -56,7 +57,7 @@ def evaluate_run(
     evaluation is written: after a kill it goes on. progress: whether it is shown. Returns what was found, and
     the folder it is in. Raises ConfigError where there is no model yet, or for any other override.
     """
-    runs.with_export(runs.address(folder))
+    fetched(join(runs.address(folder), "export"))
     file = folder / "export" / "config.yaml"
     if not file.is_file():
         raise ConfigError(
@@ -189,7 +190,7 @@ def _with_all_threads(
 ) -> Findings:
     go_to(working_folder)
     torch.set_num_threads(os.cpu_count() or 1)
-    folder = runs.with_export(where)
+    folder = fetched(join(where, "export")).parent
     if facts is not None and export_facts(folder) != facts:
         raise OutageError(f"{where} has another model than the one to judge, which did not get there")
     return measure(folder, config, tables=tables)

@@ -23,7 +23,7 @@ from mmdiff_ray.storage.filesystem import (
     write_atomic,
 )
 from mmdiff_ray.storage.lock import DRIVERS, Lease, lock_folder
-from mmdiff_ray.storage.mirror import Mirror, cached, fetched, mirror
+from mmdiff_ray.storage.mirror import Mirror, cached, mirror
 from mmdiff_ray.storage.retry import with_timeout
 
 ORIGIN = ".origin"
@@ -132,11 +132,6 @@ def addresses(where: str) -> list[str]:
     return found
 
 
-def folder_of(runs: str, name: str) -> Path:
-    """Return the folder of this machine for a run."""
-    return cached(join(runs, name))
-
-
 def address(folder: Path) -> str:
     """Return what names a run on every machine: the URI of one in storage, else the path of its folder."""
     origin = folder / ORIGIN
@@ -227,14 +222,6 @@ def open_run(uri: str, small: Sequence[str] = SMALL) -> Path:
     except (OSError, RunError, UnreachableError) as error:
         raise UnreachableError(f"runs: {error}") from None
     return run.folder
-
-
-def with_export(where: str) -> Path:
-    """Return the folder of this machine for a run at an address, with its exported model if it has one.
-
-    Raises UnreachableError.
-    """
-    return fetched(join(where, "export")).parent
 
 
 def not_sent(

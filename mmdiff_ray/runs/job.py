@@ -23,7 +23,7 @@ from mmdiff_ray.models.denoiser import Denoiser, build_denoiser, build_modalitie
 from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.sampling.export import WEIGHTS, shapes_in, tensors_in
 from mmdiff_ray.storage.filesystem import is_uri, join, parent
-from mmdiff_ray.storage.mirror import Mirror, mirror
+from mmdiff_ray.storage.mirror import Mirror, cached, mirror
 from mmdiff_ray.tracking.store import full, shown, tracking_uri
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.fit import calibrate
@@ -285,7 +285,7 @@ def new_folder(config: Config) -> Path:
     for number in range(1, 10_000):
         name = config.name if number == 1 else f"{config.name}-{number}"
         if name not in taken:
-            return runs.folder_of(config.runs, name)
+            return cached(join(config.runs, name))
     raise ConfigError(f"name: {config.runs} is full of runs named {config.name}; choose another name")
 
 

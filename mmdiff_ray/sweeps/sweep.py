@@ -27,6 +27,7 @@ from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.runs.job import Job
 from mmdiff_ray.sampling.generator import Generator
 from mmdiff_ray.storage.filesystem import filesystem, is_uri, join, parent
+from mmdiff_ray.storage.mirror import cached
 from mmdiff_ray.sweeps.journal import read_trials
 from mmdiff_ray.sweeps.record import sweep_description
 from mmdiff_ray.sweeps.schedulers import Deadline, make_scheduler
@@ -161,7 +162,8 @@ def begin_sweep(sweep: Sweep, seen: Look, text: str, command: str, where: str) -
     numbers = range(1, 10_000)
     names = (sweep.name if number == 1 else f"{sweep.name}-{number}" for number in numbers)
     name = next(name for name in names if name not in taken)
-    address, folder = join(place, name), runs.folder_of(place, name)
+    address = join(place, name)
+    folder = cached(address)
     if is_uri(address):
         runs.claim(address)
         runs.make_cache(address)

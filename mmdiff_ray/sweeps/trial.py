@@ -28,6 +28,7 @@ from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.runs import records
 from mmdiff_ray.runs.job import Job
 from mmdiff_ray.storage.filesystem import is_uri, join
+from mmdiff_ray.storage.mirror import cached, fetched
 from mmdiff_ray.storage.retry import OUTAGE_S, retry
 from mmdiff_ray.sweeps.journal import TRIALS, Trial, number_of, read_trial, trial_address, write_trial
 from mmdiff_ray.sweeps.spec import Sweep
@@ -111,7 +112,7 @@ def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables
         _adopt(sweep, where, trial, trial.copying)
     address = trial_address(where, trial.number)
     config = trial_config(sweep, trial, where, store)
-    place = runs.folder_of(join(where, TRIALS), f"{trial.number:04d}")
+    place = cached(address)
     job = retry(lambda: jobs.prepare(config, place, tables), f"look at the data of trial {trial.number}")
     if trial.run_id:
         facts = jobs.read_run(_open(where, trial))
@@ -215,7 +216,7 @@ def _exported(job: Job, trial: Trial) -> tuple[dict[str, Any], int]:
     samples that it has seen. Raises OutageError where the worker could not bring it to storage."""
     where = runs.address(job.folder)
     if job.config.workers.count:
-        retry(lambda: runs.with_export(where), f"bring the model of {where}")
+        retry(lambda: fetched(join(where, "export")), f"bring the model of {where}")
     model = export_facts(job.folder)
     seen = model.get("progress", {}).get("samples_seen", 0)
     if seen <= trial.samples or model.get("lineage") != job.lineage:

@@ -36,7 +36,6 @@ from mmdiff_ray.training.parallel import world
 
 FOLDER = "checkpoints"
 STATE = "state.json"
-LONGEST_UPLOAD = timedelta(days=1)
 
 _log = logging.getLogger(__name__)
 
@@ -45,9 +44,9 @@ class RemoteCheckpoints:
     """The checkpoints of a run in storage. Workers call its methods together.
 
     mirror: of the run's folder on this machine; machines may share it or not. run: the run's id; checkpoints
-    of another run of the same name do not count. keep_last, better: as in `CheckpointStore`. completed:
-    called on the first worker, in a thread, for every checkpoint that is complete in storage. stored_only:
-    checkpoints on disk only do not count either; other machines may have trained on from an earlier one.
+    of another run of the same name do not count. keep_last: as in `CheckpointStore`. completed: called on
+    the first worker, in a thread, for every checkpoint that is complete in storage. stored_only: checkpoints
+    on disk only do not count; other machines may have trained on from an earlier one.
     """
 
     def __init__(
@@ -55,7 +54,6 @@ class RemoteCheckpoints:
         mirror: Mirror,
         run: str,
         keep_last: int,
-        better: str = "min",
         completed: Callable[[], None] = lambda: None,
         stored_only: bool = False,
     ) -> None:
@@ -63,11 +61,12 @@ class RemoteCheckpoints:
         self.folder = mirror.folder / FOLDER
         self.run = run
         self.keep_last = keep_last
-        self.better = better
         self.completed = completed
         self.stored_only = stored_only
         # Workers wait in `close` for the one with the slowest network.
-        self._group: Any = dist.new_group(backend="gloo", timeout=LONGEST_UPLOAD) if world()[1] > 1 else None
+        self._group: Any = (
+            dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world()[1] > 1 else None
+        )
         self._queue: list[tuple[str, dict[str, Any]]] = []  # the one being uploaded, then the newest
         self._uploads: list[Upload] = []  # of this worker: the completion before, and files of the first
 
@@ -134,14 +133,13 @@ class RemoteCheckpoints:
         self.completed()
         try:
             metrics = {name: state.get("metric") for name, state in self.stored().items()}
-            kept = worth_keeping(metrics, self.keep_last, self.better)
+            kept = worth_keeping(metrics, self.keep_last, "min")
             _remove(self.mirror, lambda old: old < name and old not in kept)
         except OSError as error:  # the next one tries again
             _log.warning("old checkpoints stay in %s: %s", self.mirror.uri, error)
 
     def close(self) -> list[str]:
-        """Wait until all checkpoints are in storage, as long as bytes move; return those that are not, the
-        same on all workers."""
+        """Wait until all checkpoints are in storage, as long as bytes move; return those that are not."""
         while self._queue:
             self.mirror.uploads.flush(uploads=self._uploads)
             if not all(self._gather(self.sent())):
@@ -178,15 +176,13 @@ class RemoteCheckpoints:
         if newest not in stored:
             if newest not in self.held:
                 self.add(newest, states[newest])
-            if newest not in everywhere and (left := self.close()):
-                missing = f"no machine has all of {', '.join(left)}"
-                raise RunError(f"{missing}, and {self.mirror.uri} does not take it")
+            if newest not in everywhere and self.close():
+                raise RunError(f"no machine has all of {_label(newest)}; {self.mirror.uri} does not take it")
         state, root = stored.get(newest) or states[newest], self.mirror.path(f"{FOLDER}/{newest}")
         fetch = functools.partial(_download, self.mirror.fs, root, self.folder / newest, state)
         what = f"fetch checkpoint {newest} from {self.mirror.uri}"
-        problem = _attempt(fetch, what) if self.is_first_here() else None
-        for found in filter(None, self._gather(problem)):
-            raise found
+        for error in filter(None, self._gather(_attempt(fetch, what) if self.is_first_here() else None)):
+            raise error
         return self.folder / newest
 
     def stored(self) -> dict[str, dict[str, Any]]:
@@ -197,18 +193,17 @@ class RemoteCheckpoints:
 
     def _look(self, has_local: bool) -> dict[str, dict[str, Any]] | RunError:
         """Return what is in storage; where it does not answer, an error, or nothing if there is one here."""
-        timeout_s = STALL_S if has_local else None
-        found = _attempt(self.stored, f"look for checkpoints in {self.mirror.uri}", timeout_s)
+        what = f"look for checkpoints in {self.mirror.uri}"
+        found = _attempt(self.stored, what, STALL_S if has_local else None)
         if isinstance(found, RunError) and has_local:
             _log.warning("%s", found)
             return {}
         return found
 
     def _gather(self, value: Any) -> list[Any]:
-        if self._group is None:
-            return [value]
-        values: list[Any] = [None] * world()[1]
-        dist.all_gather_object(values, value, group=self._group)
+        values = [value] * world()[1]
+        if self._group is not None:
+            dist.all_gather_object(values, value, group=self._group)
         return values
 
 
@@ -221,8 +216,8 @@ def set_back(folder: Path, mirror: Mirror | None, samples: int) -> None:
         if int(path.name) > samples:
             drop(path)
     if mirror is not None:
-        what = f"look for checkpoints in {mirror.uri}"
-        retry(lambda: _remove(mirror, lambda name: int(name) > samples), what)
+        set_back_storage = functools.partial(_remove, mirror, lambda name: int(name) > samples)
+        retry(set_back_storage, f"look for checkpoints in {mirror.uri}")
 
 
 def copy_checkpoint(source: str, donor: str, folder: Path, mirror: Mirror | None, run: str) -> bool:
