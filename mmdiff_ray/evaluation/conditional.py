@@ -30,11 +30,15 @@ def evaluate_segmentation(context: Context) -> Findings:
     findings, masks = Findings(), []
     shown = "likely" if context.model.is_likely(context.condition) else "sample"
     for name, modality, rows in context.predicted(MaskModality):
-        truth, classes = context.truth(name, rows).numpy(), modality.prediction_channels
+        known, classes = context.truth(name, rows), modality.prediction_channels
+        cells = modality.void(known)
+        void = None if cells is None else cells.numpy()
+        truth = _without(void, known.numpy())
         rules = _mask_rules(context, modality, rows)
         for readout, suffix in PAIRED.items():
             candidates = {"model": context.prediction(name, rows, readout), **rules}
-            overlap = {rule: iou_tally(mask, truth, classes) for rule, mask in candidates.items()}
+            candidates = {rule: _without(void, mask) for rule, mask in candidates.items()}
+            overlap = {rule: iou_tally(mask, truth, classes, void) for rule, mask in candidates.items()}
             edges = {rule: mean_of(boundary_f(mask, truth)) for rule, mask in candidates.items()}
             metric = "iou" if classes == 2 else "miou"
             findings.add(f"{name}/{metric}{suffix}", "higher", overlap, context.ids(rows))
@@ -47,6 +51,11 @@ def evaluate_segmentation(context: Context) -> Findings:
         picture = grid(panels, title=title, subtitle="held-out rows over random backgrounds")
         findings.pictures[title.replace(" ", "_")] = picture
     return findings
+
+
+def _without(void: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
+    """Return masks with class 0 in void cells, where all masks then agree."""
+    return mask if void is None else np.where(void, 0, mask)
 
 
 @register("evaluator", "labels")

@@ -35,12 +35,19 @@ def confusion(predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.ndar
     return np.bincount(q * classes + p, minlength=classes**2).reshape(classes, classes)
 
 
-def iou_tally(predicted: np.ndarray, truth: np.ndarray, classes: int) -> Tally:
+def iou_tally(
+    predicted: np.ndarray, truth: np.ndarray, classes: int, void: np.ndarray | None = None
+) -> Tally:
     """Return the IoU of masks of so many classes: of the foreground, averaged over images, for two classes;
-    else the mean over the classes that occur, as intersections and unions by row."""
+    else the mean over the classes that occur, as intersections and unions by row.
+
+    void: pixels that are not measured, bool (B, H, W); both masks hold class 0 there.
+    """
     if classes == 2:
         return mean_of(foreground_iou(predicted, truth))
     matrices = np.stack([confusion(p[None], q[None], classes) for p, q in zip(predicted, truth, strict=True)])
+    if void is not None:
+        matrices[:, 0, 0] -= void.sum((1, 2))
     hits = np.diagonal(matrices, axis1=1, axis2=2).astype(np.float64)
     return Tally(hits, matrices.sum(1) + matrices.sum(2) - hits)
 

@@ -72,3 +72,13 @@ def test_boundaries_between_classes_count_like_those_of_the_foreground() -> None
     truth[:, :, 6:] = 2
     assert boundary_f(truth, truth).tolist() == [1.0]
     assert boundary_f(np.ones_like(truth), truth).tolist() == [0.0]
+
+
+def test_void_pixels_are_not_measured():
+    rng = np.random.default_rng(0)
+    truth, predicted = rng.integers(0, 4, (2, 3, 8, 8))
+    void = np.zeros((3, 8, 8), bool)
+    void[:, :, 5:] = True
+    found = iou_tally(np.where(void, 0, predicted), np.where(void, 0, truth), 4, void)
+    expected = iou_tally(predicted[:, :, :5], truth[:, :, :5], 4)
+    assert found.value == pytest.approx(expected.value)
