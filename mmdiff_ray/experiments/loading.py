@@ -39,6 +39,8 @@ def _build(plain: Mapping[str, Any], preset: str) -> Experiment:
     chosen = _make(Preset, f"presets.{preset}", plain["presets"][preset], name=preset)
     methods = {}
     for name, values in plain["methods"].items():
+        if chosen.methods.get(name, {}) is None:
+            continue
         own, at_preset = values or {}, chosen.methods.get(name) or {}
         overrides = [*own.get("overrides", []), *at_preset.get("overrides", [])]
         values = {**own, **at_preset, "overrides": overrides}
@@ -78,7 +80,11 @@ def _check_references(experiment: Experiment) -> None:
     modalities, tasks = one.base.get("modalities", {}), one.base.get("tasks", {})
     references: list[tuple[str, Sequence[str | None], Any]] = [
         (f"presets.{preset.name}.measures", preset.measures or [], one.measures),
-        (f"presets.{preset.name}.methods", list(preset.methods), one.methods),
+        (
+            f"presets.{preset.name}.methods",
+            [name for name, at in preset.methods.items() if at is not None],
+            one.methods,
+        ),
         *[(f"methods.{name}.model", [method.model], trained) for name, method in one.methods.items()],
         *[(f"measures.{name}.methods", m.methods or [], one.methods) for name, m in one.measures.items()],
         ("main", [one.main], one.methods),

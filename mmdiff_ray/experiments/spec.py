@@ -48,7 +48,7 @@ class Preset:
     """A size: overrides, seeds, resources of a cell (cpus, gpus), and its measures (all where None).
 
     data: data sets in place of the experiment's. methods: method -> values in place of its own, but overrides
-    are appended.
+    are appended; null leaves the method out.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Preset:
     gpus: float = 0.0
     measures: list[str] | None = None
     data: Any = None
-    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

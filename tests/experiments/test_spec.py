@@ -83,6 +83,14 @@ def test_cells_are_chosen_by_patterns_and_a_judge_comes_with_them(tmp_path):
         experiment.select(["both-3", "asked-3"])
 
 
+def test_a_preset_leaves_methods_out(tmp_path):
+    file = Path(written(tmp_path))
+    plain = yaml.safe_load(file.read_text())
+    plain["presets"]["smoke"]["methods"] = {"half": None}
+    file.write_text(yaml.safe_dump(plain))
+    assert [cell.key for cell in load_experiment(str(file), "smoke").cells()] == ["both-3", "both-4"]
+
+
 def test_cells_are_methods_by_seeds_the_first_seed_of_all_first(tmp_path):
     experiment = load_experiment(written(tmp_path), "smoke")
     assert [cell.key for cell in experiment.cells()] == ["both-3", "half-3", "both-4"]
