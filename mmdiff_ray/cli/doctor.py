@@ -142,10 +142,11 @@ def _runs(runs: str) -> Check:
 
 
 def _store(runs: str) -> Check:
-    from mmdiff_ray.tracking.store import client, shown, sqlite_file, tracking_uri
+    from mmdiff_ray.config import without_passwords
+    from mmdiff_ray.tracking.store import client, sqlite_file, tracking_uri
 
     uri = tracking_uri(None, runs)
     if uri.startswith("sqlite") and not sqlite_file(uri).exists():
-        return True, f"{shown(uri)} (made by the first run)"
+        return True, f"{without_passwords(uri)} (made by the first run)"
     count = len(client(uri).search_experiments())
-    return True, f"{shown(uri)} ({count} experiments)"
+    return True, f"{without_passwords(uri)} ({count} experiments)"

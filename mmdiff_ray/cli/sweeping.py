@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from mmdiff_ray.cli.training import rows_per_s
-from mmdiff_ray.config import ConfigError, RunError, UnreachableError
+from mmdiff_ray.config import ConfigError, RunError, UnreachableError, without_passwords
 from mmdiff_ray.distributed.cluster import amount_of
 from mmdiff_ray.distributed.display import duration, make_console
 from mmdiff_ray.distributed.launch import STATUS
@@ -35,9 +35,7 @@ from mmdiff_ray.sweeps.sweep import (
     write_text,
 )
 from mmdiff_ray.tracking import run_life
-from mmdiff_ray.tracking.jobs import reachable
-from mmdiff_ray.tracking.links import is_server
-from mmdiff_ray.tracking.store import shown, tracking_uri
+from mmdiff_ray.tracking.store import is_server, reachable, tracking_uri
 from mmdiff_ray.tracking.tracker import Tracker
 
 REPORT = "report"
@@ -139,8 +137,8 @@ def _report(uri: str, run_id: str, folder: Path) -> Record:
     """Write the report of a sweep, from MLflow alone, into its folder and into its run."""
     if is_server(uri) and not reachable(uri):
         raise RunError(
-            f"MLflow at {shown(uri)} does not answer, and the report is made of what it holds; later: "
-            f"{_later(folder)}"
+            f"MLflow at {without_passwords(uri)} does not answer, and the report is made of what it holds; "
+            f"later: {_later(folder)}"
         )
     record = read_record(uri, run_id)
     files = write_report(record, folder / REPORT)

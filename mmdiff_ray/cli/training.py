@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmdiff_ray.config import Config
+from mmdiff_ray.config import Config, without_passwords
 from mmdiff_ray.distributed import launch
 from mmdiff_ray.distributed.cluster import resources
 from mmdiff_ray.distributed.display import Display, duration, make_console
@@ -25,9 +25,8 @@ from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.runs import records
 from mmdiff_ray.runs.job import Job
 from mmdiff_ray.storage.filesystem import is_uri
-from mmdiff_ray.tracking.links import is_server
 from mmdiff_ray.tracking.run_life import run_page
-from mmdiff_ray.tracking.store import shown, tracking_uri
+from mmdiff_ray.tracking.store import is_server, tracking_uri
 from mmdiff_ray.training.parallel import choose_device
 
 TIMED_STEPS = 6
@@ -120,7 +119,7 @@ def _say_where(console: Console, folder: Path, uri: str) -> None:
 def _ui(folder: Path, uri: str) -> str:
     """Return how to look at a run in MLflow: by our own command where that finds its store."""
     where = folder.parent
-    if is_uri(runs.address(folder)) or is_server(uri) or uri != shown(tracking_uri(None, where)):
+    if is_uri(runs.address(folder)) or is_server(uri) or uri != without_passwords(tracking_uri(None, where)):
         return run_page(uri, jobs.read_run(folder)["run_id"])
     return (
         "mmdiff ui"

@@ -1,9 +1,17 @@
 """`mmdiff ui` and `mmdiff sync`: MLflow on the runs of a folder, and records that it has not got yet."""
 
 import argparse
-from pathlib import Path
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
 
 from mmdiff_ray.cli.common import RUNS, Commands, command
+from mmdiff_ray.config import ConfigError
+
+END_S = 5.0
 
 
 def add(commands: Commands) -> None:
@@ -20,17 +28,55 @@ def add(commands: Commands) -> None:
     )
 
 
-def _ui(given: argparse.Namespace) -> int:
-    from mmdiff_ray.tracking.ui import serve
-
-    return serve(given.runs, given.host, given.port)
-
-
 def _sync(given: argparse.Namespace) -> int:
-    if "://" in given.folder:
-        from mmdiff_ray.runs import records
+    from mmdiff_ray.runs import records
 
-        return records.sync(given.folder)
-    from mmdiff_ray.tracking.sync import sync
+    return records.sync(given.folder)
 
-    return sync(Path(given.folder))
+
+def _ui(given: argparse.Namespace) -> int:
+    """Serve MLflow's UI until interrupted. Raises ConfigError for a taken port or without any run."""
+    from mmdiff_ray.tracking.store import SQLITE, client, sqlite_file, tracking_uri, ui_link
+
+    uri = tracking_uri(None, given.runs)
+    if not uri.startswith(SQLITE):
+        print(f"the runs are on a server: open {ui_link(uri)}")
+        return 0
+    if not sqlite_file(uri).is_file():
+        raise ConfigError(
+            f"no runs in {given.runs}/ yet; start with: mmdiff train pipelines/configs/demo.yaml"
+        )
+    _check_free(given.host, given.port)
+    store = client(uri)  # migrates an older database before the server's workers open it
+    found = [one.experiment_id for one in store.search_experiments(filter_string="name != 'Default'")]
+    page = ui_link(f"http://{given.host}:{given.port}", found[0] if len(found) == 1 else "")
+    print(f"MLflow: {page} (Ctrl-C ends it)", flush=True)
+    address = ["--host", given.host, "--port", str(given.port), "--workers", "1"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, *address],
+        start_new_session=True,  # the signal reaches this process alone, which ends all of the server's
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(server.pid, number)
+                server.wait(END_S)
+
+
+def _check_free(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            fix = f"({error.strerror}); try another --port"
+            raise ConfigError(f"--host {host} --port {port} cannot be used {fix}") from None

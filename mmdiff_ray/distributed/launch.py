@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import ConfigError, OutageError, RunError
+from mmdiff_ray.config import ConfigError, OutageError, RunError, without_passwords
 from mmdiff_ray.distributed.board import Board
 from mmdiff_ray.distributed.cluster import log_folder, resources, split_records, this_node
 from mmdiff_ray.distributed.display import Display
@@ -26,7 +26,7 @@ from mmdiff_ray.runs.job import Job
 from mmdiff_ray.storage.filesystem import is_uri, join
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.recorder import DESCRIPTION_TAG, DatasetFacts
-from mmdiff_ray.tracking.store import shown, tracking_uri
+from mmdiff_ray.tracking.store import tracking_uri
 
 POLL_S = 0.3
 BOARD_RESTARTS = 3
@@ -45,7 +45,8 @@ def train(job: Job, display: Display) -> Path:
     with resources(job.config.workers):
         job = begin(job, job.config.tracking.required)
         if run_life.is_local(job.run_id):
-            display.say(f"MLflow at {shown(job.tracking_uri)} does not answer; records wait in {job.spool}")
+            store = without_passwords(job.tracking_uri)
+            display.say(f"MLflow at {store} does not answer; records wait in {job.spool}")
         if job.config.workers.count and (warning := split_records(job.tracking_uri, job.config.runs)):
             display.say(warning)
         with runs.lock_run(job.folder, display.say):

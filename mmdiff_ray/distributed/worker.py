@@ -23,7 +23,7 @@ from mmdiff_ray.runs.job import Job
 from mmdiff_ray.runs.records import keep
 from mmdiff_ray.sampling.export import save_export
 from mmdiff_ray.sampling.generator import Generator
-from mmdiff_ray.tracking.system import SystemMonitor
+from mmdiff_ray.tracking.recorder import SystemMonitor
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import CheckpointStore
 from mmdiff_ray.training.fit import fit

@@ -23,7 +23,7 @@ from mmdiff_ray.experiments.table import refusals, result
 from mmdiff_ray.models.denoiser import build_denoiser
 from mmdiff_ray.storage.lock import lock_folder
 from mmdiff_ray.tracking import run_life
-from mmdiff_ray.tracking.log import waiting_in
+from mmdiff_ray.tracking.log import Log
 from mmdiff_ray.tracking.store import tracking_uri
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import write_json
@@ -60,7 +60,7 @@ def run_experiment(experiment: Experiment, runs: Path, out: Path, say: Say, cell
     if failed:
         errors = "; ".join(f"{key}: {error}" for key, error in failed.items())
         raise RunError(f"{len(failed)} cells failed; run the same command to retry them: {errors}")
-    if left := sum(waiting_in(place) for place in folder.glob("**/tracking")):
+    if left := sum(Log(place).waiting for place in folder.glob("**/tracking")):
         raise RunError(
             f"the result is in {written[0]}; {left} records wait for MLflow; send them: mmdiff sync {folder}"
         )

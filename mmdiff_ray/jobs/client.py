@@ -19,7 +19,8 @@ from mmdiff_ray.config import ConfigError, RunError, without_passwords
 from mmdiff_ray.distributed.display import duration
 from mmdiff_ray.jobs import local_cluster
 from mmdiff_ray.jobs.local_cluster import LocalCluster
-from mmdiff_ray.tracking.jobs import runs_of_job
+from mmdiff_ray.tracking.queries import runs_of_job
+from mmdiff_ray.tracking.store import ui_link
 
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 HOW_TO_TOKEN = "set RAY_AUTH_TOKEN_PATH to the file of the cluster's token, or RAY_AUTH_TOKEN to the token"
@@ -145,8 +146,9 @@ def show_job(address: str | None, job_id: str, console: Console) -> int:
     lines["command"] = _command(job)
     if job.status.value == "FAILED":
         lines["reason"] = without_secrets(job.message or "", job).strip()
-    for run in runs_of_job((job.metadata or {}).get(TRACKING_KEY, ""), job_id):
-        lines[f"run {run.name}"] = f"{run.status}, {run.page}"
+    uri = (job.metadata or {}).get(TRACKING_KEY, "")
+    for run in [run.info for run in runs_of_job(uri, job_id)]:
+        lines[f"run {run.run_name}"] = f"{run.status}, {ui_link(uri, run.experiment_id, run.run_id)}"
     width = max(map(len, lines)) + 2
     for key, value in lines.items():
         console.print(f"{key:{width}}{value}", soft_wrap=True)

@@ -34,9 +34,9 @@ from mmdiff_ray.runs import job
 from mmdiff_ray.storage.filesystem import is_uri
 from mmdiff_ray.storage.retry import with_timeout
 from mmdiff_ray.sweeps.spec import any_config, load_sweep
-from mmdiff_ray.tracking.jobs import JOB_VARIABLE, REVISION_VARIABLE, page_of_job
-from mmdiff_ray.tracking.provenance import git_revision
-from mmdiff_ray.tracking.store import shown, tracking_uri
+from mmdiff_ray.tracking.provenance import JOB_VARIABLE, REVISION_VARIABLE, git_revision
+from mmdiff_ray.tracking.queries import page_of_job
+from mmdiff_ray.tracking.store import tracking_uri
 
 COMMANDS = (
     *("train", "evaluate", "generate", "experiment", "sweep", "sync"),
@@ -86,7 +86,10 @@ def submit(
     job_id = f"{_slug(given.name or _name(known, config))}-{secrets.token_hex(3)}"
     store = _store(known, config, variables, folder if here else None)
     page = page_of_job(store, config.tracking.experiment if config else "mmdiff", job_id)
-    metadata = {jobs.COMMAND_KEY: without_passwords(shlex.join(words)), jobs.TRACKING_KEY: shown(store)}
+    metadata = {
+        jobs.COMMAND_KEY: without_passwords(shlex.join(words)),
+        jobs.TRACKING_KEY: without_passwords(store),
+    }
     runtime: dict[str, Any] = {"env_vars": _job_variables(job_id) | variables}
     if given.pip:
         runtime["pip"] = str(lock_file())
@@ -225,7 +228,7 @@ def loopback_warning(config: Config | None, variables: Mapping[str, str]) -> str
     if host not in ("localhost", "::1") and not host.startswith("127."):
         return None
     return (
-        f"MLflow at {shown(uri)}: on the cluster that address leads each node to itself. Set "
+        f"MLflow at {without_passwords(uri)}: on the cluster that address leads each node to itself. Set "
         "MLFLOW_TRACKING_URI to MLflow's address there, or leave it out (env -u MLFLOW_TRACKING_URI)"
     )
 

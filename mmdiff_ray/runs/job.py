@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import Config, ConfigError, check_changes, in_force, named
+from mmdiff_ray.config import Config, ConfigError, check_changes, in_force, named, without_passwords
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.data.manifest import Manifest
@@ -24,7 +24,7 @@ from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.sampling.export import WEIGHTS, shapes_in, tensors_in
 from mmdiff_ray.storage.filesystem import is_uri, join, parent
 from mmdiff_ray.storage.mirror import Mirror, cached, mirror
-from mmdiff_ray.tracking.store import full, shown, tracking_uri
+from mmdiff_ray.tracking.store import tracking_uri, with_credentials
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.fit import calibrate
 from mmdiff_ray.training.init import Match, load_matching, match
@@ -334,7 +334,7 @@ def write_run(job: Job, **facts: Any) -> None:
     (job.folder / "config.yaml").write_text(configuration.to_yaml(job.config), encoding="utf8")
     known = {
         "name": job.folder.name,
-        "tracking_uri": shown(job.tracking_uri),
+        "tracking_uri": without_passwords(job.tracking_uri),
         "run_id": job.run_id,
         "datasets": [manifest.digest for manifest in job.manifests],
     } | ({"lineage": job.lineage} if job.lineage else {})
@@ -371,7 +371,7 @@ def load_job(folder: Path, overrides: Sequence[str] = ()) -> Job:
     uri = origin if is_uri(origin) else ""
     return dataclasses.replace(
         job,
-        tracking_uri=full(facts["tracking_uri"]),
+        tracking_uri=with_credentials(facts["tracking_uri"]),
         run_id=facts["run_id"],
         uri=uri,
         lineage=facts.get("lineage", ""),

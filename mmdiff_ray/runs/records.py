@@ -14,16 +14,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mmdiff_ray.config import RunError, UnreachableError
+from mmdiff_ray.config import ConfigError, RunError, UnreachableError
 from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.storage.filesystem import is_uri, join
 from mmdiff_ray.storage.mirror import Mirror
-from mmdiff_ray.tracking.jobs import JOB_VARIABLE
-from mmdiff_ray.tracking.log import Log, waiting_in
+from mmdiff_ray.tracking.log import Log
+from mmdiff_ray.tracking.provenance import JOB_VARIABLE
 from mmdiff_ray.tracking.run_life import is_local
 from mmdiff_ray.tracking.sender import Replayed, replay
-from mmdiff_ray.tracking.sync import report
 from mmdiff_ray.tracking.tracker import Tracker
 
 RECORDS = "records"
@@ -43,11 +42,11 @@ def keep(folder: Path, mirror: Mirror | None) -> list[str]:
     if mirror is None:
         return []
     name = f"{RECORDS}/{time.time_ns():020d}-{secrets.token_hex(4)}"
-    is_packed = Log(root(folder)).pack(folder / name)
+    is_moved = Log(root(folder)).move_unsent(folder / name)
     if (folder / name).is_dir():
         mirror.send(name)
     left = [name for name in mirror.flush() if name.startswith(f"{RECORDS}/")]
-    return left if is_packed else [root(folder).name, *left]
+    return left if is_moved else [root(folder).name, *left]
 
 
 def take(folder: Path, mirror: Mirror | None) -> None:
@@ -61,7 +60,7 @@ def take(folder: Path, mirror: Mirror | None) -> None:
             mirror.take(f"{RECORDS}/{name}", root(folder) / name)
     except (OSError, RunError, UnreachableError) as error:
         _log.warning("records of the run stay in %s: %s", join(mirror.uri, RECORDS), error)
-    Log(root(folder), {"uri": facts["tracking_uri"], "run_id": facts["run_id"]})  # absorbs them
+    Log(root(folder), {"uri": facts["tracking_uri"], "run_id": facts["run_id"]})  # merges them
 
 
 def finish(folder: Path, say: Callable[[str], None]) -> bool:
@@ -71,9 +70,9 @@ def finish(folder: Path, say: Callable[[str], None]) -> bool:
     """
     mirror, run = runs.mirror_of(folder), jobs.read_run(folder)
     take(folder, mirror)
-    if waiting_in(root(folder)):
+    if not Log(root(folder)).all_sent:
         Tracker(run["tracking_uri"], run["run_id"], root(folder)).finish(say=say)
-    if left := waiting_in(root(folder)):
+    if left := Log(root(folder)).waiting:
         keep(folder, mirror)
         say(advice(folder, left))
     if unsent := mirror.flush() if mirror is not None else []:
@@ -106,14 +105,21 @@ def send(where: str) -> Replayed:
 
 
 def sync(where: str) -> int:
-    """Send the records of a run or a sweep in storage, or of all runs there; return 1 if some still wait.
+    """Send the records of a run or a sweep, or of all runs of a folder or in storage; return 1 if some wait.
 
-    Raises ConfigError where there is no such run.
+    Raises ConfigError where there is no such folder or run.
     """
+    if is_uri(where):
+        addresses = runs.addresses(where)
+    elif Path(where).is_dir():
+        addresses = sorted(str(log.parent) for log in Path(where).rglob("tracking") if log.is_dir())
+    else:
+        raise ConfigError(f"no folder {where}; pass the folder or URI of a run or of all runs")
     waiting = 0
-    for address in runs.addresses(where):
+    for address in addresses:
         done = send(address)
-        report(address, done)
         waiting += done.waiting
-    print("nothing waits any more" if not waiting else f"what waits is safe; try again: mmdiff sync {where}")
+        if done.sent or done.waiting:
+            print(f"{address}: {done}")
+    print(f"unsent records are kept; retry: mmdiff sync {where}" if waiting else "all records are in MLflow")
     return 1 if waiting else 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import Config, ConfigError, RunError, named
+from mmdiff_ray.config import Config, ConfigError, RunError, named, without_passwords
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.distributed.cluster import amount_of, check_resources, cluster, places, split_records
@@ -39,7 +39,7 @@ from mmdiff_ray.sweeps.trial import SCORE, run_trial, score
 from mmdiff_ray.sweeps.watch import Watch
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.recorder import DESCRIPTION_TAG
-from mmdiff_ray.tracking.store import full, shown, tracking_uri
+from mmdiff_ray.tracking.store import tracking_uri, with_credentials
 from mmdiff_ray.training.checkpoint import write_json
 
 Say = Callable[[str], None]
@@ -195,7 +195,9 @@ def begin_sweep(sweep: Sweep, seen: Look, text: str, command: str, where: str) -
             texts={"sweep.yaml": text},
         )
         write_text(folder, text)
-        write_json(folder / FACTS, {"tracking_uri": shown(uri), "run_id": run_id, "begun": time.time()})
+        write_json(
+            folder / FACTS, {"tracking_uri": without_passwords(uri), "run_id": run_id, "begun": time.time()}
+        )
         _bring(folder, FACTS)
     except BaseException:
         runs.release(address)
@@ -241,7 +243,7 @@ def _tune(sweep: Sweep, where: str, facts: Mapping[str, Any], say: Say, stopped:
         sweep=sweep,
         where=where,
         parent=facts["run_id"],
-        store=full(facts["tracking_uri"]),
+        store=with_credentials(facts["tracking_uri"]),
         working_folder=os.getcwd(),
         tables=SharedTables(shelf),
     )

@@ -14,7 +14,15 @@ from typing import Any
 
 from rich.console import Console
 
-from mmdiff_ray.config import ChangeConfig, Config, ConfigError, OutageError, UnreachableError, in_force
+from mmdiff_ray.config import (
+    ChangeConfig,
+    Config,
+    ConfigError,
+    OutageError,
+    UnreachableError,
+    in_force,
+    without_passwords,
+)
 from mmdiff_ray.config.checks import unknown
 from mmdiff_ray.data.parquet import Tables
 from mmdiff_ray.distributed import launch
@@ -33,7 +41,7 @@ from mmdiff_ray.storage.retry import OUTAGE_S, retry
 from mmdiff_ray.sweeps.journal import TRIALS, Trial, number_of, read_trial, trial_address, write_trial
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.tracking import run_life
-from mmdiff_ray.tracking.store import full, shown
+from mmdiff_ray.tracking.store import with_credentials
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import write_json
 from mmdiff_ray.training.remote_checkpoints import FOLDER, copy_checkpoint, set_back
@@ -118,7 +126,7 @@ def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables
         facts = jobs.read_run(_open(where, trial))
         job = dataclasses.replace(
             job,
-            tracking_uri=full(facts["tracking_uri"]),
+            tracking_uri=with_credentials(facts["tracking_uri"]),
             run_id=facts["run_id"],
             uri=address if is_uri(address) else "",
             lineage=trial.lineage,
@@ -177,7 +185,7 @@ def trial_config(sweep: Sweep, trial: Trial, where: str, store: str) -> Config:
         checkpoint=dataclasses.replace(config.checkpoint, keep_last=keep),
         tracking=dataclasses.replace(
             config.tracking,
-            uri=shown(store),
+            uri=without_passwords(store),
             experiment=f"sweep-{sweep.name}",
             log_model=False,
             system_metrics=False,

@@ -1,18 +1,17 @@
 """A trained model as an MLflow model: `mlflow.pyfunc.load_model(uri).predict(rows)` draws samples.
 
 The model holds the exported folder and the name of the function that opens it, no pickled code: loading it
-needs this package installed.
+needs this package.
 
-What goes in, as a data frame (or a list of dictionaries): one row per request, one column per given instance.
-Images and masks are PNGs, as bytes or base64 text; labels names or numbers; embeddings lists of numbers. An
-empty frame asks for joint samples. What comes out: `num` rows for each row given, one column per instance,
-images and masks as PNG bytes.
+Input: a data frame or a list of dictionaries, one row per request and one column per given instance. Images
+and masks are PNGs, as bytes or base64 text; labels names or numbers; embeddings lists of numbers. An empty
+frame asks for joint samples. Output: `num` rows per input row, one column per instance, images and masks as
+PNG bytes.
 """
 
 import base64
 import importlib
 import io
-import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -32,13 +31,13 @@ PARAMS: dict[str, Any] = {
     "seed": 0,
     "readout": "",
 }
-"""What `predict` takes, and its defaults; 0 and "" stand for what the model's own configuration says."""
+"""Parameters of `predict` and their defaults; 0 and "" mean the value of the model's own configuration."""
 REQUIREMENTS = ("mmdiff-ray", "torch", "numpy")
 PNG_MAGIC, PNG_BASE64 = b"\x89PNG", "iVBORw0KGgo"
 
 
 class Sampler(Protocol):
-    """What an exported folder opens into. Images are uint8 (C, H, W), masks uint8 (H, W)."""
+    """An opened export. Images are uint8 (C, H, W), masks uint8 (H, W)."""
 
     def sample(
         self,
@@ -55,24 +54,23 @@ class Sampler(Protocol):
 
 
 def log_model(recorder: Recorder, export: str | Path, loader: str, step: int, name: str = "model") -> None:
-    """Record an exported folder as a model of the run, which `runs:/<run id>/<name>` then names.
+    """Record an exported folder as a model of the run, `runs:/<run id>/<name>`; needs no store.
 
-    loader: "module:function" that opens the folder into a Sampler. Works without a store: the model is
-    written on this disk and sent as any record.
+    loader: "module:function" that opens the folder as a Sampler.
     """
-    folder = Path(tempfile.mkdtemp(prefix="mmdiff-model-"))
-    try:
-        save_model(folder / name, export, loader)
-        recorder.model(folder / name, name, step)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="mmdiff-model-") as folder:
+        save_model(Path(folder) / name, export, loader)
+        recorder.model(Path(folder) / name, name, step)
 
 
 def save_model(folder: Path, export: str | Path, loader: str) -> None:
     """Write an exported folder as an MLflow model."""
     import mlflow.pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec
 
-    versions = provenance.versions()
+    kinds, versions = {int: "long", float: "double", str: "string"}, provenance.versions()
+    params = [ParamSpec(name, kinds[type(value)], value) for name, value in PARAMS.items()]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*input example was not")  # checking one would draw samples
         mlflow.pyfunc.save_model(
@@ -80,7 +78,7 @@ def save_model(folder: Path, export: str | Path, loader: str) -> None:
             loader_module=__name__,
             data_path=str(export),
             model_config={"loader": loader},
-            signature=_signature(),
+            signature=ModelSignature(params=ParamSchema(params)),
             pip_requirements=[f"{name}=={versions[name]}" for name in REQUIREMENTS if name in versions],
         )
 
@@ -98,7 +96,7 @@ class SamplerModel:
         self._sampler = sampler
 
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
-        """Return the samples for rows of given values as a data frame.
+        """Return samples as a data frame.
 
         params: num (samples per row), steps, sampler, guidance, seed, readout (sample or likely). Raises
         ValueError for rows that do not all give the same instances, and for an unknown readout.
@@ -114,23 +112,13 @@ class SamplerModel:
             raise ValueError(f"readout {readout!r} must be sample or likely")
         options |= {key: options[key] or None for key in ("steps", "sampler")}
         options["likely"] = readout == "likely" if readout else None
-        given = {str(name): [_decoded(value) for value in rows[name] for _ in range(each)] for name in rows}
+        given = {str(name): [_from_png(value) for value in rows[name] for _ in range(each)] for name in rows}
         samples = self._sampler.sample(given, num=each * max(1, len(rows)), **options)
-        return pd.DataFrame({name: [_encoded(value) for value in values] for name, values in samples.items()})
+        return pd.DataFrame({name: [_to_png(value) for value in values] for name, values in samples.items()})
 
 
-def _signature() -> Any:
-    from mlflow.models import ModelSignature
-    from mlflow.types import ParamSchema, ParamSpec
-
-    kinds = {int: "long", float: "double", str: "string"}
-    return ModelSignature(
-        params=ParamSchema([ParamSpec(name, kinds[type(value)], value) for name, value in PARAMS.items()])
-    )
-
-
-def _decoded(value: Any) -> Any:
-    """Return a PNG as uint8 (C, H, W), or (H, W) where it has one channel; anything else as it is."""
+def _from_png(value: Any) -> Any:
+    """Return a PNG as uint8 (C, H, W), or (H, W) if it has one channel; other values unchanged."""
     from PIL import Image
 
     if isinstance(value, str) and value.startswith(PNG_BASE64):
@@ -141,8 +129,8 @@ def _decoded(value: Any) -> Any:
     return image if image.ndim == 2 else image.transpose(2, 0, 1)
 
 
-def _encoded(value: Any) -> Any:
-    """Return an image or a mask as the bytes of a PNG, another array as a list, anything else as it is."""
+def _to_png(value: Any) -> Any:
+    """Return an image or a mask as PNG bytes, another array as a list, other values unchanged."""
     from PIL import Image
 
     if not isinstance(value, np.ndarray):

@@ -1,50 +1,49 @@
-"""Read runs back from MLflow: find one, its numbers, their history."""
+"""Read runs back from MLflow: find one, its children, artifacts and metrics, and the runs of a job."""
 
+import contextlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, without_passwords
 from mmdiff_ray.tracking import store
+from mmdiff_ray.tracking.provenance import JOB_TAG
 from mmdiff_ray.tracking.sender import LOCAL_PREFIX, Sender
 
 Run = Any
 """MLflow's run: `info` and `data`."""
 
 
-def find_run(uri: str, reference: str) -> Any:
-    """Return the run of an id or local id, or else the newest of a name or of a folder of that name.
+def find_run(uri: str, reference: str) -> Run:
+    """Return the run of an id or local id, or the newest run of a name or of a folder of that name.
 
-    Raises ConfigError where there is none, naming the newest runs that are no other run's child.
+    Raises ConfigError with the newest top-level runs if there is none.
     """
     if reference.startswith(LOCAL_PREFIX):
         return store.client(uri).get_run(Sender(uri, reference).run_id)
     name = PurePosixPath(reference).name.replace("'", "")
     for condition in (f"attributes.run_id = '{name}'", f"attributes.run_name = '{name}'"):
-        if found := _search(uri, condition, 1):
+        if found := _search(uri, condition):
             return found[0]
-    newest = [run for run in _search(uri, "", 1000) if "mlflow.parentRunId" not in run.data.tags]
+    newest = [run for run in _search(uri) if "mlflow.parentRunId" not in run.data.tags]
     names = ", ".join(run.info.run_name for run in newest[:5]) or "none"
-    raise ConfigError(f"no run {reference!r} in {store.shown(uri)}; newest: {names}")
+    raise ConfigError(f"no run {reference!r} in {without_passwords(uri)}; newest: {names}")
 
 
 def children(uri: str, parent: Run) -> list[Run]:
     """Return the child runs of a run, the oldest first."""
     client, found, token = store.client(uri), [], None
     condition = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-    while True:
-        page = client.search_runs(
-            [parent.info.experiment_id], condition, order_by=["start_time ASC"], page_token=token
-        )
+    while token != "":
+        experiments, order = [parent.info.experiment_id], ["start_time ASC"]
+        page = client.search_runs(experiments, condition, order_by=order, page_token=token)
         found += page
-        token = page.token
-        if not token:
-            return found
+        token = page.token or ""
+    return found
 
 
 def artifact(uri: str, run_id: str, path: str, place: Path) -> Path | None:
-    """Return a file among a run's artifacts, brought into a folder of its own; None where there is none."""
-    client = store.client(uri)
-    folder = str(PurePosixPath(path).parent)
+    """Download an artifact of a run into a folder of its own; return None where there is none."""
+    client, folder = store.client(uri), str(PurePosixPath(path).parent)
     if path not in [file.path for file in client.list_artifacts(run_id, "" if folder == "." else folder)]:
         return None
     target = place / run_id
@@ -52,22 +51,51 @@ def artifact(uri: str, run_id: str, path: str, place: Path) -> Path | None:
     return Path(client.download_artifacts(run_id, path, str(target)))
 
 
-def latest(uri: str, run_id: str) -> dict[str, float]:
-    """Return the last value of each metric of a run."""
-    return dict(store.client(uri).get_run(run_id).data.metrics)
-
-
 def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
-    """Return a metric over the steps, in order.
-
-    A run that went back to a checkpoint records steps again: the last value of a step counts.
-    """
+    """Return a metric as (step, value), in order. A step recorded twice, before and after a resume, counts as
+    the later one."""
     points = store.client(uri).get_metric_history(run_id, key)
     ordered = sorted(points, key=lambda point: (point.step, point.timestamp))
     return sorted({point.step: point.value for point in ordered}.items())
 
 
-def _search(uri: str, condition: str, limit: int) -> list[Any]:
+def runs_of_job(uri: str, job: str) -> list[Run]:
+    """Return the runs of a submitted job, the newest first; none if the store does not answer this user.
+
+    uri: as in the job's metadata, without the password, which MLFLOW_TRACKING_URI may have.
+    """
+    server = store.is_server(uri)
+    if not (store.reachable(uri) if server else uri and store.sqlite_file(uri).is_file()):
+        return []
+    store.prepare(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _search(uri, f"tags.`{JOB_TAG}` = '{job}'")
+    except MlflowException:
+        return []
+
+
+def page_of_job(uri: str, experiment: str, job: str) -> str:
+    """Return the link to MLflow's page of a job's runs, or how to find them.
+
+    uri: "" if only the cluster knows its store. Raises ConfigError if the experiment was deleted.
+    """
+    condition = f"tags.`{JOB_TAG}` = '{job}'"
+    if uri and not store.is_server(uri):
+        return store.ui_link(uri)
+    if uri and store.reachable(uri):
+        store.prepare(uri)
+        from mlflow.exceptions import MlflowException
+
+        with contextlib.suppress(MlflowException):  # the server does not show its experiments to this user
+            return store.ui_link(uri, store.get_or_create_experiment(uri, experiment), search=condition)
+    place = without_passwords(uri) or "MLFLOW_TRACKING_URI of the cluster"
+    return f"{place} (search there: {condition})"
+
+
+def _search(uri: str, condition: str = "") -> list[Run]:
+    """Return up to 1,000 matching runs of all experiments, the newest first."""
     client = store.client(uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return list(client.search_runs(experiments, condition, max_results=limit, order_by=["start_time DESC"]))
+    return list(client.search_runs(experiments, condition, order_by=["start_time DESC"]))

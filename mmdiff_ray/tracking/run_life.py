@@ -1,18 +1,17 @@
-"""The one MLflow run of a job, as the driver starts, resumes and ends it."""
+"""Start, resume and end the one MLflow run of a job; the driver calls these functions."""
 
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, without_passwords
 from mmdiff_ray.tracking import provenance, store
-from mmdiff_ray.tracking.jobs import reachable
-from mmdiff_ray.tracking.links import is_server, where_to_look
 from mmdiff_ray.tracking.log import Log
 from mmdiff_ray.tracking.recorder import DatasetFacts
-from mmdiff_ray.tracking.sender import LOCAL_PREFIX, LOCAL_TAG, RunMissing, Sender
+from mmdiff_ray.tracking.sender import LOCAL_PREFIX, RunMissing, Sender, is_missing
 from mmdiff_ray.tracking.tracker import Say, Tracker
 
 STATUSES = ("FINISHED", "FAILED", "KILLED")
@@ -34,84 +33,76 @@ def start_run(
     required: bool = True,
     timeout_s: float = 60.0,
 ) -> str:
-    """Begin a run and return its id, which the caller keeps: it names the run through all restarts.
+    """Start a run and return its id, which stays the same through all restarts.
 
-    root: the folder of the run's log; metrics of an earlier MLflow run in it are recorded again.
-    settings: the resolved configuration as dotted keys. config_yaml: the same as YAML, kept as the artifact
-    `config.yaml`. texts: other files, name -> what is in them.
-    Where the store does not answer: raises ConfigError, or, if it is not required, returns a local id that
-    every function here takes in place of MLflow's; the run then appears in MLflow when its log is sent.
+    root: the folder of the log; metrics of an earlier MLflow run in it are recorded again. settings: the
+    resolved configuration as dotted keys. config_yaml: the same as YAML. texts: more artifacts, name -> text.
+    If the store does not answer: raises ConfigError, or, if it is not required, returns a local id that every
+    function here takes like MLflow's; the run appears in MLflow once its log is sent.
     """
     local_id = f"{LOCAL_PREFIX}{uuid.uuid4().hex}"
-    history = Log(root).begin_again()
+    earlier = Log(root).rotate()
     tracker = Tracker(uri, local_id, root)
-    tracker.start(experiment, name)
-    tracker.params({key: _plain(value) for key, value in settings.items()})
-    tracker.tags({key: _plain(value) for key, value in {**provenance.tags(), **(tags or {})}.items()})
-    tracker.datasets(datasets)
-    for name, text in {"config.yaml": config_yaml, **(texts or {})}.items():
-        tracker.text(store.without_passwords(text), name)
+    tracker.record("start", experiment=experiment, name=name)
+    tracker.params(_public(settings))
+    tracker.tags(_public({**provenance.tags(), **(tags or {})}))
+    if datasets:
+        tracker.record("datasets", datasets=[asdict(facts) for facts in datasets])
+    for path, text in {"config.yaml": config_yaml, **(texts or {})}.items():
+        tracker.text(without_passwords(text), path)
     left = tracker.flush(timeout_s, failures=1)
-    error = tracker.error or f"no answer within {timeout_s:g} s"
     if left and required:
         tracker.discard()
-        raise _unrecorded(uri, error)
+        raise _unrecorded(uri, tracker.error or f"no answer within {timeout_s:g} s")
     run_id = local_id if left else tracker.run_id
     tracker.close(timeout_s=0.0)
-    Log(root).extend(history)
+    Log(root).extend(earlier)
     return run_id
 
 
 def check_store(uri: str) -> None:
-    """Raise ConfigError where the store is a server that does not answer; quick, and nothing is recorded."""
-    if is_server(uri) and not reachable(uri, CHECK_S):
+    """Raise ConfigError for a server that does not answer; takes seconds and records nothing."""
+    if store.is_server(uri) and not store.reachable(uri, CHECK_S):
         raise _unrecorded(uri, "no server answers")
 
 
 def is_local(run_id: str) -> bool:
-    """Return whether a run began without its store."""
+    """Return whether a run started without its store."""
     return run_id.startswith(LOCAL_PREFIX)
 
 
-def check_run(uri: str, run_id: str, otherwise: str = "") -> None:
-    """Raise ConfigError where the store answers that it has no such run, or that it was deleted.
+def check_run(uri: str, run_id: str, alternative: str = "") -> None:
+    """Raise ConfigError if the run was deleted in MLflow or never was there.
 
-    otherwise: what can be done instead of restoring the run.
+    alternative: what the user can do instead of restoring it. A store that does not answer, and a run that
+    started offline and is not there yet, are no errors: records wait.
     """
-    if is_server(uri) and not reachable(uri):
-        return  # records wait
+    if store.is_server(uri) and not store.reachable(uri):
+        return
+    place, other = without_passwords(uri), f", or {alternative}" if alternative else ""
     try:
-        stages = _stages(uri, run_id)
-    except Exception as error:  # a locked database raises what its driver raises; records wait for it
-        if not store.is_unknown(error):
+        deleted = Sender(uri, run_id).deleted
+    except Exception as error:  # a locked database raises what its driver raises
+        if not is_missing(error):
             return
-        fix = f"check tracking.uri{otherwise and ', or '}{otherwise}"
-        raise ConfigError(f"there is no run {run_id} in MLflow at {store.shown(uri)}; {fix}") from None
-    if set(stages) == {"deleted"}:
-        fix = f"restore it: mlflow runs restore --run-id {run_id}{otherwise and ', or '}{otherwise}"
-        raise ConfigError(f"run {run_id} was deleted in MLflow at {store.shown(uri)}; {fix}")
-
-
-def _stages(uri: str, run_id: str) -> list[str]:
-    """Return "active" or "deleted" for a run; nothing where one begun without its store is not there yet."""
-    from mlflow.entities import ViewType
-
-    client = store.client(uri)
-    if not is_local(run_id):
-        return [client.get_run(run_id).info.lifecycle_stage]
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_runs(experiments, f"tags.`{LOCAL_TAG}` = '{run_id}'", ViewType.ALL)
-    return [run.info.lifecycle_stage for run in found]
+        raise ConfigError(
+            f"there is no run {run_id} in MLflow at {place}; check tracking.uri{other}"
+        ) from None
+    if deleted:
+        raise ConfigError(
+            f"run {run_id} was deleted in MLflow at {place}; restore it: "
+            f"mlflow runs restore --run-id {run_id}{other}"
+        )
 
 
 def resume_run(uri: str, run_id: str, root: str | Path, timeout_s: float = 30.0) -> int:
-    """Mark a run as running again, with the versions of now, and return how many records wait for the store.
+    """Set a run to RUNNING, tag it with the current versions, and return how many records wait.
 
-    A store that does not answer is no error: the record waits. Raises ConfigError as `check_run`.
+    Raises ConfigError as `check_run`.
     """
     check_run(uri, run_id)
     tracker = Tracker(uri, run_id, root)
-    tracker.status("RUNNING")
+    tracker.record("status", status="RUNNING")
     tracker.tags(provenance.tags())
     tracker.flush(timeout_s, failures=1)
     return tracker.close(timeout_s=0.0)
@@ -125,47 +116,40 @@ def end_run(
     timeout_s: float | None = None,
     say: Say = _log.warning,
 ) -> int:
-    """Send what the run's processes have left, mark the run as ended, return how many records still wait.
+    """Send what the run's processes left, set its final status, and return how many records still wait.
 
-    status: FINISHED, FAILED or KILLED. timeout_s, say: as of `Tracker.finish`; a run that did not finish is
-    not held up for long.
+    status: FINISHED, FAILED or KILLED. timeout_s, say: as of `Tracker.finish`; shorter for a run that did not
+    finish.
     """
     if status not in STATUSES:
         raise ValueError(f"status ({status}) must be one of {', '.join(STATUSES)}")
     if timeout_s is None and status != "FINISHED":
         timeout_s = UNFINISHED_WAIT_S
     tracker = Tracker(uri, run_id, root)
-    tracker.status(status)
+    tracker.record("status", status=status)
     return tracker.finish(timeout_s, say)
 
 
-def run_id_at(uri: str, run_id: str) -> str | None:
-    """Return MLflow's id of a run that may have begun without the store; None while it is not there."""
-    try:
-        return Sender(uri, run_id).run_id
-    except RunMissing:
-        return None
-
-
 def run_page(uri: str, run_id: str) -> str:
-    """Return a link to a run's page, to the list of experiments while the store is away, or what to type."""
-    if not is_server(uri) or not reachable(uri):
-        return where_to_look(uri)
+    """Return the link to a run, or to the experiments while the store is away, or the command to open it."""
+    if not store.is_server(uri) or not store.reachable(uri):
+        return store.ui_link(uri)
     from mlflow.exceptions import MlflowException
 
     try:
-        run = store.client(uri).get_run(run_id_at(uri, run_id) or "")
-    except MlflowException:
-        return where_to_look(uri)
-    return where_to_look(uri, run.info.experiment_id, run.info.run_id)
+        run = store.client(uri).get_run(Sender(uri, run_id).run_id)
+    except (MlflowException, RunMissing):
+        return store.ui_link(uri)
+    return store.ui_link(uri, run.info.experiment_id, run.info.run_id)
 
 
 def _unrecorded(uri: str, why: str) -> ConfigError:
     return ConfigError(
-        f"tracking.uri ({store.shown(uri)}): the run cannot be recorded there: {why}; start that server, "
-        "name another store, or train without it for now: tracking.required=false (records wait on disk)"
+        f"tracking.uri ({without_passwords(uri)}): the run cannot be recorded there: {why}; start that "
+        "server, name another store, or train without it for now: tracking.required=false (records wait on "
+        "disk)"
     )
 
 
-def _plain(value: Any) -> Any:
-    return store.without_passwords(value) if isinstance(value, str) else value
+def _public(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: without_passwords(v) if isinstance(v, str) else v for k, v in values.items()}

@@ -1,44 +1,45 @@
-"""Replay the log of a run into MLflow: in order, in batches, and again without harm.
+"""Replay the log of a run into MLflow, in order and idempotently.
 
-Everything may be sent twice (a process can die between sending and noting it): MLflow ignores a metric it has
-with the same time, parameters and tags are replaced by themselves, files have names fixed by their record,
-and runs and models are looked up by their record's id before they are made. MLflow's client asks again on its
-own where an answer is lost: what was made twice by that is taken away at once.
+A process can die between sending records and marking them as sent, so every record may be sent twice. MLflow
+ignores a metric with the same key, step, time and value and replaces equal parameters and tags. File names
+contain the record's id. Runs and models are looked up by a tag before they are created; if a lost answer made
+MLflow's client create two, the second is deleted.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from mmdiff_ray.config import without_passwords
 from mmdiff_ray.tracking import store
-from mmdiff_ray.tracking.log import WITH_FILES, Entry, Log, Record
-from mmdiff_ray.tracking.recorder import MAX_DIGEST_CHARS, MAX_METRICS, MAX_VALUES
+from mmdiff_ray.tracking.log import Log, Record
+from mmdiff_ray.tracking.recorder import MAX_METRICS
 
 LOCAL_PREFIX = "local-"
 LOCAL_TAG = "mmdiff.local_id"
 RECORD_TAG = "mmdiff.record_id"
-REFUSALS = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", "REQUEST_LIMIT_EXCEEDED")
-"""MLflow's error codes for a request that it has understood and will never take."""
-BATCHED = ("metrics", "params", "tags")
+PERMANENT_ERRORS = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", "REQUEST_LIMIT_EXCEEDED")
+"""MLflow's error codes for a request that it will never take."""
+ACTIVE_ONLY, DELETED_ONLY = 1, 2  # mlflow.entities.ViewType
 READ_LINES = 200
-BATCH_CHARS = 500_000  # MLflow refuses requests of more than 1 MB
 THUMBNAIL_SIZE = 256
 
 
 class RunMissing(RuntimeError):
-    """The store has no such run: its beginning was not sent yet, or somebody has deleted it."""
+    """The run is not in the store: its start was not sent yet, or it was deleted."""
 
 
-class FilesMissing(RuntimeError):
-    """The files of a record are gone, or cannot be read."""
+class InvalidRecord(RuntimeError):
+    """A record that cannot be read, or whose files are missing or corrupt."""
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What `replay` did with a log: records sent, still waiting, and refused; and why records wait."""
+    """What `replay` did: records sent, still waiting, and refused. error: why records wait."""
 
     root: Path
     sent: int
@@ -46,17 +47,23 @@ class Replayed:
     refused: int
     error: str | None
 
+    def __str__(self) -> str:
+        refused = f", {self.refused} of them refused, see {self.root}/refused.jsonl" if self.refused else ""
+        reason = self.error or "another process is sending"
+        waiting = f", {self.waiting} wait: {reason}" if self.waiting else ""
+        return f"{self.sent} records sent{refused}{waiting}"
+
 
 def replay(root: str | Path, uri: str | None = None) -> Replayed:
-    """Send what waits in the log of a run; stop at the first error, and never raise for one.
+    """Send the unsent records of a run; stop at the first error and return it.
 
-    uri: the store, if it has moved. Where another process is sending at this moment, it is left to that.
+    uri: the store, if it has moved. Does nothing while another process sends.
     """
     log, sent, error = Log(root), 0, None
     refused = log.refused
     try:
-        with log.sending() as ours:
-            if ours and log.waiting:
+        with log.sending() as locked:
+            if locked and log.waiting:
                 sender = Sender(**(log.target | ({"uri": uri} if uri else {})))
                 while done := sender.send_next(log):
                     sent += done
@@ -66,10 +73,15 @@ def replay(root: str | Path, uri: str | None = None) -> Replayed:
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of an error, of a failed request its cause, of a silent error its kind."""
+    """Return the first line of an error, or the cause of a failed request, or the error's type."""
     line = str(error).split("\n")[0]
     cause = line.rpartition("Caused by ")[2].rpartition(": ")[2].strip("\"')")
     return (cause if "Caused by " in line else line)[:300] or type(error).__name__
+
+
+def is_missing(error: Exception | None) -> bool:
+    """Return whether an error says that the store does not have the run."""
+    return isinstance(error, RunMissing) or getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
 
 
 class Sender:
@@ -77,71 +89,80 @@ class Sender:
 
     def __init__(self, uri: str, run_id: str):
         self.uri = uri
-        self._wanted = run_id
-        self._found: str | None = None if run_id.startswith(LOCAL_PREFIX) else run_id
-        self._made_client: Any = None
+        self._id = run_id
+        # MLflow's id; None while a run that started offline was not seen in the store.
+        self.found: str | None = None if run_id.startswith(LOCAL_PREFIX) else run_id
 
-    @property
+    @cached_property
     def client(self) -> Any:
-        """MLflow's client, made at the first use since this takes seconds."""
-        self._made_client = self._made_client or store.client(self.uri)
-        return self._made_client
+        """MLflow's client, made at the first use because this takes seconds."""
+        return store.client(self.uri)
 
     @property
     def run_id(self) -> str:
-        """The id of the run in MLflow. Raises RunMissing while a run begun without it is not there."""
-        self._found = self._found or next(iter(self._local_runs()), None)
-        if self._found is None:
-            raise RunMissing(f"the beginning of run {self._wanted} is not in {store.shown(self.uri)} yet")
-        return self._found
+        """The id of the run in MLflow. Raises RunMissing while a run that started offline is not there."""
+        self.found = self.found or next(iter(self._local_runs()), None)
+        if self.found is None:
+            raise RunMissing(f"the start of run {self._id} is not in {without_passwords(self.uri)} yet")
+        return self.found
 
     @property
-    def unbegun(self) -> bool:
-        """Whether the run began without its store, and has not been seen there; asks nobody."""
-        return self._found is None
+    def deleted(self) -> bool:
+        """Whether the run was deleted in MLflow; a run that started offline may not be there yet."""
+        if self.found:
+            return self.client.get_run(self.found).info.lifecycle_stage == "deleted"
+        return not self._local_runs() and bool(self._local_runs(view=DELETED_ONLY))
 
     def send_next(self, log: Log) -> int:
         """Send the oldest records of a log and return how many. Raises what the store raised."""
-        entries = log.read(READ_LINES)
-        for group in _groups(entries):
-            for entry in group:
-                if entry.record is None:
-                    log.set_aside(entry.line, entry.problem)
-            self._send([entry.record for entry in group if entry.record is not None], log)
-            log.acknowledge(group)
-        return len(entries)
+        records = log.read(READ_LINES)
+        for group in _requests(records):
+            self._send(group, log)
+            log.mark_sent(group)
+        return len(records)
 
     def _send(self, records: Sequence[Record], log: Log) -> None:
-        """Send records; if MLflow refuses them, one by one, then value by value, to set few aside."""
+        """Send records. If MLflow refuses the request, split it to refuse as few values as possible."""
+        first = records[0]
         try:
-            self._request(records, log)
+            self._request(records, log.files(first.id))
         except Exception as error:
-            if not self._is_refusal(error):
+            if not self._is_permanent(error):
                 raise
-            parts = [[record] for record in records] if len(records) > 1 else _single_values(records[0])
-            if len(parts) < 2:
-                log.set_aside(records[0], reason(error))
-                return
-            for part in parts:
-                self._send(part, log)
+            values = first.body.get("values", {}).items()
+            parts = [[record] for record in records]
+            if len(parts) == 1:
+                parts = [[replace(first, body={**first.body, "values": {k: v}})] for k, v in values]
+            if len(parts) > 1:
+                for part in parts:
+                    self._send(part, log)
+            else:
+                log.refuse(first, reason(error))
 
-    def _is_refusal(self, error: Exception) -> bool:
-        """Return whether a record can never be sent. Raises RunMissing where its run was deleted."""
-        if getattr(error, "error_code", None) not in REFUSALS:
-            return isinstance(error, FilesMissing)
-        if not self.unbegun and self.client.get_run(self.run_id).info.lifecycle_stage == "deleted":
-            raise RunMissing(f"run {self.run_id} was deleted in {store.shown(self.uri)}") from error
+    def _is_permanent(self, error: Exception) -> bool:
+        """Return whether MLflow will never take the request. Raises RunMissing if the run was deleted."""
+        if getattr(error, "error_code", None) not in PERMANENT_ERRORS:
+            return isinstance(error, InvalidRecord)
+        if self.found and self.deleted:
+            raise RunMissing(f"run {self.run_id} was deleted in {without_passwords(self.uri)}") from error
         return True
 
-    def _request(self, records: Sequence[Record], log: Log) -> None:
-        if not records:
-            return
-        record, kind = records[0], records[0].kind
-        files, body = log.files(record.id), record.body
-        if kind in WITH_FILES and not (files.is_dir() and any(files.iterdir())):
-            raise FilesMissing("its files are gone")
-        if kind in BATCHED:
-            self._batch(records)
+    def _request(self, records: Sequence[Record], files: Path) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        record, kind, body = records[0], records[0].kind, records[0].body
+        if record.problem:
+            raise InvalidRecord(record.problem)
+        if kind in ("image", "artifact", "model") and not (files.is_dir() and any(files.iterdir())):
+            raise InvalidRecord("its files are missing")
+        if kind in ("metrics", "params", "tags"):
+            values = [(one, *item) for one in records for item in one.body["values"].items()]
+            rows: list[Any]
+            if kind == "metrics":
+                rows = [Metric(key, value, one.time_ms, one.body["step"]) for one, key, value in values]
+            else:
+                rows = [(Param if kind == "params" else RunTag)(key, value) for _, key, value in values]
+            self.client.log_batch(self.run_id, **{kind: rows}, synchronous=True)
         elif kind == "start":
             self._start(record)
         elif kind == "status" and body["status"] == "RUNNING":
@@ -149,46 +170,31 @@ class Sender:
         elif kind == "status":
             self.client.set_terminated(self.run_id, body["status"], record.time_ms)
         elif kind == "datasets":
-            inputs = [_dataset_input(**facts) for facts in body["datasets"]]
-            self.client.log_inputs(self.run_id, inputs)
+            self.client.log_inputs(self.run_id, [_dataset_input(**facts) for facts in body["datasets"]])
         elif kind == "artifact":
             self.client.log_artifact(self.run_id, str(files / body["name"]), body["folder"] or None)
         elif kind == "image":
             self._image(record, files)
         else:
-            self._model(record, files)
-
-    def _batch(self, records: Sequence[Record]) -> None:
-        from mlflow.entities import Metric, Param, RunTag
-
-        sent: dict[str, list[Any]] = {kind: [] for kind in BATCHED}
-        for record in records:
-            for key, value in record.body["values"].items():
-                if record.kind == "metrics":
-                    sent["metrics"].append(Metric(key, value, record.time_ms, record.body["step"]))
-                else:
-                    sent[record.kind].append((Param if record.kind == "params" else RunTag)(key, value))
-        self.client.log_batch(self.run_id, **sent, synchronous=True)
+            self._model(record, files / "model")
 
     def _start(self, record: Record) -> None:
         experiment = store.get_or_create_experiment(self.uri, record.body["experiment"])
-        if not self._local_runs():
-            self.client.create_run(experiment, record.time_ms, {LOCAL_TAG: self._wanted}, record.body["name"])
-        for twin in self._local_runs()[1:]:
-            self.client.delete_run(twin)
+        start = (experiment, record.time_ms, {LOCAL_TAG: self._id}, record.body["name"])
+        _create_once(self._local_runs, lambda: self.client.create_run(*start), self.client.delete_run)
 
-    def _local_runs(self) -> list[str]:
-        """Return the ids of the runs that have this local id, always in the same order."""
+    def _local_runs(self, view: int = ACTIVE_ONLY) -> list[str]:
+        """Return the sorted ids of the runs with this local id."""
         experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
-        found = self.client.search_runs(experiments, f"tags.`{LOCAL_TAG}` = '{self._wanted}'")
+        found = self.client.search_runs(experiments, f"tags.`{LOCAL_TAG}` = '{self._id}'", view)
         return sorted(run.info.run_id for run in found)
 
     def _image(self, record: Record, files: Path) -> None:
-        """Send a picture and its thumbnail under the names that MLflow's page reads steps and times from."""
+        """Send an image and its thumbnail under the names from which MLflow's UI reads step and time."""
         from PIL import Image, UnidentifiedImageError
 
-        key = record.body["key"].replace("/", "~")
-        stem = f"{key}+step+{record.body['step']}+timestamp+{record.time_ms}+{record.id}"
+        key, step = record.body["key"].replace("/", "~"), record.body["step"]
+        stem = f"{key}+step+{step}+timestamp+{record.time_ms}+{record.id}"
         full, small = files / f"{stem}.png", files / f"{stem}+compressed.webp"
         if not full.exists():
             (files / "image.png").rename(full)
@@ -197,83 +203,67 @@ class Sender:
                 image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
                 image.save(small)
         except UnidentifiedImageError:  # torn by a power cut
-            raise FilesMissing("its picture cannot be read") from None
+            raise InvalidRecord("its image is corrupt") from None
         for file in (full, small):
             self.client.log_artifact(self.run_id, str(file), "images")
         self.client.set_tag(self.run_id, "mlflow.loggedImages", True)
 
-    def _model(self, record: Record, files: Path) -> None:
+    def _model(self, record: Record, folder: Path) -> None:
         from mlflow.entities import LoggedModelOutput
+        from mlflow.models import Model
 
         run = self.client.get_run(self.run_id)
-        model = self._logged_model(record, run.info.experiment_id)
-        _sign_model(files / "model", model.model_id, self.run_id)
-        self.client.log_model_artifacts(model.model_id, str(files / "model"))
-        if model.model_id not in [output.model_id for output in run.outputs.model_outputs]:
-            self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, record.body["step"])])
-        self.client.finalize_logged_model(model.model_id, "READY")
+        experiment, name, tags = run.info.experiment_id, record.body["name"], {RECORD_TAG: record.id}
 
-    def _logged_model(self, record: Record, experiment: str) -> Any:
-        """Return MLflow's model of a record, made where it is not there."""
-
-        def models() -> list[Any]:
+        def find() -> list[str]:
             found = self.client.search_logged_models([experiment], f"tags.`{RECORD_TAG}` = '{record.id}'")
-            return sorted(found, key=lambda model: model.model_id)
+            return sorted(model.model_id for model in found)
 
-        if not models():
-            self.client.create_logged_model(
-                experiment, record.body["name"], source_run_id=self.run_id, tags={RECORD_TAG: record.id}
-            )
-        model, *twins = models()
-        for twin in twins:
-            self.client.delete_logged_model(twin.model_id)
-        return model
+        def create() -> None:
+            self.client.create_logged_model(experiment, name, self.run_id, tags)
+
+        model = _create_once(find, create, self.client.delete_logged_model)
+        description = Model.load(str(folder))
+        description.model_id, description.run_id = model, self.run_id
+        description.save(str(folder / "MLmodel"))
+        self.client.log_model_artifacts(model, str(folder))
+        if model not in [output.model_id for output in run.outputs.model_outputs]:
+            self.client.log_outputs(self.run_id, [LoggedModelOutput(model, record.body["step"])])
+        self.client.finalize_logged_model(model, "READY")
 
 
-def _groups(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
-    """Yield the entries in order, in groups that fit one request each."""
-    limits = (MAX_METRICS, MAX_VALUES, BATCH_CHARS)
-    group: list[Entry] = []
-    used = (0, 0, 0)
-    for entry in entries:
-        size = _size(entry)
-        total = (used[0] + size[0], used[1] + size[1], used[2] + size[2])
-        if group and any(part > limit for part, limit in zip(total, limits, strict=True)):
+def _create_once(
+    find: Callable[[], list[str]], create: Callable[[], Any], delete: Callable[[str], Any]
+) -> str:
+    """Return the id of what `find` finds, created if missing. Deletes duplicates of a retried request."""
+    if not find():
+        create()
+    first, *duplicates = find()
+    for duplicate in duplicates:
+        delete(duplicate)
+    return first
+
+
+def _requests(records: Sequence[Record]) -> Iterator[list[Record]]:
+    """Group the records in order: metrics up to MLflow's limit share a request, others get one each."""
+    group: list[Record] = []
+    size = 0
+    for record in records:
+        count = len(record.body["values"]) if record.kind == "metrics" else MAX_METRICS + 1
+        if group and size + count > MAX_METRICS:
             yield group
-            group, total = [], size
-        group, used = [*group, entry], total
+            group, size = [], 0
+        group, size = [*group, record], size + count
     if group:
         yield group
-
-
-def _size(entry: Entry) -> tuple[int, int, int]:
-    """Return what an entry adds to a request: values, how many are texts, and their characters."""
-    if entry.record is None or entry.record.kind not in BATCHED:
-        return MAX_METRICS + 1, 0, 0  # fits with no other
-    count = len(entry.record.body["values"])
-    return (count, 0, 0) if entry.record.kind == "metrics" else (count, count, len(entry.line))
-
-
-def _single_values(record: Record) -> list[list[Record]]:
-    values = record.body.get("values", {}).items()
-    return [[replace(record, body={**record.body, "values": {key: value}})] for key, value in values]
 
 
 def _dataset_input(name: str, uri: str, digest: str, rows: dict[str, int]) -> Any:
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     scheme = urlsplit(uri).scheme
-    source = json.dumps({"uri": uri})
-    profile = json.dumps({"rows": rows, "manifest_sha256": digest})
     kind = "local" if scheme in ("", "file") else scheme
-    dataset = Dataset(name, digest[:MAX_DIGEST_CHARS], kind, source, profile=profile)
+    profile = json.dumps({"rows": rows, "manifest_sha256": digest})
+    source, short = json.dumps({"uri": uri}), digest[:36]  # MLflow's limit
+    dataset = Dataset(name, short, kind, source, profile=profile)
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
-
-
-def _sign_model(folder: Path, model_id: str, run_id: str) -> None:
-    """Write into a model's own description which run made it."""
-    from mlflow.models import Model
-
-    description = Model.load(str(folder))
-    description.model_id, description.run_id = model_id, run_id
-    description.save(str(folder / "MLmodel"))

@@ -14,7 +14,7 @@ from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.distributed.worker import WorkerHooks
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.tracking import queries, store
-from mmdiff_ray.tracking.log import waiting_in
+from mmdiff_ray.tracking.log import Log
 from mmdiff_ray.training.checkpoint import complete
 
 
@@ -154,7 +154,7 @@ def test_folder_holds_checkpoints_and_an_export_and_nothing_half_done(finished):
     assert json.loads((finished.folder / "export" / "facts.json").read_text())["state"] == "finished"
     assert jobs.read_run(finished.folder)["state"] == "finished"
     assert list(finished.folder.rglob("*.partial")) == []
-    assert waiting_in(finished.folder / "tracking") == 0  # all that was recorded has been sent
+    assert Log(finished.folder / "tracking").waiting == 0  # all that was recorded has been sent
 
 
 def test_last_lines_say_what_was_made_and_what_to_type_next(finished):

@@ -16,7 +16,7 @@ from mmdiff_ray.cli import main
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.jobs import client as jobs
 from mmdiff_ray.jobs.client import Server, connect, find_server, without_secrets
-from mmdiff_ray.tracking.jobs import page_of_job, runs_of_job
+from mmdiff_ray.tracking.queries import page_of_job, runs_of_job
 from tests.surroundings import is_somebodys
 
 SECRET = "a-very-long-secret"

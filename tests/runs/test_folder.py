@@ -22,7 +22,7 @@ from mmdiff_ray.runs import records
 from mmdiff_ray.storage import upload
 from mmdiff_ray.storage.filesystem import filesystem, folders_in, join
 from mmdiff_ray.storage.mirror import cached
-from mmdiff_ray.tracking.log import Log, waiting_in
+from mmdiff_ray.tracking.log import Log
 from tests import s3
 from tests import sprites as tiny
 from tests.faults import faulty
@@ -139,10 +139,8 @@ def test_records_that_a_worker_cannot_send_reach_the_driver_on_another_machine(m
     hooks.tracker.text("hello", "note.txt")
     hooks.close()
     (said,) = (note["text"] for note in notes)
-    assert (
-        said.startswith("MLflow at http://127.0.0.1:9: ") and "; 2 records wait. Trying again until" in said
-    )
-    assert waiting_in(job.spool) == 0
+    assert said.startswith("MLflow at http://127.0.0.1:9: ") and "; 2 records wait. Retrying until" in said
+    assert Log(job.spool).waiting == 0
     for file in (tmp_path / "storage" / "tiny" / "records").rglob("*.*"):
         assert not file.is_file() or "a-secret" not in file.read_text()
 
@@ -151,8 +149,8 @@ def test_records_that_a_worker_cannot_send_reach_the_driver_on_another_machine(m
     for _ in range(2):
         records.take(folder, runs.mirror_of(folder))
         log = Log(folder / "tracking")
-        assert [entry.record.kind for entry in log.read(9) if entry.record] == ["metrics", "artifact"]
-        assert (log.files(log.read(9)[1].record.id) / "note.txt").read_text() == "hello"
+        assert [record.kind for record in log.read(9)] == ["metrics", "artifact"]
+        assert (log.files(log.read(9)[1].id) / "note.txt").read_text() == "hello"
         assert log.target == {"uri": "sqlite:///x.db", "run_id": "1"}
     assert not list((tmp_path / "storage" / "tiny" / "records").glob("*"))
 
@@ -172,7 +170,7 @@ def test_records_that_storage_does_not_take_either_are_named_with_where_they_lie
     (tmp_path / "storage" / "tiny" / "records").unlink()
     folder = runs.open_run(made.uri)
     records.take(folder, runs.mirror_of(folder))
-    assert waiting_in(folder / "tracking") == 1
+    assert Log(folder / "tracking").waiting == 1
 
 
 def test_sync_of_storage_without_a_run_is_refused(tmp_path, capsys):
@@ -203,10 +201,10 @@ def test_storage_that_cannot_be_used_is_refused_before_anything_starts(sprites, 
     [
         (
             ("train", "tiny.yaml"),
-            "tracking.uri: runs in file:///nowhere have no folder for MLflow's own file",
+            "tracking.uri: runs in file:///nowhere need an MLflow store; set tracking.uri=http://host:5000",
         ),
-        (("ui", "--runs", "file:///nowhere"), "tracking.uri: runs in file:///nowhere have no folder"),
-        (("sweep", "report", "x", "--runs", "file:///nowhere"), "tracking.uri: runs in file:///nowhere have"),
+        (("ui", "--runs", "file:///nowhere"), "tracking.uri: runs in file:///nowhere need an MLflow store"),
+        (("sweep", "report", "x", "--runs", "file:///nowhere"), "tracking.uri: runs in file:///nowhere need"),
         (("experiment", "weights", "--runs", "s3://b/c"), r"--runs (s3://b/c): an experiment needs a folder"),
         (
             ("submit", "--", "experiment", "weights", "--runs", "s3://b"),

@@ -17,7 +17,7 @@ from mmdiff_ray.distributed import launch, worker
 from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.tracking import run_life, store, tracker
-from mmdiff_ray.tracking.log import waiting_in
+from mmdiff_ray.tracking.log import Log
 from mmdiff_ray.tracking.sender import LOCAL_TAG
 from mmdiff_ray.tracking.tracker import GIVE_UP_FAILURES, Tracker
 from tests import s3 as s3_server
@@ -107,12 +107,13 @@ def test_run_begun_without_its_server_arrives_as_one_run_by_sync(
         folder = launch.train(job, display)
     assert jobs.read_run(folder)["state"] == "finished"
     assert f"MLflow at {network.url} does not answer; records wait in {folder / 'tracking'}" in display.said
+    assert not any("Retrying" in line for line in display.said), "the end does not wait"
     assert display.said[-1].endswith(f"records wait for MLflow; send them with: mmdiff sync {folder}")
     assert main(["sync", str(folder)]) == 1
     assert "records sent" in capsys.readouterr().out
 
     network.down = False
-    for said in ("nothing waits any more", "nothing waits any more"):
+    for said in ("all records are in MLflow", "all records are in MLflow"):
         assert main(["sync", str(tmp_path)]) == 0
         assert said in capsys.readouterr().out
     run = recorded(server, folder)
@@ -149,7 +150,7 @@ def test_server_that_goes_away_in_mid_run_stops_nothing_and_gets_everything_once
     assert not any("wait" in line for line in display.said)
     run = recorded(server, folder)
     assert run.info.status == "FINISHED" and steps(server, run) == REPORTS
-    assert waiting_in(folder / "tracking") == 0
+    assert Log(folder / "tracking").waiting == 0
 
 
 def test_training_takes_all_its_steps_while_the_server_holds_every_request(
@@ -207,7 +208,7 @@ def test_a_run_that_was_deleted_in_mlflow_is_reported_before_it_trains_and_can_h
 @pytest.fixture(autouse=True)
 def no_store_missed(monkeypatch):
     """Let no test know what others have waited for."""
-    monkeypatch.setattr(tracker, "_missed", set())
+    monkeypatch.setattr(tracker, "_unreachable", set())
 
 
 def comes_back(monkeypatch, network: Faults, failures: int) -> None:
@@ -216,7 +217,7 @@ def comes_back(monkeypatch, network: Faults, failures: int) -> None:
 
     def counted(self: Tracker, problem: Exception | None) -> None:
         note(self, problem)
-        if problem and self._hurry:
+        if problem and self._flushing:
             seen.append(problem)
             network.down = network.down and len(seen) < failures
 
@@ -242,14 +243,14 @@ def test_the_end_waits_by_time_for_a_store_that_is_away_and_says_so_once(
     comes_back(monkeypatch, network, GIVE_UP_FAILURES + 1)
     assert run_life.end_run(network.url, run_id, "FINISHED", tmp_path, say=said.append) == 0
     (line,) = said
-    assert line.startswith(f"MLflow at {network.url}: ") and "; 1 records wait. Trying again until " in line
+    assert line.startswith(f"MLflow at {network.url}: ") and "; 1 records wait. Retrying until " in line
     assert f"they stay in {tmp_path}" in line
     assert store.client(server.uri).get_run(run_id).info.status == "FINISHED"
 
 
 def test_a_second_end_in_a_process_does_not_wait_as_long_again(network, tmp_path, monkeypatch):
     run_id = run_life.start_run(network.url, "ends", "x", tmp_path, {}, "name: x\n")
-    monkeypatch.setattr(tracker, "AGAIN_S", 0.2)
+    monkeypatch.setattr(tracker, "SHORT_WAIT_S", 0.2)
     network.down = True
     assert run_life.end_run(network.url, run_id, "FINISHED", tmp_path, timeout_s=0.2) == 1
     begun = time.monotonic()
@@ -257,7 +258,7 @@ def test_a_second_end_in_a_process_does_not_wait_as_long_again(network, tmp_path
     assert time.monotonic() - begun < tracker.END_WAIT_S / 2
     network.down = False
     assert run_life.end_run(network.url, run_id, "FINISHED", tmp_path, timeout_s=60) == 0
-    assert not tracker._missed
+    assert not tracker._unreachable
 
 
 def test_ctrl_c_ends_the_wait_and_the_records_stay(network, tmp_path):
@@ -273,19 +274,7 @@ def test_ctrl_c_ends_the_wait_and_the_records_stay(network, tmp_path):
             run_life.end_run(network.url, run_id, "FINISHED", tmp_path, say=interrupt)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert waiting_in(tmp_path) == 1
-
-
-def test_a_run_whose_server_was_never_there_ends_without_a_wait(
-    sprites, network, tmp_path, monkeypatch, capsys
-):
-    network.down = True
-    file = tiny.write_config(
-        tmp_path, sprites, f"tracking.uri={network.url}", *QUIET, "tracking.required=false", "workers.count=0"
-    )
-    code, said = typed(monkeypatch, network, "train", str(file))
-    assert code == 0 and not any("Trying again" in line for line in said)
-    assert "records wait for MLflow; send them with: mmdiff sync" in capsys.readouterr().out
+    assert Log(tmp_path).waiting == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -297,7 +286,7 @@ def test_a_server_that_is_away_for_seconds_at_the_end_gets_everything(
         tmp_path, sprites, f"tracking.uri={network.url}", *QUIET, f"workers.count={workers}"
     )
     code, said = typed(monkeypatch, network, "train", str(file))
-    assert code == 0 and sum("Trying again until" in line for line in said) == 1
+    assert code == 0 and sum("Retrying until" in line for line in said) == 1
     (folder,) = (tmp_path / "runs").iterdir()
     run = recorded(server, folder)
     assert run.info.status == "FINISHED" and steps(server, run) == REPORTS
@@ -311,7 +300,7 @@ def test_a_server_that_does_not_come_back_fails_the_command_and_gets_everything_
     assert typed(monkeypatch, network, "train", str(file))[0] == 1
     (folder,) = (tmp_path / "runs").iterdir()
     said = capsys.readouterr().out
-    assert f"in {folder / 'tracking'}: {waiting_in(folder / 'tracking')} records wait for MLflow; " in said
+    assert f"in {folder / 'tracking'}: {Log(folder / 'tracking').waiting} records wait for MLflow; " in said
     assert f"send them with: mmdiff sync {folder}\n" in said
     assert main(["train", "--resume", str(folder)]) == 1, "it is finished, and not recorded"
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.tracking import queries, run_life, store
-from mmdiff_ray.tracking.log import waiting_in
+from mmdiff_ray.tracking.log import Log
 from mmdiff_ray.tracking.recorder import DatasetFacts
 from mmdiff_ray.tracking.tracker import Tracker
 from tests.postgres import Postgres, postgres_server
@@ -59,7 +60,7 @@ def test_run_outlives_kills_of_its_server_and_of_the_database(team, tmp_path):
     def record(steps: range) -> None:
         for step in steps:
             tracker.metrics({"loss/total": 1 / (step + 1)}, step)
-        tracker.image("samples/joint", np.full((8, 8, 3), steps[0], np.uint8), steps[0])
+        tracker.image("samples/joint", to_png(np.full((8, 8, 3), steps[0], np.uint8)), steps[0])
         tracker.text(f"from {steps[0]}", f"notes/{steps[0]}.txt")
 
     record(range(0, 50))
@@ -99,4 +100,4 @@ def test_run_outlives_kills_of_its_server_and_of_the_database(team, tmp_path):
     kept = [entry["Key"] for entry in team.s3.list_objects_v2(Bucket="team", Prefix="artifacts/")["Contents"]]
     assert any(key.endswith(f"{run_id}/artifacts/config.yaml") for key in kept)
     assert any(key.endswith(f"{model.model_id}/artifacts/MLmodel") for key in kept)
-    assert waiting_in(root) == 0
+    assert Log(root).waiting == 0

@@ -1,10 +1,14 @@
 import os
+import shlex
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, without_passwords
 from mmdiff_ray.tracking import store
+
+SERVER = "https://me:secret@host:5000/mlflow/"
 
 
 def test_the_config_comes_before_the_environment_and_that_before_sqlite_beside_the_runs(
@@ -33,10 +37,6 @@ def test_artifacts_of_an_sqlite_store_lie_beside_its_file(uri, client, experimen
     assert location == (store.sqlite_file(uri).parent / "mlartifacts" / "tests").as_uri()
 
 
-def test_an_experiment_is_made_once(uri, experiment):
-    assert store.get_or_create_experiment(uri, "tests") == experiment
-
-
 def test_a_deleted_experiment_is_named_with_its_key(uri, client):
     client.delete_experiment(store.get_or_create_experiment(uri, "gone"))
     with pytest.raises(ConfigError, match=r"tracking\.experiment \(gone\) was deleted"):
@@ -45,31 +45,18 @@ def test_a_deleted_experiment_is_named_with_its_key(uri, client):
 
 def test_texts_lose_passwords_and_nothing_else():
     text = "mmdiff train a.yaml tracking.uri=http://me:p4ss@host:5000/x 'data=s3://bucket/a' http://b:80/c@d"
-    assert store.without_passwords(text) == text.replace("me:p4ss@", "")
-
-
-def test_what_a_person_types_shows_no_password():
-    assert store.ui_command("https://me:secret@host:5000/x") == "open https://host:5000/x"
-    assert store.ui_command("https://t0ken@host:5000/x") == "open https://host:5000/x"
+    assert without_passwords(text) == text.replace("me:p4ss@", "")
 
 
 def test_stored_address_is_asked_with_the_password_of_the_environment(monkeypatch):
     stored, whole = "http://host:5000", "http://me:secret@host:5000"
-    assert store.full(stored) == stored
-    assert store.full(stored, "http://me:secret@other:5000", whole) == whole
+    assert store.with_credentials(stored) == stored
+    assert store.with_credentials(stored, "http://me:secret@other:5000", whole) == whole
     monkeypatch.setenv("MLFLOW_TRACKING_URI", whole)
-    assert (
-        store.full(stored) == store.tracking_uri(stored, "runs") == store.tracking_uri(None, "runs") == whole
-    )
-    assert store.full("http://host:5001") == "http://host:5001"
+    assert store.tracking_uri(stored, "runs") == store.tracking_uri(None, "runs") == whole
+    assert store.with_credentials(stored) == whole
+    assert store.with_credentials("http://host:5001") == "http://host:5001"
     assert store.client(stored).tracking_uri == whole
-
-
-def test_the_command_to_look_at_runs_survives_a_space_in_a_path():
-    assert (
-        store.ui_command("sqlite:////my runs/x.db")
-        == "mlflow ui --backend-store-uri 'sqlite:////my runs/x.db'"
-    )
 
 
 def test_limits_set_by_the_user_stay(monkeypatch):
@@ -77,3 +64,28 @@ def test_limits_set_by_the_user_stay(monkeypatch):
     store.prepare("http://host:5000")
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "7"
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("place", "page"),
+    [
+        ({}, "/experiments"),
+        ({"experiment": "7"}, "/experiments/7/runs"),
+        ({"experiment": "7", "run": "abc"}, "/experiments/7/runs/abc"),
+        ({"experiment": "7", "search": "tags.`mmdiff.job_id` = 'a-b c'"}, "/experiments/7/runs"),
+    ],
+)
+def test_every_link_opens_the_view_of_training_runs_and_shows_no_password(place, page):
+    address, _, route = store.ui_link(SERVER, **place).partition("#")
+    assert address == "https://host:5000/mlflow/"
+    path, _, query = route.partition("?")
+    assert path == page
+    expected = {"workflowType": ["machine_learning"]}
+    if "search" in place:
+        expected["searchFilter"] = [place["search"]]
+    assert parse_qs(urlsplit(f"?{query}").query) == expected
+
+
+def test_an_sqlite_store_is_opened_by_a_command_that_survives_a_space_in_its_path():
+    command = store.ui_link("sqlite:////my runs/x.db")
+    assert shlex.split(command) == ["MLFLOW_TRACKING_URI=sqlite:////my runs/x.db", "mmdiff", "ui"]

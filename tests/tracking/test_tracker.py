@@ -3,6 +3,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -12,47 +13,41 @@ import pytest
 from mlflow.store.artifact.artifact_repository_registry import _artifact_repository_registry
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-from mmdiff_ray.tracking import queries
+from mmdiff_ray.modalities.image import to_png
+from mmdiff_ray.runs.records import sync
+from mmdiff_ray.tracking import queries, store
 from mmdiff_ray.tracking.log import Log
-from mmdiff_ray.tracking.recorder import Recorder, safe_key
+from mmdiff_ray.tracking.recorder import Recorder, SystemMonitor, safe_key
 from mmdiff_ray.tracking.sender import replay
-from mmdiff_ray.tracking.sync import sync
-from mmdiff_ray.tracking.tracker import Tracker
+from mmdiff_ray.tracking.tracker import Tracker, retry_pause_s
 from tests.faults import full_disk
 from tests.tracking.killed import record_and_be_killed
 
 PICTURE = np.arange(32 * 48 * 3, dtype=np.uint8).reshape(32, 48, 3)
+PNG = to_png(PICTURE)
 
 
 def paths(client, run_id: str, folder: str = "") -> list[str]:
     return sorted(item.path for item in client.list_artifacts(run_id, folder))
 
 
-def test_numbers_settings_and_tags_arrive_with_their_steps(uri, client, run_id, tmp_path):
+def test_metrics_params_and_tags_arrive_also_beyond_the_limits_of_one_request(uri, client, run_id, tmp_path):
     tracker = Tracker(uri, run_id, tmp_path)
-    tracker.params({"train.seed": 3, "data.sources": [{"uri": "x"}]})
+    tracker.params({"data.sources": [{"uri": "x"}], "fits": "x" * 6000, "mlflow_would_cut": "x" * 6001})
+    tracker.params({f"p{n}": "x" * 5900 for n in range(130)})
     for step in range(0, 500, 10):
         tracker.metrics({"loss/l1/pixels": 1.0 / (step + 1), "samples_per_s": step}, step)
-    tracker.tags({"note": "first"})
-    tracker.tags({"note": "last"})
-    assert tracker.close(30) == 0
-    run = client.get_run(run_id)
-    assert run.data.params == {"train.seed": "3", "data.sources": '[{"uri": "x"}]'}
-    assert run.data.tags["note"] == "last"
-    expected = [(step, 1.0 / (step + 1)) for step in range(0, 500, 10)]
-    assert queries.history(uri, run_id, "loss/l1/pixels") == expected
-    assert not list(tmp_path.glob("files/*"))
-
-
-def test_more_values_than_one_request_takes_all_arrive(uri, client, run_id, tmp_path):
-    tracker = Tracker(uri, run_id, tmp_path)
     tracker.metrics({f"m{n}": n for n in range(1234)}, 7)
-    tracker.params({f"p{n}": "x" * 5900 for n in range(130)})
-    tracker.tags({f"t{n}": "x" * 5000 for n in range(130)})
+    tracker.tags({"note": "first"})
+    tracker.tags({"note": "last", **{f"t{n}": "x" * 5000 for n in range(130)}})
     assert tracker.close(60) == 0
     data = client.get_run(run_id).data
-    assert data.metrics == {f"m{n}": n for n in range(1234)}
-    assert len(data.params) == 130 and sum(key.startswith("t") for key in data.tags) == 130
+    assert (data.params["data.sources"], data.params["fits"]) == ('[{"uri": "x"}]', "x" * 6000)
+    assert len(data.params) == 132 and "mlflow_would_cut" not in data.params
+    assert data.tags["note"] == "last" and data.tags["t129"] == "x" * 5000
+    assert {f"m{n}": n for n in range(1234)}.items() <= data.metrics.items()
+    expected = [(step, 1.0 / (step + 1)) for step in range(0, 500, 10)]
+    assert queries.history(uri, run_id, "loss/l1/pixels") == expected
 
 
 def test_a_value_that_is_not_finite_is_counted_and_named_instead_of_stored(uri, client, run_id, tmp_path):
@@ -64,13 +59,6 @@ def test_a_value_that_is_not_finite_is_counted_and_named_instead_of_stored(uri, 
     assert "loss" not in data.metrics and data.metrics["grad"] == 2.0
     assert queries.history(uri, run_id, "nonfinite/loss") == [(10, 1.0), (20, 1.0)]
     assert data.tags["nonfinite/loss"] == "nan at step 20"
-
-
-def test_a_setting_longer_than_mlflow_stores_is_left_out_instead_of_cut(uri, client, run_id, tmp_path):
-    tracker = Tracker(uri, run_id, tmp_path)
-    tracker.params({"fits": "x" * 6000, "too_long": "x" * 6001})
-    tracker.close(30)
-    assert client.get_run(run_id).data.params == {"fits": "x" * 6000}
 
 
 def test_a_refused_setting_is_kept_aside_and_stops_nothing_else(uri, client, run_id, tmp_path):
@@ -91,42 +79,25 @@ def test_a_name_is_changed_only_where_mlflow_refuses_it(key, safe):
     assert safe_key(key) == safe
 
 
-def test_pictures_form_a_slider_under_the_names_that_mlflow_reads(uri, client, run_id, tmp_path):
-    tracker = Tracker(uri, run_id, tmp_path)
-    for step in (0, 1000):
-        tracker.image("grids/joint", PICTURE, step)
-    assert tracker.close(30) == 0
-    files = paths(client, run_id, "images")
-    assert [file.split("+")[:4] for file in files[::2]] == [
-        ["images/grids~joint", "step", "0", "timestamp"],
-        ["images/grids~joint", "step", "1000", "timestamp"],
-    ]
-    assert [file.endswith("+compressed.webp") for file in files] == [True, False, True, False]
-    assert client.get_run(run_id).data.tags["mlflow.loggedImages"] == "True"
-
-
-def test_a_picture_comes_back_as_it_was(uri, client, run_id, tmp_path):
-    from PIL import Image
-
-    tracker = Tracker(uri, run_id, tmp_path / "tracking")
-    tracker.image("x", PICTURE, 1)
-    tracker.close(30)
-    full = next(path for path in paths(client, run_id, "images") if path.endswith(".png"))
-    with Image.open(client.download_artifacts(run_id, full, tmp_path)) as image:
-        assert (np.asarray(image) == PICTURE).all()
-
-
-def test_picture_names_differ_from_those_of_mlflows_own_logger_only_in_time_and_id(
+def test_images_keep_their_pixels_and_are_named_as_by_mlflow_for_its_slider(
     uri, client, run_id, experiment, tmp_path
 ):
+    from PIL import Image
+
     own = client.create_run(experiment).info.run_id
-    client.log_image(own, PICTURE, key="a/b", step=3)
-    tracker = Tracker(uri, run_id, tmp_path)
-    tracker.image("a/b", PICTURE, 3)
-    tracker.close(30)
+    tracker = Tracker(uri, run_id, tmp_path / "tracking")
+    for step in (0, 1000):
+        client.log_image(own, PICTURE, key="grids/joint", step=step)
+        tracker.image("grids/joint", PNG, step)
+    assert tracker.close(30) == 0
     ours, theirs = (paths(client, run, "images") for run in (run_id, own))
-    assert [len(path) for path in ours] == [len(path) for path in theirs]
+    assert len(ours) == 4 and [len(path) for path in ours] == [len(path) for path in theirs]
     assert [path.split("+")[:4] for path in ours] == [path.split("+")[:4] for path in theirs]
+    assert client.get_run(run_id).data.tags["mlflow.loggedImages"] == "True"
+    full = next(path for path in ours if path.endswith(".png"))
+    with Image.open(client.download_artifacts(run_id, full, tmp_path)) as image:
+        assert (np.asarray(image) == PICTURE).all()
+    assert not list((tmp_path / "tracking").glob("files/*")), "files are removed after sending"
 
 
 def test_files_folders_and_texts_lie_where_they_were_put(uri, client, run_id, tmp_path):
@@ -159,14 +130,15 @@ def test_no_call_waits_for_a_store_that_is_away_and_a_later_flush_sends_all(
         tracker = Tracker(dead_uri, run_id, tmp_path)
         for step in range(300):
             timed(tracker.metrics, {"loss": step}, step)
-        timed(tracker.image, "grid", PICTURE, 1)
+        timed(tracker.image, "grid", PNG, 1)
         timed(tracker.text, "hello", "note.txt")
         start = time.perf_counter()
         assert tracker.close(timeout_s=1.0) == 302
         assert time.perf_counter() - start < 3
     assert sorted(times)[-3] < 0.05
-    assert "the run goes on" in caplog.text and "302 records" in caplog.text
-    done = replay(tmp_path, uri)
+    assert "the run continues" in caplog.text and "302 records" in caplog.text
+    away, done = replay(tmp_path), replay(tmp_path, uri)
+    assert (away.sent, away.waiting) == (0, 302) and "Connection refused" in str(away.error)
     assert (done.sent, done.waiting, done.error) == (302, 0, None)
     assert queries.history(uri, run_id, "loss") == [(step, step) for step in range(300)]
     assert paths(client, run_id) == ["images", "note.txt"]
@@ -180,21 +152,12 @@ def test_a_server_that_never_answers_does_not_hold_the_process(mute_uri, run_id,
     assert time.perf_counter() - start < 3
 
 
-def test_a_replay_into_a_store_that_is_away_keeps_everything_and_says_why(dead_uri, run_id, tmp_path):
-    tracker = Tracker(dead_uri, run_id, tmp_path)
-    tracker.metrics({"loss": 1}, 1)
-    tracker.close(timeout_s=0.1)
-    done = replay(tmp_path)
-    assert (done.sent, done.waiting) == (0, 1) and "Connection refused" in str(done.error)
-    assert replay(tmp_path).waiting == 1
-
-
 def test_records_sent_twice_are_stored_once(uri, client, dead_uri, run_id, tmp_path):
     tracker = Tracker(dead_uri, run_id, tmp_path / "once")
     tracker.params({"seed": 1})
     for step in range(20):
         tracker.metrics({"loss": step, "other": 1.0}, step)
-    tracker.image("grid", PICTURE, 1)
+    tracker.image("grid", PNG, 1)
     tracker.text("hello", "note.txt")
     tracker.close(timeout_s=0.1)
     shutil.copytree(tmp_path / "once", tmp_path / "again")
@@ -205,33 +168,33 @@ def test_records_sent_twice_are_stored_once(uri, client, dead_uri, run_id, tmp_p
     assert not (tmp_path / "again" / "refused.jsonl").exists()
 
 
-def test_what_a_killed_process_recorded_is_sent_by_another(uri, client, dead_uri, run_id, tmp_path):
+def test_the_next_tracker_of_a_run_sends_what_a_killed_process_left(uri, client, dead_uri, run_id, tmp_path):
     record_and_be_killed(dead_uri, run_id, tmp_path)
-    assert replay(tmp_path, uri).sent == 101
-    assert queries.history(uri, run_id, "loss") == [(step, step) for step in range(100)]
-    assert paths(client, run_id) == ["note.txt"]
-
-
-@pytest.mark.slow
-def test_the_next_tracker_of_a_run_sends_what_its_killed_predecessor_left(uri, run_id, tmp_path):
-    record_and_be_killed(uri, run_id, tmp_path, sending=True)
+    assert Log(tmp_path).waiting == 101
     tracker = Tracker(uri, run_id, tmp_path)
     tracker.metrics({"loss": 100}, 100)
     assert tracker.close(30) == 0
     assert queries.history(uri, run_id, "loss") == [(step, step) for step in range(101)]
+    assert paths(client, run_id) == ["note.txt"]
 
 
-def test_a_new_tracker_takes_over_at_once_what_its_killed_predecessor_left(dead_uri, run_id, tmp_path):
-    record_and_be_killed(dead_uri, run_id, tmp_path)
-    tracker = Tracker(dead_uri, run_id, tmp_path)
-    assert tracker.waiting == 101
-    assert tracker.close(timeout_s=0.1) == 101
+@pytest.mark.slow
+def test_nothing_is_lost_or_sent_twice_when_a_process_is_killed_while_it_sends(uri, client, run_id, tmp_path):
+    record_and_be_killed(uri, run_id, tmp_path, sending=True)
+    assert replay(tmp_path, uri).waiting == 0
+    points = client.get_metric_history(run_id, "loss")
+    assert sorted(point.step for point in points) == list(range(100))
+
+
+def test_pauses_between_attempts_stay_short_after_any_number_of_failures():
+    assert [retry_pause_s(n, False) for n in (0, 1, 10_000)] == [1, 2, 30]
+    assert [retry_pause_s(n, True) for n in (1, 10_000)] == [0.5, 5]
 
 
 @pytest.mark.slow
 def test_mlflow_can_be_imported_right_after_a_tracker_was_made(dead_uri, tmp_path):
     program = (
-        "import sys; from mmdiff_ray.tracking.tracker import Tracker\n"
+        "import sys; from mmdiff_ray.tracking.tracker import Tracker, retry_pause_s\n"
         "tracker = Tracker(sys.argv[1], 'a' * 32, sys.argv[2]); tracker.metrics({'loss': 1.0}, 1)\n"
         "import mlflow.pyfunc; print(tracker.flush(0.1, failures=1))"
     )
@@ -264,24 +227,26 @@ def test_a_key_error_while_sending_refuses_nothing_for_good(client, uri, tmp_pat
     assert tracker.close(30) == 0 and not Forgetful.missing
     assert not (tmp_path / "tracking" / "refused.jsonl").exists()
     assert (tmp_path / "artifacts" / run_id / "artifacts" / "note.txt").read_text() == "hello"
-    assert queries.latest(uri, run_id) == {"loss": 1.0}
+    assert client.get_run(run_id).data.metrics == {"loss": 1.0}
 
 
-def test_lines_that_cannot_be_read_are_counted_kept_and_reported(uri, run_id, tmp_path, capsys):
+def test_invalid_lines_are_counted_kept_and_reported(uri, run_id, tmp_path, capsys):
     tracking = tmp_path / "run" / "tracking"
     log = Log(tracking, {"uri": uri, "run_id": run_id})
     Recorder(log).metrics({"loss": 1.0}, 1)
-    log.extend([b"\x00 torn\n", b'{"id": "1", "kind": "hologram", "time_ms": 1, "body": {}}\n'])
+    lines = [b"\x00 torn", b"[1]", b'{"id": "1", "kind": "hologram", "time_ms": 1, "body": {}}']
+    log.extend([line + b"\n" for line in lines])
     Recorder(log).metrics({"loss": 2.0}, 2)
-    assert sync(tmp_path) == 0
-    said = capsys.readouterr().out
-    assert f"run: 4 records sent, 2 of them refused, see {tracking}/refused.jsonl" in said
-    reasons = [json.loads(line)["reason"] for line in (tracking / "refused.jsonl").read_text().splitlines()]
-    assert "unreadable" in reasons[0] and "unknown kind of record 'hologram'" in reasons[1]
+    assert sync(str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert f"run: 5 records sent, 3 of them refused, see {tracking}/refused.jsonl" in shown
+    kept = [json.loads(line) for line in (tracking / "refused.jsonl").read_text().splitlines()]
+    assert [one["line"].encode().strip() for one in kept] == lines
+    assert "unreadable line" in kept[0]["reason"] and "unknown kind of record 'hologram'" in kept[2]["reason"]
     assert queries.history(uri, run_id, "loss") == [(1, 1.0), (2, 2.0)]
-    told: list[str] = []
-    assert Tracker(uri, run_id, tracking).finish(say=told.append) == 0
-    assert told == [f"MLflow refused 2 records; reasons in {tracking}/refused.jsonl"]
+    messages: list[str] = []
+    assert Tracker(uri, run_id, tracking).finish(say=messages.append) == 0
+    assert messages == [f"MLflow refused 3 records; reasons in {tracking}/refused.jsonl"]
 
 
 def test_records_of_the_first_release_arrive_as_its_run(uri, client, tmp_path):
@@ -299,14 +264,12 @@ def test_records_of_the_first_release_arrive_as_its_run(uri, client, tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_drops_pictures_and_no_number_while_mlflow_answers(server, tmp_path, caplog):
-    from mmdiff_ray.tracking import store
-
     client = store.client(server.uri)
     run_id = client.create_run(store.get_or_create_experiment(server.uri, "full disk")).info.run_id
     tracker = Tracker(server.uri, run_id, tmp_path)
     tracker.metrics({"loss": 0.0, **{f"filling{n}": 0.0 for n in range(900)}}, 0)
     assert tracker.flush(60) == 0
-    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    noise = np.random.default_rng(0).bytes(100_000)
     with full_disk((tmp_path / "log.jsonl").stat().st_size + 20):
         for step in range(1, 20):
             tracker.metrics({"loss": float(step)}, step)
@@ -315,7 +278,7 @@ def test_a_full_disk_drops_pictures_and_no_number_while_mlflow_answers(server, t
     assert queries.history(server.uri, run_id, "loss") == [(step, step) for step in range(20)]
     assert paths(client, run_id) == []
     warnings = [record.message for record in caplog.records if record.name.startswith("mmdiff_ray")]
-    assert [text.partition(" of the run")[0] for text in warnings[1:]] == ["19 records"], (
+    assert [text.partition(" are lost")[0] for text in warnings[1:]] == ["19 records"], (
         "and one in all before"
     )
 
@@ -332,8 +295,6 @@ def test_two_trackers_of_one_run_leave_each_other_alone(uri, run_id, tmp_path):
 
 @pytest.mark.slow
 def test_a_server_killed_in_mid_run_loses_nothing_and_stops_nobody(server, tmp_path):
-    from mmdiff_ray.tracking import store
-
     client = store.client(server.uri)
     run_id = client.create_run(store.get_or_create_experiment(server.uri, "outage")).info.run_id
     tracker, times = Tracker(server.uri, run_id, tmp_path), []
@@ -343,7 +304,7 @@ def test_a_server_killed_in_mid_run_loses_nothing_and_stops_nobody(server, tmp_p
             start = time.perf_counter()
             tracker.metrics({"loss": step, "samples_per_s": 2 * step}, step)
             if step % 50 == 0:
-                tracker.image("grid", PICTURE, step)
+                tracker.image("grid", PNG, step)
             times.append(time.perf_counter() - start)
 
     record(range(100))
@@ -361,3 +322,25 @@ def test_a_server_killed_in_mid_run_loses_nothing_and_stops_nobody(server, tmp_p
     pictures = [path for path in paths(client, run_id, "images") if path.endswith(".png")]
     assert sorted(int(path.split("+")[2]) for path in pictures) == list(range(0, 500, 50))
     assert sorted(times)[-6] < 0.05
+
+
+def test_the_load_of_the_machine_is_recorded_at_the_samples_seen_then(uri, client, run_id, tmp_path):
+    tracker, asked = Tracker(uri, run_id, tmp_path), threading.Semaphore(0)
+    seen = iter(range(0, 10**9, 64))
+
+    def step() -> int:
+        asked.release()
+        return next(seen)
+
+    monitor = SystemMonitor(tracker, step, node="node-0", interval_s=0.01)
+    for _ in range(3):
+        assert asked.acquire(timeout=60)
+    monitor.stop()
+    assert tracker.close(30) == 0
+    memory = queries.history(uri, run_id, "system/node-0/system_memory_usage_percentage")
+    assert [point[0] for point in memory[:3]] == [0, 64, 128]
+    assert all(0 < value < 100 for _, value in memory)
+    recorded = client.get_run(run_id).data.metrics
+    assert {f"system/node-0/{key}" for key in ("cpu_utilization_percentage", "disk_usage_percentage")} <= set(
+        recorded
+    )

@@ -12,8 +12,7 @@ import urllib.request
 import psutil
 import pytest
 
-from mmdiff_ray.config import ConfigError
-from mmdiff_ray.tracking import ui
+from mmdiff_ray.cli import main
 
 
 def free_port() -> int:
@@ -54,10 +53,10 @@ def test_all_processes_of_the_page_end_with_the_command(finished, number):
         process.kill()
 
 
-def test_a_port_that_is_taken_is_told(finished):
+def test_a_taken_port_is_an_error(finished, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"--port {port} cannot be used .*try another --port"):
-            ui.serve(finished.runs, "127.0.0.1", port)
+        assert main(["ui", "--runs", str(finished.runs), "--port", str(port)]) == 2
+        assert f"--port {port} cannot be used (Address already in use); " in capsys.readouterr().err
