@@ -17,7 +17,6 @@ from mmdiff_ray.runs import records
 from mmdiff_ray.runs.job import Job
 from mmdiff_ray.storage.filesystem import is_uri, join, parent
 from mmdiff_ray.storage.mirror import cached
-from mmdiff_ray.sweeps.findings import figures_of
 from mmdiff_ray.sweeps.journal import read_trials, trial_address
 from mmdiff_ray.sweeps.record import Record, read_record
 from mmdiff_ray.sweeps.report import chosen, verdict, write_report
@@ -147,7 +146,7 @@ def _report(uri: str, run_id: str, folder: Path) -> Record:
         tracker.artifact(file, REPORT)
     best = chosen(record)
     if best:
-        tracker.metrics({f"best/{metric}": value for metric, value in figures_of(best[0]).items()}, 0)
+        tracker.metrics({f"best/{metric}": value for metric, value in best[0].figures.items()}, 0)
     tracker.close(timeout_s=60)
     mirror = runs.mirror_of(folder)
     if mirror is not None:
@@ -197,15 +196,14 @@ def dry_run(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
     for heading in ("key", "values", "when"):
         shown.add_column(heading)
     for key, dimension in spec.space.items():
-        what = dimension.values or f"{dimension.low:g} to {dimension.high:g}"
         when = "; ".join(f"{other} in {allowed}" for other, allowed in dimension.when.items())
-        shown.add_row(key, f"{dimension.kind} {what}", when)
+        shown.add_row(key, str(dimension), when)
     console.print(shown)
     console.print(f"metrics    {', '.join(f'{way} {metric}' for metric, way in spec.metrics.items())}")
     if spec.baseline:
         console.print("baseline   trial 0 is the base configuration itself")
     refused = sum(seen.refused.values())
-    console.print(f"points     {seen.tried} looked at (corners and inside), {refused} refused")
+    console.print(f"points     {seen.tried} checked (corners and inside), {refused} refused")
     for why, count in sorted(seen.refused.items(), key=lambda item: -item[1])[:3]:
         console.print(f"           {count} times: {why}", soft_wrap=True)
     for line in _cost(spec, job):

@@ -307,25 +307,27 @@ def begun(config: Config) -> Path | None:
     return None
 
 
-def find_run(run: str, where: str = "runs") -> Path:
-    """Return the folder of a run given by its name, its path or its URI; where: of all runs.
+def find_run(
+    name: str, where: str = "runs", marked_by: str = runs.RUN, small: Sequence[str] = runs.SMALL
+) -> Path:
+    """Return the folder of a run, or a sweep, given by its name, its path or its URI; where: of all runs.
 
-    What is small of a run in storage is brought here. Raises ConfigError naming the runs there are.
+    Downloads the small files of one in storage. Raises ConfigError with the names that exist.
     """
-    if is_uri(run):
-        where, run = parent(run)
+    if is_uri(name):
+        where, name = parent(name)
     if is_uri(where):
-        known = runs.runs_in(where)
-        if run in known:
-            return runs.open_run(join(where, run))
+        known = runs.runs_in(where, marked_by)
+        if name in known:
+            return runs.open_run(join(where, name), small)
     else:
-        for folder in (Path(run), Path(where) / run):
-            if (folder / "run.json").is_file():
+        for folder in (Path(name), Path(where) / name):
+            if (folder / marked_by).is_file():
                 origin = runs.address(folder.absolute())
-                return runs.open_run(origin) if is_uri(origin) else folder.absolute()
-        known = sorted(path.parent.name for path in Path(where).glob("*/run.json"))
-    shown = where if is_uri(where) else f"{where}/"
-    raise ConfigError(f"no run {run!r} in {shown}; there are: {', '.join(known) or 'none yet'}")
+                return runs.open_run(origin, small) if is_uri(origin) else folder.absolute()
+        known = sorted(path.parent.name for path in Path(where).glob(f"*/{marked_by}"))
+    kind, place = marked_by.removesuffix(".json"), where if is_uri(where) else f"{where}/"
+    raise ConfigError(f"no {kind} {name!r} in {place}; there are: {', '.join(known) or 'none yet'}")
 
 
 def write_run(job: Job, **facts: Any) -> None:

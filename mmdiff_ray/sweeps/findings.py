@@ -1,6 +1,7 @@
 """What a sweep found: trials ranked, the Pareto front, which dimensions matter, configurations to train."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,19 +23,13 @@ FEWEST = 6
 """Trials below which importances are not computed."""
 
 
-def figures_of(trial: Trial) -> dict[str, float]:
-    """Return the metrics of a trial's last report; empty if it has none."""
-    return dict(trial.reports[-1]["figures"]) if trial.reports else {}
-
-
 def best_first(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     """Return finished trials by the leading metric, best first, then the others by samples seen."""
-    sign = -1 if sweep.metrics[sweep.main] == "max" else 1
 
     def rank(trial: Trial) -> tuple[bool, int, float]:
-        value = figures_of(trial).get(sweep.main, float("inf") * sign)
+        value = trial.figures.get(sweep.main, -sweep.sign * math.inf)
         is_finished = trial.outcome == "finished"
-        return not is_finished, 0 if is_finished else -trial.samples, sign * value
+        return not is_finished, 0 if is_finished else -trial.samples, -sweep.sign * value
 
     return sorted(trials, key=rank)
 
@@ -44,7 +39,7 @@ def finished(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     return [
         trial
         for trial in best_first(sweep, trials)
-        if trial.outcome == "finished" and sweep.metrics.keys() <= figures_of(trial).keys()
+        if trial.outcome == "finished" and sweep.metrics.keys() <= trial.figures.keys()
     ]
 
 
@@ -55,7 +50,7 @@ def front(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     """
     done = finished(sweep, trials)
     signs = np.array([1 if way == "max" else -1 for way in sweep.metrics.values()])
-    values = [[figures_of(trial)[metric] for metric in sweep.metrics] for trial in done]
+    values = [[trial.figures[metric] for metric in sweep.metrics] for trial in done]
     points = signs * np.reshape(values, (-1, len(signs)))
     return [
         trial
@@ -123,7 +118,7 @@ def importances(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int = 
     if sweep.scheduler.name == "pbt":
         return []
     drawn = [trial for trial in trials if not sweep.is_baseline(trial.number)]
-    judged = at_same_samples([trial for trial in drawn if metric in figures_of(trial)])
+    judged = at_same_samples([trial for trial in drawn if metric in trial.figures])
     if len(judged) < FEWEST or len(sweep.space) < 2:
         return []
     rng = np.random.default_rng(seed)
@@ -154,7 +149,7 @@ def at_same_samples(trials: Sequence[Trial]) -> list[Trial]:
 
 def _shares(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int) -> dict[str, float]:
     """Return dimension -> share, for dimensions that every trial has (a limit of Optuna's fANOVA)."""
-    if len({round(figures_of(trial)[metric], 12) for trial in trials}) < 2:
+    if len({round(trial.figures[metric], 12) for trial in trials}) < 2:
         return {}
     single = dataclasses.replace(sweep, metrics={metric: sweep.metrics[metric]})
     study = plain_study(single.metrics)

@@ -51,6 +51,11 @@ class Trial:
         return self.reports[-1]["samples"] if self.reports else 0
 
     @property
+    def figures(self) -> dict[str, float]:
+        """Return the metrics of the last report."""
+        return self.reports[-1]["figures"] if self.reports else {}
+
+    @property
     def now(self) -> dict[str, Any]:
         """Return the swept values in force."""
         values = dict(self.values)

@@ -14,7 +14,7 @@ from mmdiff_ray.config import Config
 from mmdiff_ray.diffusion.weights import w_from_b
 from mmdiff_ray.models.denoiser import build_modalities, build_process
 from mmdiff_ray.plotting import label_points, legend_above, log_scale, panels
-from mmdiff_ray.sweeps.findings import Importance, best_first, figures_of, groups, leading, short_names
+from mmdiff_ray.sweeps.findings import Importance, best_first, groups, leading, short_names
 from mmdiff_ray.sweeps.journal import Trial
 from mmdiff_ray.sweeps.record import Record
 from mmdiff_ray.sweeps.spec import Sweep
@@ -65,11 +65,11 @@ def _front(sweep: Sweep, trials: Sequence[Trial]) -> Plot | None:
     figure, axes = panels(len(pairs), 3, PANEL)
     for panel, (first, second) in zip(axes, pairs, strict=True):
         for trial in done:
-            _line(panel, trial, group, [figures_of(trial)[first]], [figures_of(trial)[second]], markersize=7)
+            _line(panel, trial, group, [trial.figures[first]], [trial.figures[second]], markersize=7)
         panel.set(xlabel=_directed(sweep, first), ylabel=_directed(sweep, second))
     _legend(figure, [group[trial.number] for trial in done])
     for panel, (first, second) in zip(axes, pairs, strict=True):  # labels need the final layout
-        points = [(figures_of(trial)[first], figures_of(trial)[second]) for trial in done]
+        points = [(trial.figures[first], trial.figures[second]) for trial in done]
         labels = ["base" if sweep.is_baseline(trial.number) else str(trial.number) for trial in done]
         shown = [group[trial.number] in ("on the front", "base configuration") for trial in done]
         named = [(x, y, text) for (x, y), text, show in zip(points, labels, shown, strict=True) if show]
@@ -113,7 +113,7 @@ def _parallel(sweep: Sweep, trials: Sequence[Trial]) -> Plot:
     """Draw swept values and metrics as parallel axes, one line per trial, darker for a better rank."""
     names = short_names(list(sweep.space))
     columns = [[trial.now.get(key) for trial in trials] for key in names]
-    columns += [[figures_of(trial).get(metric) for trial in trials] for metric in sweep.metrics]
+    columns += [[trial.figures.get(metric) for trial in trials] for metric in sweep.metrics]
     logs = [dimension.kind == "loguniform" for dimension in sweep.space.values()]
     logs += [False] * len(sweep.metrics)
     scales = [_unit_scale(column, log) for column, log in zip(columns, logs, strict=True)]
@@ -177,9 +177,9 @@ def _slices(sweep: Sweep, trials: Sequence[Trial], metric: str) -> Plot | None:
         for trial in (one for one in trials if key in one.now):
             value = trial.now[key]
             x = choices.index(str(value)) if choices else value
-            _line(panel, trial, group, [x], [figures_of(trial)[metric]], markersize=7)
+            _line(panel, trial, group, [x], [trial.figures[metric]], markersize=7)
         for trial in bases:
-            panel.axhline(figures_of(trial)[metric], color=COLORS["base configuration"], linestyle="--")
+            panel.axhline(trial.figures[metric], color=COLORS["base configuration"], linestyle="--")
         if choices:
             panel.set_xticks(range(len(choices)), choices)
             panel.set_xlim(-0.5, len(choices) - 0.5)

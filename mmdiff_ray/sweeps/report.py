@@ -13,7 +13,6 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.plotting import save_png, to_svg
 from mmdiff_ray.sweeps.findings import (
     best_first,
-    figures_of,
     front,
     groups,
     importances,
@@ -75,7 +74,7 @@ def summary(record: Record) -> dict[str, Any]:
                 "number": trial.number,
                 "outcome": trial.outcome or "unfinished",
                 "samples": trial.samples,
-                "figures": figures_of(trial),
+                "figures": trial.figures,
                 "values": trial.values,
                 "changes": trial.changes,
                 "why": trial.why,
@@ -110,7 +109,7 @@ def _headlines(record: Record) -> list[str]:
         lines.append(f"{count} on the Pareto front.")
         lines += [f"Trial {trial.number}: {_metrics(trial)}." for trial in best[:KEPT]]
     else:
-        runner_up = f" (next: {figures_of(best[1])[sweep.main]:.4g})" if len(best) > 1 else ""
+        runner_up = f" (next: {best[1].figures[sweep.main]:.4g})" if len(best) > 1 else ""
         lines.append(f"Best: trial {best[0].number} with {_metrics(best[0])}{runner_up}.")
     for trial in (one for one in record.trials if sweep.is_baseline(one.number)):
         ended = f", {trial.outcome or 'unfinished'} at {trial.samples:,} samples"
@@ -138,7 +137,7 @@ def _counts(record: Record) -> dict[str, int]:
 
 
 def _metrics(trial: Trial) -> str:
-    return ", ".join(f"{metric} {value:.4g}" for metric, value in figures_of(trial).items())
+    return ", ".join(f"{metric} {value:.4g}" for metric, value in trial.figures.items())
 
 
 def _write_best(record: Record, folder: Path) -> list[Path]:
@@ -184,7 +183,7 @@ def _page(record: Record, plots: Sequence[Plot], best: Sequence[Path]) -> str:
 
 
 def _row(sweep: Sweep, trial: Trial, names: Mapping[str, str], group: str) -> str:
-    figures = figures_of(trial)
+    figures = trial.figures
     values = [*(figures.get(metric) for metric in sweep.metrics), *(trial.now.get(key) for key in names)]
     texts = ["" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values]
     number = f"{trial.number}{' (base)' * sweep.is_baseline(trial.number)}"

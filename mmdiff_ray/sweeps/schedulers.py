@@ -1,4 +1,4 @@
-"""Which trials of a sweep go on: Ray Tune's schedulers, told what earlier drivers' trials reported."""
+"""Which trials of a sweep continue: Ray Tune's schedulers with the reports of earlier drivers' trials."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from mmdiff_ray.sweeps.trial import SCORE, score
 
 
 def make_scheduler(sweep: Sweep, make: Make, known: list[Trial]) -> Any:
-    """Return Ray Tune's scheduler of a sweep, knowing what earlier trials reported."""
+    """Return Ray Tune's scheduler of a sweep. known: earlier trials, whose reports it replays."""
     from ray.tune import schedulers
 
     options, period, total = sweep.scheduler, sweep.period, sweep.budget.samples
@@ -48,15 +48,15 @@ def make_scheduler(sweep: Sweep, make: Make, known: list[Trial]) -> Any:
     made.set_search_properties(SCORE, "max")
     replay(made, sweep, known)
     made.set_search_properties = lambda metric, mode, **spec: True  # Tune tells it once more
-    return _sparing(made, sweep)
+    return _keep_baseline(made, sweep)
 
 
-def _sparing(scheduler: Any, sweep: Sweep) -> Any:
-    """Return a scheduler that hears of the baseline as of any other trial, and lets it come to its end."""
-    heard = scheduler.on_trial_result
+def _keep_baseline(scheduler: Any, sweep: Sweep) -> Any:
+    """Let a scheduler compare the baseline with other trials without ever stopping it."""
+    decide = scheduler.on_trial_result
 
     def on_trial_result(controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        decision = heard(controller, trial, result)
+        decision = decide(controller, trial, result)
         if not sweep.is_baseline(result["number"]):
             return decision
         getattr(scheduler, "_stopped_trials", set()).discard(trial)  # where the median rule would go by it
@@ -67,19 +67,19 @@ def _sparing(scheduler: Any, sweep: Sweep) -> Any:
 
 
 def replay(scheduler: Any, sweep: Sweep, known: list[Trial]) -> None:
-    """Report to a scheduler what trials that have ended reported: its rungs outlive the driver."""
+    """Replay the reports of ended trials, so that a scheduler's rungs outlive the driver."""
     for trial in known:
         if trial.outcome in (None, "failed", "diverged"):
             continue
         stand_in = SimpleNamespace(trial_id=f"before-{trial.number}")
         scheduler.on_trial_add(None, stand_in)
         for report in trial.reports:
-            told = {SCORE: score(sweep, report["figures"]), "samples_seen": report["samples"]}
-            scheduler.on_trial_result(_NoController, stand_in, told)
+            result = {SCORE: score(sweep, report["figures"]), "samples_seen": report["samples"]}
+            scheduler.on_trial_result(_NoController, stand_in, result)
 
 
 class _NoController:
-    """Where a scheduler asks for the trials that live: none do in a replay."""
+    """The controller of a replay, which has no live trials."""
 
     @staticmethod
     def get_live_trials() -> list[Any]:
@@ -98,13 +98,13 @@ def _mutation(dimension: Any) -> Any:
 
 
 class Deadline(Stopper):
-    """Ends trials at their next report: once the wall clock has run out, or somebody asked for the end."""
+    """Stops trials at their next report, after the deadline or a request to stop."""
 
     def __init__(self, deadline: float | None, stopped: Callable[[], bool]) -> None:
         self.deadline, self.stopped = deadline, stopped
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune keeps a copy that nothing is ever restored from
+        return {}  # Tune saves a copy, but a sweep resumes from its journals
 
     def __call__(self, trial_id: str, result: Any) -> bool:
         """Return whether a trial ends at this report."""

@@ -1,5 +1,6 @@
-"""How a sweep's configurations are chosen: Optuna's samplers over our spaces, told what became of them."""
+"""How a sweep chooses configurations: Optuna's samplers over our spaces."""
 
+import contextlib
 import random
 import time
 from typing import Any
@@ -9,19 +10,19 @@ from ray.tune.search import Searcher
 
 from mmdiff_ray.config import ConfigError, RunError
 from mmdiff_ray.sweeps.journal import Trial
-from mmdiff_ray.sweeps.space import Dimension, Make, check_point, combinations, sizes_network
+from mmdiff_ray.sweeps.space import Dimension, Make, check_point, combinations, drawn, sizes_network
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.sweeps.study import as_frozen, hashable, make_study
 
 TRIES = 200
-"""Points drawn in search of one that is not refused."""
+"""Attempts to draw a valid point."""
 
 
 class SpaceSearcher(Searcher):
-    """Suggests trials: first those that were cut short by the end of an earlier driver, then new ones.
+    """Suggests trials: first the unfinished ones of earlier drivers, then new ones.
 
-    make: values -> the configuration. known: the trials of earlier drivers. deadline: seconds since the
-    epoch, after which none is begun.
+    make: values -> the configuration. known: trials of earlier drivers. deadline: seconds since the epoch,
+    after which no trial starts.
     """
 
     def __init__(self, sweep: Sweep, make: Make, known: list[Trial], deadline: float | None = None) -> None:
@@ -29,7 +30,7 @@ class SpaceSearcher(Searcher):
         self.sweep, self.make, self.deadline = sweep, make, deadline
         self.waiting = [trial for trial in known if trial.outcome is None]
         self.next = 1 + max((trial.number for trial in known), default=-1)
-        self.asked: dict[int, Any] = {}
+        self.running: dict[int, Any] = {}
         self.study = make_study(sweep, self.next)
         for trial in known:
             if trial.outcome is not None and not sweep.is_baseline(trial.number):
@@ -40,7 +41,7 @@ class SpaceSearcher(Searcher):
         self.waiting += [Trial(n, self._fixed(n)) for n in lost if self.points or sweep.is_baseline(n)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune keeps a copy that nothing is ever restored from: the journals are
+        return {}  # Tune saves a copy, but a sweep resumes from its journals
 
     @property
     def has_more(self) -> bool:
@@ -70,7 +71,7 @@ class SpaceSearcher(Searcher):
         return self.points[number - self.sweep.baseline]
 
     def _draw(self) -> dict[str, Any]:
-        """Return a point that is not refused."""
+        """Return a valid point. Raises RunError after TRIES invalid ones."""
         why = ""
         for _ in range(TRIES):
             asked = self.study.ask()
@@ -84,15 +85,15 @@ class SpaceSearcher(Searcher):
                 self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
                 why = str(error)
                 continue
-            self.asked[self.next] = asked
+            self.running[self.next] = asked
             return values
         raise RunError(f"space: {TRIES} points in a row were refused; narrow the space; the last: {why}")
 
     def note(self, trial: Trial) -> None:
-        """Take what became of a trial into account; the baseline is no point of the space."""
+        """Add an ended trial to the study; the baseline is no point of the space."""
         if self.sweep.is_baseline(trial.number):
             return
-        asked = self.asked.pop(trial.number, None)
+        asked = self.running.pop(trial.number, None)
         frozen = as_frozen(self.sweep, trial)
         if asked is None:
             self.study.add_trial(frozen)
@@ -102,14 +103,10 @@ class SpaceSearcher(Searcher):
                 asked.report(value, step)
         self.study.tell(asked, frozen.values, state=frozen.state)
 
-    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Do nothing: the journal says what became of a trial, and `note` is told."""
+    def _ignored(self, *_: Any, **__: Any) -> None:
+        """Do nothing: a sweep resumes from its journals, and `note` adds ended trials."""
 
-    def save(self, checkpoint_path: str) -> None:
-        """Keep nothing: the journals hold all that there is to know."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Keep nothing: the journals hold all that there is to know."""
+    on_trial_complete = save = restore = _ignored
 
 
 def _suggested(asked: optuna.Trial, dimension: Dimension) -> Any:
@@ -124,7 +121,7 @@ def _suggested(asked: optuna.Trial, dimension: Dimension) -> Any:
 
 
 def explored(sweep: Sweep, make: Make, config: dict[str, Any], seed: int = 0) -> dict[str, Any]:
-    """Return what population based training made of values, moved back into the space."""
+    """Clip the values of population based training to the space; draw a new point if they are invalid."""
     rng = random.Random(f"{seed} {config}")
     values = {}
     for key, value in config["values"].items():
@@ -132,12 +129,10 @@ def explored(sweep: Sweep, make: Make, config: dict[str, Any], seed: int = 0) ->
         values[key] = value if dimension.values else dimension.clip(value)
     try:
         check_point(make(values))
-    except ConfigError:  # a profile that leaves the prior: another point of the space in its place
+    except ConfigError:  # e.g. a profile that leaves the prior
         for _ in range(TRIES):
-            values = {key: dimension.draw(rng) for key, dimension in sweep.space.items()}
-            try:
+            values = drawn(sweep.space, rng)
+            with contextlib.suppress(ConfigError):
                 check_point(make(values))
                 break
-            except ConfigError:
-                continue
     return {**config, "values": values}

@@ -1,8 +1,8 @@
-"""The space of a sweep: dimensions, their corners, and which of them change nothing or break the prior."""
+"""The space of a sweep: its dimensions and corners, and which of them have no effect or break the prior."""
 
-import itertools
 import math
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ Make = Callable[[Mapping[str, Any]], Config]
 """Values of swept keys -> the checked configuration of a trial."""
 MOST_CORNERS = 128
 INSIDE = 32
-"""Points drawn inside of the space that are looked at beside its corners."""
+"""Random points that are checked besides the corners."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class Dimension:
         if self.kind == "loguniform":
             return math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
         return rng.uniform(self.low, self.high)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.values or f'{self.low:g} to {self.high:g}'}"
 
     def clip(self, value: float) -> Any:
         """Return a number moved into the dimension's range."""
@@ -103,40 +106,40 @@ def _dimension(key: str, entry: Any) -> Dimension:
 
 
 def corners(space: Mapping[str, Dimension], most: int = MOST_CORNERS) -> list[dict[str, Any]]:
-    """Return the space's corners; where there are more than `most`, an even choice of them."""
+    """Return the space's corners; where there are more than `most`, a random choice of them."""
+    rng = random.Random(0)
     found: list[dict[str, Any]] = [{}]
-    for key, dimension in space.items():
-        found = [
-            values | {key: end}
-            for values in found
-            for end in (dimension.ends if dimension.applies(values) else [_NOTHING])
-        ]
-        found = [{k: v for k, v in values.items() if v is not _NOTHING} for values in found]
-        if len(found) > 8 * most:
-            found = random.Random(0).sample(found, 8 * most)
-    return found if len(found) <= most else random.Random(0).sample(found, most)
+    for dimension in space.values():
+        found = [point for values in found for point in _extended(values, dimension, dimension.ends)]
+        found = found if len(found) <= 8 * most else rng.sample(found, 8 * most)
+    return found if len(found) <= most else rng.sample(found, most)
 
 
-_NOTHING = object()
+def combinations(space: Mapping[str, Dimension]) -> list[dict[str, Any]]:
+    """Return every combination of the values of a space of lists, in order."""
+    return corners(space, sys.maxsize)
 
 
-def inside(space: Mapping[str, Dimension], count: int = INSIDE, seed: int = 0) -> list[dict[str, Any]]:
-    """Return points drawn at random from the space."""
-    rng = random.Random(seed)
-    points = []
-    for _ in range(count):
-        values: dict[str, Any] = {}
-        for key, dimension in space.items():
-            if dimension.applies(values):
-                values[key] = dimension.draw(rng)
-        points.append(values)
-    return points
+def _extended(values: dict[str, Any], dimension: Dimension, choices: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return a point once per choice of one more dimension; once as it is if the dimension does not apply."""
+    return [{**values, dimension.key: one} for one in choices] if dimension.applies(values) else [values]
+
+
+def drawn(space: Mapping[str, Dimension], rng: random.Random) -> dict[str, Any]:
+    """Return a random point of the space."""
+    values: dict[str, Any] = {}
+    for dimension in space.values():
+        (values,) = _extended(values, dimension, [dimension.draw(rng)])
+    return values
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a space holds. tried: points looked at; refused: why -> how many of them; good: a point that is
-    not refused; inert: sentences about dimensions that change nothing at any point."""
+class SpaceCheck:
+    """The result of checking a space.
+
+    tried: number of points; refused: error -> number of points; good: a valid point; inert: messages about
+    dimensions that change nothing at any point.
+    """
 
     tried: int
     refused: dict[str, int]
@@ -144,16 +147,16 @@ class Look:
     inert: list[str]
 
 
-def look(space: Mapping[str, Dimension], make: Make) -> Look:
-    """Look at the corners of a space and at some points inside.
+def check_space(space: Mapping[str, Dimension], make: Make) -> SpaceCheck:
+    """Check the corners of a space and random points inside.
 
-    make: values -> the checked configuration. Raises ConfigError where every point is refused, with the most
-    frequent reason.
+    make: values -> the configuration. Raises ConfigError with the most frequent error if no point is valid.
     """
     refused: dict[str, int] = {}
     good: list[dict[str, Any]] = []
     network = sizes_network(space)
-    points = [*corners(space), *inside(space)]
+    rng = random.Random(0)
+    points = [*corners(space), *(drawn(space, rng) for _ in range(INSIDE))]
     for values in points:
         try:
             check_point(make(values), network)
@@ -161,9 +164,9 @@ def look(space: Mapping[str, Dimension], make: Make) -> Look:
         except ConfigError as error:
             refused[str(error)] = refused.get(str(error), 0) + 1
     if not good:
-        why = max(refused, key=lambda words: refused[words])
+        why = max(refused, key=lambda error: refused[error])
         raise ConfigError(f"space: every one of {len(points)} points is refused; most often: {why}")
-    return Look(len(points), refused, good[0], inert(space, make, good))
+    return SpaceCheck(len(points), refused, good[0], inert(space, make, good))
 
 
 def sizes_network(space: Mapping[str, Dimension]) -> bool:
@@ -180,11 +183,7 @@ def check_point(config: Config, network: bool = False) -> None:
         build_process(config, build_modalities(config))
 
 
-def inert(
-    space: Mapping[str, Dimension],
-    make: Make,
-    points: Sequence[Mapping[str, Any]],
-) -> list[str]:
+def inert(space: Mapping[str, Dimension], make: Make, points: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a sentence for every dimension that changes nothing, beginning with its key."""
     found = []
     for key, dimension in space.items():
@@ -238,17 +237,3 @@ def effect(config: Config) -> str:
     loss = [config.loss.prediction, config.loss.weighting, gamma, cap]
     parts.append((weights.l3, loss, config.schedule, config.given, config.tasks, config.train))
     return repr(parts)
-
-
-def combinations(space: Mapping[str, Dimension]) -> list[dict[str, Any]]:
-    """Return every combination of the values of a space of lists, in order; conditions drop what does not
-    apply."""
-    found = []
-    for values in itertools.product(*(dimension.values for dimension in space.values())):
-        point: dict[str, Any] = {}
-        for (key, dimension), value in zip(space.items(), values, strict=True):
-            if dimension.applies(point):
-                point[key] = value
-        if point not in found:
-            found.append(point)
-    return found

@@ -17,23 +17,11 @@ SCHEDULERS = ("fifo", "asha", "median", "pbt")
 SCALES_LOSS = ("loss.", "modalities.")
 """Beginnings of keys that a training or held-out loss is scaled by, or whose meaning they change."""
 SET_HERE = (
-    "train.samples",
-    "train.max_minutes",
-    "train.log_every_samples",
-    "checkpoint.",
-    "evaluate.every_samples",
-    "tracking.",
-    "runs",
-    "name",
+    *("train.samples", "train.max_minutes", "train.log_every_samples", "checkpoint."),
+    *("evaluate.every_samples", "tracking.", "runs", "name"),
 )
 """Beginnings of keys that every trial has from the sweep."""
-JUDGES = (
-    "evaluate.evaluators",
-    "evaluate.rows",
-    "evaluate.visits",
-    "evaluate.repeats",
-    "evaluate.split",
-)
+JUDGES = tuple(f"evaluate.{name}" for name in ("evaluators", "rows", "visits", "repeats", "split"))
 """Beginnings of keys that say how figures are measured."""
 
 
@@ -83,6 +71,9 @@ class Budget:
     retries: int = 2
 
 
+OPTIONS = {"searcher": SearcherOptions, "scheduler": SchedulerOptions, "budget": Budget}
+
+
 @dataclass(frozen=True)
 class Sweep:
     """A sweep.
@@ -111,6 +102,11 @@ class Sweep:
     def main(self) -> str:
         """Return the metric that leads."""
         return next(iter(self.metrics))
+
+    @property
+    def sign(self) -> int:
+        """Return the factor of the leading metric that makes a larger value better."""
+        return 1 if self.metrics[self.main] == "max" else -1
 
     @property
     def trials(self) -> int:
@@ -177,8 +173,7 @@ def whole_text(file: str | Path, overrides: Sequence[str] = ()) -> str:
     plain, sweep = configuration.read_yaml(file), load_sweep(file, overrides)
     if not overrides and "name" in plain and not isinstance(plain["base"], str):
         return Path(file).read_text(encoding="utf8")
-    sections = ("searcher", "scheduler", "budget")
-    plain |= {name: vars(getattr(sweep, name)) for name in sections if overrides or name in plain}
+    plain |= {name: vars(getattr(sweep, name)) for name in OPTIONS if overrides or name in plain}
     plain |= {"name": sweep.name, "seed": sweep.seed, "base": sweep.base, "overrides": sweep.overrides}
     return configuration.plain_yaml(plain)
 
@@ -195,8 +190,7 @@ def _overridden(plain: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
 
 def _made(plain: Mapping[str, Any], file: Path, overrides: Sequence[str]) -> Sweep:
     sections: dict[str, Any] = {
-        name: configuration.options(kind, plain.get(name) or {}, name)
-        for name, kind in (("searcher", SearcherOptions), ("scheduler", SchedulerOptions), ("budget", Budget))
+        name: configuration.options(kind, plain.get(name) or {}, name) for name, kind in OPTIONS.items()
     }
     base = plain["base"]
     sweep = Sweep(

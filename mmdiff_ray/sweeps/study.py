@@ -40,16 +40,15 @@ def make_study(sweep: Sweep, begun: int = 0) -> optuna.Study:
     """
     seed = sweep.seed + 1_000_003 * begun
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    samplers = {
-        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-        "grid": lambda: optuna.samplers.RandomSampler(seed=seed),
-        "tpe": lambda: optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=sweep.searcher.startup, multivariate=True, group=True,
-            constant_liar=True,
-        ),
-        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=10),
-    }  # fmt: skip
-    return plain_study(sweep.metrics, samplers[sweep.searcher.name]())
+    sampler: Any = optuna.samplers.RandomSampler(seed=seed)
+    if sweep.searcher.name == "tpe":
+        startup = sweep.searcher.startup
+        sampler = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True
+        )
+    if sweep.searcher.name == "nsga2":
+        sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=10)
+    return plain_study(sweep.metrics, sampler)
 
 
 def plain_study(metrics: Mapping[str, str], sampler: Any = None) -> optuna.Study:
@@ -65,22 +64,19 @@ def as_frozen(sweep: Sweep, trial: Trial) -> optuna.trial.FrozenTrial:
     With several metrics Optuna knows no trial that was stopped early: it counts with the figures it had.
     """
     assert trial.outcome is not None
-    state = STATES[trial.outcome]
-    figures = trial.reports[-1]["figures"] if trial.reports else {}
-    values = [figures[metric] for metric in sweep.metrics] if trial.reports else None
-    several = len(sweep.metrics) > 1
+    state, several = STATES[trial.outcome], len(sweep.metrics) > 1
+    values = [trial.figures[metric] for metric in sweep.metrics] if trial.reports else None
     if state == optuna.trial.TrialState.PRUNED and several:
         state = optuna.trial.TrialState.COMPLETE
     if values is None or any(value != value for value in values):
         state, values = optuna.trial.TrialState.FAIL, None
+    steps = {report["samples"]: report["figures"][sweep.main] for report in trial.reports}
     known = {key: distribution(sweep.space[key]) for key in trial.values if key in sweep.space}
     return optuna.create_trial(
         state=state,
         params={key: hashable(trial.values[key]) for key in known},
         distributions=known,
         values=values if state == optuna.trial.TrialState.COMPLETE else None,
-        intermediate_values={}
-        if several
-        else {report["samples"]: report["figures"][sweep.main] for report in trial.reports},
+        intermediate_values={} if several else steps,
         user_attrs={"number": trial.number, "outcome": trial.outcome},
     )

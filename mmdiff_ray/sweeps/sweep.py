@@ -26,17 +26,17 @@ from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.runs.job import Job
 from mmdiff_ray.sampling.generator import Generator
-from mmdiff_ray.storage.filesystem import filesystem, is_uri, join, parent
+from mmdiff_ray.storage.filesystem import filesystem, is_uri, join
 from mmdiff_ray.storage.mirror import cached
+from mmdiff_ray.sweeps.callback import ProgressCallback
 from mmdiff_ray.sweeps.journal import read_trials
 from mmdiff_ray.sweeps.record import sweep_description
 from mmdiff_ray.sweeps.schedulers import Deadline, make_scheduler
 from mmdiff_ray.sweeps.searcher import SpaceSearcher
-from mmdiff_ray.sweeps.shelf import SharedTables, make_shelf, read_once
-from mmdiff_ray.sweeps.space import Look, Make, check_point, look, sizes_network
-from mmdiff_ray.sweeps.spec import Sweep
+from mmdiff_ray.sweeps.space import Make, SpaceCheck, check_point, check_space, sizes_network
+from mmdiff_ray.sweeps.spec import OPTIONS, Sweep
+from mmdiff_ray.sweeps.table_cache import SharedTables, describe, start_cache
 from mmdiff_ray.sweeps.trial import SCORE, run_trial, score
-from mmdiff_ray.sweeps.watch import Watch
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.recorder import DESCRIPTION_TAG
 from mmdiff_ray.tracking.store import tracking_uri, with_credentials
@@ -57,7 +57,7 @@ def make_configs(sweep: Sweep) -> Make:
     return lambda values: resolve_modalities(sweep.config(values), manifests)
 
 
-def check_sweep(sweep: Sweep) -> tuple[Look, Job]:
+def check_sweep(sweep: Sweep) -> tuple[SpaceCheck, Job]:
     """Return what the space holds, and the job of a point in it.
 
     Raises ConfigError for what would fail later.
@@ -79,7 +79,7 @@ def check_sweep(sweep: Sweep) -> tuple[Look, Job]:
             "judged after whole steps; ask for fewer reports, or more samples"
         )
     make = make_configs(sweep)
-    seen = look(sweep.space, make)
+    seen = check_space(sweep.space, make)
     if sweep.baseline:
         with named("baseline"):
             check_point(make({}), sizes_network(sweep.space))
@@ -107,27 +107,8 @@ def sweeps_in(where: str) -> str:
 
 
 def sweep_folder(name: str, where: str = "runs") -> Path:
-    """Return the folder of this machine for a sweep by its name, path or URI; where: of all runs.
-
-    What is small of one in storage is brought here. Raises ConfigError naming those that there are.
-    """
-    place = sweeps_in(where)
-    if not is_uri(name) and (Path(name) / FACTS).is_file():
-        name = runs.address(Path(name).absolute())
-        if not is_uri(name):
-            return Path(name)
-    if is_uri(name):
-        place, name = parent(name)
-    if is_uri(place):
-        known = runs.runs_in(place, FACTS)
-        if name in known:
-            return runs.open_run(join(place, name), (FACTS, TEXT))
-    else:
-        known = sorted(path.parent.name for path in Path(place).glob(f"*/{FACTS}"))
-        if name in known:
-            return Path(place) / name
-    shown_place = place if is_uri(place) else f"{where}/sweeps"
-    raise ConfigError(f"no sweep {name!r} in {shown_place}; there are: {', '.join(known) or 'none yet'}")
+    """Return the folder of this machine for a sweep, as `find_run`."""
+    return jobs.find_run(name, join(where, "sweeps"), FACTS, (FACTS, TEXT))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -149,7 +130,7 @@ def _bring(folder: Path, *names: str) -> None:
             raise RunError(runs.not_sent(mirror.uri, folder, left))
 
 
-def begin_sweep(sweep: Sweep, seen: Look, text: str, command: str, where: str) -> Path:
+def begin_sweep(sweep: Sweep, seen: SpaceCheck, text: str, command: str, where: str) -> Path:
     """Return the folder of a new sweep, with its run in MLflow begun.
 
     seen: what `check_sweep` found; text: the sweep's YAML, overrides applied; command: what was typed; where:
@@ -170,11 +151,11 @@ def begin_sweep(sweep: Sweep, seen: Look, text: str, command: str, where: str) -
     else:
         folder.mkdir(parents=True)
     settings = {
-        **{f"space.{key}": _said(dimension) for key, dimension in sweep.space.items()},
+        **{
+            f"space.{key}": f"{one}{f' when {one.when}' * bool(one.when)}" for key, one in sweep.space.items()
+        },
         **{f"metrics.{metric}": way for metric, way in sweep.metrics.items()},
-        **{f"budget.{key}": value for key, value in vars(sweep.budget).items()},
-        **{f"searcher.{key}": value for key, value in vars(sweep.searcher).items()},
-        **{f"scheduler.{key}": value for key, value in vars(sweep.scheduler).items()},
+        **{f"{part}.{key}": value for part in OPTIONS for key, value in vars(getattr(sweep, part)).items()},
         "seed": sweep.seed,
     }
     try:
@@ -232,12 +213,12 @@ def _tune(sweep: Sweep, where: str, facts: Mapping[str, Any], say: Say, stopped:
     deadline = None if sweep.budget.hours is None else facts["begun"] + 3600 * sweep.budget.hours
     make = make_configs(sweep)
     searcher = SpaceSearcher(sweep, make, known, deadline)
-    watch = Watch(sweep, where, searcher, say, stopped)
+    watch = ProgressCallback(sweep, where, searcher, say, stopped)
     if not searcher.has_more:
         return "finished"
     first = sweep.config({})
     asks, at_once = resources_of(sweep, first)
-    shelf = make_shelf()
+    cache = start_cache()
     function = partial(
         run_trial,
         sweep=sweep,
@@ -245,7 +226,7 @@ def _tune(sweep: Sweep, where: str, facts: Mapping[str, Any], say: Say, stopped:
         parent=facts["run_id"],
         store=with_credentials(facts["tracking_uri"]),
         working_folder=os.getcwd(),
-        tables=SharedTables(shelf),
+        tables=SharedTables(cache),
     )
     pbt = sweep.scheduler.name == "pbt"
     if pbt:
@@ -280,7 +261,7 @@ def _tune(sweep: Sweep, where: str, facts: Mapping[str, Any], say: Say, stopped:
         if is_uri(where):  # Tune's own notes, which nothing is restored from
             with suppress(OSError):
                 fs.delete_dir(f"{root}/ray")
-    say("data: " + read_once(shelf))
+    say("data: " + describe(cache))
     return "stopped" if stopped() else "finished"
 
 
@@ -338,12 +319,6 @@ def sweep_cluster(sweep: Sweep) -> AbstractContextManager[None]:
     workers = sweep.config({}).workers
     count = max(1, workers.count)
     return cluster(max(2, int(count * (workers.cpus + workers.data_workers * (count > 1))) + 1))
-
-
-def _said(dimension: Any) -> str:
-    what = dimension.values if dimension.values else f"{dimension.low:g} to {dimension.high:g}"
-    when = f" when {dimension.when}" if dimension.when else ""
-    return f"{dimension.kind} {what}{when}"
 
 
 @contextmanager

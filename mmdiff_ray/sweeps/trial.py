@@ -48,7 +48,7 @@ from mmdiff_ray.training.remote_checkpoints import FOLDER, copy_checkpoint, set_
 from mmdiff_ray.training.trainer import TrainingError
 
 SCORE = "score"
-"""What Tune is told of a trial's leading metric: larger is better."""
+"""The key of the leading metric in reports to Tune; larger is better."""
 
 
 def score(sweep: Sweep, figures: Mapping[str, float]) -> float:
@@ -57,7 +57,7 @@ def score(sweep: Sweep, figures: Mapping[str, float]) -> float:
     if missing:
         known = sorted(key for key in figures if "/floor/" not in key)
         raise ConfigError(unknown("metrics", missing[0], known or ["none"], "figure of the evaluators"))
-    return figures[sweep.main] * (1 if sweep.metrics[sweep.main] == "max" else -1)
+    return sweep.sign * figures[sweep.main]
 
 
 def run_trial(
@@ -69,12 +69,12 @@ def run_trial(
     working_folder: str,
     tables: Tables,
 ) -> None:
-    """Be a trial of Ray Tune: train, judge and report until the samples are used up or Tune ends it.
+    """Run a trial in Ray Tune: train, evaluate and report until its last sample or until Tune stops it.
 
     config: `number` and `values`. where: the sweep's address. parent: the sweep's run in MLflow. store:
-    MLflow's address, with the password that no file holds. working_folder: the driver's. tables: what all
-    trials read row groups through. Goes on from what lies at its own address, or, after population based
-    training copied another trial into this one, from that checkpoint.
+    MLflow's address with its password, which no file holds. working_folder: the driver's. tables: the cache
+    of row groups. Resumes from the trial's last checkpoint, or from another trial's checkpoint that
+    population based training copies.
     """
     from ray import tune
 
@@ -84,7 +84,7 @@ def run_trial(
     trial = read_trial(where, number) or Trial(number, dict(config["values"]))
     fresh = tune.get_checkpoint() is None
     if trial.outcome is not None and not fresh:
-        return  # a member of a population that had come to its end when it was told to copy another
+        return  # a member of a population that had finished before Tune made it copy another
     try:
         if not fresh:
             pointer = {**_pointer(tune.get_checkpoint()), "values": config["values"]}
@@ -92,8 +92,7 @@ def run_trial(
                 _adopt(sweep, where, trial, pointer)
         job = _job(sweep, where, trial, parent, store, tables)
         if fresh:
-            # Tune knows nothing of what was before it began. A population acts on each report that it hears,
-            # and is told only where the trial stands.
+            # Tune has no reports of earlier drivers. A population acts on each, so it gets the last one only.
             for report in trial.reports[-1:] if sweep.scheduler.name == "pbt" else list(trial.reports):
                 _tell(sweep, trial, report)
         while trial.outcome is None:
@@ -103,16 +102,16 @@ def run_trial(
                 trial.outcome = "finished"
             write_trial(where, trial)
             if trial.outcome:
-                _close(where, trial, "finished")
+                close_run(where, trial, "finished")
             _tell(sweep, trial, report)
     except UnreachableError:
         raise
     except (TrainingError, ConfigError) as error:  # to try again would end in the same way
-        give_up(where, trial, "diverged" if isinstance(error, TrainingError) else "failed", str(error))
+        end_early(where, trial, "diverged" if isinstance(error, TrainingError) else "failed", str(error))
 
 
 def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables: Tables) -> Job:
-    """Return the trial's job with its run in MLflow, begun or gone on with, set back to its last report.
+    """Return the trial's job with a new or resumed run in MLflow, rewound to its last report.
 
     Raises OutageError where storage does not answer, or does not take what a new run begins with.
     """
@@ -194,7 +193,7 @@ def trial_config(sweep: Sweep, trial: Trial, where: str, store: str) -> Config:
 
 
 def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
-    """Train to the next report and judge the model; return the report."""
+    """Train to the next report, evaluate the model, and return the report."""
     begun, total = time.monotonic(), job.config.train.samples
     pause = min(total, (trial.samples // sweep.period + 1) * sweep.period)
     launch.work(dataclasses.replace(job, pause_at=pause), Display(Console(quiet=True)))
@@ -238,7 +237,7 @@ def _tell(sweep: Sweep, trial: Trial, report: Mapping[str, Any]) -> None:
     """Report to Tune, with a pointer to the checkpoint that the trial's own folder keeps."""
     from ray import tune
 
-    told = {
+    metrics = {
         SCORE: score(sweep, report["figures"]),
         "samples_seen": report["samples"],
         "number": trial.number,
@@ -246,7 +245,7 @@ def _tell(sweep: Sweep, trial: Trial, report: Mapping[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as place:
         pointer = {"number": trial.number, "samples": report["samples"]}
         (Path(place) / "pointer.json").write_text(json.dumps(pointer), encoding="utf8")
-        tune.report(told, checkpoint=tune.Checkpoint.from_directory(place))
+        tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(place))
 
 
 def _pointer(checkpoint: Any) -> dict[str, int]:
@@ -279,26 +278,18 @@ def _adopt(sweep: Sweep, where: str, trial: Trial, pointer: Mapping[str, Any]) -
     write_trial(where, trial)
 
 
-def interrupt(where: str, trial: Trial) -> None:
-    """Close the run of a trial that goes on when the sweep does."""
-    if trial.run_id:
-        _close(where, trial, "stopped")
-
-
-def give_up(where: str, trial: Trial, outcome: str, why: str = "") -> None:
-    """Note how a trial ended that did not come to its end, and close its run."""
+def end_early(where: str, trial: Trial, outcome: str, why: str = "") -> None:
+    """Record the outcome of a trial that ends before its last sample, and close its run."""
     trial.outcome, trial.why = outcome, why
     write_trial(where, trial)
-    if trial.run_id:
-        tags = {"mmdiff.outcome": outcome, **({"mmdiff.why": why[:500]} if why else {})}
-        _close(where, trial, "finished" if outcome == "stopped" else "failed", tags)
+    tags = {"mmdiff.outcome": outcome, **({"mmdiff.why": why[:500]} if why else {})}
+    close_run(where, trial, "finished" if outcome == "stopped" else "failed", tags)
 
 
-def _close(where: str, trial: Trial, state: str, tags: Mapping[str, str] | None = None) -> None:
+def close_run(where: str, trial: Trial, state: str, tags: Mapping[str, str] | None = None) -> None:
     """End a trial's run in MLflow, with more tags, and where it lies. state: finished, stopped or failed."""
-    place = _open(where, trial)
-    if not (place / runs.RUN).is_file():
-        return  # somebody has removed it
+    if not trial.run_id or not ((place := _open(where, trial)) / runs.RUN).is_file():
+        return  # its run has not begun, or somebody has removed it
     facts, spool = jobs.read_run(place), records.root(place)
     write_json(place / runs.RUN, {**facts, "state": state, "lineage": trial.lineage})
     if tags:

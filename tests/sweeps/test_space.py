@@ -1,12 +1,13 @@
 """Spaces: corners, conditions, what breaks the prior, what changes nothing."""
 
 import math
+import random
 
 import pytest
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.check import read_sources, resolve_modalities
-from mmdiff_ray.sweeps.space import combinations, corners, effect, inside, look, make_space
+from mmdiff_ray.sweeps.space import check_space, combinations, corners, drawn, effect, make_space
 from tests.sweeps import tiny
 from tests.sweeps.tiny import WEIGHTS
 
@@ -16,9 +17,9 @@ def make_of(sweep):
     return lambda values: resolve_modalities(sweep.config(values), manifests)
 
 
-def looked(folder, data, **changes):
+def checked(folder, data, **changes):
     sweep = tiny.sweep(folder, data, **changes)
-    return look(sweep.space, make_of(sweep))
+    return check_space(sweep.space, make_of(sweep))
 
 
 def test_corners_are_all_ends_and_conditions_drop_what_does_not_apply():
@@ -37,7 +38,8 @@ def test_corners_are_all_ends_and_conditions_drop_what_does_not_apply():
 
 def test_points_inside_lie_in_their_ranges_evenly():
     space = make_space({"x": {"loguniform": [0.01, 100]}, "n": {"randint": [0, 2]}, "u": {"uniform": [1, 2]}})
-    points = inside(space, 600)
+    rng = random.Random(0)
+    points = [drawn(space, rng) for _ in range(600)]
     assert all(0.01 <= point["x"] <= 100 and 1 <= point["u"] <= 2 for point in points)
     middle = sum(math.log(point["x"]) for point in points) / len(points)
     assert abs(middle) < 0.4  # the logarithms are even around 1
@@ -56,55 +58,44 @@ def test_a_grid_is_every_combination_that_applies_once():
     ]
 
 
-def test_a_space_that_breaks_the_prior_everywhere_is_refused_with_the_number(tmp_path, sprites):
-    space = {
-        f"{WEIGHTS}.family": {"choice": ["constant"]},
-        f"{WEIGHTS}.scale": {"uniform": [1, 2]},
-    }
-    with pytest.raises(ConfigError, match=r"every one of \d+ points is refused.*nats per dimension"):
-        looked(tmp_path, sprites, space=space)
-
-
-def test_points_that_break_the_prior_are_counted(tmp_path, sprites):
+def test_points_that_break_the_prior_are_counted_and_no_valid_point_is_an_error(tmp_path, sprites):
     space = {
         f"{WEIGHTS}.family": {"choice": ["clock", "constant"]},
         f"{WEIGHTS}.scale": {"uniform": [1, 2]},
     }
-    seen = looked(tmp_path, sprites, space=space)
+    seen = checked(tmp_path, sprites, space=space)
     assert 0 < sum(seen.refused.values()) < seen.tried
     assert seen.good is not None and seen.good[f"{WEIGHTS}.family"] == "clock" and seen.inert == []
+    space[f"{WEIGHTS}.family"] = {"choice": ["constant"]}
+    with pytest.raises(ConfigError, match=r"every one of \d+ points is refused.*nats per dimension"):
+        checked(tmp_path, sprites, space=space)
+
+
+KAPPA = {"modalities.pixels.weights.kappa": {"uniform": [0.5, 2]}}
 
 
 @pytest.mark.parametrize(
-    ("space", "is_inert"),
+    ("space", "overrides", "is_inert"),
     [
-        ({f"{WEIGHTS}.kappa": {"uniform": [0.5, 2]}}, True),  # nothing hears it
-        ({"modalities.pixels.weights.scale": {"uniform": [0.5, 2]}}, True),  # the anchor's is the schedule's
-        ({"loss.coefficients.l0": {"uniform": [0, 2]}}, True),  # no parameter of the model is in it
-        ({"loss.gamma": {"uniform": [1, 9]}}, True),  # min_snr's alone
-        ({"loss.channel_cap": {"uniform": [1, 9]}}, False),
-        ({"loss.modalities.shape": {"uniform": [0.1, 1]}}, False),
-        ({"loss.coefficients.l2": {"uniform": [0.1, 1]}}, False),
-        ({f"{WEIGHTS}.scale": {"uniform": [0.1, 1]}}, False),
+        ({f"{WEIGHTS}.kappa": {"uniform": [0.5, 2]}}, [], True),  # no task gives it
+        (KAPPA, [], True),  # given values reach the network outside of z
+        (KAPPA, ["given.input=z_only"], False),
+        (
+            {"modalities.pixels.weights.scale": {"uniform": [0.5, 2]}},
+            [],
+            True,
+        ),  # the anchor's is fixed
+        ({"loss.coefficients.l0": {"uniform": [0, 2]}}, [], True),  # has no gradient
+        ({"loss.gamma": {"uniform": [1, 9]}}, [], True),  # of min_snr only
+        ({f"{WEIGHTS}.shape": {"uniform": [0.5, 2]}}, [f"{WEIGHTS}.family=linear"], True),  # has no shape
+        ({"loss.channel_cap": {"uniform": [1, 9]}}, [], False),
+        ({"loss.modalities.shape": {"uniform": [0.1, 1]}}, [], False),
+        ({"loss.coefficients.l2": {"uniform": [0.1, 1]}}, [], False),
+        ({f"{WEIGHTS}.scale": {"uniform": [0.1, 1]}}, [], False),
     ],
 )
-def test_dimensions_that_change_nothing_are_told(tmp_path, sprites, space, is_inert):
-    assert bool(looked(tmp_path, sprites, space=space).inert) is is_inert
-
-
-def test_kappa_counts_where_what_is_given_is_heard_through_z_alone(tmp_path, sprites):
-    # Only an instance that some task gives can be heard.
-    space = {"modalities.pixels.weights.kappa": {"uniform": [0.5, 2]}}
-    assert looked(tmp_path, sprites, space=space).inert
-    assert not looked(tmp_path, sprites, space=space, overrides=["given.input=z_only"]).inert
-
-
-def test_a_shape_without_a_meaning_in_its_family_is_inert(tmp_path, sprites):
-    space = {
-        f"{WEIGHTS}.family": {"choice": ["linear"]},
-        f"{WEIGHTS}.shape": {"uniform": [0.5, 2]},
-    }
-    assert any(".shape" in words for words in looked(tmp_path, sprites, space=space).inert)
+def test_dimensions_without_an_effect_are_reported(tmp_path, sprites, space, overrides, is_inert):
+    assert bool(checked(tmp_path, sprites, space=space, overrides=overrides).inert) is is_inert
 
 
 def test_the_effect_of_a_configuration_is_what_training_depends_on(tmp_path, sprites):

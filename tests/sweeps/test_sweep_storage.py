@@ -214,7 +214,7 @@ def test_a_trial_copies_another_and_moves_between_machines_as_it_would_in_one_fo
         trial = read_trial(where, 1)
         assert [report["samples"] for report in trial.reports] == [32, 64, 96, 128]
         assert trial.reports[1]["figures"] != before.reports[1]["figures"]
-        trials.interrupt(where, trial)
+        trials.close_run(where, trial, "stopped")
         assert jobs.load_job(folder).lineage == trial.copied  # to go on with it as with any run
         figures = [report["figures"] for report in trial.reports]
         found.append((figures, load_file(folder / "export" / "model.safetensors")))

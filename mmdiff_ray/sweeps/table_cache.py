@@ -1,4 +1,4 @@
-"""Row groups kept in Ray's object store: the trials of a sweep read each from storage once, together."""
+"""A cache of row groups in Ray's object store: the trials of a sweep read each from storage once."""
 
 import logging
 import threading
@@ -12,16 +12,16 @@ from mmdiff_ray.data.parquet import read_table
 _log = logging.getLogger(__name__)
 
 SHARE = 0.3
-"""The part of a node's object store that a shelf may fill."""
+"""The largest part of a node's object store that a cache fills."""
 READERS = 4
 Key = tuple[str, RowGroup, tuple[str, ...]]
 
 
-class Shelf:
-    """The actor that reads row groups and keeps those that fit; what came first stays.
+class TableCache:
+    """The actor that reads row groups and caches those that fit, without eviction.
 
-    limit: in bytes; None: a part of the object store of the node that it runs on. Every epoch asks for all
-    row groups: to put the newest in the place of the oldest would keep none until it is asked for again.
+    limit: in bytes; None: a part of the object store of its node. Every epoch reads all row groups, so
+    evicting the oldest would keep none until its next use.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -31,8 +31,10 @@ class Shelf:
         self._lock = threading.Lock()
 
     def table(self, key: Key) -> list[Any]:
-        """Return a reference to a row group's table, or None where there is no room for it; in a list, for
-        Ray would resolve it."""
+        """Return a list with a reference to a row group's table, or None if the cache is full.
+
+        A list, because Ray would resolve a bare reference.
+        """
         with self._lock:
             mine = key not in self._kept
             found = self._kept.setdefault(key, Future())
@@ -62,17 +64,17 @@ class Shelf:
 
 
 class SharedTables:
-    """What reads row groups through a shelf: `RowReader` takes it in place of `read_table`.
+    """Reads row groups through the cache; `RowReader` takes it in place of `read_table`.
 
-    Where the shelf has no room, cannot read, or is gone, its reader reads from storage itself.
+    Reads from storage where the cache is full, cannot read, or has died.
     """
 
-    def __init__(self, shelf: Any) -> None:
-        self.shelf = shelf
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
         self._known: dict[Key, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"shelf": self.shelf, "_known": {}}
+        return {"cache": self.cache, "_known": {}}
 
     def __call__(self, uri: str, row_group: RowGroup, columns: Sequence[str]) -> Any:
         """Return the table of a row group (pyarrow), as `read_table` does."""
@@ -81,28 +83,28 @@ class SharedTables:
         key = (uri, row_group, tuple(columns))
         try:
             if key not in self._known:
-                (self._known[key],) = ray.get(self.shelf.table.remote(key))
+                (self._known[key],) = ray.get(self.cache.table.remote(key))
             if self._known[key] is not None:
                 return ray.get(self._known[key])
-        except Exception as error:  # corrupt data too: who reads it says so
+        except Exception as error:  # corrupt data too, which the caller reports
             _log.info("%s is read from storage: %s", row_group.path, error)
         return read_table(uri, row_group, columns)
 
 
-def make_shelf(limit: int | None = None) -> Any:
-    """Start a shelf that lives as long as its handle. limit: as of `Shelf`."""
+def start_cache(limit: int | None = None) -> Any:
+    """Start a cache that lives as long as its handle. limit: as in `TableCache`."""
     import ray
 
-    made: Any = ray.remote(Shelf)
+    made: Any = ray.remote(TableCache)
     return made.options(num_cpus=0, max_concurrency=READERS).remote(limit)
 
 
-def read_once(shelf: Any) -> str:
-    """Return in words what a shelf has read."""
+def describe(cache: Any) -> str:
+    """Return a summary of what a cache has read."""
     import ray
 
     try:
-        facts = ray.get(shelf.facts.remote())
+        facts = ray.get(cache.facts.remote())
     except ray.exceptions.RayError:
         return "the actor that shared it between trials is gone"
     return (

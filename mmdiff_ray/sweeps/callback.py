@@ -1,7 +1,7 @@
-"""What a person sees of a sweep's trials, and what is done with each that ends."""
+"""A callback of Ray Tune: shows the progress of a sweep's trials and closes each that ends."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ from mmdiff_ray.distributed.display import duration
 from mmdiff_ray.sweeps.journal import Trial, number_of, read_trial, read_trials
 from mmdiff_ray.sweeps.searcher import SpaceSearcher
 from mmdiff_ray.sweeps.spec import Sweep
-from mmdiff_ray.sweeps.trial import SCORE, give_up, interrupt
+from mmdiff_ray.sweeps.trial import SCORE, close_run, end_early
 
 Say = Callable[[str], None]
 
 
-class Watch(Callback):
-    """Says what happens to trials, closes their journals and runs, and tells the searcher."""
+class ProgressCallback(Callback):
+    """Shows what happens to trials, closes their journals and runs, and updates the searcher."""
 
     def __init__(
         self, sweep: Sweep, where: str, searcher: SpaceSearcher, say: Say, stopped: Callable[[], bool]
@@ -25,63 +25,52 @@ class Watch(Callback):
         self.sweep, self.where, self.searcher, self.say = sweep, where, searcher, say
         self.stopped = stopped
         self.begun = time.monotonic()
-        sign = 1 if sweep.metrics[sweep.main] == "max" else -1
         known = [report["figures"] for trial in read_trials(where) for report in trial.reports]
-        self.best = max((sign * figures[sweep.main] for figures in known), default=None)
+        self.best = max((sweep.sign * figures[sweep.main] for figures in known), default=None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune keeps a copy that nothing is ever restored from: the journals are
+        return {}  # Tune saves a copy, but a sweep resumes from its journals
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-        """Be told of a report by Ray Tune."""
-        self.reported(result)
-
-    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Be told by Ray Tune that a trial ended, or was ended."""
-        self.ended(self._number(trial), None, trial.config["values"])
-
-    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        """Be told by Ray Tune that a trial failed for the last time."""
-        self.ended(self._number(trial), str(trial.error_file or "its process died"), trial.config["values"])
-
-    def _number(self, trial: Any) -> int:
-        return number_of(self.where, trial.trial_id, trial.config["number"])
-
-    def reported(self, result: Mapping[str, Any]) -> None:
-        """Say what a trial reported."""
+        """Show a report."""
         if SCORE not in result:
             return
-        sign = 1 if self.sweep.metrics[self.sweep.main] == "max" else -1
         value = result[SCORE]
         best = self.best is None or value > self.best
         self.best = value if best else self.best
         self.say(
-            f"trial {result['number']}: {self.sweep.main} {sign * value:.4g} at {result['samples_seen']:,} "
-            f"samples{', the best so far' if best else ''}"
+            f"trial {result['number']}: {self.sweep.main} {self.sweep.sign * value:.4g} at "
+            f"{result['samples_seen']:,} samples{', the best so far' if best else ''}"
         )
 
-    def ended(self, number: int, error: str | None, values: Mapping[str, Any]) -> None:
-        """Close a trial that Tune is done with. values: as it was to begin, should it have died before."""
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Close a trial that ended or was stopped."""
+        self._end(trial, None)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """Close a trial that failed for the last time."""
+        self._end(trial, str(trial.error_file or "its process died"))
+
+    def _end(self, tune_trial: Any, error: str | None) -> None:
+        config = tune_trial.config
+        number = number_of(self.where, tune_trial.trial_id, config["number"])
         trial = read_trial(self.where, number)
         if trial is None:
-            trial = Trial(number, dict(values), why="it died before it began")
+            trial = Trial(number, dict(config["values"]), why="it died before it began")
         if trial.outcome is None and error is None and self.stopped():
             return  # `close` says so
         if trial.outcome is None:
-            if error is None:
-                give_up(self.where, trial, "stopped")
-            else:
-                give_up(self.where, trial, "failed", _last_line(error))
+            end_early(self.where, trial, "failed" if error else "stopped", _last_line(error or ""))
         self.searcher.note(trial)
         why = f": {trial.why}" if trial.why else ""
         self.say(f"trial {number}: {trial.outcome} at {trial.samples:,} samples{why}")
 
     def close(self) -> None:
-        """Close the runs of trials that were cut short, and say how it went."""
+        """Close the runs of interrupted trials and show a summary."""
         trials = list(read_trials(self.where))
         for trial in trials:
             if trial.outcome is None:
-                interrupt(self.where, trial)
+                close_run(self.where, trial, "stopped")
                 self.say(f"trial {trial.number}: interrupted at {trial.samples:,} samples")
         ended = [trial.outcome or "interrupted" for trial in trials]
         counts = ", ".join(f"{ended.count(kind)} {kind}" for kind in dict.fromkeys(ended))
