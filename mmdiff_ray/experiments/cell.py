@@ -32,7 +32,7 @@ from mmdiff_ray.experiments.watch import Watch
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.sampling.export import save_export
 from mmdiff_ray.storage.lock import lock_folder
-from mmdiff_ray.training.checkpoint import CheckpointStore
+from mmdiff_ray.training.checkpoint import CheckpointStore, complete
 from mmdiff_ray.training.fit import fit
 from mmdiff_ray.training.parallel import choose_device
 from mmdiff_ray.training.progress import Progress
@@ -167,9 +167,40 @@ def run_cell(
     folder = experiment.folder(runs, cell)
     config = experiment.config(cell, folder.parent)
     if not is_trained(folder, config) or (measured and _lacks_model(experiment, cell, runs)):
+        copy_shared_checkpoint(experiment, cell, runs, say)
         train_cell(config, folder, hooks or CellHooks(say), experiment.watch.get(cell.method.name, ()))
     if measured:
         measure_cell(experiment, cell, runs, say)
+
+
+def copy_shared_checkpoint(experiment: Experiment, cell: Cell, runs: Path, say: Say) -> None:
+    """Give a cell that has not started the newest checkpoint of a cell that trains the same steps at first.
+
+    With `train.decay_samples`, cells that differ in their length alone have the same steps until the first of
+    them decays, so that one run serves the others, with the same result as if each had been trained alone.
+    """
+    config, folder = experiment.config(cell, runs), experiment.folder(runs, cell)
+    if config.train.decay_samples is None or complete(folder / "checkpoints"):
+        return
+    found: list[tuple[int, Path]] = []
+    for other in experiment.cells():
+        others = experiment.config(other, runs)
+        if other.seed == cell.seed and others.train.decay_samples and _prefix(others) == _prefix(config):
+            same = min(one.train.samples - (one.train.decay_samples or 0) for one in (config, others))
+            places = complete(experiment.folder(runs, other) / "checkpoints")
+            found += [(int(place.name), place) for place in places if int(place.name) <= same]
+    if found:
+        samples, place = max(found)
+        target = folder / "checkpoints" / place.name
+        shutil.copytree(place, target.with_name(f"{place.name}.partial"), dirs_exist_ok=True)
+        target.with_name(f"{place.name}.partial").rename(target)
+        say(f"starts from the {samples:,} samples of {place.parent.parent.name}")
+
+
+def _prefix(config: Config) -> str:
+    """Return the digest of what the steps before the decay depend on."""
+    train = dataclasses.replace(config.train, samples=1, decay_samples=None)
+    return training_digest(dataclasses.replace(config, train=train))
 
 
 def _lacks_model(experiment: Experiment, cell: Cell, runs: Path) -> bool:

@@ -19,9 +19,9 @@ class Method:
 
     title: its name in the table. overrides: `key=value`, after the preset's. model: another method whose
     trained models it is evaluated on, instead of training. share: of the preset's training samples (0.5 of
-    two tasks is equal compute). seeds: the number of the preset's seeds it uses; all where None. refused:
-    whether its configuration must raise ConfigError, as a profile that breaks the prior does; the message is
-    its result.
+    two tasks is equal compute), and of `train.decay_samples`. seeds: the number of the preset's seeds it
+    uses; all where None. refused: whether its configuration must raise ConfigError, as a profile that breaks
+    the prior does; the message is its result.
     """
 
     name: str
@@ -208,7 +208,12 @@ class Experiment:
             config = self.load([*self.preset.overrides, *method.overrides], self.base)
             for task in self.watch.get(method.name, []):
                 one_of("watch", task, list(config.tasks))
-        train = dataclasses.replace(config.train, samples=max(1, round(config.train.samples * method.share)))
+        train, decay = config.train, config.train.decay_samples
+        train = dataclasses.replace(
+            train,
+            samples=max(1, round(train.samples * method.share)),
+            decay_samples=None if decay is None else max(1, round(decay * method.share)),
+        )
         tracking = dataclasses.replace(config.tracking, experiment=f"experiment-{self.name}")
         config = dataclasses.replace(
             config, name=cell.key, seed=cell.seed, runs=str(runs), train=train, tracking=tracking
