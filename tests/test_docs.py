@@ -278,6 +278,32 @@ def test_readme_quotes_the_experiments_from_their_tables(name, measure, figure, 
     assert f"(../results/{name}.md), {len(seeds)} seed" in EXPERIMENTS
 
 
+TRIED = {
+    "foreground IoU": "alpha/iou",
+    "palette mIoU": "palette/miou",
+    "Frechet": "pixels/frechet_lpips_alex",
+}
+"""Words of a figure -> its key, in the table of what was tried."""
+
+
+def test_what_was_tried_is_quoted_from_its_tables():
+    part = EXPERIMENTS.split("## What was tried")[1].split("\n## ")[0]
+    rows = re.findall(r"^\|(.*?)\|(.*?)\| ([+-][\d.]+) \((-?[\d.]+) to (-?[\d.]+)\) \|", part, re.MULTILINE)
+    page = method = ""
+    assert len(rows) >= 7
+    for change, figure, *numbers in rows:
+        page = next(iter(re.findall(r"results/([\w-]+)\.md", change)), page)
+        method = "zeroed" if "with unused channels 0" in change else "today" if change.strip() else method
+        name = next(key for words, key in TRIED.items() if words in figure)
+        name += "_likely" if "most likely" in figure else ""
+        values = json.loads((ROOT / f"results/{page}.json").read_text(encoding="utf8"))
+        (line,) = (line for line in values["figures"] if line["figure"] == name and line["method"] == method)
+        shape = ".0f" if "Frechet" in figure else ".3f"
+        low, high = line["difference_interval"]
+        assert numbers == [f"{line['difference']:+{shape}}", f"{low:{shape}}", f"{high:{shape}}"]
+        assert len(line["paired_seeds"]) == 3
+
+
 @pytest.mark.parametrize("file", sorted(ROOT.glob("results/*.discussion.md")), ids=lambda file: file.name)
 def test_a_discussion_quotes_its_own_table_and_stands_in_the_page(file):
     name = file.name.removesuffix(".discussion.md")
