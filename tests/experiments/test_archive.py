@@ -15,9 +15,10 @@ ARCHIVES = sorted(RESULTS.glob("*.cells.zip"))
 
 @pytest.mark.parametrize("file", ARCHIVES, ids=lambda file: file.name.split(".")[0])
 def test_committed_cells_match_the_settings_of_their_experiment(file, tmp_path):
-    name = file.name.split(".")[0]
-    experiment = load_experiment(name, "small")
-    table = RESULTS / name
+    result = file.name.split(".")[0]
+    name, _, preset = result.partition("-")
+    experiment = load_experiment(name, preset or "small")
+    table = RESULTS / result
     assert archive_file(table) == file
     with zipfile.ZipFile(file) as archive:
         keys = {entry.split("/")[0] for entry in archive.namelist()}
