@@ -10,7 +10,8 @@ import json, sys
 from pathlib import Path
 import ray
 from mmdiff_ray import config as configuration
-from mmdiff_ray.distributed import job as jobs, launch
+from mmdiff_ray.distributed import launch
+from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.distributed.display import Display
 
 class Looking(Display):

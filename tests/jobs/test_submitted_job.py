@@ -20,7 +20,7 @@ from mmdiff_ray.cli import main
 from mmdiff_ray.datasets.base import build
 from mmdiff_ray.jobs.client import connect, find_server
 from mmdiff_ray.runs.job import read_run
-from mmdiff_ray.tracking import jobs, queries, store
+from mmdiff_ray.tracking import queries, store
 from tests import sprites as tiny
 from tests.s3 import SECRET, s3_server
 from tests.sweeps import tiny as tiny_sweep
@@ -75,7 +75,7 @@ class Services:
 
     def run_of(self, job: str) -> Any:
         """Return the one run that MLflow has of a job."""
-        (found,) = jobs.runs_of_job(self.tracking, job)
+        (found,) = queries.runs_of_job(self.tracking, job)
         return store.client(self.tracking).get_run(found.run_id)
 
 
@@ -238,7 +238,7 @@ def test_sweep_runs_as_a_job_with_all_it_makes_in_s3_and_its_report_is_made_by_a
     assert code == 0, said
     assert "up to 2 trials of 32 samples" in said and "Best: trial" in said
 
-    runs = {run.name: run for run in jobs.runs_of_job(services.tracking, job)}
+    runs = {run.name: run for run in queries.runs_of_job(services.tracking, job)}
     assert len(runs) == 1 + 2 and {run.status for run in runs.values()} == {"FINISHED"}
     parent = queries.find_run(services.tracking, runs["tiny"].run_id)
     children = queries.children(services.tracking, parent)
