@@ -76,7 +76,7 @@ class Services:
     def run_of(self, job: str) -> Any:
         """Return the one run that MLflow has of a job."""
         (found,) = queries.runs_of_job(self.tracking, job)
-        return store.client(self.tracking).get_run(found.run_id)
+        return found
 
 
 @contextmanager
@@ -238,7 +238,7 @@ def test_sweep_runs_as_a_job_with_all_it_makes_in_s3_and_its_report_is_made_by_a
     assert code == 0, said
     assert "up to 2 trials of 32 samples" in said and "Best: trial" in said
 
-    runs = {run.name: run for run in queries.runs_of_job(services.tracking, job)}
+    runs = {run.info.run_name: run.info for run in queries.runs_of_job(services.tracking, job)}
     assert len(runs) == 1 + 2 and {run.status for run in runs.values()} == {"FINISHED"}
     parent = queries.find_run(services.tracking, runs["tiny"].run_id)
     children = queries.children(services.tracking, parent)
