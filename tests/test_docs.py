@@ -281,6 +281,7 @@ def test_readme_quotes_the_experiments_from_their_tables(name, measure, figure, 
 TRIED = {
     "foreground IoU": "alpha/iou",
     "palette mIoU": "palette/miou",
+    "category accuracy": "category/accuracy",
     "Frechet": "pixels/frechet_lpips_alex",
     "holes of 30 %": "pixels_from_masked/lpips_hole",
 }
