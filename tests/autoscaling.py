@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmdiff_ray.jobs import processes
+from mmdiff_ray.distributed import processes
 from tests.surroundings import is_somebodys
 
 MARK = "MMDIFF_TEST_CLUSTER"

@@ -21,9 +21,9 @@ LAYERS = [
     ("storage", "modalities", "models", "tasks"),
     ("data",),
     ("training", "sampling", "evaluation"),
-    ("runs",),
+    ("runs", "sweeps"),
     ("distributed",),
-    ("datasets", "sweeps"),
+    ("datasets",),
     ("experiments", "jobs"),
     ("cli",),
 ]
@@ -32,8 +32,8 @@ DOORS = {
     "omegaconf": ("config/",),
     "pyarrow": ("data/", "storage/"),
     "mlflow": ("tracking/",),
-    "ray": ("distributed/", "sweeps/", "jobs/"),
-    "optuna": ("sweeps/",),
+    "ray": ("distributed/",),
+    "optuna": ("distributed/", "sweeps/"),
     "matplotlib": ("plotting.py", "evaluation/tiles.py"),
     "plotly": (),
 }

@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
 
 
 def _up(given: argparse.Namespace) -> int:
-    from mmdiff_ray.jobs import local_cluster
+    from mmdiff_ray.distributed import local_cluster
 
     cluster = local_cluster.read()
     if cluster is not None and local_cluster.nodes(cluster) == 1 + cluster.workers:
@@ -43,12 +43,12 @@ def _up(given: argparse.Namespace) -> int:
 
 
 def _down(given: argparse.Namespace) -> int:
-    from mmdiff_ray.jobs import local_cluster
+    from mmdiff_ray.distributed import local_cluster
 
     cluster = local_cluster.read()
     if cluster is not None and local_cluster.nodes(cluster):
         from mmdiff_ray.distributed.display import make_console
-        from mmdiff_ray.jobs.client import stop_all
+        from mmdiff_ray.distributed.jobs import stop_all
 
         stop_all(cluster, make_console())
     print("the cluster is down" if local_cluster.down() else "there is no cluster in this folder")
@@ -56,7 +56,7 @@ def _down(given: argparse.Namespace) -> int:
 
 
 def _status(given: argparse.Namespace) -> int:
-    from mmdiff_ray.jobs import local_cluster
+    from mmdiff_ray.distributed import local_cluster
 
     cluster = local_cluster.read()
     if cluster is None:

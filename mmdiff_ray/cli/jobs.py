@@ -37,8 +37,8 @@ def add(commands: Commands) -> None:
 
 
 def _run(given: argparse.Namespace) -> int:
+    from mmdiff_ray.distributed import jobs as client
     from mmdiff_ray.distributed.display import make_console
-    from mmdiff_ray.jobs import client
 
     console = make_console()
     if given.action == "list":

@@ -40,7 +40,7 @@ def add(commands: Commands) -> None:
 def _run(given: argparse.Namespace) -> int:
     from mmdiff_ray.cli import parse
     from mmdiff_ray.distributed.display import make_console
-    from mmdiff_ray.jobs.client import show_logs
+    from mmdiff_ray.distributed.jobs import show_logs
     from mmdiff_ray.jobs.submit import submit
 
     words = given.words[1:] if given.words[:1] == ["--"] else given.words

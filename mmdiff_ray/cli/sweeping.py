@@ -12,16 +12,7 @@ from mmdiff_ray.config import ConfigError, RunError, UnreachableError, without_p
 from mmdiff_ray.distributed.cluster import amount_of
 from mmdiff_ray.distributed.display import duration, make_console
 from mmdiff_ray.distributed.launch import STATUS
-from mmdiff_ray.runs import folder as runs
-from mmdiff_ray.runs import records
-from mmdiff_ray.runs.job import Job
-from mmdiff_ray.storage.filesystem import is_uri, join, parent
-from mmdiff_ray.storage.mirror import cached
-from mmdiff_ray.sweeps.journal import read_trials, trial_address
-from mmdiff_ray.sweeps.record import Record, read_record
-from mmdiff_ray.sweeps.report import chosen, verdict, write_report
-from mmdiff_ray.sweeps.spec import Sweep, load_sweep, whole_text
-from mmdiff_ray.sweeps.sweep import (
+from mmdiff_ray.distributed.tune.sweep import (
     TEXT,
     begin_sweep,
     check_sweep,
@@ -33,6 +24,15 @@ from mmdiff_ray.sweeps.sweep import (
     sweeps_in,
     write_text,
 )
+from mmdiff_ray.runs import folder as runs
+from mmdiff_ray.runs import records
+from mmdiff_ray.runs.job import Job
+from mmdiff_ray.storage.filesystem import is_uri, join, parent
+from mmdiff_ray.storage.mirror import cached
+from mmdiff_ray.sweeps.journal import read_trials, trial_address
+from mmdiff_ray.sweeps.record import Record, read_record
+from mmdiff_ray.sweeps.report import chosen, verdict, write_report
+from mmdiff_ray.sweeps.spec import Sweep, load_sweep, whole_text
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.store import is_server, reachable, tracking_uri
 from mmdiff_ray.tracking.tracker import Tracker

@@ -27,7 +27,7 @@ from mmdiff_ray.config import (
     without_passwords,
 )
 from mmdiff_ray.data.manifest import Manifest
-from mmdiff_ray.jobs import client as jobs
+from mmdiff_ray.distributed import jobs
 from mmdiff_ray.jobs import package
 from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import job

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,26 +13,12 @@ import pytest
 
 from mmdiff_ray.cli import main
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.jobs import client as jobs
-from mmdiff_ray.jobs.client import Server, connect, find_server, without_secrets
+from mmdiff_ray.distributed import jobs
+from mmdiff_ray.distributed.jobs import Server, connect, find_server, without_secrets
 from mmdiff_ray.tracking.queries import page_of_job, runs_of_job
-from tests.surroundings import is_somebodys
 
+pytestmark = pytest.mark.usefixtures("nothing_around")
 SECRET = "a-very-long-secret"
-
-
-@pytest.fixture(autouse=True)
-def nothing_around(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in filter(is_somebodys, list(os.environ)):
-        monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def dead_url() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def test_address_comes_from_the_option_else_the_environment_else_the_folder(monkeypatch):

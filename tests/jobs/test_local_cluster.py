@@ -16,8 +16,8 @@ import pytest
 
 from mmdiff_ray.cli import main, make_parser
 from mmdiff_ray.config import ConfigError, RunError
-from mmdiff_ray.jobs import local_cluster, processes
-from mmdiff_ray.jobs.local_cluster import MARK, STATE, TOKEN
+from mmdiff_ray.distributed import local_cluster, processes
+from mmdiff_ray.distributed.local_cluster import MARK, STATE, TOKEN
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,7 +1,6 @@
 """What `mmdiff submit` sends, passes on, and refuses before it asks a cluster."""
 
 import os
-import socket
 import subprocess
 import sys
 import zipfile
@@ -17,26 +16,11 @@ from mmdiff_ray.jobs.package import with_named_files
 from mmdiff_ray.jobs.submit import environment, lock_file
 from mmdiff_ray.tracking import provenance
 from tests import sprites as tiny
-from tests.surroundings import is_somebodys
 from tests.sweeps import tiny as tiny_sweep
 
+pytestmark = pytest.mark.usefixtures("nothing_around")
 SECRET = "a-very-long-secret"
 WEIGHTS = str(package.code_folder() / "pipelines/configs/experiments/weights.yaml")
-
-
-@pytest.fixture(autouse=True)
-def nothing_around(tmp_path, monkeypatch):
-    """Work in an empty folder, with no address, token or store in the environment."""
-    monkeypatch.chdir(tmp_path)
-    for name in filter(is_somebodys, list(os.environ)):
-        monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def dead_url() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import yaml
 
 from mmdiff_ray.cli import main
 from mmdiff_ray.datasets.base import build
-from mmdiff_ray.jobs.client import connect, find_server
+from mmdiff_ray.distributed.jobs import connect, find_server
 from mmdiff_ray.runs.job import read_run
 from mmdiff_ray.tracking import queries, store
 from tests import sprites as tiny

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mmdiff_ray.sweeps.schedulers import make_scheduler
-from mmdiff_ray.sweeps.sweep import make_configs
-from mmdiff_ray.sweeps.trial import SCORE
+from mmdiff_ray.distributed.tune.schedulers import make_scheduler
+from mmdiff_ray.distributed.tune.sweep import make_configs
+from mmdiff_ray.distributed.tune.trial import SCORE
 from tests.sweeps import tiny
 
 

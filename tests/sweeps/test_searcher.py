@@ -4,9 +4,9 @@ import time
 
 import pytest
 
+from mmdiff_ray.distributed.tune.searcher import SpaceSearcher
+from mmdiff_ray.distributed.tune.sweep import make_configs
 from mmdiff_ray.sweeps.journal import Trial
-from mmdiff_ray.sweeps.searcher import SpaceSearcher
-from mmdiff_ray.sweeps.sweep import make_configs
 from tests.sweeps import tiny
 
 SPACE = {"train.learning_rate": {"loguniform": [1e-4, 1e-2]}, "loss.gamma": {"uniform": [1, 9]}}

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from mmdiff_ray.cli import main
 from mmdiff_ray.config import OutageError
 from mmdiff_ray.distributed import launch
+from mmdiff_ray.distributed.tune import trial as trials
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.storage.filesystem import join
 from mmdiff_ray.storage.mirror import cached, mirror
-from mmdiff_ray.sweeps import trial as trials
 from mmdiff_ray.sweeps.journal import Trial, number_of, read_trial, read_trials, write_trial
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.tracking import store

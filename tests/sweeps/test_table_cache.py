@@ -10,7 +10,7 @@ import ray
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.data.parquet import read_row_group, read_table
 from mmdiff_ray.data.plan import GroupTable
-from mmdiff_ray.sweeps.table_cache import SharedTables, start_cache
+from mmdiff_ray.distributed.tune.table_cache import SharedTables, start_cache
 from tests.data import samples
 
 pytestmark = pytest.mark.ray

@@ -21,6 +21,11 @@ from mmdiff_ray.data.check import read_sources, resolve_modalities
 from mmdiff_ray.distributed.cluster import amount_of, check_resources, cluster, places, split_records
 from mmdiff_ray.distributed.launch import stop_requests
 from mmdiff_ray.distributed.nodes import autoscales
+from mmdiff_ray.distributed.tune.callback import ProgressCallback
+from mmdiff_ray.distributed.tune.schedulers import Deadline, make_scheduler
+from mmdiff_ray.distributed.tune.searcher import SpaceSearcher
+from mmdiff_ray.distributed.tune.table_cache import SharedTables, describe, start_cache
+from mmdiff_ray.distributed.tune.trial import SCORE, run_trial, score
 from mmdiff_ray.evaluation.run import evaluate, metrics_of
 from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import job as jobs
@@ -28,15 +33,10 @@ from mmdiff_ray.runs.job import Job
 from mmdiff_ray.sampling.generator import Generator
 from mmdiff_ray.storage.filesystem import filesystem, is_uri, join
 from mmdiff_ray.storage.mirror import cached
-from mmdiff_ray.sweeps.callback import ProgressCallback
 from mmdiff_ray.sweeps.journal import read_trials
 from mmdiff_ray.sweeps.record import sweep_description
-from mmdiff_ray.sweeps.schedulers import Deadline, make_scheduler
-from mmdiff_ray.sweeps.searcher import SpaceSearcher
 from mmdiff_ray.sweeps.space import Make, SpaceCheck, check_point, check_space, sizes_network
 from mmdiff_ray.sweeps.spec import OPTIONS, Sweep
-from mmdiff_ray.sweeps.table_cache import SharedTables, describe, start_cache
-from mmdiff_ray.sweeps.trial import SCORE, run_trial, score
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.recorder import DESCRIPTION_TAG
 from mmdiff_ray.tracking.store import tracking_uri, with_credentials

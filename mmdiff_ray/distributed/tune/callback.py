@@ -8,10 +8,10 @@ from typing import Any
 from ray.tune import Callback
 
 from mmdiff_ray.distributed.display import duration
+from mmdiff_ray.distributed.tune.searcher import SpaceSearcher
+from mmdiff_ray.distributed.tune.trial import SCORE, close_run, end_early
 from mmdiff_ray.sweeps.journal import Trial, number_of, read_trial, read_trials
-from mmdiff_ray.sweeps.searcher import SpaceSearcher
 from mmdiff_ray.sweeps.spec import Sweep
-from mmdiff_ray.sweeps.trial import SCORE, close_run, end_early
 
 Say = Callable[[str], None]
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdiff_ray.config import ConfigError, RunError, without_passwords
+from mmdiff_ray.distributed import local_cluster
 from mmdiff_ray.distributed.display import duration
-from mmdiff_ray.jobs import local_cluster
-from mmdiff_ray.jobs.local_cluster import LocalCluster
+from mmdiff_ray.distributed.local_cluster import LocalCluster
 from mmdiff_ray.tracking.queries import runs_of_job
 from mmdiff_ray.tracking.store import ui_link
 

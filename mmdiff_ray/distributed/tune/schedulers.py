@@ -8,11 +8,11 @@ from typing import Any
 
 from ray.tune import Stopper
 
+from mmdiff_ray.distributed.tune.searcher import explored
+from mmdiff_ray.distributed.tune.trial import SCORE, score
 from mmdiff_ray.sweeps.journal import Trial
-from mmdiff_ray.sweeps.searcher import explored
 from mmdiff_ray.sweeps.space import Make
 from mmdiff_ray.sweeps.spec import Sweep
-from mmdiff_ray.sweeps.trial import SCORE, score
 
 
 def make_scheduler(sweep: Sweep, make: Make, known: list[Trial]) -> Any:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmdiff_ray.config import ConfigError, RunError
-from mmdiff_ray.jobs import processes
+from mmdiff_ray.distributed import processes
 
 FOLDER = Path(".cluster")
 STATE, TOKEN = FOLDER / "cluster.json", FOLDER / "token"

@@ -1,0 +1,1 @@
+"""Sweeps on Ray Tune: trials, schedulers, the searcher, one cache of the data for all trials."""
