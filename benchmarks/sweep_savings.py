@@ -30,13 +30,13 @@ import yaml
 from optuna.trial import TrialState
 
 from mmdiff_ray.distributed.cluster import cluster
+from mmdiff_ray.distributed.tune.schedulers import make_scheduler
+from mmdiff_ray.distributed.tune.sweep import begin_sweep, check_sweep, make_configs, run_sweep
+from mmdiff_ray.distributed.tune.trial import SCORE
 from mmdiff_ray.plotting import panels
 from mmdiff_ray.sweeps.journal import Trial, read_trials
-from mmdiff_ray.sweeps.schedulers import make_scheduler
 from mmdiff_ray.sweeps.spec import Sweep, load_sweep
 from mmdiff_ray.sweeps.study import as_frozen, distribution, make_study
-from mmdiff_ray.sweeps.sweep import begin_sweep, check_sweep, make_configs, run_sweep
-from mmdiff_ray.sweeps.trial import SCORE
 from mmdiff_ray.tracking import run_life
 
 METRIC = "label/head_nll"
