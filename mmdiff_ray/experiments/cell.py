@@ -30,7 +30,7 @@ from mmdiff_ray.experiments.measurement import Say, is_measured, measure_cell
 from mmdiff_ray.experiments.spec import Cell, Experiment
 from mmdiff_ray.experiments.watch import Watch
 from mmdiff_ray.runs import job as jobs
-from mmdiff_ray.sampling.export import save_export
+from mmdiff_ray.sampling.export import WEIGHTS, save_export
 from mmdiff_ray.storage.lock import lock_folder
 from mmdiff_ray.training.checkpoint import CheckpointStore, complete
 from mmdiff_ray.training.fit import fit
@@ -70,9 +70,10 @@ def train_cell(config: Config, folder: Path, hooks: "CellHooks", watched: Sequen
         evaluate=dataclasses.replace(config.evaluate, evaluators=[], every_samples=period),
         workers=dataclasses.replace(config.workers, count=0),
     )
-    job = jobs.prepare(config, folder)
+    settings, init = training_digest(config), config.train.init
+    job = jobs.prepare(_with_init(config, _cell_export(folder.parent, init)), folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings, config = training_digest(config), job.config
+    config = job.config
     if config.workers.threads:
         torch.set_num_threads(config.workers.threads)
     denoiser = job.denoiser()
@@ -107,7 +108,17 @@ def train_cell(config: Config, folder: Path, hooks: "CellHooks", watched: Sequen
         "versions": versions,
     }
     shutil.rmtree(folder / "measured", ignore_errors=True)  # measurements of an earlier model
-    save_export(job.export, config, trainer.ema.model, known)
+    save_export(job.export, _with_init(config, init), trainer.ema.model, known)
+
+
+def _cell_export(cells: Path, init: str | None) -> str | None:
+    """Return the model's file of the cell named `init`, any other `train.init` as it is."""
+    file = cells / (init or "") / "export" / WEIGHTS
+    return str(file) if init and file.is_file() else init
+
+
+def _with_init(config: Config, init: str | None) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, init=init))
 
 
 class CellHooks:
@@ -162,11 +173,14 @@ def run_cell(
     """Train a cell if it is not trained, and measure it if `measured`. The caller holds its lock.
 
     A cell restored from an archive has measurements and no model; it is trained again only if something needs
-    the model. Raises ConfigError if the judge is not trained.
+    the model. Raises ConfigError if a cell that this one needs is not trained.
     """
     folder = experiment.folder(runs, cell)
     config = experiment.config(cell, folder.parent)
     if not is_trained(folder, config) or (measured and _lacks_model(experiment, cell, runs)):
+        first = experiment.init_cell(cell)
+        if first and not (experiment.folder(runs, first) / "export" / WEIGHTS).is_file():
+            raise ConfigError(f"{cell.key} starts from {first.key}, which is not trained; train that first")
         copy_shared_checkpoint(experiment, cell, runs, say)
         train_cell(config, folder, hooks or CellHooks(say), experiment.watch.get(cell.method.name, ()))
     if measured:
@@ -204,10 +218,13 @@ def _prefix(config: Config) -> str:
 
 
 def _lacks_model(experiment: Experiment, cell: Cell, runs: Path) -> bool:
-    """Return whether a trained cell has no model although its own measurements or judged ones need it."""
-    if (experiment.folder(runs, cell) / "export" / "model.safetensors").is_file():
+    """Return whether a trained cell has no model although its own measurements or other cells need it."""
+    if (experiment.folder(runs, cell) / "export" / WEIGHTS).is_file():
         return False
     if not is_measured(experiment, cell, runs):
+        return True
+    others = [other for other in experiment.cells() if experiment.init_cell(other) == cell]
+    if not all(is_measured(experiment, other, runs) for other in others):
         return True
     return cell == experiment.judge_cell() and any(
         "judge" in measure.evaluators

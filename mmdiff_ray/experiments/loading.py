@@ -86,6 +86,7 @@ def _check_references(experiment: Experiment) -> None:
             one.methods,
         ),
         *[(f"methods.{name}.model", [method.model], trained) for name, method in one.methods.items()],
+        *[(f"methods.{name}.init", [method.init], trained) for name, method in one.methods.items()],
         *[(f"measures.{name}.methods", m.methods or [], one.methods) for name, m in one.measures.items()],
         ("main", [one.main], one.methods),
         ("judge", [one.judge], one.methods),

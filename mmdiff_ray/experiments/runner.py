@@ -152,9 +152,9 @@ def _run_cells(
     logs = {cell.key: experiment.folder(runs) / f"{cell.key}.log" for cell in cells}
     printed = {key: log.stat().st_size if log.is_file() else 0 for key, log in logs.items()}
     calls = {cell.key: (experiment, cell, runs.absolute(), uri, parent) for cell in cells}
-    judge = [cell.key for cell in cells if cell == experiment.judge_cell()]
+    first = [cell.key for cell in experiment.needed_first() if cell in cells]
     left, failed = len(cells), {}
-    for ended in run_tasks(_cell_task, calls, experiment.preset.cpus, experiment.preset.gpus, judge):
+    for ended in run_tasks(_cell_task, calls, experiment.preset.cpus, experiment.preset.gpus, first):
         for key, log in logs.items():
             if log.is_file():
                 with log.open(encoding="utf8") as file:

@@ -18,7 +18,8 @@ class Method:
     """A row of the table.
 
     title: its name in the table. overrides: `key=value`, after the preset's. model: another method whose
-    trained models it is evaluated on, instead of training. share: of the preset's training samples (0.5 of
+    trained models it is evaluated on, instead of training. init: another method, from whose model of the same
+    seed it starts (`train.init`). share: of the preset's training samples (0.5 of
     two tasks is equal compute), and of `train.decay_samples`. seeds: the number of the preset's seeds it
     uses; all where None. refused: whether its configuration must raise ConfigError, as a profile that breaks
     the prior does; the message is its result.
@@ -28,6 +29,7 @@ class Method:
     title: str
     overrides: list[str] = field(default_factory=list)
     model: str | None = None
+    init: str | None = None
     share: float = 1.0
     seeds: int | None = None
     refused: bool = False
@@ -99,8 +101,8 @@ class Goal:
 class DataSet:
     """A data set that is built if it is missing.
 
-    In uri and options, and in the cells' `data.sources`, `{seed}` stands for a cell's seed and `{fold}` for
-    the seed modulo `folds`.
+    In uri and options, and in the cells' `data.sources`, `{seed}` stands for a cell's seed, `{fold}` for the
+    seed modulo `folds`, and `{preset}` for the preset's name.
     """
 
     pipeline: str
@@ -173,8 +175,17 @@ class Experiment:
         """Return the cell that trains the judge."""
         return Cell(self.methods[self.judge], self.preset.seeds[0]) if self.judge else None
 
+    def init_cell(self, cell: Cell) -> Cell | None:
+        """Return the cell whose model a cell starts from."""
+        return Cell(self.methods[cell.method.init], cell.seed) if cell.method.init else None
+
+    def needed_first(self) -> list[Cell]:
+        """Return the cells that others need: the judge, and those that others start from."""
+        needed = [self.judge_cell(), *map(self.init_cell, self.cells())]
+        return [cell for cell in self.cells() if cell in needed]
+
     def select(self, patterns: Sequence[str]) -> list[Cell]:
-        """Return the cells whose keys match any of the patterns, and the judge.
+        """Return the cells whose keys match any of the patterns, and those that they need.
 
         Raises ConfigError for a pattern without a match.
         """
@@ -182,11 +193,9 @@ class Experiment:
         for pattern in patterns:
             if not any(fnmatch(cell.key, pattern) for cell in cells):
                 raise ConfigError(unknown("cells", pattern, [cell.key for cell in cells]))
-        return [
-            cell
-            for cell in cells
-            if cell == self.judge_cell() or any(fnmatch(cell.key, pattern) for pattern in patterns)
-        ]
+        chosen = [cell for cell in cells if any(fnmatch(cell.key, pattern) for pattern in patterns)]
+        needed = [self.judge_cell(), *map(self.init_cell, chosen)]
+        return [cell for cell in cells if cell in chosen or cell in needed]
 
     def evaluated_on(self, trained: Method) -> list[Method]:
         """Return the methods that are evaluated on a trained method's models, itself first."""
@@ -202,7 +211,10 @@ class Experiment:
         ]
 
     def config(self, cell: Cell, runs: Path) -> Config:
-        """Return the training configuration of a cell. Raises ConfigError naming the method."""
+        """Return the training configuration of a cell. Raises ConfigError naming the method.
+
+        With `Method.init`, its `train.init` is the key of the cell that it starts from.
+        """
         method = cell.method
         with named(f"{self.name}, method {method.name}"):
             config = self.load([*self.preset.overrides, *method.overrides], self.base)
@@ -213,6 +225,7 @@ class Experiment:
             train,
             samples=max(1, round(train.samples * method.share)),
             decay_samples=None if decay is None else max(1, round(decay * method.share)),
+            init=f"{method.init}-{cell.seed}" if method.init else train.init,
         )
         tracking = dataclasses.replace(config.tracking, experiment=f"experiment-{self.name}")
         config = dataclasses.replace(
@@ -256,11 +269,11 @@ class Experiment:
         return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
 
     def _fill(self, value: Any, seed: int) -> Any:
-        """Return plain values with `{seed}` and `{fold}` filled in."""
+        """Return plain values with `{seed}`, `{fold}` and `{preset}` filled in."""
         if isinstance(value, Mapping):
             return {key: self._fill(inner, seed) for key, inner in value.items()}
         if not isinstance(value, str):
             return value
         folds = next((one.folds for one in self.data if one.folds), None)
-        value = value.replace("{seed}", str(seed))
+        value = value.replace("{seed}", str(seed)).replace("{preset}", self.preset.name)
         return value.replace("{fold}", str(seed % folds)) if folds else value
