@@ -48,7 +48,8 @@ docs: install ## build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "site/index.html"
 
 bench: install ## measure speed against named alternatives
-	@for file in benchmarks/*.py; do $(BIN)/python $$file; done
+	@test -f $(DATA)/manifest.json || $(BIN)/mmdiff data build openmoji --out $(DATA)
+	@$(BIN)/python -m benchmarks
 
 lint: install ## check style and types
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy

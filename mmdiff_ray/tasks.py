@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,11 +27,11 @@ class Tasks:
     ) -> None:
         self.names = list(tasks)
         self.instances = list(instances)
-        self.frequencies = torch.tensor([task.frequency for task in tasks.values()], dtype=torch.float64)
-        self.drop = torch.tensor([task.drop for task in tasks.values()], dtype=torch.float64)
+        self.frequencies = np.array([task.frequency for task in tasks.values()], dtype=np.float64)
+        self.drop = np.array([task.drop for task in tasks.values()], dtype=np.float64)
         if not self.frequencies.sum() > 0:
             raise ConfigError("tasks: every frequency is 0; give at least one task a frequency above 0")
-        self.table = torch.tensor(
+        self.table = np.array(
             [
                 [_alternatives(name, task, instance, only_given) for instance in instances]
                 for name, task in tasks.items()
@@ -44,33 +45,21 @@ class Tasks:
         Where there is none (and in padding) every role is absent. Where the draws from lists generate
         nothing, one instance that the task may generate is. All is a function of (seed, visit, id).
         """
-        count = len(self.instances)
-        draws = rng.uniform(seed, "task", batch.visits.cpu(), batch.ids.cpu(), 2 + 2 * count)
-        present = torch.stack([batch.present[name].cpu() for name in self.instances], dim=1)  # (B, I)
-        can_generate = ((self.table == GENERATED).any(-1)[None] & present[:, None]).any(-1)  # (B, T)
-        weights = self.frequencies * can_generate
-        task = (
-            (weights.cumsum(1) <= draws[:, :1] * weights.sum(1, keepdim=True))
-            .sum(1)
-            .clamp(max=len(self.names) - 1)
-        )
-        pick = (draws[:, 1 : 1 + count] * ALTERNATIVES).long()
-        roles = self.table[task].gather(2, pick[..., None])[..., 0]  # (B, I)
+        count, device = len(self.instances), batch.ids.device
+        draws = rng.uniform(seed, "task", batch.visits.cpu(), batch.ids.cpu(), 2 + 2 * count).numpy()
+        present = np.stack([batch.present[name].cpu().numpy() for name in self.instances], axis=1)  # (B, I)
+        generates = (self.table == GENERATED).any(-1)  # (T, I)
+        weights = self.frequencies * (generates[None] & present[:, None]).any(-1)  # (B, T)
+        below = weights.cumsum(1) <= draws[:, :1] * weights.sum(1, keepdims=True)
+        task = below.sum(1).clip(max=len(self.names) - 1)
+        pick = (draws[:, 1 : 1 + count] * ALTERNATIVES).astype(np.int64)
+        roles = np.take_along_axis(self.table[task], pick[..., None], axis=2)[..., 0]  # (B, I)
         dropped = (roles == GIVEN) & (draws[:, 1 + count : 1 + 2 * count] < self.drop[task][:, None])
-        roles = torch.where(dropped | ~present, ABSENT, roles)
-        roles = self._generate_one(roles, (self.table[task] == GENERATED).any(-1) & present, draws[:, -1])
-        nothing = (weights.sum(1) == 0) | ~batch.real.cpu()
-        roles = torch.where(nothing[:, None], ABSENT, roles)
-        return task, {name: roles[:, i].to(batch.ids.device) for i, name in enumerate(self.instances)}
-
-    def _generate_one(self, roles: Tensor, possible: Tensor, draw: Tensor) -> Tensor:
-        """Return the roles with one of the possible instances generated in rows that generate nothing.
-
-        roles: (B, I); possible: (B, I) bool; draw: (B,) in [0, 1), which picks evenly.
-        """
-        wanted = (draw * possible.sum(1)).long() + 1
-        chosen = possible & (possible.cumsum(1) == wanted[:, None])
-        return torch.where(chosen & ~(roles == GENERATED).any(1, keepdim=True), GENERATED, roles)
+        roles = np.where(dropped | ~present, ABSENT, roles)
+        roles = _generate_one(roles, generates[task] & present, draws[:, -1])
+        nothing = (weights.sum(1) == 0) | ~batch.real.cpu().numpy()
+        drawn = torch.from_numpy(np.where(nothing[:, None], ABSENT, roles)).to(device)
+        return torch.from_numpy(task), dict(zip(self.instances, drawn.unbind(1), strict=True))
 
     def roles(self, task: str, batch: Batch) -> dict[str, Tensor]:
         """Return a named task's roles for a batch without any draw: of lists the first, what lacks absent.
@@ -79,11 +68,21 @@ class Tasks:
         """
         if task not in self.names:
             raise ConfigError(f"tasks: unknown {task!r}; known: {', '.join(self.names)}")
-        row = self.table[self.names.index(task), :, 0]
+        row = self.table[self.names.index(task), :, 0].tolist()
         return {
-            name: torch.where(batch.present[name], row[i].to(batch.ids.device), ABSENT)
-            for i, name in enumerate(self.instances)
+            name: torch.where(batch.present[name], role, ABSENT)
+            for name, role in zip(self.instances, row, strict=True)
         }
+
+
+def _generate_one(roles: np.ndarray, possible: np.ndarray, draw: np.ndarray) -> np.ndarray:
+    """Return the roles with one of the possible instances generated in rows that generate nothing.
+
+    roles: (B, I); possible: (B, I) bool; draw: (B,) in [0, 1), which picks evenly.
+    """
+    wanted = (draw * possible.sum(1)).astype(np.int64) + 1
+    chosen = possible & (possible.cumsum(1) == wanted[:, None])
+    return np.where(chosen & ~(roles == GENERATED).any(1, keepdims=True), GENERATED, roles)
 
 
 def _alternatives(name: str, task: TaskConfig, instance: str, only_given: set[str]) -> list[int]:

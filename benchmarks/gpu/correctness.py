@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.figures import Figure, plain_figures
 from benchmarks.gpu.rows import Rows
-from benchmarks.gpu.shared import HERE, Figure, device_of, plain_figures, read_config, turn
+from benchmarks.gpu.shared import HERE, device_of, read_config, turn
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config
 from mmdiff_ray.models.denoiser import Denoiser, build_denoiser

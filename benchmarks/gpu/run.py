@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.figures import Figure, plain_figures, render
 from benchmarks.gpu import science
 from benchmarks.gpu.cells import CELLS, SPEED
 from benchmarks.gpu.correctness import CHECKS
-from benchmarks.gpu.shared import HERE, Figure, plain_figures, until
-from benchmarks.gpu.table import render, science_figures, speed_figures
+from benchmarks.gpu.shared import HERE, until
+from benchmarks.gpu.table import science_figures, speed_figures
 from mmdiff_ray.training.checkpoint import write_json
 
 TESTS = "tests/test_gpu.py"

@@ -1,12 +1,10 @@
-"""What the parts share: configurations, tiny sizes for the CPU, random batches, figures."""
+"""What the parts share: configurations, tiny sizes for the CPU, random batches."""
 
-import dataclasses
 import fcntl
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,38 +20,6 @@ TINY_MODELS = {
     "unet": {"width": 8, "multipliers": [1, 2], "blocks": [1, 1], "attention": [1], "embedding_channels": 16},
     "dit": {"width": 32, "depth": 2, "head_channels": 16, "feature_channels": 8, "embedding_channels": 16},
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-    """One measured number. baseline: what it is compared with. target: the limit that `met` refers to.
-
-    lower: whether the target is an upper limit. Without a target the figure only informs.
-    """
-
-    figure: str
-    value: float | None
-    baseline: float | None = None
-    target: float | None = None
-    lower: bool = True
-    note: str = ""
-
-    @property
-    def ratio(self) -> float | None:
-        """Return value / baseline."""
-        return self.value / self.baseline if self.value is not None and self.baseline else None
-
-    @property
-    def met(self) -> bool | None:
-        """Return whether the ratio, or without a baseline the value, keeps to the target."""
-        measured = self.value if self.baseline is None else self.ratio
-        if self.target is None or measured is None:
-            return None
-        return measured <= self.target if self.lower else measured >= self.target
-
-    def plain(self) -> dict[str, Any]:
-        """Return the figure with its ratio and whether the target is met, for JSON."""
-        return {**dataclasses.asdict(self), "ratio": self.ratio, "met": self.met}
 
 
 def read_config(name: str, tiny: bool = False) -> Config:
@@ -111,8 +77,3 @@ def turn(folder: Path, alone: bool) -> Iterator[None]:
 def until(deadline: float) -> float:
     """Return the seconds left until a deadline (`time.time()`), at least 0."""
     return max(0.0, deadline - time.time())
-
-
-def plain_figures(figures: Iterable[Figure]) -> list[dict[str, Any]]:
-    """Return figures for JSON."""
-    return [figure.plain() for figure in figures]

@@ -1,14 +1,13 @@
-"""The table of all figures: value, baseline, ratio, target, whether it is met."""
+"""The figures of the parts, with their targets."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.gpu.shared import Figure
+from benchmarks.figures import Figure
 
 STEP_RATIO = 1.05
 UTILISATION = 0.5
 LARGEST = "dit_xlarge"
-COLUMNS = ("figure", "value", "baseline", "ratio", "target", "met")
 
 
 def speed_figures(found: Mapping[str, Any]) -> Iterator[Figure]:
@@ -60,32 +59,3 @@ def science_figures(found: Mapping[str, Any]) -> Iterator[Figure]:
         loss = at.get("val/loss/total")
         note = f"{last['samples'] / last['seconds']:.0f} samples/s with start, {last['samples']:,} in all"
         yield Figure(f"{name}: validation loss at {at['samples']:,} samples", loss, note=note)
-
-
-def render(figures: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table as aligned text. figures: as `Figure.plain` returns them."""
-    lines = [COLUMNS, *(_cells(figure) for figure in figures)]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(COLUMNS))]
-    rows = [
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    notes = ["", *(figure["note"] for figure in figures)]
-    return "".join(f"{row}  {note}".rstrip() + "\n" for row, note in zip(rows, notes, strict=True))
-
-
-def _cells(figure: Mapping[str, Any]) -> tuple[str, ...]:
-    sign = "<=" if figure["lower"] else ">="
-    target = "" if figure["target"] is None else f"{sign} {_number(figure['target'])}"
-    met = {None: "", True: "yes", False: "NO"}[figure["met"]]
-    numbers = (_number(figure[key]) for key in ("value", "baseline", "ratio"))
-    return (figure["figure"], *numbers, target, met)
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -10,12 +10,14 @@ first.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmdiff_ray.config import LossConfig
+from mmdiff_ray.diffusion.constants import constant
 from mmdiff_ray.diffusion.process import GENERATED, Codes, Process, Roles, over_cells
 
 Terms = dict[str, Tensor]
@@ -34,7 +36,10 @@ class Objective:
     config: LossConfig
     modalities: Mapping[str, Any]
 
-    @property
+    def __post_init__(self) -> None:
+        _ = self.owners, self.decoded  # cached before a compiler meets their lock
+
+    @cached_property
     def owners(self) -> dict[str, slice]:
         """Return instance -> its channels, for the instances that own theirs; overlapping ones own none.
 
@@ -59,7 +64,7 @@ class Objective:
     ) -> Terms:
         """Return the count of every term in a batch, before any forward pass (`row_counts`)."""
         counts = self.row_counts(roles, present_cells, known, void)
-        return {key: count.sum() for key, count in counts.items()}
+        return dict(zip(counts, torch.stack(list(counts.values())).sum(1).unbind(), strict=True))
 
     def row_counts(
         self,
@@ -74,14 +79,15 @@ class Objective:
         count in neither L1 nor L3. void: instance -> cells whose data are unknown, bool (B, H, W); they count
         in neither L1 nor L2.
         """
-        carried = self.process.generated_channels(roles)
+        owned = self._by_owner(self.process.generated_channels(roles).double()) * present_cells  # (B, owners)
         counts: Terms = {}
-        for name, where in self.owners.items():
-            counts[f"l0/{name}"] = counts[f"l1/{name}"] = carried[:, where].sum(1).double() * present_cells
+        for name, cells in zip(self.owners, owned.unbind(1), strict=True):
+            counts[f"l0/{name}"] = counts[f"l1/{name}"] = cells
         anchor = self.process.anchor
+        generated = (torch.stack(list(roles.values()), dim=1) == GENERATED).double()
+        rows = dict(zip(roles, generated.unbind(1), strict=True))
         for term, name in (*(("l2", name) for name in self.decoded), ("l3", anchor)):
-            generated = (roles[name] == GENERATED).double()
-            counts[f"{term}/{name}"] = generated * self.modalities[name].elements
+            counts[f"{term}/{name}"] = rows[name] * self.modalities[name].elements
         if known is not None:
             predicted = 1 - known.flatten(1).double().mean(1)
             counts[f"l1/{anchor}"] = counts[f"l1/{anchor}"] * predicted
@@ -104,21 +110,27 @@ class Objective:
         heads: Mapping[str, Tensor],
         known: Tensor | None = None,
         void: Mapping[str, Tensor] | None = None,
+        weighted_only: bool = False,
     ) -> Terms:
         """Return the sum of every term over a batch; t must lie on the schedule's grid.
 
         predicted: instance -> E[c | z_t]; heads: instance -> the head's prediction; known, void: as for
-        `row_counts`; in known cells the predicted z_0 is the true one. Simplified weightings average over all
+        `row_counts`; in known cells the predicted z_0 is the true one. weighted_only: leave out L0 and L2
+        where their coefficient is 0. Simplified weightings average over all
         steps, the last one being booked as L3; `elbo` gives estimates of the exact terms.
         """
         last = t <= 1.5 / self.process.schedule.steps
-        sums = self.prior_sums(codes, roles)
+        sums: Terms = {}
+        if not weighted_only or self.config.coefficients.l0:
+            sums = self.prior_sums(codes, roles)
         for name, cells in (void or {}).items():  # no error where the truth is unknown
             codes = {**codes, name: torch.where(cells[:, None], predicted[name].to(codes[name]), codes[name])}
         per_row = self._posterior(z_t, t, roles, codes, predicted)
         for name, value in per_row.items():
             sums[f"l1/{name}"] = torch.where(last, 0, value).sum()
         for name in self.decoded:
+            if weighted_only and not self.coefficient(f"l2/{name}"):
+                continue
             nats = self.modalities[name].negative_log_likelihood(heads[name], data[name])
             sums[f"l2/{name}"] = (nats * (roles[name] == GENERATED)).sum()
         anchor = self.process.anchor
@@ -127,14 +139,14 @@ class Objective:
 
     def total(self, sums: Terms, counts: Mapping[str, Tensor | float]) -> Tensor:
         """Return the loss: every term's mean times its coefficient; a count of 0 gives 0, with a gradient."""
-        parts = []
-        for key, value in sums.items():
-            count, weight = counts[key], self.coefficient(key)
-            if isinstance(count, Tensor):
-                parts.append(weight * value / count.clamp_min(1).to(value))
-            else:
-                parts.append(value * (weight / max(count, 1.0)))
-        return torch.stack(parts).sum()
+        values, found = torch.stack(list(sums.values())), [counts[key] for key in sums]
+        weights = tuple(self.coefficient(key) for key in sums)
+        tensors = [count for count in found if isinstance(count, Tensor)]
+        if len(tensors) == len(found):
+            divided = values / torch.stack(tensors).clamp_min(1).to(values)
+            return (divided * _constants(weights, values.device, values.dtype)).sum()
+        scales = tuple(w / max(float(count), 1.0) for w, count in zip(weights, found, strict=True))
+        return (values * _constants(scales, values.device, values.dtype)).sum()
 
     def coefficient(self, key: str) -> float:
         """Return the coefficient of a term, `term/instance`."""
@@ -142,7 +154,7 @@ class Objective:
         own = {"l1": self.config.channels, "l2": self.config.modalities}.get(term, {})
         return getattr(self.config.coefficients, term) * own.get(name, 1.0)
 
-    @property
+    @cached_property
     def decoded(self) -> list[str]:
         """Return the instances of L2: all that can be generated but the anchor, which L3 decodes."""
         return [
@@ -161,7 +173,12 @@ class Objective:
         variance = over_cells(self.process.schedule.sigma(end).square(), mean)
         nats = 0.5 * (mean.square() + variance - 1 - variance.log())
         nats = nats * self.process.generated_channels(roles)[:, :, None, None]
-        return {f"l0/{name}": nats[:, where].sum((1, 2, 3)) for name, where in self.owners.items()}
+        rows = self._by_owner(nats.sum((2, 3)))  # (B, owners)
+        return {f"l0/{name}": row for name, row in zip(self.owners, rows.unbind(1), strict=True)}
+
+    def _by_owner(self, channels: Tensor) -> Tensor:
+        """Return the sums over every owner's channels, (B, owners), of (B, C)."""
+        return torch.stack([channels[:, where].sum(1) for where in self.owners.values()], dim=1)
 
     def _posterior(
         self, z_t: Tensor, t: Tensor, roles: Roles, codes: Codes, predicted: Codes
@@ -173,7 +190,7 @@ class Objective:
             rows = {name: part["total"] * self.process.schedule.steps for name, part in parts.items()}
             return {name: rows[name] for name in self.owners}
         betas = self.process.generated_betas(t, roles)
-        power = self._power(betas)
+        power = self.process.generated_power(betas)
         difference = self.process.place(
             _errors(codes, predicted), betas
         )  # (B, C, H, W): sum beta_k (c_k - c^_k)
@@ -183,15 +200,8 @@ class Objective:
         head_only[self.process.layout[self.process.anchor]] = False
         weight = torch.where(head_only, weight.clamp(max=self.config.channel_cap), weight)
         weight = torch.where(power > 0, weight / power.clamp_min(1e-20), 0)
-        squares = difference.square() * weight[:, :, None, None]
-        return {name: squares[:, where].sum((1, 2, 3)) for name, where in self.owners.items()}
-
-    def _power(self, betas: Mapping[str, Tensor]) -> Tensor:
-        """Return sum beta_k^2 of the generated signals in every channel, (B, C)."""
-        power = torch.zeros(len(next(iter(betas.values()))), self.process.channels, device=_device(betas))
-        for name, beta in betas.items():
-            power[:, self.process.layout[name]] += beta.square().float()[:, None]
-        return power
+        squares = self._by_owner(difference.square().sum((2, 3)) * weight)  # (B, owners)
+        return dict(zip(self.owners, squares.unbind(1), strict=True))
 
     def _weight(self, snr: Tensor) -> Tensor:
         """Return the weight of the squared code error at a signal-to-noise ratio: in terms of z_0, eps has
@@ -222,6 +232,12 @@ class Objective:
             self.process, self.modalities[anchor], t, data[anchor], predicted[anchor], known
         )
         return torch.where(rows, nats * self.process.schedule.steps, 0).sum()
+
+
+@constant
+def _constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return numbers as a tensor, copied to the device once."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def last_step_nats(

@@ -10,13 +10,15 @@ signal beta_k(t) c_k: the anchor's beta is sqrt(abar), the others' is their prof
 given it is the constant kappa for all of them, when absent it is 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mmdiff_ray.diffusion.constants import constant
 from mmdiff_ray.diffusion.schedule import Schedule
 from mmdiff_ray.diffusion.weights import Profile
 
@@ -99,17 +101,7 @@ class Process:
 
         weights: instance -> (B,). Raises ValueError for a code of the wrong shape.
         """
-        first = next(iter(codes.values()))
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        total = first.new_zeros(first.shape[0], self.channels, *first.shape[2:], dtype=dtype)
-        for name, code in codes.items():
-            where = self.layout[name]
-            if code.shape[1] != where.stop - where.start or code.shape[2:] != first.shape[2:]:
-                raise ValueError(
-                    f"code of {name}: got {tuple(code.shape)}, want {where.stop - where.start} channels"
-                )
-            total[:, where] += over_cells(weights[name], total) * code
-        return total
+        return place(codes, weights, self.layout, self.channels)
 
     def marginal(self, codes: Codes, roles: Roles, t: Tensor) -> Gaussian:
         """Return q(z_t | z_0, X), the noisy code at times t.
@@ -159,11 +151,12 @@ class Process:
 
     def generated_channels(self, roles: Roles) -> Tensor:
         """Return which channels carry something generated, bool (B, C)."""
-        first = next(iter(roles.values()))
-        carried = torch.zeros(len(first), self.channels, dtype=torch.bool, device=first.device)
-        for name, role in roles.items():
-            carried[:, self.layout[name]] |= (role == GENERATED)[:, None]
-        return carried
+        return generated_channels(roles, self.layout, self.channels)
+
+    def generated_power(self, betas: Mapping[str, Tensor]) -> Tensor:
+        """Return sum beta_k^2 in every channel, (B, C) float32. betas: instance -> (B,)."""
+        squares = torch.stack(list(betas.values()), dim=1).double().square()
+        return (squares @ _members(_spans(betas, self.layout), self.channels, squares.device)).float()
 
     def only(self, roles: Roles, role: int) -> dict[str, Tensor]:
         """Return the roles with every other role than this one made absent."""
@@ -175,9 +168,6 @@ class Process:
         names = tuple(self.layout)
         roles = [torch.full(times.shape, role) for role in (ABSENT, GIVEN, GENERATED)]
         betas = [torch.stack([self._beta(name, times, role) for role in roles], dim=1) for name in names]
-        members = torch.zeros(len(names), self.channels)
-        for index, name in enumerate(names):
-            members[index, self.layout[name]] = 1
         log_abar = self.schedule.log_abar(times).to(device)
         steps = self.schedule.steps
         return TabulatedProcess(
@@ -189,7 +179,6 @@ class Process:
             channels=self.channels,
             names=names,
             table=torch.stack(betas, dim=1).to(device),  # (T + 1, I, roles)
-            members=members.to(device),
         )
 
     def prior_nats(self, name: str) -> float:
@@ -208,13 +197,10 @@ class TabulatedProcess(Process):
     """A forward process read from a table; every time must be a k / T of the schedule's grid, or 0.
 
     names: the instances in the table's order. table: (T + 1, I, 3), the signal weight in every role, float64.
-
-    members: (I, C), 1 where an instance's code lies in a channel.
     """
 
     names: tuple[str, ...]
     table: Tensor
-    members: Tensor
 
     def betas(self, t: Tensor, roles: Roles) -> dict[str, Tensor]:
         """Return every instance's signal weight at times t, instance -> (B,) float64."""
@@ -226,10 +212,6 @@ class TabulatedProcess(Process):
         found = self._at(t)[..., GENERATED] * (self._roles(roles) == GENERATED)  # (B, I)
         return dict(zip(self.names, found.unbind(1), strict=True))
 
-    def generated_channels(self, roles: Roles) -> Tensor:
-        """Return which channels carry something generated, bool (B, C)."""
-        return (self._roles(roles) == GENERATED).float() @ self.members > 0
-
     def _at(self, t: Tensor) -> Tensor:
         """Return the table's entries for times, (B, I, 3)."""
         return self.table[(t * self.schedule.steps).round().long()]
@@ -237,6 +219,58 @@ class TabulatedProcess(Process):
     def _roles(self, roles: Roles) -> Tensor:
         """Return the roles in the table's order, (B, I)."""
         return torch.stack([roles[name] for name in self.names], dim=1)
+
+
+def place(codes: Codes, weights: Mapping[str, Tensor], layout: Mapping[str, slice], channels: int) -> Tensor:
+    """Return sum_i weights_i codes_i in the diffusion space (`Process.place`)."""
+    first = next(iter(codes.values()))
+    for name, code in codes.items():
+        width = layout[name].stop - layout[name].start
+        if code.shape[1] != width or code.shape[2:] != first.shape[2:]:
+            raise ValueError(f"code of {name}: got {tuple(code.shape)}, want {width} channels")
+    order = sorted(codes, key=lambda name: layout[name].start)
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    if any(layout[one].stop > layout[other].start for one, other in pairwise(order)):  # they share channels
+        total = first.new_zeros(len(first), channels, *first.shape[2:], dtype=dtype)
+        for name, code in codes.items():
+            total[:, layout[name]] += over_cells(weights[name], total) * code
+        return total
+    parts, at = [], 0
+    for name in order:
+        if layout[name].start > at:
+            parts.append(first.new_zeros(len(first), layout[name].start - at, *first.shape[2:]))
+        parts.append(codes[name])
+        at = layout[name].stop
+    if at < channels:
+        parts.append(first.new_zeros(len(first), channels - at, *first.shape[2:]))
+    scales = torch.stack([weights[name] for name in order], dim=1).to(dtype)
+    scales = scales.index_select(1, _owners(_spans(order, layout), channels, first.device))  # (B, C)
+    return torch.cat(parts, dim=1) * scales[:, :, None, None]
+
+
+def generated_channels(roles: Roles, layout: Mapping[str, slice], channels: int) -> Tensor:
+    """Return which channels carry something generated, bool (B, C)."""
+    generated = torch.stack(list(roles.values()), dim=1) == GENERATED
+    return generated.double() @ _members(_spans(roles, layout), channels, generated.device) > 0
+
+
+def _spans(names: Iterable[str], layout: Mapping[str, slice]) -> tuple[tuple[int, int], ...]:
+    return tuple((layout[name].start, layout[name].stop) for name in names)
+
+
+@constant
+def _members(spans: tuple[tuple[int, int], ...], channels: int, device: torch.device) -> Tensor:
+    """Return 1 where a span holds a channel, else 0, (spans, C) float64."""
+    found = torch.zeros(len(spans), channels, dtype=torch.float64)
+    for row, (start, stop) in zip(found, spans, strict=True):
+        row[start:stop] = 1
+    return found.to(device)
+
+
+@constant
+def _owners(spans: tuple[tuple[int, int], ...], channels: int, device: torch.device) -> Tensor:
+    """Return the number of the span that holds a channel, 0 where none does, (C,) int64."""
+    return _members(spans, channels, torch.device("cpu")).argmax(0).to(device)
 
 
 def over_cells(value: Tensor, like: Tensor) -> Tensor:

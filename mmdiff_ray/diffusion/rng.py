@@ -8,9 +8,13 @@ they added before mixing, the numbers of one id and purpose would return as thos
 
 import hashlib
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from mmdiff_ray.diffusion.constants import constant
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX_A = 0xBF58476D1CE4E5B9 - 2**64
@@ -22,6 +26,9 @@ def uniform(seed: int, purpose: str, visits: Tensor, ids: Tensor, count: int) ->
 
     visits, ids: (B,) int64. Numbers of different purposes are independent.
     """
+    if ids.device.type == "cpu":  # numpy calls cost a third of torch's
+        key, counter = _key(seed, purpose, visits, ids), np.arange(1, count + 1) * _GOLDEN
+        return torch.from_numpy(_shift(_mix(key[:, None] + counter), 11) * 2.0**-53)
     return _bits(seed, purpose, visits, ids, count).double() * 2.0**-53
 
 
@@ -37,26 +44,36 @@ def normal(seed: int, purpose: str, visits: Tensor, ids: Tensor, shape: tuple[in
 
 def _bits(seed: int, purpose: str, visits: Tensor, ids: Tensor, count: int) -> Tensor:
     """Return non-negative integers below 2^53, int64 (B, count)."""
-    key = _mix(ids + _wrap(seed * 0x5851F42D4C957F2D))
-    key = _mix(key ^ (visits * _GOLDEN))
-    key = _mix(key + _purpose_key(purpose))
+    key = _key(seed, purpose, visits, ids)
+    key = key if isinstance(key, Tensor) else torch.from_numpy(key)
     counter = torch.arange(1, count + 1, device=ids.device, dtype=torch.int64) * _GOLDEN
     return _shift(_mix(key[:, None] + counter), 11)
 
 
+def _key(seed: int, purpose: str, visits: Tensor, ids: Tensor) -> Any:
+    """Return a 64-bit key per sample, (B,): a numpy array for samples on the CPU, else a tensor."""
+    numbers: Any = ids.numpy() if ids.device.type == "cpu" else ids
+    gone: Any = visits.numpy() if visits.device.type == "cpu" else visits
+    key = _mix(numbers + _wrap(seed * 0x5851F42D4C957F2D))
+    key = _mix(key ^ (gone * _GOLDEN))
+    return _mix(key + _purpose_key(purpose))
+
+
+@constant
 def _purpose_key(purpose: str) -> int:
     """Return a purpose's name as a 64-bit integer."""
     return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def _mix(x: Tensor) -> Tensor:
+def _mix(x: Any) -> Any:
+    """Mix int64 numbers, of torch or numpy, which wrap alike."""
     x = (x ^ _shift(x, 30)) * _MIX_A
     x = (x ^ _shift(x, 27)) * _MIX_B
     return x ^ _shift(x, 31)
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift right with zeros coming in (torch's shift of int64 keeps the sign)."""
+def _shift(x: Any, bits: int) -> Any:
+    """Shift right with zeros coming in (a shift of int64 keeps the sign)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

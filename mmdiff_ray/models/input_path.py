@@ -16,7 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmdiff_ray.diffusion.process import GENERATED, GIVEN, Codes, Process, Roles, over_cells
+from mmdiff_ray.diffusion.process import (
+    GENERATED,
+    GIVEN,
+    Codes,
+    Process,
+    Roles,
+    generated_channels,
+    over_cells,
+    place,
+)
 from mmdiff_ray.modalities.base import Modality
 
 
@@ -107,10 +116,11 @@ class InputPath:
         """
         space = z_t if self.name in ("z_only", "z_plus_code") else u_t
         if self.zero_unused:
-            space = space * self._carried(roles, space)
-        for name in self.in_place & codes.keys():
-            given = over_cells(roles[name] == GIVEN, space)
-            space[:, self.layout[name]] += given * codes[name]
+            carried = generated_channels(roles, self.layout, self.channels)
+            space = space * carried.to(space.dtype)[:, :, None, None]
+        if placed := {name: codes[name] for name in codes if name in self.in_place}:
+            given = {name: roles[name] == GIVEN for name in placed}
+            space = space + place(placed, given, self.layout, self.channels)
         shown = self.shown(roles, conditions)
         if shown is not None:
             visible, code = shown
@@ -149,13 +159,6 @@ class InputPath:
         if shown is None:
             return None
         return shown[0] & (roles[self.anchor] == GENERATED)[:, None, None, None], shown[1]
-
-    def _carried(self, roles: Roles, like: Tensor) -> Tensor:
-        """Return 1 for channels that carry something generated, else 0, (B, C, 1, 1)."""
-        carried = like.new_zeros(len(like), self.channels, 1, 1)
-        for name, where in self.layout.items():
-            carried[:, where] = torch.maximum(carried[:, where], over_cells(roles[name] == GENERATED, like))
-        return carried
 
 
 def _shares(name: str, modalities: Mapping[str, Modality], layout: Mapping[str, slice]) -> bool:

@@ -33,18 +33,19 @@ class TrainingLoss(nn.Module):
         self.config = config
         self.denoiser.process = process
         self.objective = Objective(process, config.loss, dict(self.denoiser.modalities.items()))
-        self._tabulated: tuple[torch.device, Objective] | None = None
+        self.tabulate()
 
-    def _on_grid(self, device: torch.device) -> Objective:
-        """Return the objective with its process tabulated: training draws times from the grid alone."""
-        if self._tabulated is None or self._tabulated[0] != device:
-            process = self.denoiser.process.tabulated(device)
-            self._tabulated = device, dataclasses.replace(self.objective, process=process)
-        return self._tabulated[1]
+    def tabulate(self) -> None:
+        """Tabulate the process on the model's device: training draws times from the grid alone."""
+        device = next(self.denoiser.parameters()).device
+        self._on_grid = dataclasses.replace(self.objective, process=self.objective.process.tabulated(device))
 
-    def forward(self, batch: Batch, roles: Roles) -> Terms:
-        """Return the sum of every loss term over a micro-batch. roles: instance -> (B,)."""
-        denoiser, objective = self.denoiser, self._on_grid(batch.ids.device)
+    def forward(self, batch: Batch, roles: Roles, weighted_only: bool = False) -> Terms:
+        """Return the sum of every loss term over a micro-batch. roles: instance -> (B,).
+
+        weighted_only: leave out terms that cost something and weigh nothing (`Objective.sums`).
+        """
+        denoiser, objective = self.denoiser, self._on_grid
         process, t = objective.process, self._times(batch)
         shape = (process.channels, *denoiser.size)
         noise = rng.normal(self.config.seed, "noise", batch.visits, batch.ids, shape)
@@ -57,7 +58,7 @@ class TrainingLoss(nn.Module):
             predicted = denoiser(seen, t, roles, codes, conditions)
         known, void = denoiser.known_cells(batch.data, roles), denoiser.void_cells(batch.data)
         return objective.sums(
-            z_t, t, roles, codes, batch.data, predicted.codes, predicted.heads, known=known, void=void
+            z_t, t, roles, codes, batch.data, predicted.codes, predicted.heads, known, void, weighted_only
         )
 
     def counts(self, batch: Batch, roles: Roles) -> Terms:

@@ -33,8 +33,9 @@ def parallelize(loss: TrainingLoss, config: Config, device: torch.device) -> nn.
     if sharded:
         _shard(loss, device)
     loss.to(device)
+    loss.tabulate()
     if trained and config.train.compile:
-        _compile(loss.denoiser, layers_apart=sharded)
+        _compile(loss, layers_apart=sharded)
     if not trained or sharded or world()[1] == 1:
         return loss
     devices = [device.index] if device.type == "cuda" else None
@@ -72,13 +73,13 @@ def _layers(denoiser: Denoiser) -> list[nn.Module]:
     return list(getattr(denoiser.backbone, "layers", []))
 
 
-def _compile(denoiser: Denoiser, layers_apart: bool) -> None:
-    """Compile a denoiser in place, or each of its layers (else its backbone) for itself, so that what
-    gathers a layer stays between them."""
+def _compile(loss: TrainingLoss, layers_apart: bool) -> None:
+    """Compile a loss in place as one graph, from noise to terms; or each layer of its backbone (else the
+    backbone) for itself, so that what gathers a layer stays between them."""
     if not layers_apart:
-        denoiser.compile()
+        loss.compile()
         return
-    layers = _layers(denoiser) or [denoiser.backbone]
+    layers = _layers(loss.denoiser) or [loss.denoiser.backbone]
     limits: Any = torch._dynamo.config  # one code serves layers of several sizes
     limits.recompile_limit = max(limits.recompile_limit, 2 * len(layers))
     for layer in layers:

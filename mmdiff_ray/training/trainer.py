@@ -43,6 +43,7 @@ class TrainingError(RunError):
 class Meters:
     """What is measured between two reports. Tensors stay on the device until a report is asked for.
 
+    sums, counts: of every loss term; of those that weigh nothing in the first step alone.
     bad_step: the first step that was not finite, 0 if none; bad_terms: which of its loss terms were not.
     """
 
@@ -78,6 +79,7 @@ class Trainer:
         self.progress = Progress(total_samples=config.train.samples)
         self.terms = sorted(self.objective.counts(self._no_roles(), 1))
         self.expected = {key: float(count) for key, count in self.loss.expected_counts(self.tasks).items()}
+        self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self.meters = self._new_meters()
 
     @property
@@ -156,28 +158,30 @@ class Trainer:
         """Add the gradients of all micro-batches; return this worker's sums."""
         size = self.config.train.micro_batch or len(batch)
         starts = range(0, len(batch), size)
-        totals: Terms = {}
+        total: Tensor | None = None
         for start in starts:
             part = batch.rows(start, start + size)
             part_roles = {name: role[start : start + size] for name, role in roles.items()}
             with without_sync(self.model, start != starts[-1]):
-                sums = self.model(part, part_roles)
+                sums = self.model(part, part_roles, self.meters.steps > 0)
                 # Workers' gradients are averaged, but divisors are global: the factor makes it a sum.
                 (self.objective.total(sums, divisors) * world()[1]).backward()
-            for key, value in sums.items():
-                totals[key] = totals.get(key, 0) + value.detach().double()
-        return totals
+            values = torch.stack(list(sums.values())).detach().double()
+            total = values if total is None else total + values
+        assert total is not None, "a batch has rows"
+        return dict(zip(sums, total.unbind(), strict=True))
 
     def _measure(self, sums: Terms, counts: Terms, grad_norm: Tensor) -> None:
         meters = self.meters
-        values = torch.stack([sums[key] for key in self.terms])
+        zero = self._zero
+        values = torch.stack([sums.get(key, zero) for key in self.terms])
         bad_terms = ~torch.isfinite(values)
         bad = bad_terms.any() | ~torch.isfinite(grad_norm)
         first = bad & (meters.bad_step == 0)
         meters.bad_step = torch.where(first, self.progress.steps, meters.bad_step)
         meters.bad_terms = torch.where(first, bad_terms, meters.bad_terms)
         meters.sums += values
-        meters.counts += torch.stack([counts[key] for key in self.terms])
+        meters.counts += torch.stack([counts[key] if key in sums else zero for key in self.terms])
         meters.grad_norm += grad_norm.detach()
         meters.steps += 1
 

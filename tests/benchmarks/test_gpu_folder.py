@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from benchmarks.figures import Figure
 from benchmarks.gpu import configure
 from benchmarks.gpu.cells import CELLS
 from benchmarks.gpu.correctness import CHECKS
 from benchmarks.gpu.rows import annotated
 from benchmarks.gpu.run import GRAPHS_TINY, SPEED_TINY
-from benchmarks.gpu.shared import CONFIGS, Figure
+from benchmarks.gpu.shared import CONFIGS
 from mmdiff_ray import config as configuration
 
 ROOT = Path(__file__).parents[2]
