@@ -95,6 +95,7 @@ def _check_numbers(config: Config) -> None:
         ("data.lanes", config.data.lanes, 1),
         ("data.window", config.data.window, 1),
         ("data.bad_row_limit", config.data.bad_row_limit, 0),
+        ("data.cache_mb", config.data.cache_mb, 0),
         ("train.samples", train.samples, 1),
         ("train.global_batch", train.global_batch, 1),
         ("train.micro_batch", 1 if train.micro_batch is None else train.micro_batch, 1),

@@ -208,6 +208,7 @@ class DataConfig:
     backgrounds: background of transparent images in training: random or white.
     flip: mirror rows at random.
     bad_row_limit: number of unreadable rows that a run tolerates, over all workers, epochs and restarts.
+    cache_mb: decoded rows that every reading process keeps in memory, in MiB; 0: none.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
@@ -216,6 +217,7 @@ class DataConfig:
     backgrounds: str = "random"
     flip: bool = True
     bad_row_limit: int = 0
+    cache_mb: int = 256
 
 
 @dataclass(frozen=True)

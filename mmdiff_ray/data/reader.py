@@ -3,8 +3,8 @@
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,47 @@ where it is ("" for a real row). data/<instance>: the modality's own shape and t
 present/<instance>: bool.
 """
 DATA, PRESENT = "data/", "present/"
+OVERHEAD_BYTES = 400
+"""What a decoded row takes beside its arrays' data, about, and each of its arrays."""
+
+
+class Decoded(NamedTuple):
+    """A row before any random choice.
+
+    values: instance -> what its modality decoded, None where the row lacks it. row: the row as it was read,
+    for modalities that read it whole.
+    """
+
+    row_id: int
+    values: dict[str, np.ndarray | None]
+    row: Mapping[str, Any]
+
+
+class DecodedRows:
+    """Decoded rows kept in memory up to a limit in bytes, 0 for none; what came first stays.
+
+    Every epoch wants every row once, so the rows that fit are as good as any others.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._kept: dict[Hashable, Decoded] = {}
+        self._bytes = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"limit": self.limit, "_kept": {}, "_bytes": 0}  # every process keeps its own
+
+    def get(self, key: Hashable) -> Decoded | None:
+        """Return a kept row."""
+        return self._kept.get(key)
+
+    def keep(self, key: Hashable, decoded: Decoded) -> None:
+        """Keep a row if there is room."""
+        size = OVERHEAD_BYTES * (1 + len(decoded.values))
+        size += sum(value.nbytes for value in decoded.values.values() if value is not None)
+        if self._bytes + size <= self.limit:
+            self._kept[key] = decoded
+            self._bytes += size
 
 
 class RowReader:
@@ -50,6 +91,9 @@ class RowReader:
         self._size = next(iter(modalities.values())).size
         self._seed, self._backgrounds, self._flip = seed, data.backgrounds, data.flip
         self._tables = tables
+        self._decoded = [n for n, m in self._modalities.items() if type(m).read is Modality.read]
+        keeps = all(n in self._decoded or not m.columns for n, m in self._modalities.items())
+        self._cache = DecodedRows(data.cache_mb * 2**20 if keeps else 0)
 
     @property
     def row_bytes(self) -> int:
@@ -68,17 +112,27 @@ class RowReader:
         arrays, errors = self._blank(len(places), window.visit), np.full(len(places), "", dtype=object)
         for row_group, slots in _by_row_group(places).items():
             where = f"{self.uris[window.source]}/{row_group.path}, row group {row_group.group}"
-            take = [places[slot][1] for slot in slots]
+            found = {slot: self._cache.get((window.source, *places[slot])) for slot in slots}
+            unread = [slot for slot in slots if found[slot] is None]
+            take = [places[slot][1] for slot in unread]
             rows_of = functools.partial(self._rows, window.source, row_group, take)
             try:
-                rows = retry(rows_of, f"read {self.uris[window.source]}", ended)
+                rows = retry(rows_of, f"read {self.uris[window.source]}", ended) if take else []
             except OutageError:
                 raise
             except Exception as error:
-                errors[slots] = f"{where}: {_words(error)}"
+                errors[unread] = f"{where}: {_words(error)}"
                 continue
-            for slot, row in zip(slots, rows, strict=True):
-                errors[slot] = self._read_row(arrays, slot, row, where)
+            for slot, row in zip(unread, rows, strict=True):
+                made = self._decode(row, where)
+                if isinstance(made, str):
+                    errors[slot] = made
+                else:
+                    self._cache.keep((window.source, *places[slot]), made)
+                    found[slot] = made
+            for slot, decoded in found.items():
+                if decoded is not None:
+                    errors[slot] = self._fill(arrays, slot, decoded, where)
         arrays["error"] = errors.astype(np.str_)
         arrays["real"] = errors == ""
         arrays["place"] = np.array(
@@ -108,19 +162,33 @@ class RowReader:
             arrays[PRESENT + name] = np.zeros(rows, bool)
         return arrays
 
-    def _read_row(self, arrays: Arrays, slot: int, row: Mapping[str, Any], where: str) -> str:
-        """Fill a slot from a row. Return why that failed, or an empty string."""
-        visit = int(arrays["visits"][slot])
-        context = RowContext(self._size, self._seed, visit, row["id"], self._backgrounds, self._flip)
+    def _decode(self, row: Mapping[str, Any], where: str) -> Decoded | str:
+        """Return a row decoded, or why that failed."""
+        values: dict[str, np.ndarray | None] = {}
+        for name in self._decoded:
+            try:
+                values[name] = self._modalities[name].decode(row)
+            except Exception as error:
+                return f"{where}, row {row['id']}, {name}: {_words(error)}"
+        return Decoded(row["id"], values, {} if self._cache.limit else row)
+
+    def _fill(self, arrays: Arrays, slot: int, decoded: Decoded, where: str) -> str:
+        """Fill a slot from a decoded row. Return why that failed, or an empty string."""
+        visit, row_id = int(arrays["visits"][slot]), decoded.row_id
+        context = RowContext(self._size, self._seed, visit, row_id, self._backgrounds, self._flip)
         done: dict[str, np.ndarray] = {}
         for name, modality in self._modalities.items():
             try:
-                value = modality.read(row, context, done)
+                if name in decoded.values:
+                    own = decoded.values[name]
+                    value = None if own is None else modality.augment(own, context)
+                else:
+                    value = modality.read(decoded.row, context, done)
                 if value is not None:
                     done[name] = _checked(np.asarray(value), modality)
             except Exception as error:
-                return f"{where}, row {row['id']}, {name}: {_words(error)}"
-        arrays["ids"][slot] = row["id"]
+                return f"{where}, row {row_id}, {name}: {_words(error)}"
+        arrays["ids"][slot] = row_id
         for name, value in done.items():
             arrays[DATA + name][slot] = value
             arrays[PRESENT + name][slot] = True

@@ -19,6 +19,6 @@ def constant(function: Callable[P, T]) -> Callable[P, T]:
 
     def call(*arguments: P.args, **named: P.kwargs) -> T:
         with torch.inference_mode(False):
-            return cached(*arguments, **named)
+            return cached(*arguments, **named)  # type: ignore[arg-type]
 
     return torch.compiler.assume_constant_result(call)

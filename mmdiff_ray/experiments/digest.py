@@ -20,7 +20,9 @@ def training_digest(config: Config) -> str:
         key: getattr(default.train, key)
         for key in ("log_every_samples", "device", "compile", "channels_last")
     }
-    data = dataclasses.replace(config.data, bad_row_limit=default.data.bad_row_limit)
+    data = dataclasses.replace(
+        config.data, bad_row_limit=default.data.bad_row_limit, cache_mb=default.data.cache_mb
+    )
     ignored = ("name", "runs", "tracking", "evaluate", "workers", "checkpoint")
     rest = {key: getattr(default, key) for key in ignored}
     return digest(

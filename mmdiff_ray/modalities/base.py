@@ -132,8 +132,23 @@ class Modality(nn.Module):
         raise NotImplementedError
 
     def read(self, row: Mapping[str, Any], context: RowContext, done: Mapping[str, Any]) -> np.ndarray | None:
-        """Return one row's data, or None where the row lacks it. done: instance -> data already read."""
+        """Return one row's data, or None where the row lacks it. done: instance -> data already read.
+
+        A type overrides `decode` and `augment`, or this where the data come from other instances.
+        """
+        decoded = self.decode(row)
+        return None if decoded is None else self.augment(decoded, context)
+
+    def decode(self, row: Mapping[str, Any]) -> np.ndarray | None:
+        """Return what a row holds before any random choice, or None where it lacks it.
+
+        Readers keep it in memory (`data.cache_mb`); nothing may change it.
+        """
         raise NotImplementedError
+
+    def augment(self, decoded: np.ndarray, context: RowContext) -> np.ndarray:
+        """Return one row's data from what was decoded."""
+        return decoded
 
     # --- the code side --------------------------------------------------------------------------------
 

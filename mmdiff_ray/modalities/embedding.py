@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdiff_ray.config import ConfigError, ModalityConfig
-from mmdiff_ray.modalities.base import Mean, Modality, PooledHead, RowContext, need_column
+from mmdiff_ray.modalities.base import Mean, Modality, PooledHead, need_column
 from mmdiff_ray.registry import register
 
 
@@ -89,7 +89,7 @@ class EmbeddingModality(Modality):
     def data_type(self) -> type:
         return np.float32
 
-    def read(self, row: Mapping[str, Any], context: RowContext, done: Mapping[str, Any]) -> np.ndarray | None:
+    def decode(self, row: Mapping[str, Any]) -> np.ndarray | None:
         if row[self.column] is None:
             return None
         vector = np.asarray(row[self.column], dtype=np.float32)

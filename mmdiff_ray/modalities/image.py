@@ -68,11 +68,13 @@ class ImageModality(Modality):
     def data_type(self) -> type:
         return np.uint8
 
-    def read(self, row: Mapping[str, Any], context: RowContext, done: Mapping[str, Any]) -> np.ndarray | None:
+    def decode(self, row: Mapping[str, Any]) -> np.ndarray | None:
         if row[self.column] is None:
             return None
-        image = Image.open(io.BytesIO(row[self.column]))
-        return draw(fitted(image, context.size), context, self.name)
+        return resized(Image.open(io.BytesIO(row[self.column])), self.size)
+
+    def augment(self, decoded: np.ndarray, context: RowContext) -> np.ndarray:
+        return draw(decoded, context, self.name)
 
     def calibrate(self, data: Tensor) -> None:
         """Fix mean and standard deviation per channel from a sample of images."""
@@ -126,7 +128,7 @@ class ImageModality(Modality):
 
     def parse(self, text: str) -> np.ndarray:
         context = RowContext(self.size, seed=0, visit=0, row_id=0, backgrounds="white", flip=False)
-        return draw(fitted(open_image(text, self.name), self.size), context, self.name)
+        return draw(resized(open_image(text, self.name), self.size), context, self.name)
 
     def entry(self) -> dict[str, Any]:
         return {"kind": "image"}
@@ -140,25 +142,32 @@ class ImageModality(Modality):
         return path
 
 
-def draw(image: Image.Image, context: RowContext, name: str) -> np.ndarray:
-    """Return an image as uint8 (3, H, W): resized to the context's cells, mirrored, over a background.
-
-    name: the instance's, which keys the background (`RowContext.backgrounds`), drawn if there is
-    transparency.
-    """
-    height, width = context.size
+def resized(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """Return the middle of an image (`fitted`) at a size (height, width): uint8 (H, W, 3), or (H, W, 4) with
+    premultiplied colours if it has transparency."""
+    height, width = size
+    image = fitted(image, size)
     transparent = "A" in image.getbands() or "transparency" in image.info
     pixels = image.convert("RGBA").convert("RGBa") if transparent else image.convert("RGB")
     if pixels.size != (width, height):
         shrinks = pixels.size[0] >= width and pixels.size[1] >= height
         pixels = pixels.resize((width, height), Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC)
-    array = np.asarray(pixels, dtype=np.float32) / 255
+    return np.asarray(pixels)
+
+
+def draw(pixels: np.ndarray, context: RowContext, name: str) -> np.ndarray:
+    """Return `resized` pixels as uint8 (3, H, W), mirrored, and over a background if there is transparency.
+
+    name: the instance's, which keys the background (`RowContext.backgrounds`).
+    """
     if context.mirrored:
-        array = array[:, ::-1]
-    if transparent:
-        generator = context.generator(f"background of {name}")
-        background = draw_background(generator, context.size) if context.backgrounds == "random" else 1.0
-        array = array[..., :3] + (1 - array[..., 3:]) * background  # premultiplied colours
+        pixels = pixels[:, ::-1]
+    if pixels.shape[2] == 3:
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    array = pixels.astype(np.float32) / 255
+    generator = context.generator(f"background of {name}")
+    background = draw_background(generator, pixels.shape[:2]) if context.backgrounds == "random" else 1.0
+    array = array[..., :3] + (1 - array[..., 3:]) * background  # premultiplied colours
     return np.ascontiguousarray((array * 255).round().clip(0, 255).astype(np.uint8).transpose(2, 0, 1))
 
 

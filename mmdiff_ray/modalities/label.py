@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdiff_ray.config import ConfigError, ModalityConfig
-from mmdiff_ray.modalities.base import Mean, Modality, PooledHead, RowContext, class_codes, need_column
+from mmdiff_ray.modalities.base import Mean, Modality, PooledHead, class_codes, need_column
 from mmdiff_ray.registry import register
 
 
@@ -103,7 +103,7 @@ class LabelModality(Modality):
     def data_type(self) -> type:
         return np.int64
 
-    def read(self, row: Mapping[str, Any], context: RowContext, done: Mapping[str, Any]) -> np.ndarray | None:
+    def decode(self, row: Mapping[str, Any]) -> np.ndarray | None:
         value = row[self.column]
         if value is None:
             return None

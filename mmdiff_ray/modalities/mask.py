@@ -94,12 +94,14 @@ class MaskModality(Modality):
     def data_type(self) -> type:
         return np.uint8
 
-    def read(self, row: Mapping[str, Any], context: RowContext, done: Mapping[str, Any]) -> np.ndarray | None:
+    def decode(self, row: Mapping[str, Any]) -> np.ndarray | None:
         if row[self.column] is None:
             return None
-        image = fitted(Image.open(io.BytesIO(row[self.column])), context.size)
-        array = self._fit(np.asarray(image), context.size)
-        return np.ascontiguousarray(array[:, ::-1]) if context.mirrored else array
+        image = fitted(Image.open(io.BytesIO(row[self.column])), self.size)
+        return self._fit(np.asarray(image), self.size)
+
+    def augment(self, decoded: np.ndarray, context: RowContext) -> np.ndarray:
+        return np.ascontiguousarray(decoded[:, ::-1]) if context.mirrored else decoded
 
     def _fit(self, array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Return class indices (h, w) at the space's size.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmdiff_ray.config import ConfigError, ModalityConfig
 from mmdiff_ray.modalities.base import Modality, RowContext
-from mmdiff_ray.modalities.image import draw, fitted, open_image, to_float
+from mmdiff_ray.modalities.image import draw, fitted, open_image, resized, to_float
 from mmdiff_ray.registry import register
 
 HOLES = ("blocks", "half", "freeform", "scatter")
@@ -125,15 +125,16 @@ class MaskedImageModality(Modality):
         """Return the masked image in a picture with transparency, whose alpha below 1/2 is the hole, or in
         two pictures, `image,hole`, where white in the second is the hole."""
         path, _, hole_path = text.partition(",")
-        picture, size = fitted(open_image(path, self.name), self.size), self.size[::-1]
+        picture, size = open_image(path, self.name), self.size[::-1]
         if hole_path:
             hole = fitted(open_image(hole_path, self.name), self.size)
             hole = hole.convert("L").resize(size, Image.Resampling.BOX)
             missing = np.asarray(hole) >= 128
             context = RowContext(self.size, seed=0, visit=0, row_id=0, backgrounds="white", flip=False)
-            pixels = draw(picture, context, self.name)
+            pixels = draw(resized(picture, self.size), context, self.name)
         else:
-            array = np.asarray(picture.convert("RGBA").resize(size, Image.Resampling.BOX))
+            shown = fitted(picture, self.size).convert("RGBA")
+            array = np.asarray(shown.resize(size, Image.Resampling.BOX))
             missing, pixels = array[..., 3] < 128, array[..., :3].transpose(2, 0, 1)
         if not missing.any():
             raise ConfigError(

@@ -55,6 +55,7 @@ MAY_CHANGE = (
     "workers.",
     "evaluate.",
     "data.bad_row_limit",
+    "data.cache_mb",
     "tracking.required",
     "tracking.log_model",
     "tracking.system_metrics",
