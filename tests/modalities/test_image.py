@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.modalities.base import RowContext
-from mmdiff_ray.modalities.image import ImageModality, ImageOptions, draw
+from mmdiff_ray.modalities.image import ImageModality, ImageOptions, draw, resized
 from tests.modalities import tiny
 
 SIZE = tiny.SIZE
@@ -36,14 +36,19 @@ def test_opaque_pixels_are_exact_and_transparent_ones_show_the_background():
     alpha = np.zeros(SIZE, np.uint8)
     alpha[:, :6] = 255
     for backgrounds in ("white", "random"):
-        drawn = draw(picture(alpha), context(backgrounds=backgrounds, flip=False), "pixels")
+        drawn = draw(resized(picture(alpha), SIZE), context(backgrounds=backgrounds, flip=False), "pixels")
         assert (drawn[:, :, :6] == np.array([200, 100, 50])[:, None, None]).all()
-    assert (draw(picture(alpha), context(backgrounds="white", flip=False), "pixels")[:, :, 6:] == 255).all()
+    assert (
+        draw(resized(picture(alpha), SIZE), context(backgrounds="white", flip=False), "pixels")[:, :, 6:]
+        == 255
+    ).all()
 
 
 @pytest.mark.parametrize("alpha", [0, 1, 64, 128, 200, 254])
 def test_alpha_mixes_colour_and_background_within_rounding(alpha):
-    drawn = draw(picture(alpha), context(backgrounds="white", flip=False), "pixels").astype(float)
+    drawn = draw(resized(picture(alpha), SIZE), context(backgrounds="white", flip=False), "pixels").astype(
+        float
+    )
     expected = np.array([200, 100, 50]) * alpha / 255 + 255 * (1 - alpha / 255)
     assert np.abs(drawn - expected[:, None, None]).max() <= 1.0
 
@@ -52,17 +57,17 @@ def test_colours_of_transparent_pixels_do_not_bleed_when_shrinking():
     array = np.zeros((SIZE[0] * 4, SIZE[1] * 4, 4), np.uint8)
     array[:, ::2] = (0, 0, 255, 255)
     array[:, 1::2] = (255, 0, 0, 0)
-    drawn = draw(Image.fromarray(array), context(backgrounds="white", flip=False), "pixels")
+    drawn = draw(resized(Image.fromarray(array), SIZE), context(backgrounds="white", flip=False), "pixels")
     expected = np.array([127.5, 127.5, 255])[:, None, None]  # half blue, half white, and no red of its own
     assert np.abs(drawn.astype(float) - expected).max() <= 1.0
 
 
 def test_another_visit_draws_another_background_and_the_same_visit_the_same():
     clear = picture(0)
-    first = draw(clear, context(visit=1), "pixels")
-    assert np.array_equal(first, draw(clear, context(visit=1), "pixels"))
-    assert not np.array_equal(first, draw(clear, context(visit=2), "pixels"))
-    assert not np.array_equal(first, draw(clear, context(visit=1), "other"))
+    first = draw(resized(clear, SIZE), context(visit=1), "pixels")
+    assert np.array_equal(first, draw(resized(clear, SIZE), context(visit=1), "pixels"))
+    assert not np.array_equal(first, draw(resized(clear, SIZE), context(visit=2), "pixels"))
+    assert not np.array_equal(first, draw(resized(clear, SIZE), context(visit=1), "other"))
 
 
 def test_an_opaque_image_of_the_right_size_is_read_unchanged(image):
