@@ -61,7 +61,8 @@ class Shards(IterableDataset):
                 found = read_row_group(self.uri, self.groups[index], ["id", *columns])
                 for row_id, *values in zip(*(found[name] for name in ("id", *columns)), strict=True):
                     context = RowContext((SIZE, SIZE), 0, visit, row_id)
-                    row, done = dict(zip(columns, values, strict=True)), {}
+                    row = dict(zip(columns, values, strict=True))
+                    done: dict[str, np.ndarray] = {}
                     for name, modality in self.modalities.items():
                         done[name] = np.array(modality.read(row, context, done))
                     yield done
@@ -87,7 +88,8 @@ def measure() -> list[Figure]:
 
 def _data_set(name: str, uri: str, types: Mapping[str, Any]) -> Iterator[Figure]:
     manifest = read_manifest(uri)
-    config = resolve_modalities(configuration.from_plain({**PLAIN, "modalities": types}), [manifest])
+    plain_config = {**PLAIN, "modalities": types, "data": {"sources": [{"uri": uri}]}}
+    config = resolve_modalities(configuration.from_plain(plain_config), [manifest])
     modalities = build_modalities(config)
     data = DataConfig(window=config.data.window)
     kept, plain = (RowReader(modalities, [uri], replace(data, cache_mb=mb), 0) for mb in (1024, 0))

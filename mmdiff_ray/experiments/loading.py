@@ -7,7 +7,7 @@ from typing import Any
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError, named, shipped
 from mmdiff_ray.config.checks import check_name, unknown
-from mmdiff_ray.experiments.spec import DataSet, Experiment, Goal, Measure, Method, Panel, Preset
+from mmdiff_ray.experiments.spec import Best, DataSet, Experiment, Goal, Measure, Method, Panel, Preset
 
 
 def load_experiment(name: str, preset: str) -> Experiment:
@@ -29,8 +29,8 @@ def _build(plain: Mapping[str, Any], preset: str) -> Experiment:
         if not plain.get(key):
             raise ConfigError(f"{key} is missing")
     check_name("name", plain["name"])
-    for key in ("presets", "methods", "measures"):
-        for name in plain[key]:
+    for key in ("presets", "methods", "measures", "best"):
+        for name in plain.get(key, {}):
             check_name(key, name)
     for curve in plain.get("curves", []):
         check_name("curves", curve.get("name"))
@@ -61,6 +61,9 @@ def _build(plain: Mapping[str, Any], preset: str) -> Experiment:
         "goals": [
             _make(Goal, f"goals.{goal.get('name', '')}", {"name": "", **goal})
             for goal in plain.get("goals", [])
+        ],
+        "best": [
+            _make(Best, f"best.{name}", values, name=name) for name, values in plain.get("best", {}).items()
         ],
         "data": [
             _make(DataSet, "data", one)
@@ -97,9 +100,13 @@ def _check_references(experiment: Experiment) -> None:
         references.append((f"overview.{panel.name}.measure", [panel.measure], one.measures))
         instances = panel.figure.split("/")[0].split("_from_")
         references.append((f"overview.{panel.name}.figure", instances, modalities))
+    for best in one.best:
+        references.append((f"best.{best.name}.of", best.of, one.methods))
+        references.append((f"best.{best.name}.measure", [best.measure], one.measures))
+    rows = [*one.methods, *(best.name for best in one.best)]
     for goal in one.goals:
         references.append((f"goals.{goal.name}.measure", [goal.measure], one.measures))
-        references.append((f"goals.{goal.name}", [goal.a, goal.b], one.methods))
+        references.append((f"goals.{goal.name}", [goal.a, goal.b], rows))
     for key, names, known in references:
         for name in names:
             if name is not None and name not in known:

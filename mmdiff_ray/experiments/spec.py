@@ -98,6 +98,20 @@ class Goal:
 
 
 @dataclass(frozen=True)
+class Best:
+    """A row of the table that stands for the best of several methods, chosen per seed by a figure.
+
+    of: the methods. The figure should be measured on validation rows, so that the test rows judge no choice.
+    """
+
+    name: str
+    title: str
+    of: list[str]
+    measure: str
+    figure: str
+
+
+@dataclass(frozen=True)
 class DataSet:
     """A data set that is built if it is missing.
 
@@ -136,7 +150,8 @@ class Experiment:
     samples (`evaluate.judge`); it is trained first. curves: plots of a `figure` over measures, `points`:
     measure -> x. matrices: tables of figures by measure, with `rows`: measure -> title and `columns`: figure
     -> title. watch: method -> tasks whose losses and gradients are recorded while it trains. task_words:
-    watched task -> title. overview: panels of the main figure. goals: claims to test.
+    watched task -> title. overview: panels of the main figure. goals: claims to test. best: rows that stand
+    for the best of several methods.
     """
 
     name: str
@@ -155,6 +170,7 @@ class Experiment:
     task_words: dict[str, str] = field(default_factory=dict)
     overview: list[Panel] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
+    best: list[Best] = field(default_factory=list)
     _loaded: dict[str, Config] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def folder(self, runs: Path, cell: Cell | None = None) -> Path:

@@ -25,7 +25,7 @@ from mmdiff_ray.evaluation.statistics import (
     over_seeds,
 )
 from mmdiff_ray.experiments.measurement import is_measured, load_tally, measurements_of
-from mmdiff_ray.experiments.spec import Cell, Experiment, Goal
+from mmdiff_ray.experiments.spec import Best, Cell, Experiment, Goal
 from mmdiff_ray.experiments.watch import read
 from mmdiff_ray.models.cost import forward_flops
 from mmdiff_ray.models.denoiser import build_denoiser, inert_settings
@@ -75,6 +75,31 @@ def collect(experiment: Experiment, runs: Path) -> Table:
                         if (tally := load_tally(tallies, figure["key"], name)) is not None:
                             series.tallies[cell.seed] = tally
     return table
+
+
+def choices(best: Best, table: Table) -> dict[int, str]:
+    """Return the best method per seed, of the seeds that all of them are measured with."""
+    methods = table.get(best.measure, {}).get(best.figure, {})
+    found = [methods[name] for name in best.of if name in methods]
+    if len(found) < len(best.of):
+        return {}
+    sign = -1 if found[0].better == "lower" else 1
+    shared = set.intersection(*(set(series.values) for series in found))
+    return {seed: max(best.of, key=lambda name: sign * methods[name].values[seed]) for seed in sorted(shared)}
+
+
+def add_best(table: Table, best: Best) -> None:
+    """Add the row that stands for the best of several methods to every figure that they have."""
+    for seed, name in choices(best, table).items():
+        for figures in table.values():
+            for methods in figures.values():
+                chosen = methods.get(name)
+                if chosen is None or seed not in chosen.values:
+                    continue
+                own = methods.setdefault(best.name, Series(chosen.better))
+                own.values[seed] = chosen.values[seed]
+                if seed in chosen.tallies:
+                    own.tallies[seed] = chosen.tallies[seed]
 
 
 def summary(experiment: Experiment, table: Table) -> list[dict[str, Any]]:
@@ -214,6 +239,8 @@ def mean_point(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
     """Return the whole result of an experiment as plain values."""
     table, present = collect(experiment, runs), trained_cells(experiment, runs)
+    for best in experiment.best:
+        add_best(table, best)
     seed = experiment.preset.seeds[0]
     configs = {
         name: experiment.config(Cell(method, seed), Path())
@@ -229,7 +256,9 @@ def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
         "preset": experiment.preset.name,
         "command": f"mmdiff experiment {experiment.name} --preset {experiment.preset.name}",
         "main": experiment.main,
-        "methods": {name: method.title for name, method in experiment.methods.items()},
+        "methods": {name: one.title for name, one in experiment.methods.items()}
+        | {best.name: best.title for best in experiment.best},
+        "best": {best.name: choices(best, table) for best in experiment.best},
         "missing": [cell.key for cell in experiment.cells() if cell not in present],
         "unmeasured": [cell.key for cell in present if not is_measured(experiment, cell, runs)],
         "refused": refusals(experiment),
