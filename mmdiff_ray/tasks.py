@@ -29,6 +29,7 @@ class Tasks:
         self.instances = list(instances)
         self.frequencies = np.array([task.frequency for task in tasks.values()], dtype=np.float64)
         self.drop = np.array([task.drop for task in tasks.values()], dtype=np.float64)
+        self.one_pass = np.array([task.one_pass for task in tasks.values()], dtype=np.float64)
         if not self.frequencies.sum() > 0:
             raise ConfigError("tasks: every frequency is 0; give at least one task a frequency above 0")
         self.table = np.array(
@@ -60,6 +61,16 @@ class Tasks:
         nothing = (weights.sum(1) == 0) | ~batch.real.cpu().numpy()
         drawn = torch.from_numpy(np.where(nothing[:, None], ABSENT, roles)).to(device)
         return torch.from_numpy(task), dict(zip(self.instances, drawn.unbind(1), strict=True))
+
+    def draw_one_pass(self, task: Tensor, batch: Batch, seed: int) -> Tensor | None:
+        """Return which samples train at t = 1, bool (B,), or None if no task has such (`tasks.*.one_pass`).
+
+        task: (B,), as `draw` returns it.
+        """
+        if not self.one_pass.any():
+            return None
+        draws = rng.uniform(seed, "one pass", batch.visits.cpu(), batch.ids.cpu(), 1)[:, 0].numpy()
+        return torch.from_numpy(draws < self.one_pass[task.numpy()]).to(batch.ids.device)
 
     def roles(self, task: str, batch: Batch) -> dict[str, Tensor]:
         """Return a named task's roles for a batch without any draw: of lists the first, what lacks absent.

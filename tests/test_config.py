@@ -241,6 +241,7 @@ def test_a_value_of_the_wrong_kind_is_an_error_that_begins_with_its_key(base, ov
         (["modalities.a-b={type: image}"], "modalities: 'a-b' is no name"),
         (["tasks.x.roles={pixels: given}"], "tasks.x generates nothing"),
         (["tasks.joint.drop=1"], "tasks.joint: frequency (1.0) must be finite and >= 0, and drop (1.0)"),
+        (["tasks.joint.one_pass=2"], "tasks.joint.one_pass (2.0) must be between 0 and 1"),
         (["tasks.joint.frequency=-1"], "tasks.joint: frequency (-1.0)"),
         (["tasks.joint.frequency=.nan"], "tasks.joint: frequency (nan)"),
         (["seed=-1"], "seed (-1) must be at least 0"),

@@ -198,3 +198,14 @@ def test_a_named_tasks_roles_are_not_drawn():
 def test_rows_of_roles_that_cannot_be_are_refused(rows, message):
     with pytest.raises(ConfigError, match=message):
         tasks(**rows)
+
+
+def test_only_the_share_of_a_task_that_says_so_trains_in_one_pass():
+    rows = tasks(a={**JOINT, "one_pass": 0.3}, b=READ)
+    whole = batch(20_000)
+    drawn, _ = rows.draw(whole, seed=1)
+    found = rows.draw_one_pass(drawn, whole, seed=1)
+    assert not found[drawn == 1].any()
+    assert p_value(torch.stack([found[drawn == 0].sum(), (~found[drawn == 0]).sum()]), [0.3, 0.7]) > 0.001
+    assert torch.equal(found[50:60], rows.draw_one_pass(drawn[50:60], whole.rows(50, 60), seed=1))
+    assert tasks(a=JOINT, b=READ).draw_one_pass(drawn, whole, seed=1) is None

@@ -204,6 +204,8 @@ def _check_task(task: str, row: TaskConfig, modalities: Mapping[str, Any]) -> No
             f"tasks.{task}: frequency ({row.frequency}) must be finite and >= 0, "
             f"and drop ({row.drop}) in [0, 1)"
         )
+    if not 0 <= row.one_pass <= 1:
+        raise ConfigError(f"tasks.{task}.one_pass ({row.one_pass}) must be between 0 and 1")
     if not generates(row.roles):
         raise ConfigError(f"tasks.{task} generates nothing; give at least one instance the role generated")
 

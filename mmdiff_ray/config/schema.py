@@ -107,12 +107,15 @@ class TaskConfig:
         Unlisted modalities are absent.
     drop: probability that a given modality is made absent, for each independently. Guidance needs it.
     readout: default answer to a request of this task: sample, or likely (the most likely data).
+    one_pass: share of the task's rows that train at t = 1, so that a single prediction from noise answers it
+        well (`evaluate.likely_steps: 1`); the other rows draw t as ever.
     """
 
     frequency: float = 1.0
     roles: dict[str, Any] = field(default_factory=dict)
     drop: float = 0.1
     readout: str = "sample"
+    one_pass: float = 0.0
 
     def alternatives(self, instance: str) -> list[str]:
         """Return the roles that an instance's role is drawn from."""

@@ -40,13 +40,17 @@ class TrainingLoss(nn.Module):
         device = next(self.denoiser.parameters()).device
         self._on_grid = dataclasses.replace(self.objective, process=self.objective.process.tabulated(device))
 
-    def forward(self, batch: Batch, roles: Roles, weighted_only: bool = False) -> Terms:
+    def forward(
+        self, batch: Batch, roles: Roles, weighted_only: bool = False, one_pass: Tensor | None = None
+    ) -> Terms:
         """Return the sum of every loss term over a micro-batch. roles: instance -> (B,).
 
-        weighted_only: leave out terms that cost something and weigh nothing (`Objective.sums`).
+        one_pass: rows whose t is 1, bool (B,); the others' are drawn. weighted_only: leave out terms that cost something and weigh nothing (`Objective.sums`).
         """
         denoiser, objective = self.denoiser, self._on_grid
         process, t = objective.process, self._times(batch)
+        if one_pass is not None:
+            t = torch.where(one_pass, 1, t)
         shape = (process.channels, *denoiser.size)
         noise = rng.normal(self.config.seed, "noise", batch.visits, batch.ids, shape)
         codes, conditions = denoiser.encode(batch.data), denoiser.conditions(batch.data)

@@ -131,13 +131,14 @@ class Trainer:
     def step(self, batch: Batch) -> None:
         """Do one optimizer step on this worker's rows of a global batch."""
         batch = batch.to(self.device)
-        _, roles = self.tasks.draw(batch, self.config.seed)
+        task, roles = self.tasks.draw(batch, self.config.seed)
+        one_pass = self.tasks.draw_one_pass(task, batch, self.config.seed)
         counts = self.loss.counts(batch, roles)
         rate = learning_rate(self.config.train, self.progress.samples_seen, self.progress.total_samples)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        sums = self._backward(batch, roles, self._divisors(counts))
+        sums = self._backward(batch, roles, one_pass, self._divisors(counts))
         grad_norm = clip_gradients(self.denoiser, self.config.train.clip_norm)
         self.optimizer.step()
         self.progress.samples_seen += self.config.train.global_batch
@@ -154,7 +155,9 @@ class Trainer:
         values = add_over_workers(torch.stack([counts[key] for key in self.terms]))
         return dict(zip(self.terms, values.unbind(), strict=True))
 
-    def _backward(self, batch: Batch, roles: Roles, divisors: Mapping[str, Tensor | float]) -> Terms:
+    def _backward(
+        self, batch: Batch, roles: Roles, one_pass: Tensor | None, divisors: Mapping[str, Tensor | float]
+    ) -> Terms:
         """Add the gradients of all micro-batches; return this worker's sums."""
         size = self.config.train.micro_batch or len(batch)
         starts = range(0, len(batch), size)
@@ -163,7 +166,8 @@ class Trainer:
             part = batch.rows(start, start + size)
             part_roles = {name: role[start : start + size] for name, role in roles.items()}
             with without_sync(self.model, start != starts[-1]):
-                sums = self.model(part, part_roles, self.meters.steps > 0)
+                at_noise = None if one_pass is None else one_pass[start : start + size]
+                sums = self.model(part, part_roles, self.meters.steps > 0, at_noise)
                 # Workers' gradients are averaged, but divisors are global: the factor makes it a sum.
                 (self.objective.total(sums, divisors) * world()[1]).backward()
             values = torch.stack(list(sums.values())).detach().double()

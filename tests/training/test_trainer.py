@@ -324,6 +324,13 @@ def test_times_are_drawn_from_the_part_that_is_asked_for(sprites, monkeypatch):
         assert float(t.max() - t.min()) > 0.5 * (high - low) or low == high
 
 
+def test_rows_of_one_pass_are_pure_noise_and_the_others_as_ever(sprites, monkeypatch):
+    name = next(iter(tiny.job(sprites).config.tasks))
+    _, _, _, plain = seen_by_the_model(sprites, monkeypatch)
+    _, _, _, t = seen_by_the_model(sprites, monkeypatch, f"tasks.{name}.one_pass=0.9")
+    assert bool((t == 1).any()) and bool(((t == 1) | (t == plain)).all()) and bool((t != 1).any())
+
+
 def test_logit_normal_times_have_the_mean_and_spread_that_are_asked_for(sprites):
     job = tiny.job(
         sprites, "train.time_sampling=logit_normal", "train.time_mean=-0.5", "train.time_std=0.7",
