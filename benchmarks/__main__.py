@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.figures import plain_figures, render
 
-PARTS = ("step", "stream", "start", "sampling")
+PARTS = ("step", "stream", "start")
 RESULTS = Path(__file__).parent / "results"
 
 

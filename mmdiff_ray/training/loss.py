@@ -45,7 +45,8 @@ class TrainingLoss(nn.Module):
     ) -> Terms:
         """Return the sum of every loss term over a micro-batch. roles: instance -> (B,).
 
-        one_pass: rows whose t is 1, bool (B,); the others' are drawn. weighted_only: leave out terms that cost something and weigh nothing (`Objective.sums`).
+        one_pass: rows whose t is 1, bool (B,); the others' are drawn. weighted_only: leave out terms that
+        cost something and weigh nothing (`Objective.sums`).
         """
         denoiser, objective = self.denoiser, self._on_grid
         process, t = objective.process, self._times(batch)

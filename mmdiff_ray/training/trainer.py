@@ -227,8 +227,9 @@ class Trainer:
         counts = torch.zeros_like(sums)
         for batch in batches:
             batch = batch.to(self.device)
-            _, roles = self.tasks.draw(batch, self.config.seed)
-            part, count = self.average(batch, roles), self.loss.counts(batch, roles)
+            task, roles = self.tasks.draw(batch, self.config.seed)
+            one_pass = self.tasks.draw_one_pass(task, batch, self.config.seed)
+            part, count = self.average(batch, roles, False, one_pass), self.loss.counts(batch, roles)
             sums += torch.stack([part[key] for key in self.terms])
             counts += torch.stack([count[key] for key in self.terms])
         both = add_over_workers(torch.stack([sums, counts]))
