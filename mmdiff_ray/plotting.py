@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
 Size = tuple[float, float]
 """Width and height in inches."""
 POINTS = 8.5
@@ -37,6 +39,13 @@ def panels(count: int, columns: int, size: Size) -> tuple[Any, list[Any]]:
         panel.grid(alpha=0.2)
         panel.set_axisbelow(True)
     return figure, axes[:count]
+
+
+def colored(shares: np.ndarray) -> np.ndarray:
+    """Return numbers from 0 to 1 in the colour map viridis, uint8 (..., 3)."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](shares, bytes=True)[..., :3]
 
 
 def legend_above(figure: Any, colors: Mapping[str, str]) -> None:

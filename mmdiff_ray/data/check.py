@@ -10,7 +10,7 @@ from mmdiff_ray.data.manifest import Manifest, read_manifest
 from mmdiff_ray.data.reader import in_reading_order
 from mmdiff_ray.modalities.base import Modality
 
-SHARED_FACTS = ("kind", "classes", "names", "dim", "codec")
+SHARED_FACTS = ("kind", "classes", "names", "dim", "codec", "range", "content")
 """What every data set must say alike of a column that a modality reads; sizes may differ."""
 
 Columns = Mapping[str, Mapping[str, Any]]

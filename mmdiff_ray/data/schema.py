@@ -114,6 +114,47 @@ class MaskColumn(Column):
         return {**super().summary(tally), "pixel_share": [round(float(part), 6) for part in share]}
 
 
+class MapColumn(Column):
+    """Maps of real numbers, float16 or float32 (channels, height, width), all of one size, NaN where unknown;
+    arrays or .npy files, stored as the latter."""
+
+    kind = "map"
+
+    def __init__(self, name: str, facts: Mapping[str, Any]) -> None:
+        super().__init__(name, facts)
+        limits = self.facts.get("range")
+        if not (isinstance(limits, list) and len(limits) == 2 and limits[0] < limits[1]):
+            raise ConfigError(f"column {name!r} (map) needs range, [lowest, highest]; got {limits!r}")
+
+    def accept(self, value: Any) -> tuple[bytes, Tally]:
+        is_file = isinstance(value, bytes | bytearray | memoryview)
+        values = np.load(io.BytesIO(value)) if is_file else np.asarray(value)
+        if values.dtype not in (np.float16, np.float32) or values.ndim != 3:
+            raise ConfigError(
+                f"a map must be float16 or float32 (channels, height, width), got {values.dtype} of shape "
+                f"{values.shape}"
+            )
+        self.fix("channels", len(values))
+        self.fix("size", list(values.shape[1:]))
+        known, (low, high) = values[~np.isnan(values)].astype(float), self.facts["range"]
+        slack = 1e-3 * (high - low)  # float16 keeps three digits
+        if known.size and not low - slack <= known.min() <= known.max() <= high + slack:
+            raise ConfigError(
+                f"a map spans {known.min():g} to {known.max():g}, outside its range {low:g} to {high:g}"
+            )
+        buffer = io.BytesIO()
+        np.save(buffer, values)
+        parts = {"known": known.size, "values": values.size}
+        return buffer.getvalue(), {**_present(), **{part: np.asarray(n) for part, n in parts.items()}}
+
+    def to_arrow(self, values: Sequence[Any]) -> pa.Array:
+        return pa.array(values, pa.binary())
+
+    def summary(self, tally: Tally) -> dict[str, Any]:
+        share = float(tally.get("known", 0)) / max(1, int(tally.get("values", 0)))
+        return {**super().summary(tally), "known_share": round(share, 6)}
+
+
 class LabelColumn(Column):
     """Categories, given by name or by index."""
 
@@ -186,7 +227,8 @@ class TextColumn(Column):
 
 
 KINDS: dict[str, type[Column]] = {
-    column.kind: column for column in (ImageColumn, MaskColumn, LabelColumn, EmbeddingColumn, TextColumn)
+    column.kind: column
+    for column in (ImageColumn, MaskColumn, MapColumn, LabelColumn, EmbeddingColumn, TextColumn)
 }
 
 

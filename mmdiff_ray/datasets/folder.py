@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mmdiff_ray.datasets.base import BadRow, Item, Options, Pipeline, Stage, is_
 from mmdiff_ray.datasets.embedders import make_embedder
 from mmdiff_ray.datasets.layouts import Entry, Masks, read_cityscapes, read_coco
 from mmdiff_ray.datasets.listing import NAMES, clean, read_table
+from mmdiff_ray.datasets.maps import Stated, find_maps, folders_of
 from mmdiff_ray.datasets.masks import find_masks
 from mmdiff_ray.datasets.pictures import (
     DEPTHS,
@@ -28,7 +29,10 @@ from mmdiff_ray.datasets.pictures import (
 from mmdiff_ray.modalities.image import to_png
 
 LAYOUTS = ("plain", "coco", "cityscapes")
-READ_BY = {"masks": "plain", "metadata": "plain", "csv": "plain", "annotations": "coco", "captions": "coco"}
+READ_BY = dict.fromkeys(("masks", "maps", "metadata", "csv"), "plain") | {
+    "annotations": "coco",
+    "captions": "coco",
+}
 """Option -> the layout that it belongs to."""
 SPLITS = {
     "train": "train",
@@ -53,18 +57,22 @@ class FolderOptions(Options):
     behind its picture's, such as _mask; auto finds it. palette: a text file with a colour and a name per line
     (#ff0000 car), the classes of masks in colour in their order; other colours are void. ignore: the mask
     value of pixels that are neither learned nor measured, such as 255; auto takes 255 where it lies apart
-    from all classes; none. metadata: a table (.csv, .tsv, .jsonl, .parquet) with the columns file, label and
-    caption, which then lists the rows; metadata.csv and the like in the source is found without it. Without a
-    table the top-level folders' names are the labels, and train, val and test are splits. csv: the former
-    name of metadata. split_column: the table's column with each row's split. group_by: the table's column
-    with what rows of one split share, such as a patient. val_source: a folder with the pictures of the
-    validation split. layout: plain, any folder; coco, the pictures that annotations lists, with a class of
-    masks per category; or cityscapes, the folder with leftImg8bit and gtFine, 19 classes and unlabelled,
-    labels from the cities; the last two take neither masks nor metadata. annotations: the COCO file of
-    instances, for layout=coco. captions: the COCO file of captions, for layout=coco. look: embedder of the
-    picture over white, which makes the column look: efficientnet-lite0, open_clip:MODEL[:weights] or off.
-    embed_captions: embedder of the captions, which makes the column caption: minilm,
-    open_clip:MODEL[:weights], on (minilm) or off.
+    from all classes; none. maps: folders of real-valued maps in .npy files or 16-bit pictures that repeat the
+    pictures' relative names: COLUMN=FOLDER, several separated by commas. map_content: values, normals or
+    flow, for all maps or COLUMN=VALUE. map_unit: what their files' numbers are multiplied by, such as 0.001.
+    map_void: the number in their files that says unknown, such as 0; NaN always does. map_range: LOW:HIGH;
+    values outside are unknown; by default that of all files. metadata: a table (.csv, .tsv, .jsonl, .parquet)
+    with the columns file, label and caption, which then lists the rows; metadata.csv and the like in the
+    source is found without it. Without a table the top-level folders' names are the labels, and train, val
+    and test are splits. csv: the former name of metadata. split_column: the table's column with each row's
+    split. group_by: the table's column with what rows of one split share, such as a patient. val_source: a
+    folder with the pictures of the validation split. layout: plain, any folder; coco, the pictures that
+    annotations lists, with a class of masks per category; or cityscapes, the folder with leftImg8bit and
+    gtFine, 19 classes and unlabelled, labels from the cities; the last two take neither masks nor metadata.
+    annotations: the COCO file of instances, for layout=coco. captions: the COCO file of captions, for
+    layout=coco. look: embedder of the picture over white, which makes the column look: efficientnet-lite0,
+    open_clip:MODEL[:weights] or off. embed_captions: embedder of the captions, which makes the column
+    caption: minilm, open_clip:MODEL[:weights], on (minilm) or off.
     """
 
     source: str = ""
@@ -75,6 +83,11 @@ class FolderOptions(Options):
     mask_suffix: str = "auto"
     palette: str | None = None
     ignore: str = "auto"
+    maps: str = ""
+    map_content: str = ""
+    map_unit: str = ""
+    map_void: str = ""
+    map_range: str = ""
     metadata: str | None = None
     csv: str | None = None
     split_column: str | None = None
@@ -108,6 +121,8 @@ class Folder(Pipeline):
         self.entries, drawn = self._listed()
         self.has_alpha = any(is_transparent(self.source / entry.file) for entry in self.entries)
         self.masks = drawn or self._masks()
+        stated = Stated(options.map_content, options.map_unit, options.map_void, options.map_range)
+        self.maps = find_maps(options.maps, [entry.mask for entry in self.entries], stated)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what workers need; each item brings its own entry."""
@@ -131,7 +146,7 @@ class Folder(Pipeline):
         if options.layout not in LAYOUTS:
             raise ConfigError(f"layout: got {options.layout!r}, want one of {', '.join(LAYOUTS)}")
         for key, layout in READ_BY.items():
-            if getattr(options, key) not in (None, "auto") and options.layout != layout:
+            if getattr(options, key) not in (None, "auto", "") and options.layout != layout:
                 raise ConfigError(f"{key}: only layout={layout} reads it; got layout={options.layout}")
         if options.layout == "cityscapes":
             return read_cityscapes(self.source)
@@ -178,7 +193,8 @@ class Folder(Pipeline):
         return next((self.source / name for name in NAMES if (self.source / name).is_file()), None)
 
     def _walked(self, folder: Path) -> list[Entry]:
-        entries, skipped = walk(folder, self._mask_folder)
+        beside = folders_of(self.options.maps)
+        entries, skipped = walk(folder, [*beside, *([self._mask_folder] if self._mask_folder else [])])
         if skipped:
             counts = ", ".join(f"{count:,} {what}" for what, count in sorted(skipped.items()))
             self.remarks.append(f"skipped: {counts}")
@@ -202,6 +218,7 @@ class Folder(Pipeline):
             columns["alpha"] = {"kind": "mask", "classes": 2, "names": ["background", "foreground"]}
         if self.masks is not None:
             columns["mask"] = self.masks.facts()
+        columns |= {column: maps.facts() for column, maps in self.maps.items()}
         if labels := sorted({entry.label for entry in self.entries if entry.label}):
             columns["label"] = {"kind": "label", "names": labels}
         if any(entry.caption for entry in self.entries):
@@ -244,20 +261,27 @@ class Folder(Pipeline):
         if self.masks is not None and (classes := self.masks.read(entry.mask)) is not None:
             mask = picture.annotation(Image.fromarray(classes))
             row["mask"] = to_png(np.asarray(self.frame(mask, Image.Resampling.NEAREST, self.masks.void or 0)))
+        for column, maps in self.maps.items():
+            row[column] = maps.read(
+                entry.mask,
+                lambda part: self.frame(picture.annotation(part, "map"), Image.Resampling.BOX),
+            )
         return row
 
 
-def walk(source: Path, without: Path | None) -> tuple[list[Entry], Counter[str]]:
+def walk(source: Path, without: Sequence[Path]) -> tuple[list[Entry], Counter[str]]:
     """Return the pictures under a folder, sorted, labelled by their top-level folder if they lie in one, and
     the number of other files by reason.
 
-    Hidden files and folders and the folder `without` are neither. A text file beside a picture with the same
+    Hidden files and folders and the folders `without` are neither. A text file beside a picture with the same
     name holds its caption.
     """
     entries, skipped = [], Counter[str]()
     for path in sorted(source.rglob("*")):
         parts = path.relative_to(source).parts
-        if any(part.startswith(".") for part in parts) or without in path.parents or not path.is_file():
+        if any(part.startswith(".") for part in parts) or not path.is_file():
+            continue
+        if any(folder in path.parents for folder in without):
             continue
         if path.suffix.lower() not in SUFFIXES:
             beside = path.suffix == ".txt" and any(path.with_suffix(one).is_file() for one in SUFFIXES)

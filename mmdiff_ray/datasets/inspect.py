@@ -19,6 +19,7 @@ from mmdiff_ray.data.parquet import read_row_group
 from mmdiff_ray.evaluation import tiles
 from mmdiff_ray.evaluation.grids import Panel, grid
 from mmdiff_ray.modalities.image import to_png
+from mmdiff_ray.modalities.map import paint
 from mmdiff_ray.storage.filesystem import filesystem
 
 Facts = Mapping[str, Any]
@@ -93,6 +94,10 @@ def describe(facts: Facts) -> str:
             return f"{size} pixels, {'RGB and alpha' if facts.get('channels') == 4 else 'RGB'}"
         case "mask":
             return f"{size} pixels, {facts['classes']} classes"
+        case "map":
+            (low, high), channels, known = facts["range"], facts.get("channels", 1), facts["known_share"]
+            held = f"{size} pixels, {channels} channel{'s' * (channels > 1)}, {low:g} to {high:g}"
+            return held if known == 1 else f"{held}, {_percent(known)} known"
         case "label":
             largest = max(facts["counts"]) / max(1, facts["present"])
             count = len(facts["names"])
@@ -204,6 +209,8 @@ def _cell(facts: Facts, value: Any, centre: Any) -> np.ndarray:
             return over_checkerboard(np.asarray(Image.open(io.BytesIO(value)).convert("RGBA")))
         case "mask":
             return paint_mask(np.asarray(Image.open(io.BytesIO(value))), facts)
+        case "map":
+            return paint(np.load(io.BytesIO(value))[None], facts["range"], facts.get("content", "values"))[0]
         case "label":
             return tiles.text_tile(facts["names"][value])
         case "embedding":

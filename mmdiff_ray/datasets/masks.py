@@ -77,15 +77,8 @@ def find_masks(
     alone: background and foreground; single indices above 255), or the colours. suffix, ignore: as in
     `FolderOptions`. Raises ConfigError if there is no mask, or if they are no masks.
     """
-    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in _files(folder)}
     tried = NAME_SUFFIXES if suffix == "auto" else (suffix,)
-    matches = ({stem: found[stem + end] for stem in stems if stem + end in found} for end in tried)
-    files = next(filter(None, matches), {})
-    if not files:
-        raise ConfigError(
-            f"masks: no file in {folder} has the relative name of a picture; "
-            "a picture a/b.jpg wants the mask a/b.png there, or a/b_mask.png (mask_suffix)"
-        )
+    files = match_files("masks", folder, stems, SUFFIXES, tried)
     values, colored, colors = _scan(files.values())
     if palette is not None:
         if not colored:
@@ -105,6 +98,28 @@ def find_masks(
     if len(known) < 2:
         raise ConfigError(f"masks: every mask in {folder} holds the one class {known[0]}; want two or more")
     return _made(files, known, colored, names, colors, bool(void))
+
+
+def match_files(
+    key: str, folder: Path, stems: Sequence[str], suffixes: Sequence[str], ends: Sequence[str]
+) -> dict[str, Path]:
+    """Return the relative stem of a picture -> its file in a folder of masks or maps.
+
+    A file's name is its picture's and the first of the `ends` that any file has. Raises ConfigError, naming
+    the key, where no file matches.
+    """
+    if not folder.is_dir():
+        hint = "auto, alpha, none or a folder of masks" if key == "masks" else "COLUMN=FOLDER"
+        raise ConfigError(f"{key}: no folder {folder}; want {hint}")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+    matches = ({stem: found[stem + end] for stem in stems if stem + end in found} for end in ends)
+    if files := next(filter(None, matches), None):
+        return files
+    known = ", ".join(f"a/b{end}{suffixes[0]}" for end in ends[:3])
+    raise ConfigError(
+        f"{key}: no file in {folder} has the relative name of a picture; a picture a/b.jpg wants {known}"
+    )
 
 
 def _made(
@@ -159,12 +174,6 @@ def _read_palette(file: Path) -> dict[int, str]:
             f"palette: {file} holds {len(found)} colours; want two or more with names of their own"
         )
     return found
-
-
-def _files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise ConfigError(f"masks: no folder {folder}; want auto, alpha, none or a folder of masks")
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def _scan(files: Iterable[Path]) -> tuple[set[int], bool, list[list[int]] | None]:

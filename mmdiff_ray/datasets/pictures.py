@@ -41,17 +41,17 @@ class Picture:
     raw_size: tuple[int, int]
     turn: Image.Transpose | None
 
-    def annotation(self, mask: Image.Image) -> Image.Image:
-        """Return a mask turned like the picture, where it has the size of the file's own pixels.
+    def annotation(self, drawn: Image.Image, what: str = "mask") -> Image.Image:
+        """Return a mask or map turned like the picture, where it has the size of the file's own pixels.
 
-        Raises ValueError for a mask of another size.
+        Raises ValueError for one of another size.
         """
-        if self.turn is not None and mask.size == self.raw_size:
-            mask = mask.transpose(self.turn)
-        if mask.size != self.image.size:
-            (width, height), (w, h) = self.image.size, mask.size
-            raise ValueError(f"its mask has {w}x{h} pixels, the picture {width}x{height}")
-        return mask
+        if self.turn is not None and drawn.size == self.raw_size:
+            drawn = drawn.transpose(self.turn)
+        if drawn.size != self.image.size:
+            (width, height), (w, h) = self.image.size, drawn.size
+            raise ValueError(f"its {what} has {w}x{h} pixels, the picture {width}x{height}")
+        return drawn
 
 
 @dataclass(frozen=True)

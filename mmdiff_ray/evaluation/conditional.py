@@ -47,7 +47,7 @@ def evaluate_segmentation(context: Context) -> Findings:
     shared = np.logical_and.reduce([rows for _, _, rows, *_ in masks])
     if masks and shared.any():
         title = f"masks from {', '.join(context.condition)}"
-        panels = mask_panels(context, masks, shared)
+        panels = panels_of(context, masks, shared)
         picture = grid(panels, title=title, subtitle="held-out rows over random backgrounds")
         findings.pictures[title.replace(" ", "_")] = picture
     return findings
@@ -112,7 +112,7 @@ def _mask_rules(context: Context, modality: Any, rows: np.ndarray) -> dict[str, 
     }
 
 
-def mask_panels(context: Context, masks: list[tuple], rows: np.ndarray) -> list[Panel]:
+def panels_of(context: Context, masks: list[tuple], rows: np.ndarray) -> list[Panel]:
     """Return panels of the first of `rows`: the condition, then each predicted mask, its truth and best rule.
 
     masks: (instance, modality, its rows bool (B,), predicted, truth, rule -> mask); all have `rows`.

@@ -65,7 +65,7 @@ class Modality(nn.Module):
     """
 
     Options: ClassVar[type] = ModalityConfig
-    likelihood: ClassVar[str] = ""
+    likelihood: str = ""
     only_given: ClassVar[bool] = False
     """True for a type that is made from another instance and so can never be generated."""
     shows_source: ClassVar[bool] = False
@@ -186,6 +186,12 @@ class Modality(nn.Module):
     def scale_of_one_thing(self) -> float:
         """Return the usual scale of a type whose whole code says one thing."""
         return 1 / math.sqrt(self.code_channels * math.prod(self.size))
+
+    @property
+    def scale_of_regions(self) -> float:
+        """Return the usual scale of a type of which a region, about a sixteenth of the cells, says one
+        thing."""
+        return 4 / math.sqrt(math.prod(self.size))
 
     @property
     def weights(self) -> WeightsConfig:

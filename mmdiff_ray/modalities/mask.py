@@ -3,7 +3,6 @@
 import colorsys
 import dataclasses
 import io
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +50,7 @@ class MaskModality(Modality):
 
     Options = MaskOptions
     likelihood = "categorical"
+    usual_scale = Modality.scale_of_regions
     codes: Tensor
 
     def __init__(self, name: str, options: MaskOptions, size: tuple[int, int]) -> None:
@@ -128,10 +128,6 @@ class MaskModality(Modality):
         votes = votes.reshape(*size, classes)
         fitted = votes.argmax(-1).astype(np.uint8)
         return fitted if void is None else np.where(votes.sum(-1) > 0, fitted, np.uint8(void))
-
-    @property
-    def usual_scale(self) -> float:
-        return 4 / math.sqrt(math.prod(self.size))  # a region, about a sixteenth of the cells, says one thing
 
     def void(self, data: Tensor) -> Tensor | None:
         return None if self.options.void is None else data == self.options.void

@@ -11,7 +11,7 @@ from rich.console import Console
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.batches import split_batches
-from mmdiff_ray.evaluation.conditional import evaluate_segmentation, mask_panels
+from mmdiff_ray.evaluation.conditional import evaluate_segmentation, panels_of
 from mmdiff_ray.evaluation.context import Context, Figure
 from mmdiff_ray.evaluation.floors import nearest_palette_colour
 from mmdiff_ray.evaluation.run import (
@@ -154,7 +154,7 @@ def test_masks_of_a_picture_belong_to_the_same_rows(model):
         ("outline", modality, every, 0 * truth[every], truth[every], {}),
         ("shapes", modality, some, truth[some], 0 * truth[some], {"a rule": truth[some]}),
     ]
-    panels = {panel.title: panel.pictures for panel in mask_panels(context, answers, every & some)}
+    panels = {panel.title: panel.pictures for panel in panels_of(context, answers, every & some)}
     wanted = modality.picture(context.truth("shapes", every & some)[:2])
     for title in ("true outline", "shapes", "a rule"):
         assert np.array_equal(panels[title], wanted)

@@ -26,6 +26,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "category": {"kind": "label", "names": NAMES},
     "look": {"kind": "embedding", "dim": 6},
     "name": {"kind": "text"},
+    "depth": {"kind": "map", "channels": 1, "range": [0.5, 4]},
+    "normals": {"kind": "map", "channels": 3, "range": [-1, 1], "content": "normals"},
 }
 PLAIN: dict[str, Any] = {
     "space": {"height": SIZE[0], "width": SIZE[1]},
@@ -46,6 +48,12 @@ PLAIN: dict[str, Any] = {
         "restore": {"roles": {"masked": "given", "pixels": "generated"}},
     },
 }
+MORE = {
+    "depth": {"type": "map", "dim": 1, "range": [0.5, 4]},
+    "normals": {"type": "map", "dim": 3, "range": [-1, 1], "content": "normals", "likelihood": "laplace"},
+}
+EVERY: dict[str, Any] = {**PLAIN, "modalities": {**PLAIN["modalities"], **MORE}}
+"""The tiny configuration with an instance of every type that has a column."""
 
 
 @register("backbone", "tiny_test")
@@ -73,9 +81,9 @@ def config(*overrides: str, plain: Mapping[str, Any] = PLAIN) -> Config:
     return configuration.load(base=plain, overrides=overrides)
 
 
-def instances(*overrides: str) -> dict[str, Modality]:
+def instances(*overrides: str, plain: Mapping[str, Any] = PLAIN) -> dict[str, Modality]:
     """Return the tiny configuration's modalities."""
-    return build_modalities(config(*overrides))
+    return build_modalities(config(*overrides, plain=plain))
 
 
 def png(array: np.ndarray) -> bytes:
@@ -85,8 +93,15 @@ def png(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def npy(array: np.ndarray) -> bytes:
+    """Return an array as the bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array.astype(np.float32))
+    return buffer.getvalue()
+
+
 def raw_row(index: int, size: tuple[int, int] = SIZE) -> dict[str, Any]:
-    """Return one row as a data set holds it: a soft disc on transparency, its masks, a label, a vector."""
+    """Return one row as a data set holds it: a soft disc on transparency, its masks and maps, a label."""
     rng = np.random.default_rng(index)
     y, x = np.mgrid[: size[0], : size[1]]
     radius = rng.uniform(0.2, 0.5) * max(size)
@@ -96,6 +111,7 @@ def raw_row(index: int, size: tuple[int, int] = SIZE) -> dict[str, Any]:
     pixels[..., :3] = rng.integers(0, 256, 3)
     pixels[..., 3] = (cover * 255).round()
     alpha = (pixels[..., 3] >= 128).astype(np.uint8)
+    normals = np.stack([cover - 0.5, distance / max(size), np.full(size, 0.4)])
     vector = rng.normal(size=6) * [3, 2, 1, 0.5, 0.3, 0.2] + [1, 0, 0, 0, 0, 0]
     return {
         "id": index,
@@ -105,6 +121,8 @@ def raw_row(index: int, size: tuple[int, int] = SIZE) -> dict[str, Any]:
         "category": int(rng.integers(0, 4)),
         "look": (vector / np.linalg.norm(vector)).astype(np.float32),
         "name": f"{rng.normal(3, 2):.4f}",
+        "depth": npy((1 + 2 * cover)[None]),
+        "normals": npy(normals / np.linalg.norm(normals, axis=0)),
     }
 
 

@@ -1,0 +1,80 @@
+"""Maps predicted from the condition (`Context.condition`), beside the mean map."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from mmdiff_ray.evaluation.conditional import panels_of
+from mmdiff_ray.evaluation.context import PAIRED, Context, Findings
+from mmdiff_ray.evaluation.grids import grid
+from mmdiff_ray.evaluation.statistics import Tally
+from mmdiff_ray.modalities.map import MapModality
+from mmdiff_ray.registry import register
+
+Measure = Callable[[np.ndarray, np.ndarray], float]
+
+
+@register("evaluator", "maps")
+def evaluate_maps(context: Context) -> Findings:
+    """Measure predicted maps over their known cells, a mean per row. Rule: the mean map.
+
+    `rmse` is in the map's unit; `abs_rel`, the mean of |error| / truth, is of maps above 0; `angular_error`,
+    in degrees, is of normals.
+    """
+    findings, shown = Findings(), "likely" if context.model.is_likely(context.condition) else "sample"
+    for name, modality, rows in context.predicted(MapModality):
+        truth, ids = context.truth(name, rows).numpy(), context.ids(rows)
+        known = ~np.isnan(truth).any(1)
+        rules = {"mean map": np.broadcast_to(mean_map(truth), truth.shape)}
+        measures: dict[str, Measure] = {"rmse": root_mean_square}
+        if modality.content == "normals":
+            measures["angular_error"] = angular_error
+        elif modality.low > 0:
+            measures["abs_rel"] = relative_error
+        for readout, suffix in PAIRED.items():
+            candidates = {"model": context.prediction(name, rows, readout), **rules}
+            for metric, measure in measures.items():
+                tallies = {rule: per_row(measure, guess, truth, known) for rule, guess in candidates.items()}
+                findings.add(f"{name}/{metric}{suffix}", "lower", tallies, ids)
+        title = f"{name} from {', '.join(context.condition)}"
+        drawn = (name, modality, rows, context.prediction(name, rows, shown), truth, rules)
+        picture = grid(panels_of(context, [drawn], rows), title, "held-out rows")
+        findings.pictures[title.replace(" ", "_")] = picture
+    return findings
+
+
+def mean_map(truth: np.ndarray) -> np.ndarray:
+    """Return the mean over rows of each cell's known values, (C, H, W); of a cell that no row knows, the mean
+    over cells. truth: (n, C, H, W), NaN where unknown."""
+    known = ~np.isnan(truth)
+    total, count = np.where(known, truth, 0).sum(0, dtype=np.float64), known.sum(0)
+    overall = total.sum((1, 2), keepdims=True) / np.maximum(count.sum((1, 2), keepdims=True), 1)
+    return np.where(count > 0, total / np.maximum(count, 1), overall)
+
+
+def per_row(measure: Measure, guess: np.ndarray, truth: np.ndarray, known: np.ndarray) -> Tally:
+    """Return a measure's mean over the rows that know any cell. known: bool (n, H, W)."""
+    rows = [
+        measure(guess[index][:, cells].astype(np.float64), truth[index][:, cells].astype(np.float64))
+        if cells.any()
+        else 0.0
+        for index, cells in enumerate(known)
+    ]
+    return Tally(np.array(rows), np.array([float(cells.any()) for cells in known]))
+
+
+def root_mean_square(guess: np.ndarray, truth: np.ndarray) -> float:
+    """Return the root mean square error over cells and channels. guess, truth: (C, cells)."""
+    return float(np.sqrt(np.square(guess - truth).mean()))
+
+
+def relative_error(guess: np.ndarray, truth: np.ndarray) -> float:
+    """Return the mean of |error| / truth. Source: Eigen et al., "Depth Map Prediction ...", NeurIPS 2014."""
+    return float((np.abs(guess - truth) / truth).mean())
+
+
+def angular_error(guess: np.ndarray, truth: np.ndarray) -> float:
+    """Return the mean angle between vectors (3, cells), in degrees."""
+    norms = np.linalg.norm(guess, axis=0) * np.linalg.norm(truth, axis=0)
+    cosine = (guess * truth).sum(0) / np.maximum(norms, 1e-12)
+    return float(np.degrees(np.arccos(cosine.clip(-1, 1))).mean())
