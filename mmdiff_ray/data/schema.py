@@ -182,6 +182,22 @@ class LabelColumn(Column):
         return {**super().summary(tally), **parts}
 
 
+class LabelsColumn(LabelColumn):
+    """Sets of labels, given by names or indices; stored as lists of indices in order."""
+
+    kind = "labels"
+
+    def accept(self, value: Any) -> tuple[list[int], Tally]:  # type: ignore[override]
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            raise ConfigError(f"labels must be a list of names or indices, got {value!r}")
+        indices = sorted({super(LabelsColumn, self).accept(label)[0] for label in value})
+        counts = np.bincount(np.array(indices, np.int64), minlength=len(self._index))
+        return indices, {**_present(), "counts": counts}
+
+    def to_arrow(self, values: Sequence[Any]) -> pa.Array:
+        return pa.array(values, pa.list_(pa.int32()))
+
+
 class EmbeddingColumn(Column):
     """Vectors of one dimension, stored as fixed-size lists of float32.
 
@@ -228,7 +244,10 @@ class TextColumn(Column):
 
 KINDS: dict[str, type[Column]] = {
     column.kind: column
-    for column in (ImageColumn, MaskColumn, MapColumn, LabelColumn, EmbeddingColumn, TextColumn)
+    for column in (
+        *(ImageColumn, MaskColumn, MapColumn, LabelColumn, LabelsColumn, EmbeddingColumn),
+        TextColumn,
+    )
 }
 
 

@@ -15,7 +15,7 @@ from mmdiff_ray.config import ConfigError
 from mmdiff_ray.datasets.base import BadRow, Item, Options, Pipeline, Stage, is_off, is_on, look_stages
 from mmdiff_ray.datasets.embedders import make_embedder
 from mmdiff_ray.datasets.layouts import Entry, Masks, read_cityscapes, read_coco
-from mmdiff_ray.datasets.listing import NAMES, clean, read_table
+from mmdiff_ray.datasets.listing import NAMES, Columns, clean, read_table
 from mmdiff_ray.datasets.maps import Stated, find_maps, folders_of
 from mmdiff_ray.datasets.masks import find_masks
 from mmdiff_ray.datasets.pictures import (
@@ -64,15 +64,16 @@ class FolderOptions(Options):
     values outside are unknown; by default that of all files. metadata: a table (.csv, .tsv, .jsonl, .parquet)
     with the columns file, label and caption, which then lists the rows; metadata.csv and the like in the
     source is found without it. Without a table the top-level folders' names are the labels, and train, val
-    and test are splits. csv: the former name of metadata. split_column: the table's column with each row's
-    split. group_by: the table's column with what rows of one split share, such as a patient. val_source: a
-    folder with the pictures of the validation split. layout: plain, any folder; coco, the pictures that
-    annotations lists, with a class of masks per category; or cityscapes, the folder with leftImg8bit and
-    gtFine, 19 classes and unlabelled, labels from the cities; the last two take neither masks nor metadata.
-    annotations: the COCO file of instances, for layout=coco. captions: the COCO file of captions, for
-    layout=coco. look: embedder of the picture over white, which makes the column look: efficientnet-lite0,
-    open_clip:MODEL[:weights] or off. embed_captions: embedder of the captions, which makes the column
-    caption: minilm, open_clip:MODEL[:weights], on (minilm) or off.
+    and test are splits. csv: the former name of metadata. labels_column: the table's column with several
+    labels per row, the column labels; an empty cell is the empty set. labels_separator: what lies between
+    them. split_column: the table's column with each row's split. group_by: the table's column with what rows
+    of one split share, such as a patient. val_source: a folder with the pictures of the validation split.
+    layout: plain, any folder; coco, the pictures that annotations lists, with a class of masks per category;
+    or cityscapes, the folder with leftImg8bit and gtFine, 19 classes and unlabelled, labels from the cities;
+    the last two take neither masks nor metadata. annotations: the COCO file of instances, for layout=coco.
+    captions: the COCO file of captions, for layout=coco. look: embedder of the picture over white, which
+    makes the column look: efficientnet-lite0, open_clip:MODEL[:weights] or off. embed_captions: embedder of
+    the captions, which makes the column caption: minilm, open_clip:MODEL[:weights], on (minilm) or off.
     """
 
     source: str = ""
@@ -90,6 +91,8 @@ class FolderOptions(Options):
     map_range: str = ""
     metadata: str | None = None
     csv: str | None = None
+    labels_column: str | None = None
+    labels_separator: str = "|"
     split_column: str | None = None
     group_by: str | None = None
     val_source: str | None = None
@@ -173,12 +176,15 @@ class Folder(Pipeline):
             raise ConfigError(f"source: no picture in {self.source}; known suffixes: {', '.join(SUFFIXES)}")
         table = self._table()
         if table is None:
-            for key in ("split_column", "group_by"):
+            for key in ("split_column", "group_by", "labels_column"):
                 if getattr(options, key):
                     raise ConfigError(f"{key}: only a table has columns; name it: metadata=FILE")
             return [*_split_by_folder(found), *(entry._replace(split="val") for entry in held_out)]
         names = [entry.file for entry in found]
-        listed = read_table(table, self.source, names, options.split_column, options.group_by)
+        columns = Columns(
+            options.split_column, options.group_by, options.labels_column, options.labels_separator
+        )
+        listed = read_table(table, self.source, names, columns)
         listed = [entry._replace(label=clean(entry.label), split=_split(entry.split)) for entry in listed]
         unlisted = len(set(names) - {entry.file for entry in listed})
         if unlisted:
@@ -221,6 +227,9 @@ class Folder(Pipeline):
         columns |= {column: maps.facts() for column, maps in self.maps.items()}
         if labels := sorted({entry.label for entry in self.entries if entry.label}):
             columns["label"] = {"kind": "label", "names": labels}
+        if self.options.labels_column:
+            names = sorted({name for entry in self.entries for name in entry.labels or ()})
+            columns["labels"] = {"kind": "labels", "names": names}
         if any(entry.caption for entry in self.entries):
             columns["text"] = {"kind": "text"}
         return columns
@@ -245,9 +254,10 @@ class Folder(Pipeline):
 
     def row(self, item: Item) -> dict[str, Any]:
         entry: Entry = item.source
-        words = {"label": entry.label, "text": entry.caption}
+        words = {"label": entry.label or None, "text": entry.caption or None, "labels": entry.labels}
+        known = {column: value for column, value in words.items() if value is not None}
         try:
-            return {**self._pictures(entry), **{column: value for column, value in words.items() if value}}
+            return {**self._pictures(entry), **known}
         except UNREADABLE as error:
             raise BadRow(str(error) or type(error).__name__) from None
 

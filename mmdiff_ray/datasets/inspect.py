@@ -102,6 +102,9 @@ def describe(facts: Facts) -> str:
             largest = max(facts["counts"]) / max(1, facts["present"])
             count = len(facts["names"])
             return f"{count} name{'s' * (count > 1)}, the commonest {_percent(largest)}"
+        case "labels":
+            mean = sum(facts["counts"]) / max(1, facts["present"])
+            return f"{len(facts['names'])} names, {mean:.1f} per row"
         case "embedding":
             return f"{facts.get('dim')} numbers by {facts.get('codec', '?')}"
     return ""
@@ -109,9 +112,9 @@ def describe(facts: Facts) -> str:
 
 def _balance(name: str, facts: Facts) -> Iterator[Table]:
     """Yield a table of bars for a label's rows per name, or a mask's pixels per class."""
-    if facts["kind"] == "label":
+    if facts["kind"] in ("label", "labels"):
         counts = facts["counts"]
-        shares = [count / max(1, sum(counts)) for count in counts]
+        shares = [count / max(1, facts["present"]) for count in counts]
         yield _bars(f"{name}: rows per name", facts["names"], shares, [f"{count:,}" for count in counts])
     if facts["kind"] == "mask":
         names = facts.get("names") or [f"class {index}" for index in range(facts["classes"])]
@@ -213,6 +216,8 @@ def _cell(facts: Facts, value: Any, centre: Any) -> np.ndarray:
             return paint(np.load(io.BytesIO(value))[None], facts["range"], facts.get("content", "values"))[0]
         case "label":
             return tiles.text_tile(facts["names"][value])
+        case "labels":
+            return tiles.text_tile(", ".join(facts["names"][index] for index in value) or "none")
         case "embedding":
             return tiles.vector_tile(value - centre)
     raise AssertionError(f"no picture for the kind {facts['kind']!r}")

@@ -16,7 +16,7 @@ from mmdiff_ray.datasets.embedders import need
 
 class Entry(NamedTuple):
     """One picture. file: relative to the source, with / between folders; drawn: what its mask is read from,
-    where that is not a file of the picture's name; split, group: as of `Item`."""
+    where that is not a file of the picture's name; split, group: as of `Item`; labels: the set of labels."""
 
     file: str
     label: str | None = None
@@ -24,6 +24,7 @@ class Entry(NamedTuple):
     drawn: Any = None
     split: str | None = None
     group: str | None = None
+    labels: tuple[str, ...] | None = None
 
     @property
     def mask(self) -> Any:

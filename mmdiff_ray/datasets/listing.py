@@ -7,7 +7,7 @@ import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.config.checks import unknown
@@ -26,21 +26,28 @@ NEAR = 0.75
 """How alike a column's name is to one of ours that it is taken for a typo, from 0 to 1."""
 
 
-def read_table(
-    file: Path, source: Path, pictures: Sequence[str], split: str | None = None, group: str | None = None
-) -> list[Entry]:
+class Columns(NamedTuple):
+    """The names of a table's columns. split: of each row; group: what rows of one split share; labels: sets
+    of labels, with the separator between them."""
+
+    split: str | None = None
+    group: str | None = None
+    labels: str | None = None
+    separator: str = "|"
+
+
+def read_table(file: Path, source: Path, pictures: Sequence[str], named: Columns) -> list[Entry]:
     """Return the pictures that a table lists: .csv, .tsv or .txt, .jsonl, or .parquet.
 
     Columns are found by their names in ALIASES, whatever their case. Text files may be in UTF-8, UTF-16 or
     Latin-1, with commas, semicolons or tabs. pictures: those in the folder `source`, by relative path; names
-    are matched with / or \\ between folders and in any Unicode normal form. split, group: columns with the
-    split of a row, and with what rows of one split share. Raises ConfigError for an unreadable file, a
-    missing column, a likely typo, a picture listed twice, or a table that names no picture.
+    are matched with / or \\ between folders and in any Unicode normal form. Raises ConfigError for an
+    unreadable file, a missing column, a likely typo, a picture listed twice, or a table of other pictures.
     """
     rows = _rows(file)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     found = {ours: _column(columns, names) for ours, names in ALIASES.items()}
-    _check_columns(file, columns, found, [name for name in (split, group) if name])
+    _check_columns(file, columns, found, list(filter(None, named[:3])))
     if found["file"] is None or not rows:
         raise ConfigError(
             f"metadata: {file} needs a column with the files ({', '.join(ALIASES['file'])}) and a row; it "
@@ -54,8 +61,9 @@ def read_table(
             raise ConfigError(f"metadata: {file}, row {number}: no file")
         words = {ours: _text(row.get(found[ours] or "")) for ours in ("label", "caption")}
         place = known.get(_normal(name)) or Path(name.replace("\\", "/")).as_posix()
-        parts = [_text(row[column]) if column else None for column in (split, group)]
-        entries.append(Entry(place, words["label"], words["caption"], None, *parts))
+        held, group = (_text(row[column]) if column else None for column in (named.split, named.group))
+        labels = _set(row.get(named.labels), named.separator) if named.labels else None
+        entries.append(Entry(place, words["label"], words["caption"], None, held, group, labels))
     names = [entry.file for entry in entries]
     if repeated := len(names) - len(set(names)):
         raise ConfigError(f"metadata: {file} lists {repeated} of its files twice; want one row per file")
@@ -70,6 +78,14 @@ def read_table(
 def clean(label: str | None) -> str | None:
     """Return a label without outer spaces, in one Unicode form; None where nothing is left."""
     return unicodedata.normalize("NFC", label.strip()) or None if label else None
+
+
+def _set(value: Any, separator: str) -> tuple[str, ...] | None:
+    """Return a set of labels, from a list or a text; an empty text is the empty set, None is unknown."""
+    if value is None:
+        return None
+    words = value if isinstance(value, list | tuple) else str(value).split(separator)
+    return tuple(sorted({label for word in words if (label := clean(str(word)))}))
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

@@ -16,10 +16,11 @@ from mmdiff_ray.evaluation.floors import (
 from mmdiff_ray.evaluation.grids import Panel, grid
 from mmdiff_ray.evaluation.retrieval import cosine
 from mmdiff_ray.evaluation.segmentation import boundary_f, iou_tally
-from mmdiff_ray.evaluation.statistics import mean_of
+from mmdiff_ray.evaluation.statistics import Tally, mean_of
 from mmdiff_ray.modalities.embedding import EmbeddingModality
 from mmdiff_ray.modalities.image import ImageModality
 from mmdiff_ray.modalities.label import LabelModality
+from mmdiff_ray.modalities.labels import LabelsModality
 from mmdiff_ray.modalities.mask import MaskModality
 from mmdiff_ray.registry import register
 
@@ -70,6 +71,34 @@ def evaluate_labels(context: Context) -> Findings:
             tallies = {"model": model, "majority class": majority}
             findings.add(f"{name}/accuracy{suffix}", "higher", tallies, context.ids(rows))
     return findings
+
+
+@register("evaluator", "attributes")
+def evaluate_attributes(context: Context) -> Findings:
+    """Measure predicted sets of labels: the mean over labels of F1, and how often the whole set is right.
+
+    Rules: every label; and each label that most rows have, the best single set by its parts.
+    """
+    findings = Findings()
+    for name, _, rows in context.predicted(LabelsModality):
+        truth, ids = context.truth(name, rows).numpy(), context.ids(rows)
+        rules = {
+            "every label": np.ones_like(truth),
+            "majority of each label": np.broadcast_to(truth.mean(0) > 0.5, truth.shape),
+        }
+        for readout, suffix in PAIRED.items():
+            candidates = {"model": context.prediction(name, rows, readout), **rules}
+            f1 = {rule: f1_tally(labels, truth) for rule, labels in candidates.items()}
+            whole = {rule: mean_of((labels == truth).all(1)) for rule, labels in candidates.items()}
+            findings.add(f"{name}/f1{suffix}", "higher", f1, ids)
+            findings.add(f"{name}/subset_accuracy{suffix}", "higher", whole, ids)
+    return findings
+
+
+def f1_tally(predicted: np.ndarray, truth: np.ndarray) -> Tally:
+    """Return the F1 of each label, averaged over the labels that occur. predicted, truth: 0 or 1, (n, K)."""
+    hits = (predicted.astype(bool) & truth.astype(bool)).astype(np.float64)
+    return Tally(2 * hits, predicted.astype(np.float64) + truth)
 
 
 @register("evaluator", "embeddings")

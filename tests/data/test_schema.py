@@ -1,4 +1,4 @@
-"""Columns of maps: what comes back, what is counted, what is refused."""
+"""Columns of maps and sets of labels: what comes back, what is counted, what is refused."""
 
 import io
 
@@ -10,6 +10,7 @@ from mmdiff_ray.data.shards import ShardWriter
 from tests.datasets.reading import read_rows
 
 MAP = {"kind": "map", "range": [0, 5]}
+LABELS = {"kind": "labels", "names": ["a", "b", "c"]}
 
 
 def written(uri: str, facts: dict, values: list):
@@ -34,6 +35,13 @@ def test_maps_come_back_in_their_own_type(tmp_path, kind):
         assert loaded.dtype == kind and np.array_equal(loaded, value, equal_nan=True)
 
 
+def test_sets_of_labels_come_back_in_order_and_are_counted(tmp_path):
+    values = [["c", "a"], [], None, [1, 1, 2], ("b",)]
+    entry, read = written(str(tmp_path / "set"), LABELS, values)
+    assert read == [[0, 2], [], None, [1, 2], [1]]
+    assert entry["counts"] == [1, 2, 2] and entry["present"] == 4
+
+
 @pytest.mark.parametrize(
     ("facts", "value", "message"),
     [
@@ -43,6 +51,11 @@ def test_maps_come_back_in_their_own_type(tmp_path, kind):
         (MAP, np.zeros((2, 2), np.float32), r"got float32 of shape \(2, 2\)"),
         (MAP, np.full((1, 2, 2), 6, np.float32), "spans 6 to 6, outside its range 0 to 5"),
         (MAP, np.full((1, 2, 2), np.inf, np.float32), "spans inf to inf"),
+        ({"kind": "labels"}, None, "needs `names`"),
+        (LABELS, "ab", "must be a list of names or indices, got 'ab'"),
+        (LABELS, 1, "must be a list"),
+        (LABELS, ["a", "d"], "unknown label 'd'"),
+        (LABELS, [3], "unknown label 3"),
         ({**MAP, "channels": 3}, np.zeros((1, 2, 2), np.float32), "channels is 1, want 3"),
     ],
 )

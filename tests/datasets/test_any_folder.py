@@ -276,3 +276,29 @@ def test_a_palette_file_gives_its_colours(tmp_path):
     mask.save(tmp_path / "masks" / "a.png")
     built, _ = make(tmp_path / "in", tmp_path / "set", masks=str(tmp_path / "masks"))
     assert built.manifest.columns["mask"]["colors"] == [[0, 0, 0], [255, 0, 0], [0, 255, 0]]
+
+
+# --- sets of labels -----------------------------------------------------------------------------------------
+
+
+def test_a_column_of_the_table_holds_several_labels_per_row(tmp_path):
+    for name in "abc":
+        save(tmp_path / "in" / f"{name}.png")
+    (tmp_path / "list.csv").write_text("file,tags\na.png,red; round;red\nb.png,\nc.png,round\n")
+    rows = [{"file": "a.png", "tags": ["round", "red"]}, {"file": "b.png", "tags": []}, {"file": "c.png"}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, last in (("list.csv", [1]), ("list.jsonl", None)):
+        options = {"labels_column": "tags", "labels_separator": ";", "metadata": str(tmp_path / name)}
+        built, found = make(tmp_path / "in", tmp_path / f"set-{name}", **options)
+        facts = built.manifest.columns["labels"]
+        assert (facts["kind"], facts["names"]) == ("labels", ["red", "round"])
+        assert [found[f"{key}.png"]["labels"] for key in "abc"] == [[0, 1], [], last]
+
+
+def test_a_column_of_labels_needs_a_table_that_has_it(tmp_path):
+    save(tmp_path / "in" / "a.png")
+    with pytest.raises(ConfigError, match="labels_column: only a table has columns"):
+        make(tmp_path / "in", tmp_path / "set", labels_column="tags")
+    (tmp_path / "list.csv").write_text("file,tag\na.png,red\n")
+    with pytest.raises(ConfigError, match=r"list\.csv: unknown column 'tags'.*did you mean 'tag'"):
+        make(tmp_path / "in", tmp_path / "set", labels_column="tags", metadata=str(tmp_path / "list.csv"))

@@ -1,10 +1,11 @@
-"""Errors of maps against scikit-learn and geometry, over known cells alone."""
+"""Errors of maps and F1 of sets of labels against scikit-learn and geometry."""
 
 import numpy as np
 import pytest
-from sklearn.metrics import mean_absolute_percentage_error, root_mean_squared_error
+from sklearn.metrics import f1_score, mean_absolute_percentage_error, root_mean_squared_error
 
 from mmdiff_ray.evaluation import regression
+from mmdiff_ray.evaluation.conditional import f1_tally
 
 
 def some_maps(seed: int, channels: int = 1) -> np.ndarray:
@@ -37,3 +38,11 @@ def test_mean_map_is_over_the_rows_that_know_a_cell():
     found = regression.mean_map(truth)
     assert found[0, 0, 0] == pytest.approx(truth[1:, 0, 0, 0].mean())
     assert found[0, 1, 1] == pytest.approx(np.nanmean(truth))
+
+
+def test_f1_of_labels_is_scikit_learns_over_the_labels_that_occur():
+    rng = np.random.default_rng(0)
+    truth, predicted = rng.integers(0, 2, (2, 20, 5)).astype(np.uint8)
+    truth[:, 4] = predicted[:, 4] = 0
+    wanted = f1_score(truth[:, :4], predicted[:, :4], average="macro")
+    assert f1_tally(predicted, truth).value == pytest.approx(wanted)

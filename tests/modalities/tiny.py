@@ -27,6 +27,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "look": {"kind": "embedding", "dim": 6},
     "name": {"kind": "text"},
     "depth": {"kind": "map", "channels": 1, "range": [0.5, 4]},
+    "attributes": {"kind": "labels", "names": ["dark", "large", "left"]},
     "normals": {"kind": "map", "channels": 3, "range": [-1, 1], "content": "normals"},
 }
 PLAIN: dict[str, Any] = {
@@ -50,6 +51,7 @@ PLAIN: dict[str, Any] = {
 }
 MORE = {
     "depth": {"type": "map", "dim": 1, "range": [0.5, 4]},
+    "attributes": {"type": "labels", "names": ["dark", "large", "left"]},
     "normals": {"type": "map", "dim": 3, "range": [-1, 1], "content": "normals", "likelihood": "laplace"},
 }
 EVERY: dict[str, Any] = {**PLAIN, "modalities": {**PLAIN["modalities"], **MORE}}
@@ -122,6 +124,7 @@ def raw_row(index: int, size: tuple[int, int] = SIZE) -> dict[str, Any]:
         "look": (vector / np.linalg.norm(vector)).astype(np.float32),
         "name": f"{rng.normal(3, 2):.4f}",
         "depth": npy((1 + 2 * cover)[None]),
+        "attributes": [k for k in range(3) if rng.random() < 0.5],
         "normals": npy(normals / np.linalg.norm(normals, axis=0)),
     }
 
