@@ -23,7 +23,7 @@ from mmdiff_ray.config.errors import ConfigError
 from mmdiff_ray.config.filling import fill
 from mmdiff_ray.config.schema import Config
 
-FORMER_PLUGINS = {"pipelines.scalar_modality": "mmdiff_ray.modalities.scalar"}
+FORMER_PLUGINS = {"pipelines.scalar_modality": "mmdiff_ray.modalities.vector"}
 """Plug-ins that became part of the package; saved configurations name them."""
 _ENTRY = re.compile(r"\.\d+(\.|$)|\[")
 """What the key of a single entry of a list has in it."""

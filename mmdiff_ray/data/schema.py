@@ -210,9 +210,9 @@ class EmbeddingColumn(Column):
     def accept(self, value: Any) -> tuple[np.ndarray, Tally]:
         vector = np.asarray(value, dtype=np.float32)
         if vector.ndim != 1 or not len(vector):
-            raise ConfigError(f"an embedding must be one vector, got shape {vector.shape}")
+            raise ConfigError(f"a value of kind {self.kind} must be one vector, got shape {vector.shape}")
         if not np.isfinite(vector).all():
-            raise ConfigError("an embedding must be finite, got NaN or infinity")
+            raise ConfigError(f"a value of kind {self.kind} must be finite, got NaN or infinity")
         self.fix("dim", len(vector))
         return vector, {**_present(), "norm": np.asarray(math.sqrt(math.fsum(vector.astype(float) ** 2)))}
 
@@ -226,6 +226,17 @@ class EmbeddingColumn(Column):
     def summary(self, tally: Tally) -> dict[str, Any]:
         entry = super().summary(tally)
         return {**entry, "mean_norm": round(float(tally.get("norm", 0.0)) / max(1, entry["present"]), 6)}
+
+
+class VectorColumn(EmbeddingColumn):
+    """Vectors of real numbers, which may have names."""
+
+    kind = "vector"
+
+    def __init__(self, name: str, facts: Mapping[str, Any]) -> None:
+        super().__init__(name, facts)
+        if "names" in facts:
+            self.fix("dim", len(_names(name, facts)))
 
 
 class TextColumn(Column):
@@ -246,7 +257,7 @@ KINDS: dict[str, type[Column]] = {
     column.kind: column
     for column in (
         *(ImageColumn, MaskColumn, MapColumn, LabelColumn, LabelsColumn, EmbeddingColumn),
-        TextColumn,
+        *(VectorColumn, TextColumn),
     )
 }
 

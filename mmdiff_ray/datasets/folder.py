@@ -66,11 +66,12 @@ class FolderOptions(Options):
     source is found without it. Without a table the top-level folders' names are the labels, and train, val
     and test are splits. csv: the former name of metadata. labels_column: the table's column with several
     labels per row, the column labels; an empty cell is the empty set. labels_separator: what lies between
-    them. split_column: the table's column with each row's split. group_by: the table's column with what rows
-    of one split share, such as a patient. val_source: a folder with the pictures of the validation split.
-    layout: plain, any folder; coco, the pictures that annotations lists, with a class of masks per category;
-    or cityscapes, the folder with leftImg8bit and gtFine, 19 classes and unlabelled, labels from the cities;
-    the last two take neither masks nor metadata. annotations: the COCO file of instances, for layout=coco.
+    them. vector_columns: the table's columns of numbers that make the column vector, separated by commas.
+    split_column: the table's column with each row's split. group_by: the table's column with what rows of one
+    split share, such as a patient. val_source: a folder with the pictures of the validation split. layout:
+    plain, any folder; coco, the pictures that annotations lists, with a class of masks per category; or
+    cityscapes, the folder with leftImg8bit and gtFine, 19 classes and unlabelled, labels from the cities; the
+    last two take neither masks nor metadata. annotations: the COCO file of instances, for layout=coco.
     captions: the COCO file of captions, for layout=coco. look: embedder of the picture over white, which
     makes the column look: efficientnet-lite0, open_clip:MODEL[:weights] or off. embed_captions: embedder of
     the captions, which makes the column caption: minilm, open_clip:MODEL[:weights], on (minilm) or off.
@@ -93,6 +94,7 @@ class FolderOptions(Options):
     csv: str | None = None
     labels_column: str | None = None
     labels_separator: str = "|"
+    vector_columns: str | None = None
     split_column: str | None = None
     group_by: str | None = None
     val_source: str | None = None
@@ -176,13 +178,14 @@ class Folder(Pipeline):
             raise ConfigError(f"source: no picture in {self.source}; known suffixes: {', '.join(SUFFIXES)}")
         table = self._table()
         if table is None:
-            for key in ("split_column", "group_by", "labels_column"):
+            for key in ("split_column", "group_by", "labels_column", "vector_columns"):
                 if getattr(options, key):
                     raise ConfigError(f"{key}: only a table has columns; name it: metadata=FILE")
             return [*_split_by_folder(found), *(entry._replace(split="val") for entry in held_out)]
         names = [entry.file for entry in found]
         columns = Columns(
-            options.split_column, options.group_by, options.labels_column, options.labels_separator
+            *(options.split_column, options.group_by, options.labels_column, options.labels_separator),
+            self._numbers,
         )
         listed = read_table(table, self.source, names, columns)
         listed = [entry._replace(label=clean(entry.label), split=_split(entry.split)) for entry in listed]
@@ -191,6 +194,11 @@ class Folder(Pipeline):
             named = "picture is" if unlisted == 1 else "pictures are"
             self.remarks.append(f"{unlisted:,} {named} not in {table.name} and left out")
         return [*listed, *held_out]
+
+    @property
+    def _numbers(self) -> tuple[str, ...]:
+        """Return the table's columns that make the vector."""
+        return tuple(filter(None, map(str.strip, (self.options.vector_columns or "").split(","))))
 
     def _table(self) -> Path | None:
         """Return the table of the pictures: the named one, or one that lies beside them."""
@@ -230,6 +238,8 @@ class Folder(Pipeline):
         if self.options.labels_column:
             names = sorted({name for entry in self.entries for name in entry.labels or ()})
             columns["labels"] = {"kind": "labels", "names": names}
+        if self._numbers:
+            columns["vector"] = {"kind": "vector", "names": list(self._numbers)}
         if any(entry.caption for entry in self.entries):
             columns["text"] = {"kind": "text"}
         return columns
@@ -254,8 +264,9 @@ class Folder(Pipeline):
 
     def row(self, item: Item) -> dict[str, Any]:
         entry: Entry = item.source
-        words = {"label": entry.label or None, "text": entry.caption or None, "labels": entry.labels}
-        known = {column: value for column, value in words.items() if value is not None}
+        words = {"label": entry.label or None, "text": entry.caption or None}
+        values = {**words, "labels": entry.labels, "vector": entry.numbers}
+        known = {column: value for column, value in values.items() if value is not None}
         try:
             return {**self._pictures(entry), **known}
         except UNREADABLE as error:

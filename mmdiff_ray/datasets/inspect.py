@@ -20,6 +20,7 @@ from mmdiff_ray.evaluation import tiles
 from mmdiff_ray.evaluation.grids import Panel, grid
 from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.modalities.map import paint
+from mmdiff_ray.modalities.vector import as_text
 from mmdiff_ray.storage.filesystem import filesystem
 
 Facts = Mapping[str, Any]
@@ -107,6 +108,8 @@ def describe(facts: Facts) -> str:
             return f"{len(facts['names'])} names, {mean:.1f} per row"
         case "embedding":
             return f"{facts.get('dim')} numbers by {facts.get('codec', '?')}"
+        case "vector":
+            return ", ".join(facts.get("names") or [f"{facts.get('dim')} numbers"])
     return ""
 
 
@@ -220,6 +223,8 @@ def _cell(facts: Facts, value: Any, centre: Any) -> np.ndarray:
             return tiles.text_tile(", ".join(facts["names"][index] for index in value) or "none")
         case "embedding":
             return tiles.vector_tile(value - centre)
+        case "vector":
+            return tiles.text_tile(as_text(value, facts.get("names")))
     raise AssertionError(f"no picture for the kind {facts['kind']!r}")
 
 

@@ -16,7 +16,8 @@ from mmdiff_ray.datasets.embedders import need
 
 class Entry(NamedTuple):
     """One picture. file: relative to the source, with / between folders; drawn: what its mask is read from,
-    where that is not a file of the picture's name; split, group: as of `Item`; labels: the set of labels."""
+    where that is not a file of the picture's name; split, group: as of `Item`; labels: the set of labels;
+    numbers: the vector."""
 
     file: str
     label: str | None = None
@@ -25,6 +26,7 @@ class Entry(NamedTuple):
     split: str | None = None
     group: str | None = None
     labels: tuple[str, ...] | None = None
+    numbers: tuple[float, ...] | None = None
 
     @property
     def mask(self) -> Any:

@@ -28,12 +28,13 @@ NEAR = 0.75
 
 class Columns(NamedTuple):
     """The names of a table's columns. split: of each row; group: what rows of one split share; labels: sets
-    of labels, with the separator between them."""
+    of labels, with the separator between them; numbers: what a vector is made of."""
 
     split: str | None = None
     group: str | None = None
     labels: str | None = None
     separator: str = "|"
+    numbers: tuple[str, ...] = ()
 
 
 def read_table(file: Path, source: Path, pictures: Sequence[str], named: Columns) -> list[Entry]:
@@ -47,7 +48,7 @@ def read_table(file: Path, source: Path, pictures: Sequence[str], named: Columns
     rows = _rows(file)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     found = {ours: _column(columns, names) for ours, names in ALIASES.items()}
-    _check_columns(file, columns, found, list(filter(None, named[:3])))
+    _check_columns(file, columns, found, [*filter(None, named[:3]), *named.numbers])
     if found["file"] is None or not rows:
         raise ConfigError(
             f"metadata: {file} needs a column with the files ({', '.join(ALIASES['file'])}) and a row; it "
@@ -63,7 +64,8 @@ def read_table(file: Path, source: Path, pictures: Sequence[str], named: Columns
         place = known.get(_normal(name)) or Path(name.replace("\\", "/")).as_posix()
         held, group = (_text(row[column]) if column else None for column in (named.split, named.group))
         labels = _set(row.get(named.labels), named.separator) if named.labels else None
-        entries.append(Entry(place, words["label"], words["caption"], None, held, group, labels))
+        numbers = _vector([row.get(column) for column in named.numbers], f"{file}, row {number}")
+        entries.append(Entry(place, words["label"], words["caption"], None, held, group, labels, numbers))
     names = [entry.file for entry in entries]
     if repeated := len(names) - len(set(names)):
         raise ConfigError(f"metadata: {file} lists {repeated} of its files twice; want one row per file")
@@ -86,6 +88,14 @@ def _set(value: Any, separator: str) -> tuple[str, ...] | None:
         return None
     words = value if isinstance(value, list | tuple) else str(value).split(separator)
     return tuple(sorted({label for word in words if (label := clean(str(word)))}))
+
+
+def _vector(values: Sequence[Any], where: str) -> tuple[float, ...] | None:
+    """Return numbers, or None where one is missing or there are none. Raises ConfigError for other text."""
+    try:
+        return None if not values or None in values or "" in values else tuple(map(float, values))
+    except ValueError as error:
+        raise ConfigError(f"vector_columns: {where}: {error}") from None
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

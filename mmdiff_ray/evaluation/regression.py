@@ -1,4 +1,4 @@
-"""Maps predicted from the condition (`Context.condition`), beside the mean map."""
+"""Maps and vectors predicted from the condition (`Context.condition`), beside their means."""
 
 from collections.abc import Callable
 
@@ -7,8 +7,9 @@ import numpy as np
 from mmdiff_ray.evaluation.conditional import panels_of
 from mmdiff_ray.evaluation.context import PAIRED, Context, Findings
 from mmdiff_ray.evaluation.grids import grid
-from mmdiff_ray.evaluation.statistics import Tally
+from mmdiff_ray.evaluation.statistics import Tally, mean_of
 from mmdiff_ray.modalities.map import MapModality
+from mmdiff_ray.modalities.vector import VectorModality
 from mmdiff_ray.registry import register
 
 Measure = Callable[[np.ndarray, np.ndarray], float]
@@ -40,6 +41,24 @@ def evaluate_maps(context: Context) -> Findings:
         drawn = (name, modality, rows, context.prediction(name, rows, shown), truth, rules)
         picture = grid(panels_of(context, [drawn], rows), title, "held-out rows")
         findings.pictures[title.replace(" ", "_")] = picture
+    return findings
+
+
+@register("evaluator", "vectors")
+def evaluate_vectors(context: Context) -> Findings:
+    """Measure the absolute error of predicted vectors and scalars, the mean over their numbers. Rule: the
+    mean vector."""
+    findings = Findings()
+    for name, _, rows in context.predicted(VectorModality):
+        truth = context.truth(name, rows).numpy()
+        rules = {"mean": truth.mean(0, dtype=np.float64)}
+        for readout, suffix in PAIRED.items():
+            candidates = {"model": context.prediction(name, rows, readout), **rules}
+            tallies = {
+                rule: mean_of(np.abs(guess - truth).reshape(len(truth), -1).mean(1))
+                for rule, guess in candidates.items()
+            }
+            findings.add(f"{name}/absolute_error{suffix}", "lower", tallies, context.ids(rows))
     return findings
 
 

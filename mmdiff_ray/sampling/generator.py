@@ -298,7 +298,8 @@ class Generator:
 
     def _plain(self, name: str, data: Tensor) -> list[Any]:
         shown = self.denoiser.modalities[name].picture(data)
-        return shown if isinstance(shown, list) else list(data.numpy())
+        is_text = isinstance(shown, list) and not data.is_floating_point()
+        return shown if is_text else list(data.numpy())
 
     def untrained(self, given: Sequence[str], guidance: float = 1.0) -> list[str]:
         """Return what was never trained in a request, one sentence each: answers to it mean little."""

@@ -51,6 +51,8 @@ def test_sets_of_labels_come_back_in_order_and_are_counted(tmp_path):
         (MAP, np.zeros((2, 2), np.float32), r"got float32 of shape \(2, 2\)"),
         (MAP, np.full((1, 2, 2), 6, np.float32), "spans 6 to 6, outside its range 0 to 5"),
         (MAP, np.full((1, 2, 2), np.inf, np.float32), "spans inf to inf"),
+        ({"kind": "vector", "names": ["x", "y"]}, [1, 2, 3], "dim is 3, want 2"),
+        ({"kind": "vector"}, [1, float("nan")], "a value of kind vector must be finite"),
         ({"kind": "labels"}, None, "needs `names`"),
         (LABELS, "ab", "must be a list of names or indices, got 'ab'"),
         (LABELS, 1, "must be a list"),

@@ -302,3 +302,19 @@ def test_a_column_of_labels_needs_a_table_that_has_it(tmp_path):
     (tmp_path / "list.csv").write_text("file,tag\na.png,red\n")
     with pytest.raises(ConfigError, match=r"list\.csv: unknown column 'tags'.*did you mean 'tag'"):
         make(tmp_path / "in", tmp_path / "set", labels_column="tags", metadata=str(tmp_path / "list.csv"))
+
+
+def test_columns_of_numbers_make_a_vector(tmp_path):
+    for name in "abc":
+        save(tmp_path / "in" / f"{name}.png")
+    table = tmp_path / "list.csv"
+    table.write_text("file,x,y\na.png,1.5,-2\nb.png,,3\nc.png,0,1e2\n")
+    options = {"metadata": str(table), "vector_columns": "y, x"}
+    built, rows = make(tmp_path / "in", tmp_path / "set", **options)
+    facts = built.manifest.columns["vector"]
+    assert (facts["kind"], facts["names"], facts["dim"], facts["present"]) == ("vector", ["y", "x"], 2, 2)
+    assert rows["a.png"]["vector"].tolist() == [-2, 1.5] and rows["c.png"]["vector"].tolist() == [100, 0]
+    assert rows["b.png"]["vector"] is None
+    table.write_text("file,x,y\na.png,1.5,old\n")
+    with pytest.raises(ConfigError, match=r"vector_columns: .*list\.csv, row 1: .*'old'"):
+        make(tmp_path / "in", tmp_path / "other", **options)

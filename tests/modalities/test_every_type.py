@@ -6,6 +6,7 @@ import torch
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.modalities.base import Features, Modality, RowContext
+from mmdiff_ray.modalities.vector import VectorModality
 from tests.modalities import tiny
 
 NAMES = list(tiny.EVERY["modalities"])
@@ -32,6 +33,9 @@ def prediction_of(modality: Modality, data: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.one_hot(data.long(), modality.prediction_channels).movedim(-1, 1) * 50.0
     if modality.likelihood == "Bernoulli":
         return (data.float() * 2 - 1) * 50
+    if isinstance(modality, VectorModality):
+        values = modality.standardise(data)
+        return torch.cat([values, torch.full_like(values, -3)], 1)
     if hasattr(modality, "standardise"):
         return modality.standardise(data)
     return modality.encode(data)
@@ -145,7 +149,7 @@ def test_head_output_fits_the_likelihood_and_passes_gradients(modalities, data, 
 
 def test_metrics_of_the_truth_are_perfect_and_add_up(modalities, data):
     for name in GENERATED:
-        value = 0.0 if name in ("pixels", "depth", "normals") else 1.0
+        value = 0.0 if name in ("pixels", "depth", "normals", "place") else 1.0
         (mean,) = modalities[name].metrics(data[name], data[name]).values()
         assert mean.sum / mean.count == pytest.approx(value, abs=1e-6)
         (first,) = modalities[name].metrics(data[name][:10].flip(0), data[name][:10]).values()

@@ -28,6 +28,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "name": {"kind": "text"},
     "depth": {"kind": "map", "channels": 1, "range": [0.5, 4]},
     "attributes": {"kind": "labels", "names": ["dark", "large", "left"]},
+    "place": {"kind": "vector", "dim": 2, "names": ["x", "y"]},
     "normals": {"kind": "map", "channels": 3, "range": [-1, 1], "content": "normals"},
 }
 PLAIN: dict[str, Any] = {
@@ -52,6 +53,7 @@ PLAIN: dict[str, Any] = {
 MORE = {
     "depth": {"type": "map", "dim": 1, "range": [0.5, 4]},
     "attributes": {"type": "labels", "names": ["dark", "large", "left"]},
+    "place": {"type": "vector", "dim": 2, "names": ["x", "y"]},
     "normals": {"type": "map", "dim": 3, "range": [-1, 1], "content": "normals", "likelihood": "laplace"},
 }
 EVERY: dict[str, Any] = {**PLAIN, "modalities": {**PLAIN["modalities"], **MORE}}
@@ -125,6 +127,7 @@ def raw_row(index: int, size: tuple[int, int] = SIZE) -> dict[str, Any]:
         "name": f"{rng.normal(3, 2):.4f}",
         "depth": npy((1 + 2 * cover)[None]),
         "attributes": [k for k in range(3) if rng.random() < 0.5],
+        "place": rng.normal(size=2) * [1, 0.3],
         "normals": npy(normals / np.linalg.norm(normals, axis=0)),
     }
 

@@ -1,16 +1,19 @@
-"""Scalars: read, encoded, trained and sampled."""
+"""Scalars, trained and sampled, and vectors of several numbers."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.diffusion import rng
 from mmdiff_ray.diffusion.objective import Objective
 from mmdiff_ray.modalities.base import RowContext
+from mmdiff_ray.modalities.vector import VectorModality, VectorOptions
 from mmdiff_ray.models.denoiser import build_denoiser
+from mmdiff_ray.sampling.generator import Generator
 from mmdiff_ray.tasks import Tasks
 from tests.modalities import tiny
 
@@ -60,7 +63,7 @@ def test_it_keeps_the_promises_of_a_modality_type(denoiser):
     assert code.shape == (128, 1, *tiny.SIZE)
     assert float(code.square().mean().sqrt()) == pytest.approx(1, abs=1e-4)
     torch.testing.assert_close(price.from_code(code), data, atol=1e-4, rtol=0)
-    sure = torch.stack([price.standardise(data), torch.full((128,), -3.0)], 1)
+    sure = torch.cat([price.standardise(data), torch.full((128, 1), -3.0)], 1)
     torch.testing.assert_close(price.expected_code(sure), code)
     torch.testing.assert_close(price.answer(sure), data, atol=1e-4, rtol=0)
     assert price.metrics(price.answer(sure), data)["absolute_error"].sum < 1e-2
@@ -118,6 +121,61 @@ def test_what_a_row_lacks_reads_as_none_and_a_missing_column_is_named(denoiser):
     kind, options = type(denoiser.modalities["price"]), denoiser.modalities["price"].options
     with pytest.raises(ConfigError, match=r"modalities\.price needs the column 'name'"):
         kind.resolve("price", options, {"other": {"kind": "text"}})
-    with pytest.raises(ConfigError, match=r"modalities\.price wants a column of kind text"):
+    with pytest.raises(ConfigError, match=r"modalities\.price wants a column of kind text or vector"):
         kind.resolve("price", options, {"name": {"kind": "label"}})
+    with pytest.raises(ConfigError, match=r"a scalar is one number; column 'name' has 3\..*type=vector"):
+        kind.resolve("price", options, {"name": {"kind": "vector", "dim": 3}})
     assert kind.resolve("price", options, tiny.COLUMNS) == options
+
+
+def vector(dim: int = 3, **options) -> VectorModality:
+    return VectorModality("place", VectorOptions(type="vector", dim=dim, **options), tiny.SIZE)
+
+
+def test_a_scalar_reads_a_column_of_vectors_of_one(denoiser):
+    context = RowContext(tiny.SIZE, 0, 0, 0)
+    assert denoiser.modalities["price"].read({"name": np.ones(1)}, context, {}).shape == ()
+
+
+def test_each_number_has_its_own_channel_and_scale():
+    modality = vector()
+    data = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 20, 0.1]) + 5
+    modality.calibrate(data)
+    code = modality.encode(data)
+    assert code.shape == (500, 3, *tiny.SIZE) and modality.prediction_channels == 6
+    torch.testing.assert_close(code.square().mean((0, 2, 3)).sqrt(), torch.ones(3))
+    torch.testing.assert_close(modality.from_code(code), data, rtol=1e-4, atol=1e-4)
+
+
+def test_likelihood_is_that_of_independent_normals():
+    modality = vector(2)
+    modality.mean, modality.scale = torch.tensor([1.0, 2]), torch.tensor([3.0, 4])
+    data, prediction = torch.tensor([[4.0, 2.0]]), torch.tensor([[0.5, -1.0, 0.2, -0.3]])
+    wanted = -stats.norm([0.5, -1.0], np.exp([0.2, -0.3])).logpdf([1.0, 0.0]).sum()
+    assert float(modality.negative_log_likelihood(prediction, data)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_vectors_are_parsed_from_text_and_files_and_shown_with_their_names(tmp_path):
+    np.save(tmp_path / "v.npy", np.array([[1.5, 2, 3]]))
+    for text in ("1.5, 2,3", str(tmp_path / "v.npy")):
+        assert vector().parse(text).tolist() == [1.5, 2, 3]
+    for text in ("1.5, 2", "1, 2, nan", "1, 2, x", str(tmp_path / "none.npy")):
+        with pytest.raises(ConfigError, match=r"place: got .*, want 3 numbers separated by commas"):
+            vector().parse(text)
+    assert vector(names=["x", "y", "z"]).picture(torch.tensor([[1, 2.5, 3]])) == ["x 1, y 2.5, z 3"]
+    assert vector(8).picture(torch.arange(8)[None].float()) == ["0, 1, 2, 3, 4, 5, …"]
+
+
+def test_a_row_or_data_set_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="place: got 2 numbers, want 3"):
+        vector().read({"place": np.ones(2)}, RowContext(tiny.SIZE, 0, 0, 0), {})
+    with pytest.raises(ConfigError, match=r"place\.dim \(3\) differs from the data set's 2"):
+        VectorModality.resolve("place", VectorOptions(type="vector", dim=3), tiny.COLUMNS)
+    with pytest.raises(ConfigError, match=r"place\.dim \(0\) must be at least 1"):
+        vector(0)
+
+
+def test_samples_of_numbers_are_numbers(denoiser):
+    drawn = Generator(tiny.config(plain=PLAIN), denoiser).sample({}, num=2, steps=1)
+    assert all(isinstance(float(value), float) and np.shape(value) == () for value in drawn["price"])
+    assert not any(isinstance(value, str) for value in drawn["price"])
