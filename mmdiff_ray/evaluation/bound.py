@@ -34,7 +34,8 @@ def evaluate_bound(context: Context) -> Findings:
     for start, part in context.parts():
         chunk = slice(start, start + len(part))
         roles, codes = _all_generated(context, part), denoiser.encode(part.data)
-        elements = objective.row_counts(roles, size[0] * size[1])
+        void = denoiser.void_cells(part.data)
+        elements = objective.row_counts(roles, size[0] * size[1], void=void)
         for draw in range(TIMES_PER_ROW + 1):  # 0: the last step (L0, L3); others: a random step (L1, L2)
             visits = draw + (TIMES_PER_ROW + 1) * part.visits
             k = torch.ones(len(part), dtype=torch.float64, device=part.ids.device)
@@ -45,7 +46,10 @@ def evaluate_bound(context: Context) -> Findings:
             noise = rng.normal(seed, "bound noise", visits, part.ids, (process.channels, *size))
             z_t = process.marginal(codes, roles, t).sample(noise)
             prediction = denoiser(z_t, t, roles, codes, denoiser.conditions(part.data))
-            terms = (_random_step if draw else _last_step)(objective, part, t, roles, codes, prediction)
+            truth = dict(codes)
+            for name, cells in void.items():  # no error where the truth is unknown
+                truth[name] = torch.where(cells[:, None], prediction.codes[name], codes[name])
+            terms = (_random_step if draw else _last_step)(objective, part, t, roles, truth, prediction)
             for key, value in terms.items():
                 term, name = key.split("/")
                 totals[key][chunk] += value.double().cpu()
