@@ -77,7 +77,12 @@ def small_folder(folder: Path) -> str:
     return str(folder / "set")
 
 
-BUILDERS = {"data/openmoji": small_openmoji, "data/folder": small_folder}
+def small_scenes(folder: Path) -> str:
+    build("scenes", str(folder / "set"), {"count": 200, "size": 16}, workers=0, progress=False)
+    return str(folder / "set")
+
+
+BUILDERS = {"data/openmoji": small_openmoji, "data/folder": small_folder, "data/scenes": small_scenes}
 
 
 def load(file: Path, data: Callable[[str], str], *overrides: str) -> Config:
@@ -143,6 +148,22 @@ def test_configuration_trains_samples_and_evaluates(file, data):
     splits = [manifest.splits["val"] for manifest in job.manifests]
     found = evaluate(model, split_batches(job.reader(job.denoiser()), splits, 6, 6), job.columns)
     assert found.figures and all(np.isfinite(figure.value) for figure in found.figures)
+
+
+def test_scenes_are_sampled_from_any_to_any(data):
+    job = jobs.prepare(load(FOLDER / "scenes.yaml", data, *SMALL), Path("unused"))
+    trainer = tiny.trainer(job)
+    trainer.advance(tiny.batches(job), 48)
+    model, batch = Generator(job.config, trainer.ema.model), tiny.held_out(job, 3, 3)[0]
+    names = {"pixels", "depth", "attributes", "shape", "place"}
+    for name in sorted(names):
+        for given in ({name}, names - {name}):
+            drawn = model.draw({one: batch.data[one].numpy() for one in given}, 3, steps=2)
+            assert set(drawn.data) == names and not model.untrained(sorted(given))
+            for one in names:
+                assert drawn.data[one].shape == batch.data[one].shape
+                assert torch.equal(drawn.data[one], batch.data[one]) or one not in given
+                assert torch.isfinite(drawn.data[one].double()).all()
 
 
 def test_paper_literal_configuration_is_the_papers_process(data):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from mmdiff_ray.datasets.base import Item, Options, Pipeline
 from mmdiff_ray.modalities.image import to_png
 
 Grid = np.ndarray
+PLACE = ("x", "y", "radius")
+NEAREST, FARTHEST = 1.0, 5.0
+"""Range of depth: shapes lie from 1 to 2, the background from 3 to 5."""
 FACTORS = ("one", "red", "green", "blue", "x", "y", "radius", "cos", "sin")
 
 
@@ -83,10 +86,27 @@ class Scene:
             mask[covered] = 1 + list(SHAPES).index(shape.name)
         return pixels, mask
 
-    def _background(self, size: int) -> Grid:
+    def depth(self, size: int) -> Grid:
+        """Return the depth of each pixel, float32 (size, size).
+
+        The background recedes towards its darker end. Shapes in front are nearer; of one alone, the larger.
+        """
+        share = self._share(size)
+        far = share if sum(self.start) >= sum(self.end) else 1 - share
+        depth = 3 + 2 * far
+        for index, shape in enumerate(reversed(self.shapes)):
+            behind = (0.36 - shape.radius) / 0.18  # 0 for the largest, 1 for the smallest
+            depth[shape.covers(size) & (depth >= 3)] = 1 + (index + behind) / len(self.shapes)
+        return depth.astype(np.float32)
+
+    def _share(self, size: int) -> Grid:
+        """Return how much of the second colour the background has in each pixel, (size, size)."""
         centres = (np.arange(size) + 0.5) / size - 0.5
         along = centres[None, :] * math.cos(self.angle) + centres[:, None] * math.sin(self.angle)
-        share = (along / math.sqrt(2) + 0.5)[..., None]
+        return along / math.sqrt(2) + 0.5
+
+    def _background(self, size: int) -> Grid:
+        share = self._share(size)[..., None]
         return np.round(np.array(self.start) * (1 - share) + np.array(self.end) * share).astype(np.uint8)
 
     def main(self, size: int) -> Shape:
@@ -147,7 +167,7 @@ class Sprites(Pipeline):
     """Drawn scenes of coloured shapes: picture, mask of shapes, the main shape's name and exact factors."""
 
     Options = SpritesOptions
-    annotations = ("shapes", "shape", "factors")
+    annotations: ClassVar[tuple[str, ...]] = ("shapes", "shape", "factors")
     credit = "Drawn by mmdiff-ray; free to use."
 
     def __init__(self, options: SpritesOptions) -> None:
@@ -171,7 +191,10 @@ class Sprites(Pipeline):
         return [Item(f"{seed}/{most}/{index:07d}", index) for index in range(self.options.count)]
 
     def row(self, item: Item) -> dict[str, Any]:
-        scene = draw_scene(self.options.seed, item.source, self.options.most)
+        return self.truth(draw_scene(self.options.seed, item.source, self.options.most))
+
+    def truth(self, scene: Scene) -> dict[str, Any]:
+        """Return a scene as a row."""
         pixels, mask = scene.draw(self.options.size)
         main = scene.main(self.options.size)
         return {
@@ -180,4 +203,36 @@ class Sprites(Pipeline):
             "shape": list(SHAPES).index(main.name),
             "factors": factors_of(main),
             "name": ", ".join(shape.name for shape in scene.shapes),
+        }
+
+
+ATTRIBUTES: dict[str, Callable[[Shape], bool]] = {
+    "large": lambda shape: shape.radius > 0.27,
+    "left": lambda shape: shape.x < 0.5,
+    "upper": lambda shape: shape.y < 0.5,
+    "warm": lambda shape: shape.color[0] > shape.color[2],
+    "bright": lambda shape: sum(shape.color) > 1.5 * 255,
+}
+"""Name -> whether a shape has it."""
+
+
+@registry.register("pipeline", "scenes")
+class Scenes(Sprites):
+    """Sprites with a depth map, and the attributes and the place of the main shape."""
+
+    annotations = (*Sprites.annotations, "depth", "attributes", "place")
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        return super().columns() | {
+            "depth": {"kind": "map", "range": [NEAREST, FARTHEST]},
+            "attributes": {"kind": "labels", "names": list(ATTRIBUTES)},
+            "place": {"kind": "vector", "names": list(PLACE)},
+        }
+
+    def truth(self, scene: Scene) -> dict[str, Any]:
+        main = scene.main(self.options.size)
+        return super().truth(scene) | {
+            "depth": scene.depth(self.options.size)[None],
+            "attributes": [name for name, holds in ATTRIBUTES.items() if holds(main)],
+            "place": [main.x, main.y, main.radius],
         }

@@ -1,5 +1,6 @@
 """Scenes of known truth: what is written is what was drawn, and what was drawn has the shapes' areas."""
 
+import io
 import math
 
 import numpy as np
@@ -77,6 +78,28 @@ def test_factors_give_the_shape_back_exactly_enough_to_redraw_it():
         again = Shape(shape.name, color, (x + 1) / 2, (y + 1) / 2, radius / 2, math.atan2(sin, cos))
         assert again.color == shape.color
         assert (again.covers(64) != shape.covers(64)).sum() <= 1
+
+
+def test_scenes_are_sprites_with_depth_attributes_and_place(built, tmp_path):
+    options = {"count": 60, "size": 24, "most": 3, "seed": 5}
+    build("scenes", str(tmp_path / "set"), options, workers=0, progress=False)
+    for key, row in read_rows(str(tmp_path / "set")).items():
+        assert all(np.array_equal(row[column], value) for column, value in built[key].items())
+        scene = draw_scene(5, int(key.split("/")[-1]), 3)
+        main, mask = scene.main(24), decode(row["shapes"])
+        assert row["place"].tolist() == pytest.approx([main.x, main.y, main.radius])
+        assert (0 in row["attributes"]) == (main.radius > 0.27) and (1 in row["attributes"]) == (main.x < 0.5)
+        depth = np.load(io.BytesIO(row["depth"]))[0]
+        assert (depth[mask > 0] <= 2).all() and (depth[mask == 0] >= 3).all() and depth.min() >= 1
+        front = scene.shapes[-1].covers(24)
+        assert len(np.unique(depth[front])) == 1 and depth[front].max() <= depth.min()
+
+
+def test_a_larger_shape_is_nearer_and_the_darker_end_of_the_background_farther():
+    near, far = (Shape("circle", (9, 9, 9), 0.5, 0.5, radius, 0.0) for radius in (0.36, 0.18))
+    depths = [Scene((200, 200, 200), (0, 0, 0), 0.0, (shape,)).depth(32) for shape in (near, far)]
+    assert [float(depth[16, 16]) for depth in depths] == pytest.approx([1, 2])
+    assert depths[0][0, 0] < depths[0][0, -1] and 3 <= depths[0][0].min() <= depths[0][0].max() <= 5
 
 
 def test_scene_depends_on_seed_and_index_alone():

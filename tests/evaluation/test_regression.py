@@ -1,11 +1,41 @@
 """Errors of maps and F1 of sets of labels against scikit-learn and geometry."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import f1_score, mean_absolute_percentage_error, root_mean_squared_error
 
+from mmdiff_ray.batch import Batch
+from mmdiff_ray.datasets.base import build
 from mmdiff_ray.evaluation import regression
 from mmdiff_ray.evaluation.conditional import f1_tally
+from mmdiff_ray.evaluation.run import evaluate, joined
+from mmdiff_ray.runs import job as jobs
+from mmdiff_ray.sampling.generator import Generator
+from tests import sprites as tiny
+
+GENERATED = ["depth", "attributes", "place"]
+PLAIN = {
+    **tiny.PLAIN,
+    "modalities": {
+        "pixels": {"type": "image"},
+        "depth": {"type": "map"},
+        "attributes": {"type": "labels"},
+        "place": {"type": "vector"},
+    },
+    "tasks": {
+        "joint": {"roles": dict.fromkeys(["pixels", *GENERATED], "generated")},
+        "understand": {"roles": {"pixels": "given", **dict.fromkeys(GENERATED, "generated")}},
+    },
+    "evaluate": {
+        **tiny.PLAIN["evaluate"],
+        "evaluators": ["maps", "attributes", "vectors", "bound"],
+        "visits": 1,
+    },
+}
 
 
 def some_maps(seed: int, channels: int = 1) -> np.ndarray:
@@ -46,3 +76,50 @@ def test_f1_of_labels_is_scikit_learns_over_the_labels_that_occur():
     truth[:, 4] = predicted[:, 4] = 0
     wanted = f1_score(truth[:, :4], predicted[:, :4], average="macro")
     assert f1_tally(predicted, truth).value == pytest.approx(wanted)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> tuple[Generator, Batch]:
+    """Return an untrained model of scenes, and held-out rows."""
+    uri = str(tmp_path_factory.mktemp("scenes") / "set")
+    build("scenes", uri, {"count": 60, "size": 8, "val_share": 0.3}, workers=0, progress=False)
+    job = jobs.prepare(tiny.config(uri, plain=PLAIN), Path("unused"))
+    return tiny.generator(job), joined(tiny.held_out(job, 8))
+
+
+def test_maps_labels_and_vectors_are_measured_in_both_readouts_beside_their_rules(model):
+    findings = evaluate(model[0], [model[1]])
+    figures = {figure.key: figure for figure in findings.figures}
+    rules = {
+        "depth/rmse": {"mean map"},
+        "depth/abs_rel": {"mean map"},
+        "attributes/f1": {"every label", "majority of each label"},
+        "attributes/subset_accuracy": {"every label", "majority of each label"},
+        "place/absolute_error": {"mean"},
+    }
+    for key, names in rules.items():
+        for suffix in ("", "_likely"):
+            figure = figures[key + suffix]
+            assert set(figure.floors) == names and figure.rows == 8
+            assert np.isfinite([figure.value, *figure.floors.values()]).all()
+    truth = model[1].data["place"].numpy()
+    wanted = np.abs(truth - truth.mean(0)).mean()
+    assert figures["place/absolute_error"].floors["mean"] == pytest.approx(wanted, rel=1e-5)
+    assert set(findings.pictures) == {"depth_from_pixels"}
+
+
+def test_unknown_cells_are_in_no_term_of_the_bound_and_in_no_error(model):
+    generator, batch = model
+    depth = batch.data["depth"].clone()
+    depth[:, :, :4] = torch.nan
+    depth[0] = torch.nan
+    partly = dataclasses.replace(batch, data={**batch.data, "depth": depth})
+    whole, part = (
+        {figure.key: figure.tallies["model"] for figure in evaluate(generator, [one]).figures}
+        for one in (batch, partly)
+    )
+    for key in ("depth/l1_nats", "depth/l2_nats"):
+        share = part[key].denominator / whole[key].denominator
+        assert share.tolist() == [0, *[0.5] * 7]
+        assert part[key].numerator[0] == 0 and np.isfinite(part[key].numerator).all()
+    assert part["depth/rmse"].denominator.tolist() == [0, *[1] * 7]
