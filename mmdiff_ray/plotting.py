@@ -41,11 +41,11 @@ def panels(count: int, columns: int, size: Size) -> tuple[Any, list[Any]]:
     return figure, axes[:count]
 
 
-def colored(shares: np.ndarray) -> np.ndarray:
-    """Return numbers from 0 to 1 in the colour map viridis, uint8 (..., 3)."""
+def colored(shares: np.ndarray, colors: str = "viridis") -> np.ndarray:
+    """Return numbers from 0 to 1 in a colour map, uint8 (..., 3)."""
     from matplotlib import colormaps
 
-    return colormaps["viridis"](shares, bytes=True)[..., :3]
+    return colormaps[colors](shares, bytes=True)[..., :3]
 
 
 def legend_above(figure: Any, colors: Mapping[str, str]) -> None:

@@ -1,8 +1,7 @@
 """Folder: a user's own pictures in nested folders, with masks, labels and captions where there are any."""
 
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from mmdiff_ray.config import ConfigError
 from mmdiff_ray.datasets.base import BadRow, Item, Options, Pipeline, Stage, is_off, is_on, look_stages
 from mmdiff_ray.datasets.embedders import make_embedder
 from mmdiff_ray.datasets.layouts import Entry, Masks, read_cityscapes, read_coco
-from mmdiff_ray.datasets.listing import NAMES, Columns, clean, read_table
+from mmdiff_ray.datasets.listing import NAMES, Columns, read_table, split_by_folder, walk
 from mmdiff_ray.datasets.maps import Stated, find_maps, folders_of
 from mmdiff_ray.datasets.masks import find_masks
 from mmdiff_ray.datasets.pictures import (
@@ -34,16 +33,6 @@ READ_BY = dict.fromkeys(("masks", "maps", "metadata", "csv"), "plain") | {
     "captions": "coco",
 }
 """Option -> the layout that it belongs to."""
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
-"""Names of top-level folders that are splits -> the split."""
 
 
 @dataclass(frozen=True)
@@ -181,14 +170,13 @@ class Folder(Pipeline):
             for key in ("split_column", "group_by", "labels_column", "vector_columns"):
                 if getattr(options, key):
                     raise ConfigError(f"{key}: only a table has columns; name it: metadata=FILE")
-            return [*_split_by_folder(found), *(entry._replace(split="val") for entry in held_out)]
+            return [*split_by_folder(found), *(entry._replace(split="val") for entry in held_out)]
         names = [entry.file for entry in found]
         columns = Columns(
             *(options.split_column, options.group_by, options.labels_column, options.labels_separator),
             self._numbers,
         )
         listed = read_table(table, self.source, names, columns)
-        listed = [entry._replace(label=clean(entry.label), split=_split(entry.split)) for entry in listed]
         unlisted = len(set(names) - {entry.file for entry in listed})
         if unlisted:
             named = "picture is" if unlisted == 1 else "pictures are"
@@ -288,61 +276,6 @@ class Folder(Pipeline):
                 lambda part: self.frame(picture.annotation(part, "map"), Image.Resampling.BOX),
             )
         return row
-
-
-def walk(source: Path, without: Sequence[Path]) -> tuple[list[Entry], Counter[str]]:
-    """Return the pictures under a folder, sorted, labelled by their top-level folder if they lie in one, and
-    the number of other files by reason.
-
-    Hidden files and folders and the folders `without` are neither. A text file beside a picture with the same
-    name holds its caption.
-    """
-    entries, skipped = [], Counter[str]()
-    for path in sorted(source.rglob("*")):
-        parts = path.relative_to(source).parts
-        if any(part.startswith(".") for part in parts) or not path.is_file():
-            continue
-        if any(folder in path.parents for folder in without):
-            continue
-        if path.suffix.lower() not in SUFFIXES:
-            beside = path.suffix == ".txt" and any(path.with_suffix(one).is_file() for one in SUFFIXES)
-            if not beside and path.name not in NAMES:
-                skipped[f"{path.suffix or 'suffixless'} file{'s'}"] += 1
-        elif any("\udc80" <= letter <= "\udcff" for letter in "".join(parts)):
-            skipped["files whose names are not UTF-8"] += 1
-        else:
-            entries.append(
-                Entry("/".join(parts), clean(parts[0]) if len(parts) > 1 else None, _caption(path))
-            )
-    return entries, skipped
-
-
-def _caption(picture: Path) -> str | None:
-    """Return the first line of the text file beside a picture."""
-    beside = picture.with_suffix(".txt")
-    if not beside.is_file():
-        return None
-    lines = beside.read_text(encoding="utf8", errors="replace").splitlines()
-    return next((line.strip() for line in lines if line.strip()), None)
-
-
-def _split_by_folder(entries: list[Entry]) -> list[Entry]:
-    """Return pictures with the split of their top-level folder, if all of these are names of splits."""
-    tops = {entry.file.partition("/")[0] for entry in entries}
-    if not any("/" in entry.file for entry in entries) or not tops <= SPLITS.keys() or len(tops) < 2:
-        return entries
-    return [
-        entry._replace(split=SPLITS[parts[0]], label=clean(parts[1]) if len(parts) > 2 else None)
-        for entry in entries
-        for parts in [entry.file.split("/")]
-    ]
-
-
-def _split(name: str | None) -> str | None:
-    """Return the split that a table names. Raises ConfigError for another word."""
-    if name is not None and name.lower() not in SPLITS:
-        raise ConfigError(f"split_column: got {name!r}, want one of {', '.join(SPLITS)}")
-    return SPLITS[name.lower()] if name else None
 
 
 def _alike(labels: Iterable[str]) -> list[str]:

@@ -1,10 +1,11 @@
-"""Tables that list the pictures of a folder, with their labels, captions, splits and groups."""
+"""The pictures of a folder, and tables that list them with their labels, captions, splits and groups."""
 
 import csv
 import difflib
 import io
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from mmdiff_ray.config import ConfigError
 from mmdiff_ray.config.checks import unknown
 from mmdiff_ray.data.parquet import read_rows
 from mmdiff_ray.datasets.layouts import Entry
+from mmdiff_ray.datasets.pictures import SUFFIXES
 
 ALIASES = {
     "file": ("file", "filename", "file_name", "path", "image"),
@@ -24,6 +26,72 @@ NAMES = tuple(f"metadata.{suffix}" for suffix in ("csv", "jsonl", "parquet"))
 """Tables that are read without being named, in the folder of the pictures."""
 NEAR = 0.75
 """How alike a column's name is to one of ours that it is taken for a typo, from 0 to 1."""
+
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Names of top-level folders that are splits -> the split."""
+
+
+def walk(source: Path, without: Sequence[Path]) -> tuple[list[Entry], Counter[str]]:
+    """Return the pictures under a folder, sorted, labelled by their top-level folder if they lie in one, and
+    the number of other files by reason.
+
+    Hidden files and folders and the folders `without` are neither. A text file beside a picture with the same
+    name holds its caption.
+    """
+    entries, skipped = [], Counter[str]()
+    for path in sorted(source.rglob("*")):
+        parts = path.relative_to(source).parts
+        if any(part.startswith(".") for part in parts) or not path.is_file():
+            continue
+        if any(folder in path.parents for folder in without):
+            continue
+        if path.suffix.lower() not in SUFFIXES:
+            beside = path.suffix == ".txt" and any(path.with_suffix(one).is_file() for one in SUFFIXES)
+            if not beside and path.name not in NAMES:
+                skipped[f"{path.suffix or 'suffixless'} file{'s'}"] += 1
+        elif any("\udc80" <= letter <= "\udcff" for letter in "".join(parts)):
+            skipped["files whose names are not UTF-8"] += 1
+        else:
+            entries.append(
+                Entry("/".join(parts), clean(parts[0]) if len(parts) > 1 else None, _caption(path))
+            )
+    return entries, skipped
+
+
+def _caption(picture: Path) -> str | None:
+    """Return the first line of the text file beside a picture."""
+    beside = picture.with_suffix(".txt")
+    if not beside.is_file():
+        return None
+    lines = beside.read_text(encoding="utf8", errors="replace").splitlines()
+    return next((line.strip() for line in lines if line.strip()), None)
+
+
+def split_by_folder(entries: list[Entry]) -> list[Entry]:
+    """Return pictures with the split of their top-level folder, if all of these are names of splits."""
+    tops = {entry.file.partition("/")[0] for entry in entries}
+    if not any("/" in entry.file for entry in entries) or not tops <= SPLITS.keys() or len(tops) < 2:
+        return entries
+    return [
+        entry._replace(split=SPLITS[parts[0]], label=clean(parts[1]) if len(parts) > 2 else None)
+        for entry in entries
+        for parts in [entry.file.split("/")]
+    ]
+
+
+def _split(name: str | None) -> str | None:
+    """Return the split that a table names. Raises ConfigError for another word."""
+    if name is not None and name.lower() not in SPLITS:
+        raise ConfigError(f"split_column: got {name!r}, want one of {', '.join(SPLITS)}")
+    return SPLITS[name.lower()] if name else None
 
 
 class Columns(NamedTuple):
@@ -65,7 +133,9 @@ def read_table(file: Path, source: Path, pictures: Sequence[str], named: Columns
         held, group = (_text(row[column]) if column else None for column in (named.split, named.group))
         labels = _set(row.get(named.labels), named.separator) if named.labels else None
         numbers = _vector([row.get(column) for column in named.numbers], f"{file}, row {number}")
-        entries.append(Entry(place, words["label"], words["caption"], None, held, group, labels, numbers))
+        entries.append(
+            Entry(place, clean(words["label"]), words["caption"], None, _split(held), group, labels, numbers)
+        )
     names = [entry.file for entry in entries]
     if repeated := len(names) - len(set(names)):
         raise ConfigError(f"metadata: {file} lists {repeated} of its files twice; want one row per file")

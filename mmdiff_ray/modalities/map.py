@@ -267,10 +267,9 @@ def paint(values: np.ndarray, limits: Sequence[float], content: str) -> np.ndarr
         shown = ((values + 1) * 127.5).round().clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
     elif content == "flow":
         x, y = values[:, 0], values[:, 1]
-        hue = np.arctan2(y, x) / (2 * np.pi) % 1
-        speed = (np.hypot(x, y) / max(abs(low), abs(high))).clip(0, 1)
-        wheel = (np.stack([hue, speed, np.ones_like(hue)], axis=-1) * 255).astype(np.uint8)
-        shown = np.stack([np.asarray(Image.fromarray(one, "HSV").convert("RGB")) for one in wheel])
+        hue = colored(np.arctan2(y, x) / (2 * np.pi) % 1, "hsv")  # (B, H, W, 3)
+        speed = (np.hypot(x, y) / max(abs(low), abs(high))).clip(0, 1)[..., None]
+        shown = (255 - speed * (255.0 - hue)).round().astype(np.uint8)
     else:
         shown = colored((values.max(1) - low) / (high - low))
     return np.where(unknown[..., None], VOID_COLOR, shown)
