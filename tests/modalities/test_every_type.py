@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.schema import make_column
 from mmdiff_ray.modalities.base import Features, Modality, RowContext
 from mmdiff_ray.modalities.vector import VectorModality
 from tests.modalities import tiny
@@ -187,6 +188,15 @@ def test_what_cannot_be_parsed_is_a_config_error_that_names_the_instance(modalit
     for text in (str(tmp_path / "missing"), str(tmp_path / "broken"), str(tmp_path), ""):
         with pytest.raises(ConfigError, match=name):
             modalities[name].parse(text)
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_what_a_type_stores_fits_its_column_and_is_read_back_the_same(modalities, data, name):
+    modality = modalities[name]
+    stored, _ = make_column(modality.column, modality.entry()).accept(modality.stored(data[name][3]))
+    context = RowContext(tiny.SIZE, 0, 0, 0, flip=False)
+    again = modality.read({modality.column: stored}, context, {})
+    np.testing.assert_allclose(again, data[name][3].numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

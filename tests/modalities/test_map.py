@@ -9,6 +9,9 @@ from scipy import stats
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.modalities.base import RowContext
 from mmdiff_ray.modalities.map import MapModality, MapOptions, paint, read_map
+from mmdiff_ray.models.denoiser import build_denoiser
+from mmdiff_ray.tasks import Tasks
+from mmdiff_ray.training.loss import TrainingLoss
 from tests.modalities import tiny
 
 
@@ -68,6 +71,24 @@ def test_unknown_cells_have_no_code_no_loss_and_no_say_in_scale_and_figures():
     found = modality.metrics(data, marked)["absolute_error"]
     assert found.sum == 0 and found.count == 2 * int((~void).sum())
     assert (modality.picture(marked)[void.numpy()] == (255, 0, 255)).all()
+
+
+def test_unknown_cells_are_counted_in_no_loss_term_and_pass_no_gradient_on():
+    roles = {"pixels": "given", "depth": "generated"}
+    plain = {**tiny.PLAIN, "tasks": {"estimate": {"roles": roles}}}
+    plain["modalities"] = {"pixels": {"type": "image"}, "depth": tiny.MORE["depth"]}
+    config = tiny.config(plain=plain)
+    loss = TrainingLoss(build_denoiser(config), config)
+    batch = tiny.rows(loss.denoiser.modalities, 4)
+    batch.data["depth"][:2, :, :4] = torch.nan  # half of the cells of half of the rows
+    _, roles = Tasks(config.tasks, ["pixels", "depth"], set()).draw(batch, seed=0)
+    counts = loss.counts(batch, roles)
+    cells = tiny.SIZE[0] * tiny.SIZE[1]
+    assert float(counts["l1/depth"]) == float(counts["l2/depth"]) == 4 * cells * 0.75
+    sums = loss(batch, roles)
+    loss.objective.total(sums, counts).backward()
+    assert all(value.isfinite() for value in sums.values())
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in loss.parameters())
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "laplace"])
