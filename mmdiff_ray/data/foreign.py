@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmdiff_ray.config import ConfigError
@@ -45,10 +46,13 @@ def read_group(uri: str, group: int, columns: Sequence[str]) -> Iterator[dict[st
 
 
 def distinct(uri: str, column: str) -> set[Any]:
-    """Return the values of a column of labels."""
+    """Return the values of a column of labels, or of lists of them."""
     fs, path = filesystem(uri)
     with pq.ParquetFile(fs.open_input_file(path)) as file:
-        return set(file.read(columns=[column])[column].unique().to_pylist())
+        values = file.read(columns=[column])[column]
+    if hasattr(values.type, "value_field"):  # a kind of list
+        values = pc.list_flatten(values)
+    return set(values.unique().to_pylist())
 
 
 def _kind(kind: pa.DataType) -> str:

@@ -220,7 +220,7 @@ class Folder(Pipeline):
             columns["alpha"] = {"kind": "mask", "classes": 2, "names": ["background", "foreground"]}
         if self.masks is not None:
             columns["mask"] = self.masks.facts()
-        columns |= {column: maps.facts() for column, maps in self.maps.items()}
+        columns |= {column: maps.format.facts() for column, maps in self.maps.items()}
         if labels := sorted({entry.label for entry in self.entries if entry.label}):
             columns["label"] = {"kind": "label", "names": labels}
         if self.options.labels_column:
@@ -270,11 +270,13 @@ class Folder(Pipeline):
         if self.masks is not None and (classes := self.masks.read(entry.mask)) is not None:
             mask = picture.annotation(Image.fromarray(classes))
             row["mask"] = to_png(np.asarray(self.frame(mask, Image.Resampling.NEAREST, self.masks.void or 0)))
+
+        def resize(part: Image.Image) -> Image.Image:
+            return self.frame(picture.annotation(part, "map"), Image.Resampling.BOX)
+
         for column, maps in self.maps.items():
-            row[column] = maps.read(
-                entry.mask,
-                lambda part: self.frame(picture.annotation(part, "map"), Image.Resampling.BOX),
-            )
+            if file := maps.files.get(entry.mask):
+                row[column] = maps.format.read(file, resize)
         return row
 
 

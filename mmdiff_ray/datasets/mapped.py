@@ -1,7 +1,7 @@
 """What streamed sources share: which of their fields becomes which column, and how."""
 
 import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from mmdiff_ray.config.checks import unknown
 from mmdiff_ray.datasets.base import BadRow, Options, Stage, Streamed, is_off, is_on, look_stages
 from mmdiff_ray.datasets.embedders import make_embedder
 from mmdiff_ray.datasets.listing import clean
+from mmdiff_ray.datasets.maps import MapFormat, Stated, formats
 from mmdiff_ray.datasets.pictures import DEPTHS, UNREADABLE, make_frame, open_picture
 from mmdiff_ray.modalities.image import to_png
 
-KINDS = ("image", "mask", "label", "text", "embedding")
+KINDS = ("image", "mask", "map", "label", "labels", "text", "vector", "embedding")
 BY_NAME = {"pixels": "image", "mask": "mask", "label": "label", "text": "text"}
 """Our column -> its kind, where a map does not say it."""
 
@@ -26,10 +27,13 @@ class MappedOptions(Options):
     """What is read, and how.
 
     source: files: a path or URI, with * and ? for several, or a folder. map: COLUMN=FIELD or
-    COLUMN=FIELD:KIND, several separated by spaces or commas, kinds image, mask, label, text, embedding; the
-    columns pixels, mask, label and text have theirs by name; without a map it is guessed. classes: the names
-    of the labels, separated by commas, or their number; without it all files are looked through.
-    mask_classes: the same of the mask, which needs it. size: pixels
+    COLUMN=FIELD:KIND, several separated by spaces or commas, kinds image, mask, map, label, labels, text,
+    vector, embedding; the columns pixels, mask, label and text have theirs by name; without a map it is
+    guessed. classes: the names of the labels, separated by commas, or their number; without it all files are
+    looked through. mask_classes: the same of the mask, which needs it. labels_separator: what lies between
+    the labels in a text. map_range: LOW:HIGH, the known values of real-valued maps, which need it; for all
+    maps or COLUMN=VALUE. map_content: values, normals or flow. map_unit: what their numbers are multiplied
+    by. map_void: the number that says unknown, such as 0; NaN always does. size: pixels
     a side, or HEIGHTxWIDTH. fit: crop uses the middle of each picture, pad adds borders, stretch distorts.
     depth: scale brings pictures of 16 bits or floats in [0, 1] to 8 bits, refuse leaves them out. look:
     embedder of the picture over white, which makes the column look: efficientnet-lite0,
@@ -41,6 +45,11 @@ class MappedOptions(Options):
     map: str = ""
     classes: str = ""
     mask_classes: str = ""
+    labels_separator: str = "|"
+    map_range: str = ""
+    map_content: str = ""
+    map_unit: str = ""
+    map_void: str = ""
     size: str = "64"
     fit: str = "crop"
     depth: str = "refuse"
@@ -51,11 +60,12 @@ class MappedOptions(Options):
 
 @dataclass(frozen=True)
 class Field:
-    """A field of the source that becomes a column. facts: the manifest's entry of it."""
+    """A field of the source that becomes a column. facts: the manifest's entry of it; format: of a map."""
 
     name: str
     kind: str
     facts: Mapping[str, Any]
+    format: MapFormat | None = None
 
 
 class Mapped(Streamed):
@@ -96,6 +106,16 @@ class Mapped(Streamed):
             if kind not in KINDS:
                 raise ConfigError(f"map: what is {column}={field}? Want {column}={field}:{'|'.join(KINDS)}")
             found[column] = Field(field, kind, {})
+        maps = [column for column, field in found.items() if field.kind == "map"]
+        options = self.options
+        stated = Stated(options.map_content, options.map_unit, options.map_void, options.map_range)
+        for column, form in formats(maps, stated).items():
+            if form.limits is None:
+                raise ConfigError(
+                    f"map_range is missing; state the lowest and the highest value of {column}: "
+                    f"map_range={column}=0.5:80"
+                )
+            found[column] = Field(found[column].name, "map", form.facts(), form)
         if "pixels" not in found:
             raise ConfigError(f"map: no field becomes pixels; want pixels=FIELD, of {', '.join(known)}")
         return found
@@ -103,22 +123,31 @@ class Mapped(Streamed):
     def class_facts(
         self, kind: str, names: Iterable[str] | None, values: Callable[[], Iterable[Any]]
     ) -> dict[str, Any]:
-        """Return the manifest's entry of a label or mask. names: where the source lists them; values: else
-        what a label holds."""
-        stated = self.options.classes if kind == "label" else self.options.mask_classes
+        """Return the manifest's entry of a label, labels or a mask. names: where the source lists them;
+        values: else what a label holds."""
+        stated = self.options.mask_classes if kind == "mask" else self.options.classes
         if stated:
             named = [name.strip() for name in stated.split(",")]
             names = list(map(str, range(int(stated)))) if stated.isdecimal() else named
         if names is None:
             if kind == "mask":
                 raise ConfigError("mask_classes is missing; name the classes of the mask, or their number")
-            held = [value for value in values() if value is not None]
+            held = {one for value in values() if value is not None for one in self._members(kind, value)}
             if all(isinstance(value, int) for value in held):
                 names = list(map(str, range(max(held, default=-1) + 1)))
             else:
                 names = sorted({text for value in held if (text := clean(str(value)))})
         found = {"kind": kind, "names": list(names)}
-        return found if kind == "label" else {**found, "classes": len(found["names"])}
+        return found if kind != "mask" else {**found, "classes": len(found["names"])}
+
+    def _members(self, kind: str, value: Any) -> list[Any]:
+        """Return the labels in a value: itself, or those of a set as a list or a text."""
+        if kind != "labels":
+            return [value]
+        if isinstance(value, str):
+            value = value.split(self.options.labels_separator)
+        found = np.atleast_1d(np.asarray(value, dtype=object)).ravel()
+        return [one for one in found if not isinstance(one, str) or clean(one)]
 
     def columns_of(self, fields: Mapping[str, Field]) -> dict[str, dict[str, Any]]:
         """Return the manifest's entries of the fields."""
@@ -156,14 +185,16 @@ class Mapped(Streamed):
                     raise ValueError("it holds no bytes of a picture")
                 return self._picture(data) if field.kind == "image" else self._mask(data, field.facts)
             case "label":
-                label, names = value if isinstance(value, int) else clean(str(value)), field.facts["names"]
-                if label is not None and label not in (
-                    range(len(names)) if isinstance(label, int) else names
-                ):
-                    raise ValueError(f"got {label!r}, which is none of the {len(names)} classes")
-                return label
-            case "embedding":
+                return _label(value, field.facts["names"])
+            case "labels":
+                return [_label(one, field.facts["names"]) for one in self._members("labels", value)]
+            case "embedding" | "vector":
                 return np.asarray(value, dtype=np.float32).ravel()
+            case "map":
+                assert field.format is not None, "a map without its format"
+                source = value.get("bytes") if isinstance(value, dict) else value
+                source = source if isinstance(source, bytes) else np.asarray(source, dtype=np.float32)
+                return field.format.read(source, lambda part: self.frame(part, Image.Resampling.BOX))
         text = value[0] if isinstance(value, list) and value else value
         return str(text).strip() or None if text else None
 
@@ -177,3 +208,17 @@ class Mapped(Streamed):
                 raise ValueError(f"a mask must hold indices of 8 bits; got mode {mask.mode}")
             indices = Image.fromarray(np.asarray(mask).astype(np.uint8))
         return to_png(np.asarray(self.frame(indices, Image.Resampling.NEAREST, facts.get("void", 0))))
+
+
+def _label(value: Any, names: Sequence[str]) -> Any:
+    """Return a label's name or index, or None where there is none. Raises ValueError for an unknown one."""
+    label = int(value) if isinstance(value, int | np.integer) else clean(str(value))
+    if label is not None and label not in (range(len(names)) if isinstance(label, int) else names):
+        raise ValueError(f"got {label!r}, which is none of the {len(names)} classes")
+    return label
+
+
+def vector_facts(field: Field, dim: int) -> dict[str, Any]:
+    """Return the manifest's entry of an embedding or vector."""
+    codec = {"codec": f"{field.name} of the source"} if field.kind == "embedding" else {}
+    return {"kind": field.kind, "dim": dim, **codec}

@@ -1,8 +1,8 @@
 """Maps beside pictures: which file belongs to which picture, and which of its values are known."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,33 +30,39 @@ class Stated(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MapFolder:
-    """A folder of maps. files: relative stem -> file; limits: the lowest and the highest known value; the
-    rest: as of `read_map`."""
+class MapFormat:
+    """How the numbers of a map's sources are read. limits: the lowest and the highest known value, where
+    stated; the rest: as of `read_map`."""
 
-    files: dict[str, Path]
     content: str
     unit: float
     void: float | None
-    limits: tuple[float, float] = (-1.0, 1.0)
+    limits: tuple[float, float] | None
 
     def facts(self) -> dict[str, Any]:
         """Return the manifest's entry of the column."""
+        assert self.limits is not None, "a map's range is not known yet"
         unit = {} if self.unit == 1 else {"unit": self.unit}
         return {"kind": "map", "range": list(self.limits), "content": self.content, **unit}
 
-    def load(self, stem: str) -> np.ndarray:
-        """Return the map of a picture as its file has it, float32 (C, h, w)."""
-        return read_map(self.files[stem], self.content, self.unit, self.void)
+    def load(self, source: Path | bytes | np.ndarray) -> np.ndarray:
+        """Return a map in its own size, float32 (C, h, w), unknown outside the limits."""
+        values = read_map(source, self.content, self.unit, self.void)
+        return values if self.limits is None else known_within(values, *self.limits)
 
-    def read(self, stem: str, resize: Callable[[Image.Image], Image.Image]) -> np.ndarray | None:
-        """Return the map of a picture, float32 (C, h, w), or None where it has none.
+    def read(
+        self, source: Path | bytes | np.ndarray, resize: Callable[[Image.Image], Image.Image]
+    ) -> np.ndarray:
+        """Return a map, float32 (C, h, w). resize: as of `resized`. Raises one of UNREADABLE."""
+        return resized(self.load(source), resize, self.content)
 
-        resize: as of `resized`. Raises one of UNREADABLE for an unreadable file.
-        """
-        if stem not in self.files:
-            return None
-        return resized(known_within(self.load(stem), *self.limits), resize, self.content)
+
+@dataclass(frozen=True)
+class MapFolder:
+    """A folder of maps. files: relative stem of a picture -> the file of its map."""
+
+    files: dict[str, Path]
+    format: MapFormat
 
 
 def find_maps(folders: str, stems: Sequence[str], stated: Stated) -> dict[str, MapFolder]:
@@ -67,26 +73,34 @@ def find_maps(folders: str, stems: Sequence[str], stated: Stated) -> dict[str, M
     map of a picture, or for a wrong option.
     """
     places = _by_column("maps", folders, ())
-    texts = {key: _by_column(f"map_{key}", text, places) for key, text in stated._asdict().items()}
-    found = {}
-    for column, place in places.items():
+    for column in places:
         if column in TAKEN:
             raise ConfigError(f"maps: a map cannot be called {column}; taken are: {', '.join(TAKEN)}")
-        folder = Path(place).expanduser().resolve()
+    found = {}
+    for column, form in formats(places, stated).items():
+        folder = Path(places[column]).expanduser().resolve()
         ends = ("", f"_{column}", f"-{column}")
         files = match_files("maps", folder, stems, SUFFIXES, ends)
+        if form.limits is None:
+            form = replace(form, limits=_span(files.values(), form, folder))
+        found[column] = MapFolder(files, form)
+    return found
+
+
+def formats(columns: Collection[str], stated: Stated) -> dict[str, MapFormat]:
+    """Return column -> how its maps are read, as the options state it. Raises ConfigError for a wrong one."""
+    texts = {key: _by_column(f"map_{key}", text, columns) for key, text in stated._asdict().items()}
+    found = {}
+    for column in columns:
         content = texts["content"].get(column, "values")
         if content not in CONTENTS:
             raise ConfigError(unknown("map_content", content, CONTENTS))
         unit = _number("map_unit", texts["unit"].get(column, "1"))
         void = _number("map_void", texts["void"][column]) if column in texts["void"] else None
-        maps = MapFolder(files, content, unit, void)
-        limits = texts["range"].get(column)
-        if limits is not None:
-            span = checked_range(limits.split(":"), "map_range")
-        else:
-            span = maps.limits if content == "normals" else _span(maps, folder)
-        found[column] = MapFolder(files, content, unit, void, span)
+        limits = (-1.0, 1.0) if content == "normals" else None
+        if column in texts["range"]:
+            limits = checked_range(texts["range"][column].split(":"), "map_range")
+        found[column] = MapFormat(content, unit, void, limits)
     return found
 
 
@@ -118,12 +132,12 @@ def _number(key: str, text: str) -> float:
         raise ConfigError(f"{key}: got {text!r}, want a number") from None
 
 
-def _span(maps: MapFolder, folder: Path) -> tuple[float, float]:
-    """Return the lowest and the highest known value of all maps; unreadable files are left to `read`."""
+def _span(files: Iterable[Path], form: MapFormat, folder: Path) -> tuple[float, float]:
+    """Return the lowest and the highest known value of all files; unreadable ones are left for later."""
     low, high = math.inf, -math.inf
-    for stem in maps.files:
+    for file in files:
         try:
-            values = maps.load(stem)
+            values = form.load(file)
         except UNREADABLE:
             continue
         if not np.isnan(values).all():

@@ -9,7 +9,7 @@ from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.foreign import distinct, look_into, read_group
 from mmdiff_ray.datasets.base import BadRow, Item
-from mmdiff_ray.datasets.mapped import Field, Mapped, MappedOptions
+from mmdiff_ray.datasets.mapped import Field, Mapped, MappedOptions, vector_facts
 from mmdiff_ray.storage.filesystem import is_uri, listed
 
 SPLIT = re.compile(r"(?:^|[/_.-])(train|validation|valid|val|test)(?=[/_.-])")
@@ -35,15 +35,15 @@ class Parquet(Mapped):
                 self.fields[column] = dataclasses.replace(field, facts=facts)
 
     def _facts(self, field: Field, names: list[str] | None) -> dict[str, Any]:
-        if field.kind in ("label", "mask"):
+        if field.kind in ("label", "labels", "mask"):
 
             def values() -> set[Any]:
                 return set().union(*(distinct(file, field.name) for file in self.files))
 
             return self.class_facts(field.kind, names, values)
-        if field.kind == "embedding":
+        if field.kind in ("embedding", "vector"):
             row = next(read_group(self.files[0], 0, [field.name]))[field.name]
-            return {"kind": "embedding", "dim": len(row), "codec": f"{field.name} of the source"}
+            return vector_facts(field, len(row))
         return {}
 
     @property

@@ -13,7 +13,7 @@ import numpy as np
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.datasets.base import BadRow, Item
-from mmdiff_ray.datasets.mapped import Field, Mapped, MappedOptions
+from mmdiff_ray.datasets.mapped import Field, Mapped, MappedOptions, vector_facts
 from mmdiff_ray.storage.filesystem import filesystem, listed
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -45,15 +45,15 @@ class WebDataset(Mapped):
                 self.fields[column] = dataclasses.replace(field, facts=facts)
 
     def _facts(self, field: Field) -> dict[str, Any]:
-        if field.kind in ("label", "mask"):
+        if field.kind in ("label", "labels", "mask"):
 
-            def values() -> set[Any]:
-                return {one.get(field.name) for file in self.files for one in self._samples(file)}
+            def values() -> Iterator[Any]:
+                return (one.get(field.name) for file in self.files for one in self._samples(file))
 
             return self.class_facts(field.kind, None, values)
-        if field.kind == "embedding":
+        if field.kind in ("embedding", "vector"):
             value = next((s[field.name] for s in self._samples(self.files[0]) if field.name in s), ())
-            return {"kind": "embedding", "dim": int(np.size(value)), "codec": f"{field.name} of the source"}
+            return vector_facts(field, int(np.size(value)))
         return {}
 
     @property

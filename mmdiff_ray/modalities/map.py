@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from mmdiff_ray.config import ConfigError, ModalityConfig
@@ -23,6 +23,8 @@ from mmdiff_ray.registry import register
 CONTENTS = {"values": None, "normals": 3, "flow": 2}
 """What a map holds -> its number of channels, or None for any. A mirrored x component changes its sign."""
 LIKELIHOODS = ("gaussian", "laplace")
+NPY = b"\x93NUMPY"
+"""The first bytes of a .npy file."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class MapModality(Modality):
         """Return the map in a .npy file or a picture. Raises ConfigError."""
         try:
             values = self._fit(read_map(Path(text), self.content, self.options.unit or 1.0), self.size)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ConfigError(
                 f"{self.name}: cannot read a map from {text!r}: {error}; a map is given as a .npy file or a "
                 "16-bit picture"
@@ -205,23 +207,17 @@ def checked_range(limits: Any, key: str) -> tuple[float, float]:
     return low, high
 
 
-def read_map(file: Path, content: str = "values", unit: float = 1.0, void: float | None = None) -> np.ndarray:
-    """Return the map in a file, float32 (C, h, w), NaN where it is unknown: not finite, or `void`.
+def read_map(
+    source: Path | bytes | np.ndarray, content: str = "values", unit: float = 1.0, void: float | None = None
+) -> np.ndarray:
+    """Return the map in a file, its bytes or an array, float32 (C, h, w), NaN where unknown: not finite, or
+    `void`.
 
-    Files: .npy of shape (h, w), (h, w, C) or (C, h, w), or grey pictures of 8, 16 or 32 bits. Their numbers,
-    of which `void` is one, are multiplied by the unit. Normals may be pictures in RGB, where 0 to 255 is -1
-    to 1. Raises OSError or ValueError for others.
+    Arrays and .npy files have the shape (h, w), (h, w, C) or (C, h, w); pictures are grey, of 8, 16 or 32
+    bits. Their numbers, of which `void` is one, are multiplied by the unit. Normals may be pictures in RGB,
+    where 0 to 255 is -1 to 1. Raises OSError or ValueError for others.
     """
-    if file.suffix.lower() == ".npy":
-        raw = np.load(file, allow_pickle=False)
-    else:
-        with Image.open(file) as picture:
-            encoded = content == "normals" and picture.mode == "RGB"
-            deep = "RGB;16" in str(picture.tile)  # Pillow would cut these to 8 bits
-            if deep or picture.mode not in ("L", "I", "I;16", "F", "RGB"):
-                raise ValueError(f"a picture in {picture.mode} is no map; want a grey one or a .npy file")
-            raw = np.asarray(picture)
-            raw = raw / 127.5 - 1 if encoded else raw
+    raw = source if isinstance(source, np.ndarray) else _numbers(source, content)
     if raw.dtype.kind not in "fiu" or raw.ndim not in (2, 3):
         raise ValueError(f"got {raw.dtype} of shape {raw.shape}, want numbers (h, w), (h, w, C) or (C, h, w)")
     if raw.ndim == 2:
@@ -232,6 +228,23 @@ def read_map(file: Path, content: str = "values", unit: float = 1.0, void: float
     if void is not None:
         unknown |= (raw == void).all(0)
     return np.where(unknown, np.nan, raw.astype(np.float64) * unit).astype(np.float32)
+
+
+def _numbers(source: Path | bytes, content: str) -> np.ndarray:
+    """Return the numbers in a .npy file or a picture."""
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    if data.startswith(NPY):
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    try:
+        picture = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise ValueError("it is neither a .npy file nor a picture") from None
+    with picture:
+        deep = "RGB;16" in str(picture.tile)  # Pillow would cut these to 8 bits
+        if deep or picture.mode not in ("L", "I", "I;16", "F", "RGB"):
+            raise ValueError(f"a picture in {picture.mode} is no map; want a grey one or a .npy file")
+        is_vector = content == "normals" and picture.mode == "RGB"
+        return np.asarray(picture) / 127.5 - 1 if is_vector else np.asarray(picture)
 
 
 def resized(

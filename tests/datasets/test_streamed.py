@@ -228,3 +228,73 @@ def test_both_stream_through_ray_from_an_object_store(name, hub, tars, bucket, r
     there = make(name, bucket.uri(name), str(tmp_path / "far"), workers=1)[1]
     assert {key: row["text"] for key, row in there.items()} == {key: row["text"] for key, row in here.items()}
     assert all(there[key]["pixels"] == here[key]["pixels"] for key in here)
+
+
+# --- real numbers and sets of labels ------------------------------------------------------------------------
+
+DEPTH = np.linspace(500, 4000, 20 * 24).reshape(20, 24).astype(np.uint16)
+MORE = {
+    "map": "pixels=image,tags=tags:labels,words=words:labels,place=place:vector,depth=depth:map,far=far:map"
+}
+STATED = {"map_range": "depth=0.5:4, far=0:9", "map_unit": "depth=0.001", "map_void": "depth=0"}
+
+
+def depth_png(index: int) -> bytes:
+    """Return a depth map in millimetres as a 16-bit PNG, whose first rows are unknown."""
+    raw, buffer = DEPTH.copy(), io.BytesIO()
+    raw[:index] = 0
+    Image.fromarray(raw).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def check_more(built, rows) -> None:
+    columns = built.manifest.columns
+    assert columns["tags"]["names"] == ["a", "b", "c"] and columns["words"]["names"] == ["0", "1", "2"]
+    assert (columns["place"]["kind"], columns["place"]["dim"]) == ("vector", 2)
+    assert (columns["depth"]["range"], columns["depth"]["unit"]) == ([0.5, 4.0], 0.001)
+    for index, row in enumerate(sorted(rows.values(), key=lambda row: row["place"][0])):
+        assert row["place"].tolist() == [index, 0.5]
+        assert row["tags"] == ([0, 2] if index % 2 else [1]) and row["words"] == list(range(index % 4))
+        depth, far = (np.load(io.BytesIO(row[name]))[0] for name in ("depth", "far"))
+        assert depth.shape == far.shape == (16, 16) and (far == min(index, 8)).all()
+        assert np.isnan(depth[0]).all() == (index >= 1) and np.nanmax(depth) == pytest.approx(4, abs=0.15)
+
+
+def test_maps_vectors_and_sets_of_labels_come_from_parquet(tmp_path):
+    table = pa.table(
+        {
+            "image": [{"bytes": picture(index), "path": None} for index in range(6)],
+            "tags": ["a| c" if index % 2 else "b" for index in range(6)],
+            "words": [list(range(index % 4)) for index in range(6)],
+            "place": [[float(index), 0.5] for index in range(6)],
+            "depth": [depth_png(index) for index in range(6)],
+            "far": [[[float(index)] * 24] * 20 for index in range(6)],
+        }
+    )
+    (tmp_path / "in.parquet").write_bytes(parquet_bytes(table))
+    check_more(*make("parquet", str(tmp_path / "in.parquet"), str(tmp_path / "set"), **MORE, **STATED))
+    with pytest.raises(ConfigError, match=r"map_range is missing; .* of depth: map_range=depth=0"):
+        make_pipeline("parquet", {"source": str(tmp_path / "in.parquet"), "map": "depth=depth:map"})
+
+
+def test_maps_vectors_and_sets_of_labels_come_from_tar_files(tmp_path):
+    with tarfile.open(tmp_path / "in.tar", "w") as archive:
+        for index in range(6):
+            far, place = io.BytesIO(), {"place": [index, 0.5], "words": list(range(index % 4))}
+            np.save(far, np.full((20, 24), float(index)))
+            files = {
+                "png": picture(index),
+                "depth.png": depth_png(index),
+                "far.npy": far.getvalue(),
+                "json": json.dumps({**place, "tags": ["c", "a"] if index % 2 else ["b"]}).encode(),
+            }
+            for suffix, data in files.items():
+                info = tarfile.TarInfo(f"{index:03d}.{suffix}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    words = (
+        MORE["map"].replace("image", "png").replace("=depth:", "=depth.png:").replace("=far:", "=far.npy:")
+    )
+    for field in ("tags", "words", "place"):
+        words = words.replace(f"={field}:", f"=json.{field}:")
+    check_more(*make("webdataset", str(tmp_path / "in.tar"), str(tmp_path / "set"), map=words, **STATED))
