@@ -238,12 +238,15 @@ class Generator:
     def probabilities(
         self, name: str, given: Mapping[str, np.ndarray], num: int, draws: int = 4, seed: int = 0
     ) -> np.ndarray:
-        """Return the head's probabilities of a label's or mask's classes, (num, K) or (num, K, H, W).
+        """Return the head's probabilities of a label's or mask's classes, (num, K) or (num, K, H, W), or of
+        each of a set of labels, (num, K).
 
         given: as for `draw`. The mean over `draws` draws of the noise at t = 1, where z_t says nothing of the
         answer. Raises ConfigError for an instance without classes.
         """
-        if self.modality(name).likelihood != "categorical":
+        likelihoods = {"categorical": lambda head: head.softmax(1), "Bernoulli": torch.sigmoid}
+        probability = likelihoods.get(self.modality(name).likelihood)
+        if probability is None:
             raise ConfigError(f"{name} has no classes, so no probabilities")
         rows = {other: self._rows(other, value, num) for other, value in given.items()}
         roles, ids = self.roles_for(list(given), num), torch.arange(num, device=self.device)
@@ -251,7 +254,7 @@ class Generator:
             sample(self.denoiser, roles, rows, ids=ids, seed=seed + draw, steps=1).heads[name]
             for draw in range(draws)
         ]
-        return torch.stack([head.softmax(1) for head in heads]).mean(0).cpu().numpy()
+        return torch.stack([probability(head) for head in heads]).mean(0).cpu().numpy()
 
     def _rows(self, name: str, value: np.ndarray, num: int) -> Tensor:
         shape, kind = self.modality(name).data_shape, np.dtype(self.modality(name).data_type)

@@ -123,3 +123,10 @@ def test_unknown_cells_are_in_no_term_of_the_bound_and_in_no_error(model):
         assert share.tolist() == [0, *[0.5] * 7]
         assert part[key].numerator[0] == 0 and np.isfinite(part[key].numerator).all()
     assert part["depth/rmse"].denominator.tolist() == [0, *[1] * 7]
+
+
+def test_each_label_has_a_probability_of_its_own(model):
+    generator, batch = model
+    found = generator.probabilities("attributes", {"pixels": batch.data["pixels"].numpy()}, 8, draws=2)
+    assert found.shape == (8, 5) and ((found > 0) & (found < 1)).all()
+    assert not np.allclose(found.sum(1), 1, atol=1e-3)
