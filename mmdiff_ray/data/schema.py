@@ -33,6 +33,8 @@ class Column:
     """
 
     kind: ClassVar[str]
+    arrow: ClassVar[pa.DataType] = pa.binary()
+    """The type of stored values."""
     train_parts: ClassVar[Mapping[str, str]] = {}
     """Part of the tally -> its name when it is counted of the training split alone."""
 
@@ -49,7 +51,7 @@ class Column:
 
     def to_arrow(self, values: Sequence[Any]) -> pa.Array:
         """Return stored values, None where a row lacks one, as an Arrow array."""
-        raise NotImplementedError
+        return pa.array(values, self.arrow)
 
     def summary(self, tally: Tally) -> dict[str, Any]:
         """Return the manifest's entry: the facts and the statistics of all rows."""
@@ -73,9 +75,6 @@ class ImageColumn(Column):
         self.fix("channels", channels)
         self.fix("size", size)
         return bytes(value), _present()
-
-    def to_arrow(self, values: Sequence[Any]) -> pa.Array:
-        return pa.array(values, pa.binary())
 
 
 class MaskColumn(Column):
@@ -104,9 +103,6 @@ class MaskColumn(Column):
         if len(pixels) > self.facts["classes"]:
             raise ConfigError(f"a mask of {self.facts['classes']} classes holds the index {len(pixels) - 1}")
         return bytes(value), {**_present(), "pixels": pixels}
-
-    def to_arrow(self, values: Sequence[Any]) -> pa.Array:
-        return pa.array(values, pa.binary())
 
     def summary(self, tally: Tally) -> dict[str, Any]:
         pixels = np.asarray(tally.get("pixels", np.zeros(self.facts["classes"])), dtype=float)
@@ -147,9 +143,6 @@ class MapColumn(Column):
         parts = {"known": known.size, "values": values.size}
         return buffer.getvalue(), {**_present(), **{part: np.asarray(n) for part, n in parts.items()}}
 
-    def to_arrow(self, values: Sequence[Any]) -> pa.Array:
-        return pa.array(values, pa.binary())
-
     def summary(self, tally: Tally) -> dict[str, Any]:
         share = float(tally.get("known", 0)) / max(1, int(tally.get("values", 0)))
         return {**super().summary(tally), "known_share": round(share, 6)}
@@ -159,6 +152,7 @@ class LabelColumn(Column):
     """Categories, given by name or by index."""
 
     kind = "label"
+    arrow = pa.int32()
     train_parts: ClassVar[Mapping[str, str]] = {"counts": "train_counts"}
 
     def __init__(self, name: str, facts: Mapping[str, Any]) -> None:
@@ -173,9 +167,6 @@ class LabelColumn(Column):
             raise ConfigError(f"unknown label {value!r}{hint}")
         return index, {**_present(), "counts": np.bincount([index], minlength=len(self._index))}
 
-    def to_arrow(self, values: Sequence[Any]) -> pa.Array:
-        return pa.array(values, pa.int32())
-
     def summary(self, tally: Tally) -> dict[str, Any]:
         none = np.zeros(len(self._index))
         parts = {part: np.asarray(tally.get(part, none), int).tolist() for part in ("counts", "train_counts")}
@@ -186,6 +177,7 @@ class LabelsColumn(LabelColumn):
     """Sets of labels, given by names or indices; stored as lists of indices in order."""
 
     kind = "labels"
+    arrow = pa.list_(pa.int32())
 
     def accept(self, value: Any) -> tuple[list[int], Tally]:  # type: ignore[override]
         if isinstance(value, str) or not isinstance(value, Iterable):
@@ -193,9 +185,6 @@ class LabelsColumn(LabelColumn):
         indices = sorted({super(LabelsColumn, self).accept(label)[0] for label in value})
         counts = np.bincount(np.array(indices, np.int64), minlength=len(self._index))
         return indices, {**_present(), "counts": counts}
-
-    def to_arrow(self, values: Sequence[Any]) -> pa.Array:
-        return pa.array(values, pa.list_(pa.int32()))
 
 
 class EmbeddingColumn(Column):
@@ -243,14 +232,12 @@ class TextColumn(Column):
     """Text, for captions and the like."""
 
     kind = "text"
+    arrow = pa.string()
 
     def accept(self, value: Any) -> tuple[str, Tally]:
         if not isinstance(value, str):
             raise ConfigError(f"text must be a string, got {type(value).__name__}")
         return value, _present()
-
-    def to_arrow(self, values: Sequence[Any]) -> pa.Array:
-        return pa.array(values, pa.string())
 
 
 KINDS: dict[str, type[Column]] = {
