@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdiff_ray.config import ConfigError, ModalityConfig
-from mmdiff_ray.modalities.base import Mean, Modality, PooledHead, RowContext, need_column
+from mmdiff_ray.modalities.base import Mean, Modality, PooledHead, need_column
 from mmdiff_ray.registry import register
 
 NONE = "none"
@@ -104,7 +104,7 @@ class LabelsModality(Modality):
         """Return the scale at which each label says one thing, as loudly as an image says a pixel."""
         return self.scale_of_one_thing * math.sqrt(self.prediction_channels)
 
-    def read(self, row: Mapping[str, Any], context: RowContext, done: Mapping[str, Any]) -> np.ndarray | None:
+    def decode(self, row: Mapping[str, Any]) -> np.ndarray | None:
         return None if row[self.column] is None else self._of(row[self.column])
 
     def _of(self, indices: list[int]) -> np.ndarray:

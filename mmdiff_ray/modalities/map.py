@@ -106,15 +106,17 @@ class MapModality(Modality):
     def data_type(self) -> type:
         return np.float32
 
-    def read(self, row: Mapping[str, Any], context: RowContext, done: Mapping[str, Any]) -> np.ndarray | None:
-        if row[self.column] is None:
-            return None
-        values = self._fit(np.load(io.BytesIO(row[self.column])), context.size)
-        if context.mirrored:
-            values = values[..., ::-1].copy()
-            if self.content != "values":
-                values[0] *= -1
-        return values
+    def decode(self, row: Mapping[str, Any]) -> np.ndarray | None:
+        stored = row[self.column]
+        return None if stored is None else self._fit(np.load(io.BytesIO(stored)), self.size)
+
+    def augment(self, decoded: np.ndarray, context: RowContext) -> np.ndarray:
+        if not context.mirrored:
+            return decoded
+        mirrored = decoded[..., ::-1].copy()
+        if self.content != "values":
+            mirrored[0] *= -1
+        return mirrored
 
     def _fit(self, values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Return a map (C, h, w) at the space's size. Raises ValueError for another number of channels."""

@@ -91,7 +91,7 @@ class VectorModality(Modality):
     def usual_scale(self) -> float:
         return 1 / math.sqrt(math.prod(self.size))  # each channel says one thing
 
-    def read(self, row: Mapping[str, Any], context: RowContext, done: Mapping[str, Any]) -> np.ndarray | None:
+    def decode(self, row: Mapping[str, Any]) -> np.ndarray | None:
         value = row[self.column]
         if value is None or isinstance(value, str):
             return None if value is None else self.parse(value)
