@@ -60,7 +60,7 @@ class CheckpointStore:
         self.remote = remote
         self.completed = completed
         self.unsent: list[str] = []
-        self._pending: tuple[Future, int, dict[str, Any]] | None = None
+        self._pending: tuple[Future[Any], int, dict[str, Any]] | None = None
         # Two groups of its own: the thread that writes sends messages while training, and this store in the
         # training thread, send theirs. In one group they would meet in another order on every worker.
         self._writer_group, self._group = _new_group(), _new_group()

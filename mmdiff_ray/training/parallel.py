@@ -86,7 +86,7 @@ def _compile(loss: TrainingLoss, layers_apart: bool) -> None:
         layer.forward = torch.compile(layer.forward)
 
 
-def without_sync(model: nn.Module, skip: bool) -> AbstractContextManager:
+def without_sync(model: nn.Module, skip: bool) -> AbstractContextManager[None]:
     """Return a context in which gradients stay local, for all micro-batches of a step but the last."""
     if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's
         model.set_requires_gradient_sync(not skip)  # type: ignore[operator]
