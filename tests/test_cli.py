@@ -162,6 +162,16 @@ def test_what_is_not_there_is_told_with_exit_code_2(capsys, words, message):
     assert list(Path.cwd().iterdir()) == []
 
 
+def test_an_error_that_nobody_foresaw_is_one_line_that_names_the_file_of_its_traceback(capsys, config_file):
+    Path("broken.py").write_text("1 / int('0' and 'http://me:hidden@host' == '')")
+    code, _, errors = run(capsys, "train", str(config_file), "plugins=[broken]")
+    assert code == 1 and len(errors.splitlines()) == 1
+    found = re.fullmatch(r"mmdiff: unexpected ZeroDivisionError: .*traceback is in (\S+)\n", errors)
+    log = Path(found[1]).read_text()
+    Path(found[1]).unlink()
+    assert "Traceback" in log and "broken.py" in log and "hidden" not in log
+
+
 def test_mistakes_are_told_before_ray_or_mlflow_are_so_much_as_imported(config_file):
     program = f"""
 import sys

@@ -19,6 +19,7 @@ from mmdiff_ray.cli import (
     train,
     ui,
 )
+from mmdiff_ray.cli.common import report_unexpected
 from mmdiff_ray.config import ConfigError, RunError
 
 COMMANDS = (data, train, sample, evaluate, experiment, sweep, submit, jobs, cluster, ui, doctor)
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        print(f"mmdiff: {report_unexpected(error)}", file=sys.stderr)
         return 1
 
 

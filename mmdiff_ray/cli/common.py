@@ -1,10 +1,13 @@
 """What the commands share: the form of their parsers, and arguments that several of them have."""
 
 import argparse
+import os
+import tempfile
+import traceback
 from collections.abc import Callable
 from typing import Any
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, RunError, without_passwords
 
 RUNS = "where runs lie: a folder, or any URI of pyarrow (s3://bucket/runs)"
 Commands = Any
@@ -43,3 +46,16 @@ def check_workers(given: argparse.Namespace) -> None:
         raise ConfigError(
             f"--workers ({given.workers}) must be at least 0; 0 works in this process, without Ray"
         )
+
+
+def report_unexpected(error: Exception) -> RunError:
+    """Write the traceback of an error that no code foresaw to a file, without keys in addresses; return the
+    message that names the file."""
+    handle, file = tempfile.mkstemp(prefix="mmdiff-", suffix=".log")
+    with os.fdopen(handle, "w", encoding="utf8", errors="backslashreplace") as log:
+        log.write(without_passwords("".join(traceback.format_exception(error))))
+    words = without_passwords(str(error)).strip().partition("\n")[0]
+    return RunError(
+        f"unexpected {type(error).__name__}{f': {words}' * bool(words)}; this is a bug, and its traceback is "
+        f"in {file}"
+    )
