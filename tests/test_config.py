@@ -13,8 +13,10 @@ from mmdiff_ray import registry
 from mmdiff_ray.config import (
     Config,
     ConfigError,
+    RunError,
     ScheduleConfig,
     TrainConfig,
+    decoding,
     flatten,
     load,
     options,
@@ -495,3 +497,24 @@ def test_password_in_an_address_is_refused_and_not_repeated(base, override, key,
 )
 def test_address_without_a_password_is_taken_as_it_is(base, uri):
     assert load([base], [f"data.sources=[{{uri: '{uri}'}}]"]).data.sources[0].uri == uri
+
+
+def test_every_message_is_one_printable_line(base, tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1\nb: {2")
+    with pytest.raises(ConfigError) as caught:
+        load([broken])
+    for error in (caught.value, RunError("a\n  b\x1b[31m\udcff")):
+        assert str(error).isprintable()
+    assert str(RunError("a\n  b\x1b[31m\udcff")) == "a b\\x1b[31m\\udcff"
+
+
+@pytest.mark.parametrize("override", ["name=a\udcff", "runs=\udcff", "model.options={'\udcff': 1}"])
+def test_text_that_is_not_unicode_is_refused_before_it_is_written(base, override):
+    assert "\\udcff" in message(override, base=base)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), SyntaxError("x"), RecursionError("x"), MemoryError("x")])
+def test_whatever_a_decoder_raises_is_a_value_error(error):
+    with pytest.raises(ValueError, match=f"{type(error).__name__}: '?x"), decoding():
+        raise error

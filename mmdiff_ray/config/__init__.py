@@ -6,7 +6,15 @@ Every error names the key, what it got and what it wants.
 from mmdiff_ray.config.addresses import IN_STORAGE, IN_TRACKING, refuse_password, without_passwords
 from mmdiff_ray.config.changes import check_changes, in_force, is_live, next_change
 from mmdiff_ray.config.checks import check, check_batch
-from mmdiff_ray.config.errors import ConfigError, OutageError, RunError, UnreachableError, named
+from mmdiff_ray.config.errors import (
+    ConfigError,
+    OneLine,
+    OutageError,
+    RunError,
+    UnreachableError,
+    decoding,
+    named,
+)
 from mmdiff_ray.config.loading import (
     check_overrides,
     flatten,
@@ -58,6 +66,7 @@ __all__ = [
     "LossConfig",
     "ModalityConfig",
     "ModelConfig",
+    "OneLine",
     "OutageError",
     "RunError",
     "ScheduleConfig",
@@ -73,6 +82,7 @@ __all__ = [
     "check_batch",
     "check_changes",
     "check_overrides",
+    "decoding",
     "flatten",
     "from_plain",
     "in_force",

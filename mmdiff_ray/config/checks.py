@@ -13,7 +13,7 @@ from mmdiff_ray.config.schema import Config, TaskConfig, as_list
 
 READOUTS = ("sample", "likely")
 
-NAME = re.compile(r"\w[^/\\\x00-\x1f\x7f]*")
+NAME = re.compile(r"\w[^/\\\x00-\x1f\x7f\ud800-\udfff]*")
 """What is one name of a file or folder on every system, and hidden on none."""
 NAME_IN_URI = re.compile(r"\w[\w.~=+,@:-]*", re.ASCII)
 LONGEST_NAME = 150
@@ -84,7 +84,7 @@ def check_batch(config: Config) -> None:
 
 def _check_numbers(config: Config) -> None:
     train, workers, evaluate = config.train, config.workers, config.evaluate
-    _refuse_nan("", dataclasses.asdict(config))
+    _refuse_unfit("", dataclasses.asdict(config))
     if config.seed >= 2**63:
         raise ConfigError(f"seed ({config.seed}) must be below 2**63")
     for key, value, least in (
@@ -154,16 +154,19 @@ def _check_numbers(config: Config) -> None:
         )
 
 
-def _refuse_nan(key: str, value: Any) -> None:
-    """Raise ConfigError for a value in a tree that is not a number where one is wanted."""
+def _refuse_unfit(key: str, value: Any) -> None:
+    """Raise ConfigError for a value in a tree that is NaN, or text that no file can hold."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            _refuse_nan(f"{key}.{name}" if key else str(name), inner)
+            _refuse_unfit(key, name)
+            _refuse_unfit(f"{key}.{name}" if key else str(name), inner)
     elif isinstance(value, list):
         for inner in value:
-            _refuse_nan(key, inner)
+            _refuse_unfit(key, inner)
     elif isinstance(value, float) and math.isnan(value):
         raise ConfigError(f"{key} (nan) must be a number")
+    elif isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        raise ConfigError(f"{key}: {value!r} is not valid Unicode; write it in UTF-8")
 
 
 def _check_names(config: Config) -> None:

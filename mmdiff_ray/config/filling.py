@@ -64,6 +64,9 @@ def _convert(wanted: Any, value: Any, key: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{key}: got {value!r}, want a section of names and values")
+        for name in value:
+            if not isinstance(name, str):
+                raise ConfigError(f"{key}: got {name!r}, want text; put the name in quotes")
         return {name: _convert(inner[1], entry, dotted(key, str(name))) for name, entry in value.items()}
     if wanted in _WANTED:
         return _convert_scalar(wanted, value, key)
