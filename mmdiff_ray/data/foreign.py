@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, decoding
 from mmdiff_ray.storage.filesystem import filesystem
 
 
@@ -25,34 +26,48 @@ class ForeignFile:
 
 def look_into(uri: str) -> ForeignFile:
     """Return what a Parquet file's footer says. Raises ConfigError for a file that is none."""
-    try:
-        fs, path = filesystem(uri)
-        with pq.ParquetFile(fs.open_input_file(path)) as file:
-            schema = file.schema_arrow
-            groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
-    except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"source: cannot read {uri}: {str(error).splitlines()[0]}") from None
+    with _opened(uri) as file:
+        schema = file.schema_arrow
+        groups = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
     kinds = {field.name: _kind(field.type) for field in schema}
     return ForeignFile(groups, kinds, _class_names((schema.metadata or {}).get(b"huggingface", b"{}")))
 
 
 def read_group(uri: str, group: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a row group: column -> bytes, number, text, list or None."""
-    fs, path = filesystem(uri)
-    with pq.ParquetFile(fs.open_input_file(path)) as file:
+    """Yield the rows of a row group: column -> bytes, number, text, list or None. Raises ConfigError for a
+    damaged one."""
+    with _opened(uri) as file:
         table = file.read_row_group(group, columns=list(columns))
     for batch in table.to_batches(max_chunksize=64):
-        yield from batch.to_pylist()
+        with _reading(uri):
+            rows = batch.to_pylist()
+        yield from rows
 
 
 def distinct(uri: str, column: str) -> set[Any]:
-    """Return the values of a column of labels, or of lists of them."""
-    fs, path = filesystem(uri)
-    with pq.ParquetFile(fs.open_input_file(path)) as file:
+    """Return the values of a column of labels, or of lists of them. Raises ConfigError for another kind."""
+    with _opened(uri) as file:
         values = file.read(columns=[column])[column]
-    if hasattr(values.type, "value_field"):  # a kind of list
-        values = pc.list_flatten(values)
-    return set(values.unique().to_pylist())
+        if hasattr(values.type, "value_field"):  # a kind of list
+            values = pc.list_flatten(values)
+        return set(values.unique().to_pylist())
+
+
+@contextmanager
+def _opened(uri: str) -> Iterator[pq.ParquetFile]:
+    fs, path = filesystem(uri)
+    with _reading(uri), pq.ParquetFile(fs.open_input_file(path)) as file:
+        yield file
+
+
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    """Turn what Arrow raises for damaged bytes, or values of an unfit kind, into ConfigError."""
+    try:
+        with decoding():
+            yield
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"source: cannot read {uri}: {str(error).splitlines()[0]}") from None
 
 
 def _kind(kind: pa.DataType) -> str:

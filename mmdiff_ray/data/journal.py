@@ -154,7 +154,7 @@ def _read_json(uri: str, name: str) -> Any:
         return None
     try:
         return json.loads(read_bytes(fs, f"{root}/{name}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _not_ours(uri, name, error) from None
 
 

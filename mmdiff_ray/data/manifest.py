@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,12 +12,15 @@ import pyarrow as pa
 
 from mmdiff_ray import __version__
 from mmdiff_ray.config import ConfigError, UnreachableError
+from mmdiff_ray.data.schema import check_entry, is_count
 from mmdiff_ray.storage.filesystem import exists, filesystem, read_bytes
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 JOURNAL = "_building.json"
 SPLITS = ("train", "val", "test")
+_PATH = re.compile(r"(?!\.+(/|$))[\w.=+@-]+(/(?!\.+(/|$))[\w.=+@-]+)*")
+"""A relative path without . and .. in it."""
 
 Migrations = Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]]
 MIGRATIONS: Migrations = {}
@@ -118,8 +122,8 @@ def to_json(manifest: Manifest) -> bytes:
 def from_json(text: bytes | str) -> Manifest:
     """Return the manifest of JSON text. Raises ConfigError if it is no manifest or a newer version's."""
     try:
-        plain = json.loads(text)
-    except ValueError as error:
+        plain = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(_corrupt(f"it is not JSON: {error}")) from None
     return from_plain(plain)
 
@@ -141,6 +145,11 @@ def from_plain(plain: Any, migrations: Migrations = MIGRATIONS) -> Manifest:
         values = _migrate(plain, migrations)
         splits = {split: _split(values["splits"][split]) for split in listed_splits(values["splits"])}
         columns = {name: {"kind": entry["kind"], **entry} for name, entry in values["columns"].items()}
+        for name, entry in columns.items():
+            check_entry(name, entry)
+        for key in ("name", "description", "credit", "created_by"):
+            if not isinstance(values.get(key, ""), str):
+                raise ValueError(f"{key} is {values[key]!r}")
         return Manifest(**{**values, "splits": splits, "columns": columns})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ConfigError):
@@ -154,8 +163,13 @@ def listed_splits(listed: Mapping[str, Any]) -> list[str]:
 
 
 def shard_from_plain(plain: Mapping[str, Any]) -> Shard:
-    """Return a shard's entry from plain values. Raises ValueError if its row groups do not add up."""
+    """Return a shard's entry from plain values. Raises ValueError for a path out of the data set's folder,
+    numbers that are none, or row groups that do not add up."""
     shard = Shard(**{**plain, "row_groups": tuple(plain["row_groups"])})
+    if not isinstance(shard.path, str) or not _PATH.fullmatch(shard.path):
+        raise ValueError(f"the path {shard.path!r} does not lie in the data set's folder")
+    if not all(map(is_count, (shard.rows, shard.bytes, shard.footer_crc32, *shard.row_groups))):
+        raise ValueError(f"{shard.path}: its numbers must be whole and at least 0")
     if sum(shard.row_groups) != shard.rows:
         raise ValueError(f"{shard.path}: row groups hold {sum(shard.row_groups)} rows, not {shard.rows}")
     return shard
@@ -177,6 +191,8 @@ def _split(plain: Mapping[str, Any]) -> Split:
 
 def _migrate(plain: Any, migrations: Migrations) -> dict[str, Any]:
     version = plain["format_version"]
+    if not isinstance(version, int):
+        raise ValueError(f"format_version is {version!r}")
     if version > FORMAT_VERSION:
         raise ConfigError(
             f"{MANIFEST} has format version {version}, want {FORMAT_VERSION} or less; upgrade mmdiff_ray"
@@ -197,6 +213,10 @@ def _missing(uri: str, unfinished: bool) -> str:
         f"data.sources: no data set at {uri} (there is no {MANIFEST}); "
         f"build one with `mmdiff data build PIPELINE --out {uri}`, or correct the URI"
     )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _corrupt(why: str) -> str:

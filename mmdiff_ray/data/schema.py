@@ -7,14 +7,14 @@ import io
 import json
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, decoding
 from mmdiff_ray.registry import suggestion
 
 Tally = dict[str, np.ndarray]
@@ -22,6 +22,8 @@ Tally = dict[str, np.ndarray]
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_CHANNELS = {0: 1, 2: 3, 6: 4}
+MOST_PIXELS = 178_956_970
+"""Of a picture: the limit above which PIL takes one for a decompression bomb."""
 
 
 class Column:
@@ -42,7 +44,7 @@ class Column:
         self.name = name
         try:
             self.facts = json.loads(json.dumps(dict(facts)))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"column {name!r}: its facts must be what JSON can hold: {error}") from None
 
     def accept(self, value: Any) -> tuple[Any, Tally]:
@@ -96,7 +98,8 @@ class MaskColumn(Column):
         if channels != 1:
             raise ConfigError(f"a mask must have one channel of class indices (mode L), got {channels}")
         self.fix("size", size)
-        indices = np.asarray(Image.open(io.BytesIO(value)))
+        with decoding():
+            indices = np.asarray(Image.open(io.BytesIO(value)))
         if (void := self.facts.get("void")) is not None:
             indices = indices[indices != void]
         pixels = np.bincount(indices.ravel(), minlength=self.facts["classes"])
@@ -249,6 +252,60 @@ KINDS: dict[str, type[Column]] = {
 }
 
 
+def check_entry(name: str, entry: Any) -> None:
+    """Raise ValueError for a manifest's entry of a column whose facts are missing, or of other types than
+    `Column.summary` writes. Facts and kinds that only a writer knows may be anything."""
+    if not isinstance(kind := entry["kind"], str):
+        raise ValueError(f"column {name!r} has kind {kind!r}")
+    for fact in ("present", *_NEEDED.get(kind, ())):
+        if fact not in entry:
+            raise ValueError(f"column {name!r} ({kind}) lacks {fact}")
+    for fact, is_fit in _FACTS.items():
+        if fact in entry and not is_fit(entry[fact]):
+            raise ValueError(f"column {name!r} has {fact} {entry[fact]!r}")
+    classes = len(entry["names"]) if kind == "label" else entry.get("classes")
+    per_class = ("names", "counts", "train_counts", "pixel_share", "colors")
+    if (kind == "mask" and not 2 <= classes <= 256) or (kind == "label" and not classes):
+        raise ValueError(f"column {name!r} ({kind}) has {classes} classes")
+    for fact in per_class:
+        if kind in ("mask", "label") and fact in entry and len(entry[fact]) != classes:
+            raise ValueError(f"column {name!r} has {len(entry[fact])} {fact} for {classes} classes")
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a value is a whole number of 0 to 2^63 - 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_colour(value: Any) -> bool:
+    channels = value if isinstance(value, list) else ()
+    return value is None or (len(channels) == 3 and all(is_count(one) and one < 256 for one in channels))
+
+
+def _all(is_fit: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_fit, value))
+
+
+_FACTS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("present", "classes", "dim", "channels", "void"), is_count),
+    **dict.fromkeys(("size", "counts", "train_counts"), _all(is_count)),
+    "pixel_share": _all(_is_amount),
+    "mean_norm": _is_amount,
+    "names": _all(_is_text),
+    "codec": _is_text,
+    "colors": _all(_is_colour),
+}
+_NEEDED = {"mask": ("classes", "pixel_share"), "label": ("names", "counts")}
+
+
 def make_column(name: str, facts: Mapping[str, Any]) -> Column:
     """Return a column from its facts. Raises ConfigError for an unknown kind or facts that do not fit it."""
     if name in ("id", "key"):
@@ -267,6 +324,8 @@ def png_header(value: Any) -> tuple[int, list[int]]:
     if not isinstance(value, bytes | bytearray | memoryview) or bytes(value[:8]) != _PNG or len(value) < 33:
         raise ConfigError(f"want PNG bytes, got {type(value).__name__}")
     width, height = int.from_bytes(value[16:20], "big"), int.from_bytes(value[20:24], "big")
+    if not 0 < width * height <= MOST_PIXELS:
+        raise ConfigError(f"want a PNG of 1 to {MOST_PIXELS:,} pixels, got {width} x {height}")
     depth, colour = value[24], value[25]
     if depth != 8 or colour not in _PNG_CHANNELS:
         raise ConfigError(
