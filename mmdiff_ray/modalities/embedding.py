@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmdiff_ray.config import ConfigError, ModalityConfig
+from mmdiff_ray.config import ConfigError, ModalityConfig, decoding
 from mmdiff_ray.modalities.base import Mean, Modality, PooledHead, need_column
 from mmdiff_ray.registry import register
 
@@ -166,7 +166,13 @@ class EmbeddingModality(Modality):
 
     def parse(self, text: str) -> np.ndarray:
         try:
-            vector = np.load(text, allow_pickle=False).astype(np.float32).reshape(-1)
+            with (
+                decoding()
+            ):  # a map never takes more memory than the file has bytes, whatever its header says
+                stored = np.load(text, mmap_mode="r", allow_pickle=False)
+                if stored.dtype.kind not in "fiu":
+                    raise ValueError(f"it holds {stored.dtype}")
+                vector = stored.astype(np.float32).reshape(-1)
         except FileNotFoundError:
             raise ConfigError(
                 f"{self.name}: no file {text!r}; an embedding is given as a .npy file of "
@@ -178,9 +184,9 @@ class EmbeddingModality(Modality):
             raise ConfigError(
                 f"{self.name}: cannot read an embedding (.npy) from {text!r}: {error}"
             ) from None
-        if vector.shape != self.data_shape or not np.linalg.norm(vector) > 0:
+        if vector.shape != self.data_shape or not 0 < np.linalg.norm(vector) < math.inf:
             raise ConfigError(
-                f"{self.name}: {text} holds shape {vector.shape}, want {self.data_shape}, not all 0"
+                f"{self.name}: {text} holds shape {vector.shape}, want {self.data_shape}, finite, not all 0"
             )
         return vector / np.linalg.norm(vector)
 

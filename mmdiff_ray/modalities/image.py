@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 
-from mmdiff_ray.config import ConfigError, ModalityConfig
+from mmdiff_ray.config import ConfigError, ModalityConfig, decoding
 from mmdiff_ray.modalities.backgrounds import draw_background
 from mmdiff_ray.modalities.base import DenseHead, Mean, Modality, RowContext, need_column
 from mmdiff_ray.registry import register
@@ -190,13 +190,16 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def open_image(path: str, name: str) -> Image.Image:
     """Return the picture in a file. Raises ConfigError if there is none."""
     try:
-        image = Image.open(path)
-        image.load()
+        with decoding():
+            image = Image.open(path)
+            image.load()
+            if image.mode in ("I", "F"):
+                raise ValueError(f"it has more than 16 bits a channel (mode {image.mode})")
     except FileNotFoundError:
         raise ConfigError(f"{name}: no file {path!r}; a picture is given as a file") from None
     except IsADirectoryError:
         raise ConfigError(f"{name}: {path!r} is a folder; a picture is given as a file") from None
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{name}: cannot read a picture from {path!r}: {error}") from None
     return image
 

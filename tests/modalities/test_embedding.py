@@ -1,5 +1,6 @@
 """Embeddings: whitening that fails aloud, the Gaussian likelihood, reading."""
 
+import io
 import math
 
 import numpy as np
@@ -130,3 +131,28 @@ def test_how_a_text_becomes_an_embedding_is_told_where_that_is_what_lacks(option
         EmbeddingModality.resolve("caption", EmbeddingOptions(type="embedding", **options), columns)
     assert ("A text such as 'name'" in str(raised.value)) == told
     assert ("makes the column 'caption' with embed_captions=on" in str(raised.value)) == told
+
+
+def npy(value: np.ndarray) -> bytes:
+    sink = io.BytesIO()
+    np.save(sink, value)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        npy(np.ones(6))[:40],
+        npy(np.ones(6)).replace(b"{'descr'", b"{{descr'"),
+        npy(np.ones(6)).replace(b"(6,), }            ", b"(9999999999999,), }"),
+        npy(np.ones(6, complex)),
+        npy(np.full(6, np.inf)),
+        npy(np.full(6, np.nan)),
+        npy(np.array(["1"] * 6)),
+    ],
+)
+def test_a_file_that_holds_no_vector_is_refused_in_one_line(content, tmp_path):
+    (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"look: .*x\.npy"):
+        embedding().parse(str(tmp_path / "x.npy"))
