@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from mmdiff_ray import config, registry
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, OneLine
 from mmdiff_ray.data.journal import RESTART
 from mmdiff_ray.data.manifest import Manifest
 from mmdiff_ray.data.shards import ShardWriter
@@ -48,7 +48,7 @@ class Item(NamedTuple):
     annotated: bool = True
 
 
-class BadRow(Exception):
+class BadRow(OneLine):
     """An item that cannot be read. `build` counts and reports it, and stops above `bad_limit`."""
 
 
@@ -326,10 +326,10 @@ def bad_limit(text: str, items: int) -> int:
 
 def _check_bad(bad: Mapping[str, str], limit: int) -> None:
     if len(bad) > limit:
-        listed = "".join(f"\n  {key}: {reason}" for key, reason in list(bad.items())[:5])
+        listed = "; ".join(f"{key}: {reason}" for key, reason in list(bad.items())[:5])
         raise ConfigError(
             f"{len(bad)} items of the source cannot be read, more than bad_limit ({limit}); mend or remove "
-            f"them, or raise bad_limit and they are left out:{listed}"
+            f"them, or raise bad_limit and they are left out: {listed}"
         )
 
 

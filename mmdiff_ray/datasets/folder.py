@@ -149,7 +149,7 @@ class Folder(Pipeline):
         if options.annotations is None:
             raise ConfigError("annotations is missing; name the COCO file of instances: annotations=FILE")
         words = Path(options.captions).expanduser() if options.captions else None
-        entries, masks, self.remarks = read_coco(Path(options.annotations).expanduser(), words)
+        entries, masks, self.remarks = read_coco(Path(options.annotations).expanduser(), self.source, words)
         return entries, masks
 
     def _entries(self) -> list[Entry]:

@@ -14,6 +14,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import Manifest, RowGroup, read_manifest
 from mmdiff_ray.data.parquet import read_row_group
 from mmdiff_ray.evaluation import tiles
@@ -21,7 +22,7 @@ from mmdiff_ray.evaluation.grids import Panel, grid
 from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.modalities.map import paint
 from mmdiff_ray.modalities.vector import as_text
-from mmdiff_ray.storage.filesystem import filesystem
+from mmdiff_ray.storage.filesystem import filesystem, join
 
 Facts = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -196,7 +197,10 @@ def _pick(uri: str, manifest: Manifest, count: int) -> tuple[list[Row], list[Row
 
 
 def _rows(uri: str, group: RowGroup, columns: Sequence[str]) -> list[Row]:
-    values = read_row_group(uri, group, columns)
+    try:
+        values = read_row_group(uri, group, columns)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{join(uri, group.path)} cannot be read: {error}; build the data again") from None
     return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
 

@@ -1,6 +1,7 @@
 """Folders in the layouts of COCO and Cityscapes: the pictures that they list, and the masks of these."""
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, decoding
+from mmdiff_ray.data.schema import MOST_PIXELS, is_count
 from mmdiff_ray.datasets.embedders import need
 
 
@@ -32,6 +34,14 @@ class Entry(NamedTuple):
     def mask(self) -> Any:
         """Return what `Masks.read` takes: `drawn`, or the relative path without its suffix."""
         return Path(self.file).with_suffix("").as_posix() if self.drawn is None else self.drawn
+
+
+def inside(name: str, folder: Path) -> str:
+    """Return a file's name relative to a folder as it is. Raises ValueError for one that leads out of it."""
+    place = os.path.normpath(os.path.join(folder, name))
+    if not name or "\0" in name or os.path.commonpath([place, folder]) != str(folder):
+        raise ValueError(f"{name!r} is no file in {folder}")
+    return name
 
 
 class Masks(Protocol):
@@ -75,29 +85,72 @@ class CocoMasks:
         return {"kind": "mask", "classes": 1 + len(self.names), "names": [BACKGROUND, *self.names]}
 
     def read(self, mask: Drawing) -> np.ndarray:
-        tool = need("pycocotools.mask", "coco")
-        classes = np.zeros((mask.height, mask.width), np.uint8)
+        size = mask.height, mask.width
+        if not all(map(is_count, size)) or not 0 < mask.height * mask.width <= MOST_PIXELS:
+            raise ValueError(f"want a height and width of 1 to {MOST_PIXELS:,} pixels together, got {size}")
+        classes = np.zeros(size, np.uint8)
         for index, outline in mask.outlines:
             try:
-                runs = outline
-                if not (isinstance(outline, dict) and isinstance(outline.get("counts"), str | bytes)):
-                    runs = tool.frPyObjects(outline, mask.height, mask.width)
-                covered = tool.decode(tool.merge(runs) if isinstance(runs, list) else runs)
-                classes[covered > 0] = index
-            except Exception as error:  # the library raises nothing narrower
+                with decoding():
+                    draw = _draw_runs if isinstance(outline, dict) else _draw_polygons
+                    classes[draw(outline, *size)] = index
+            except ValueError as error:
                 raise ValueError(f"its outline of class {self.names[index - 1]!r}: {error}") from None
         return classes
 
 
-def read_coco(annotations: Path, captions: Path | None = None) -> tuple[list[Entry], CocoMasks, list[str]]:
+def _draw_polygons(polygons: list[list[float]], height: int, width: int) -> np.ndarray:
+    """Return what polygons [x, y, x, y, ...] cover, bool (H, W). pycocotools crashes at far points."""
+    far = 4 * max(height, width)
+    if not all(abs(float(number)) <= far for points in polygons for number in points):
+        raise ValueError(f"its points lie far outside of the picture of {width}x{height} pixels")
+    tool = need("pycocotools.mask", "coco")
+    return tool.decode(tool.merge(tool.frPyObjects(polygons, height, width))) > 0
+
+
+def _draw_runs(outline: Mapping[str, Any], height: int, width: int) -> np.ndarray:
+    """Return what runs cover, bool (H, W): counts of pixels outside and inside by turns, down the columns."""
+    counts = outline["counts"]
+    counts = _unpacked(counts) if isinstance(counts, str) else counts
+    if list(outline["size"]) != [height, width]:
+        raise ValueError(f"its size is {outline['size']}, the picture's [{height}, {width}]")
+    if not all(map(is_count, counts)) or sum(counts) != height * width:
+        raise ValueError(f"its runs do not add up to {height}x{width} pixels")
+    inside = np.arange(len(counts)) % 2 == 1
+    return inside.repeat(counts).reshape(width, height).T
+
+
+def _unpacked(text: str) -> list[int]:
+    """Return the counts in packed runs: 6 bits a character from "0" on, 5 of them of a number and one that
+    says that more follow; from the fourth count on, a number is the difference to the one before the last."""
+    counts: list[int] = []
+    number = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            raise ValueError("its packed runs are damaged")
+        number |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            number -= (bits & 16) << (shift - 4)  # the sign
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number = shift = 0
+    if shift:
+        raise ValueError("its packed runs are cut short")
+    return counts
+
+
+def read_coco(
+    annotations: Path, source: Path, captions: Path | None = None
+) -> tuple[list[Entry], CocoMasks, list[str]]:
     """Return the pictures that a COCO file of instances lists, their masks of one class per category, and
     notes.
 
     Classes follow the categories' ids; categories of the same name are one class. An object without an
     outline is drawn as its box; one without either is left out and counted. Where annotations overlap, the
     smaller one (`area`) lies on top; a picture without any is background. captions: a COCO file of captions;
-    the one of the smallest id is kept. Polygons, runs and packed runs are drawn by pycocotools. Raises
-    ConfigError for other files.
+    the one of the smallest id is kept. source: the folder of the pictures. Raises ConfigError for other
+    files.
     """
     need("pycocotools.mask", "coco")
     content = _read_json("annotations", annotations, ("images", "annotations", "categories"))
@@ -116,13 +169,13 @@ def read_coco(annotations: Path, captions: Path | None = None) -> tuple[list[Ent
         words = _captions(captions) if captions else {}
         entries = [
             Entry(
-                image["file_name"],
+                inside(image["file_name"], source),
                 caption=words.get(image["id"]),
                 drawn=Drawing(image["height"], image["width"], tuple(found[image["id"]])),
             )
             for image in content["images"]
         ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ConfigError(
             f"annotations: {annotations} is no COCO file of instances ({type(error).__name__}: {error})"
         ) from None
@@ -179,7 +232,8 @@ def _captions(file: Path) -> dict[int, str]:
 
 def _read_json(key: str, file: Path, parts: tuple[str, ...]) -> Mapping[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf8"))
+        with decoding():
+            content = json.loads(file.read_text(encoding="utf8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: cannot read {file}: {error}") from None
     has = sorted(content) if isinstance(content, dict) else type(content).__name__
@@ -231,7 +285,7 @@ class CityscapesMasks:
         file = self.source / mask
         if not mask or not file.is_file():
             return None
-        with Image.open(file) as image:
+        with decoding(), Image.open(file) as image:
             ids = np.asarray(image)
         if ids.ndim != 2 or ids.dtype != np.uint8:
             raise ValueError(f"{file} must hold ids of 8 bits; got mode {image.mode}")

@@ -4,16 +4,17 @@ import csv
 import difflib
 import io
 import json
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, decoding
 from mmdiff_ray.config.checks import unknown
 from mmdiff_ray.data.parquet import read_rows
-from mmdiff_ray.datasets.layouts import Entry
+from mmdiff_ray.datasets.layouts import Entry, inside
 from mmdiff_ray.datasets.pictures import SUFFIXES
 
 ALIASES = {
@@ -125,11 +126,14 @@ def read_table(file: Path, source: Path, pictures: Sequence[str], named: Columns
     known = {_normal(name): name for name in pictures}
     entries = []
     for number, row in enumerate(rows, 1):
-        name = str(row[found["file"]] or "").strip()
+        name = str(row.get(found["file"]) or "").strip()
         if not name:
             raise ConfigError(f"metadata: {file}, row {number}: no file")
         words = {ours: _text(row.get(found[ours] or "")) for ours in ("label", "caption")}
-        place = known.get(_normal(name)) or Path(name.replace("\\", "/")).as_posix()
+        try:
+            place = known.get(_normal(name)) or inside(Path(name.replace("\\", "/")).as_posix(), source)
+        except ValueError as error:
+            raise ConfigError(f"metadata: {file}, row {number}: {error}") from None
         held, group = (_text(row[column]) if column else None for column in (named.split, named.group))
         labels = _set(row.get(named.labels), named.separator) if named.labels else None
         numbers = _vector([row.get(column) for column in named.numbers], f"{file}, row {number}")
@@ -139,7 +143,7 @@ def read_table(file: Path, source: Path, pictures: Sequence[str], named: Columns
     names = [entry.file for entry in entries]
     if repeated := len(names) - len(set(names)):
         raise ConfigError(f"metadata: {file} lists {repeated} of its files twice; want one row per file")
-    if not any((source / name).is_file() for name in names):
+    if not any(os.path.isfile(source / name) for name in names):
         raise ConfigError(
             f"metadata: {file} names none of the pictures in {source}; got {names[0]!r}, "
             f"want names relative to that folder, as {pictures[0]!r}"
@@ -170,16 +174,18 @@ def _vector(values: Sequence[Any], where: str) -> tuple[float, ...] | None:
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     try:
-        if file.suffix == ".parquet":
-            return read_rows(file)
-        text = _decoded(file.read_bytes())
-        if file.suffix in (".jsonl", ".ndjson"):
-            return [dict(json.loads(line)) for line in text.splitlines() if line.strip()]
-        head = text.partition("\n")[0]
-        delimiter = max(",;\t", key=head.count)
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-        return [{key.strip(): value for key, value in row.items() if key is not None} for row in reader]
-    except (OSError, ValueError, TypeError, csv.Error) as error:
+        with decoding():
+            if file.suffix == ".parquet":
+                return read_rows(file)
+            text = _decoded(file.read_bytes())
+            if file.suffix in (".jsonl", ".ndjson"):
+                lines = (json.loads(line) for line in text.splitlines() if line.strip())
+                return [{str(key): value for key, value in dict(line).items()} for line in lines]
+            head = text.partition("\n")[0]
+            delimiter = max(",;\t", key=head.count)
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+            return [{key.strip(): value for key, value in row.items() if key is not None} for row in reader]
+    except (OSError, ValueError) as error:
         raise ConfigError(f"metadata: cannot read {file}: {error}") from None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, decoding
 from mmdiff_ray.config.checks import unknown
 from mmdiff_ray.datasets.base import BadRow, Options, Stage, Streamed, is_off, is_on, look_stages
 from mmdiff_ray.datasets.embedders import make_embedder
@@ -203,7 +203,7 @@ class Mapped(Streamed):
         return to_png(np.asarray(self.frame(picture.convert("RGB"), Image.Resampling.BICUBIC)))
 
     def _mask(self, data: bytes, facts: Mapping[str, Any]) -> bytes:
-        with Image.open(io.BytesIO(data)) as mask:
+        with decoding(), Image.open(io.BytesIO(data)) as mask:
             if mask.mode not in ("1", "L", "P"):
                 raise ValueError(f"a mask must hold indices of 8 bits; got mode {mask.mode}")
             indices = Image.fromarray(np.asarray(mask).astype(np.uint8))

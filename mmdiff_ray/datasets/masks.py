@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, decoding
 from mmdiff_ray.datasets.pictures import UNREADABLE
 
 SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -51,7 +51,7 @@ class MaskFolder:
         """
         if stem not in self.files:
             return None
-        with Image.open(self.files[stem]) as mask:
+        with decoding(), Image.open(self.files[stem]) as mask:
             values = _values(mask, self.colored)
         order = np.argsort(self.values)
         place = np.searchsorted(self.values, values, sorter=order).clip(max=len(order) - 1)
@@ -186,7 +186,7 @@ def _scan(files: Iterable[Path]) -> tuple[set[int], bool, list[list[int]] | None
     colors = None
     for path in files:
         try:
-            with Image.open(path) as mask:
+            with decoding(), Image.open(path) as mask:
                 colored = mask.mode not in INDEX_MODES
                 values.update(np.unique(_values(mask, colored)).tolist())
                 if colors is None and mask.mode == "P" and (flat := mask.getpalette()):

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.foreign import distinct, look_into, read_group
@@ -42,8 +44,9 @@ class Parquet(Mapped):
 
             return self.class_facts(field.kind, names, values)
         if field.kind in ("embedding", "vector"):
-            row = next(read_group(self.files[0], 0, [field.name]))[field.name]
-            return vector_facts(field, len(row))
+            held = (row[field.name] for row in read_group(self.files[0], 0, [field.name]))
+            vector = next((value for value in held if value is not None), ())
+            return vector_facts(field, int(np.size(vector)))
         return {}
 
     @property

@@ -9,15 +9,15 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, decoding
 from mmdiff_ray.datasets.embedders import has_alpha
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
     *(".heic", ".heif"),
 )
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What PIL raises for files that are truncated, corrupt, absurdly large or no pictures at all."""
+UNREADABLE = (OSError, ValueError)
+"""What is raised, by `decoding`, for files that are truncated, corrupt, absurdly large or no pictures."""
 ORIENTATION = 0x0112
 """The EXIF tag of how a camera was held."""
 TURNS = {
@@ -95,7 +95,7 @@ def open_picture(file: Path | BinaryIO, depth: str = "refuse") -> Picture:
     """
     if isinstance(file, Path):
         _register_heif(file)
-    with Image.open(file) as image:
+    with decoding(), Image.open(file) as image:
         if image.mode[0] in "IF":
             if depth == "refuse":
                 named = file if isinstance(file, Path) else "it"
@@ -117,7 +117,7 @@ def is_transparent(file: Path) -> bool:
     """Return whether a picture has a pixel that is not opaque; False for an unreadable one."""
     try:
         _register_heif(file)
-        with Image.open(file) as image:
+        with decoding(), Image.open(file) as image:
             return has_alpha(image) and int(np.asarray(image.convert("RGBA"))[..., 3].min()) < 255
     except UNREADABLE:
         return False

@@ -76,6 +76,25 @@ def test_names_match_with_backslashes_and_in_any_unicode_form(tmp_path):
     assert list(rows) == ["caf\u00e9/g00.png"]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"file": "../outside.png"}', r"row 1: '../outside.png' is no file in"),
+        ('{"file": "/etc/passwd"}', r"row 1: '/etc/passwd' is no file in"),
+        ('{"file": "a.png"}\n{"label": "x"}', "row 2: no file"),
+        ('{"file": "%s"}' % ("x" * 300), "names none of the pictures"),
+        ("[[1, 2]]", "needs a column with the files"),
+        ("[" * 100_000, "cannot read"),
+    ],
+)
+def test_a_table_of_other_files_is_refused_in_one_line(tmp_path, text, message):
+    save(tmp_path / "in" / "a.png")
+    save(tmp_path / "outside.png")
+    (tmp_path / "in" / "metadata.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=f"metadata: .*{message}"):
+        make(tmp_path / "in", tmp_path / "set")
+
+
 def test_labels_lose_outer_spaces_and_a_difference_in_case_is_remarked(tmp_path):
     for index in range(4):
         save(tmp_path / "in" / f"{index}.png")

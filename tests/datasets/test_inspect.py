@@ -77,3 +77,12 @@ def test_masks_are_painted_in_their_own_colours():
 
 def test_bytes_are_written_for_people():
     assert [human_bytes(n) for n in (999, 11_600_000, 2.5e15)] == ["999 bytes", "11.6 MB", "2500.0 TB"]
+
+
+def test_a_damaged_shard_is_named(built, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(built, copy)
+    for shard in copy.glob("*/*.parquet"):
+        shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(ConfigError, match=r"copy/train/00000\.parquet cannot be read"):
+        draw_rows(str(copy))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.datasets.base import build, make_pipeline
-from mmdiff_ray.datasets.layouts import CITYSCAPES
+from mmdiff_ray.datasets.layouts import CITYSCAPES, CocoMasks, Drawing
 from tests.datasets.reading import decode, read_rows
 
 CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 3, "name": "car"}, {"id": 17, "name": "cat"}]
@@ -261,6 +261,53 @@ def test_masks_in_colour_are_no_ids(city, tmp_path):
     built, _ = make(source, tmp_path / "set", layout="cityscapes")
     assert list(built.bad) == ["leftImg8bit/val/ulm/ulm_000001_000019_leftImg8bit.png"]
     assert "must hold ids of 8 bits; got mode RGB" in next(iter(built.bad.values()))
+
+
+def test_packed_runs_are_what_pycocotools_decodes():
+    tool = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for share in (0, 0.03, 0.5, 0.97, 1):
+        mask = np.asfortranarray((rng.random((40, 60)) < share).astype(np.uint8))
+        packed = {"size": [40, 60], "counts": tool.encode(mask)["counts"].decode()}
+        for outline in (packed, runs_of(mask)):
+            read = CocoMasks(("cat",)).read(Drawing(40, 60, ((1, outline),)))
+            assert np.array_equal(read, mask)
+
+
+@pytest.mark.parametrize(
+    "outline",
+    [
+        [[0, 0, 1e9, 0, 1e9, 1e9]],
+        [[0, 0, float("nan"), 0, 5, 5]],
+        {"size": [8, 8], "counts": [3, 2]},
+        {"size": [8, 8], "counts": [0, 2**40]},
+        {"size": [8, 8], "counts": [70, -6]},
+        {"size": [10**6, 10**6], "counts": "04"},
+        {"size": [8, 8], "counts": "zzzz"},
+        {"size": [8, 8], "counts": "P"},
+        {"size": [8, 8]},
+    ],
+)
+def test_outlines_that_crash_pycocotools_or_draw_garbage_are_unreadable(outline):
+    with pytest.raises(ValueError, match="its outline of class 'cat'"):
+        CocoMasks(("cat",)).read(Drawing(8, 8, ((1, outline),)))
+
+
+@pytest.mark.parametrize("size", [(10**6, 10**6), (0, 8), (-1, 8), (2.5, 8), (None, 8)])
+def test_a_picture_that_declares_an_absurd_size_is_unreadable(size):
+    with pytest.raises(ValueError, match="want a height and width"):
+        CocoMasks(("cat",)).read(Drawing(*size, ()))
+
+
+@pytest.mark.parametrize("name", ["../outside.jpg", "/etc/passwd", "", 7, None])
+def test_a_coco_file_names_pictures_of_its_folder_alone(coco, tmp_path, name):
+    source, file = coco[0] / "photos", coco[0] / "instances.json"
+    content = json.loads(file.read_text())
+    content["images"][0]["file_name"] = name
+    file.write_text(json.dumps(content))
+    save(tmp_path / "outside.jpg")
+    with pytest.raises(ConfigError, match="is no COCO file of instances"):
+        make_pipeline("folder", {"source": str(source), "layout": "coco", "annotations": str(file)})
 
 
 # --- options ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.datasets.base import build, make_pipeline
+from mmdiff_ray.datasets.base import build, make_pipeline, render
 from mmdiff_ray.datasets.options import pipeline_options
 from mmdiff_ray.storage.filesystem import filesystem, write_atomic
 from tests.datasets.reading import decode, read_rows
@@ -211,6 +211,17 @@ def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"no parquet at all")
     with pytest.raises(ConfigError, match=r"source: cannot read .*a\.parquet"):
         make_pipeline("parquet", {"source": str(tmp_path)})
+    sound = io.BytesIO()
+    pq.write_table(pa.table({"image": [b"x" * 99] * 9, "label": [1] * 9, "words": [["a"]] * 9}), sound)
+    (tmp_path / "a.parquet").write_bytes(sound.getvalue())
+    with pytest.raises(ConfigError, match=r"source: cannot read .*a\.parquet"):
+        make_pipeline("parquet", {"source": str(tmp_path), "map": "pixels=image label=words:label"})
+    torn = bytearray(sound.getvalue())
+    torn[4:40] = b"\xff" * 36
+    (tmp_path / "a.parquet").write_bytes(torn)
+    pipeline = make_pipeline("parquet", {"source": str(tmp_path), "map": "pixels=image"})
+    with pytest.raises(ConfigError, match=r"source: cannot read .*a\.parquet"):
+        render(pipeline, pipeline.items())
     (tmp_path / "a.tar").write_bytes(tar_bytes(range(3))[:2000])
     with pytest.raises(ConfigError, match=r"source: cannot read .*a\.tar"):
         make_pipeline("webdataset", {"source": str(tmp_path / "*.tar")})
