@@ -2,12 +2,36 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError, named, shipped
 from mmdiff_ray.config.checks import check_name, unknown
 from mmdiff_ray.experiments.spec import Best, DataSet, Experiment, Goal, Measure, Method, Panel, Preset
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The keys of an experiment's file, as `Experiment` explains them."""
+
+    name: str
+    base: dict[str, Any]
+    presets: dict[str, Any]
+    methods: dict[str, Any]
+    measures: dict[str, Any]
+    title: str = ""
+    main: str = ""
+    question: str = ""
+    data: Any = None
+    curves: list[dict[str, Any]] = field(default_factory=list)
+    judge: str | None = None
+    matrices: list[dict[str, Any]] = field(default_factory=list)
+    watch: dict[str, list[str]] = field(default_factory=dict)
+    task_words: dict[str, str] = field(default_factory=dict)
+    overview: dict[str, Any] = field(default_factory=dict)
+    goals: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
 
 
 def load_experiment(name: str, preset: str) -> Experiment:
@@ -21,66 +45,76 @@ def load_experiment(name: str, preset: str) -> Experiment:
 
 
 def _build(plain: Mapping[str, Any], preset: str) -> Experiment:
-    known = {one.name for one in dataclasses.fields(Experiment) if one.init} - {"preset"} | {"presets"}
+    known = [one.name for one in dataclasses.fields(_Written)]
     for key in plain:
         if key not in known:
             raise ConfigError(unknown("experiment", key, sorted(known), "key"))
     for key in ("name", "base", "presets", "methods", "measures"):
         if not plain.get(key):
             raise ConfigError(f"{key} is missing")
-    check_name("name", plain["name"])
+    written = _make(_Written, "", {key: value for key, value in plain.items() if value is not None})
+    check_name("name", written.name)
     for key in ("presets", "methods", "measures", "best"):
-        for name in plain.get(key, {}):
+        for name in getattr(written, key):
             check_name(key, name)
-    for curve in plain.get("curves", []):
+    for curve in written.curves:
         check_name("curves", curve.get("name"))
-    if preset not in plain["presets"]:
-        raise ConfigError(unknown("preset", preset, list(plain["presets"])))
-    chosen = _make(Preset, f"presets.{preset}", plain["presets"][preset], name=preset)
+    if preset not in written.presets:
+        raise ConfigError(unknown("preset", preset, list(written.presets)))
+    chosen = _make(Preset, f"presets.{preset}", written.presets[preset], name=preset)
     methods = {}
-    for name, values in plain["methods"].items():
+    for name, values in written.methods.items():
         if chosen.methods.get(name, {}) is None:
             continue
-        own, at_preset = values or {}, chosen.methods.get(name) or {}
-        overrides = [*own.get("overrides", []), *at_preset.get("overrides", [])]
-        values = {**own, **at_preset, "overrides": overrides}
-        methods[name] = _make(Method, f"methods.{name}", values, name=name)
-    data = plain.get("data", []) if chosen.data is None else chosen.data
+        own = _make(Method, f"methods.{name}", values, name=name)
+        at_preset = chosen.methods.get(name) or {}
+        whole = {**(values or {}), **at_preset, "overrides": [*own.overrides, *_overrides(name, at_preset)]}
+        methods[name] = _make(Method, f"methods.{name}", whole, name=name)
+    if not methods:
+        raise ConfigError(f"presets.{preset}.methods leaves no method")
+    data = written.data if chosen.data is None else chosen.data
     parts: dict[str, Any] = {
+        "title": written.title or written.name,
         "preset": chosen,
         "methods": methods,
-        "main": plain.get("main", next(iter(methods))),
+        "main": written.main or next(iter(methods)),
         "measures": {
             name: _make(Measure, f"measures.{name}", values, name=name)
-            for name, values in plain["measures"].items()
+            for name, values in written.measures.items()
         },
         "overview": [
-            _make(Panel, f"overview.{name}", values, name=name)
-            for name, values in plain.get("overview", {}).items()
+            _make(Panel, f"overview.{name}", values, name=name) for name, values in written.overview.items()
         ],
         "goals": [
-            _make(Goal, f"goals.{goal.get('name', '')}", {"name": "", **goal})
-            for goal in plain.get("goals", [])
+            _make(Goal, f"goals.{goal.get('name', '')}", {"name": "", **goal}) for goal in written.goals
         ],
         "best": [
-            _make(Best, f"best.{name}", values, name=name) for name, values in plain.get("best", {}).items()
+            _make(Best, f"best.{name}", values, name=name) for name, values in written.best.items()
         ],
         "data": [
             _make(DataSet, "data", one)
             for one in (data if isinstance(data, list) else [data] if data else [])
         ],
     }
-    rest = {key: value for key, value in plain.items() if key not in (*parts, "presets")}
-    experiment = Experiment(**{"title": plain["name"], **rest, **parts})
+    rest = {key: value for key, value in vars(written).items() if key not in (*parts, "presets")}
+    experiment = Experiment(**rest, **parts)
     _check_references(experiment)
     return experiment
+
+
+def _overrides(name: str, at_preset: Mapping[str, Any]) -> list[str]:
+    """Return what a preset appends to a method's overrides."""
+    if not isinstance(found := at_preset.get("overrides") or [], list):
+        raise ConfigError(f"methods.{name}.overrides: got {found!r}, want a list")
+    return found
 
 
 def _check_references(experiment: Experiment) -> None:
     """Raise ConfigError for a name that nothing in the experiment has."""
     one, preset = experiment, experiment.preset
     trained = [name for name, method in one.methods.items() if method.model is None]
-    modalities, tasks = one.base.get("modalities", {}), one.base.get("tasks", {})
+    sections = (one.base.get(key) for key in ("modalities", "tasks"))
+    modalities, tasks = (section if isinstance(section, Mapping) else {} for section in sections)
     references: list[tuple[str, Sequence[str | None], Any]] = [
         (f"presets.{preset.name}.measures", preset.measures or [], one.measures),
         (
@@ -115,13 +149,13 @@ def _check_references(experiment: Experiment) -> None:
         raise ConfigError("data: all data sets with folds must have the same number of folds")
 
 
-def _make(kind: type, where: str, values: Mapping[str, Any] | None, **more: Any) -> Any:
-    """Return a dataclass from plain values. Raises ConfigError for an unknown or missing key."""
+def _make(kind: type, where: str, values: Any, **more: Any) -> Any:
+    """Return a dataclass from plain values. Raises ConfigError for an unknown or missing key, or a value of
+    the wrong type."""
+    if not isinstance(values or {}, Mapping):
+        raise ConfigError(f"{where}: got {values!r}, want a section of names and values")
     known = [one.name for one in dataclasses.fields(kind) if one.name not in more]
     for key in values or {}:
         if key not in known:
             raise ConfigError(unknown(where, key, known, "key"))
-    try:
-        return kind(**more, **(values or {}))
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from None
+    return configuration.options(kind, {**(values or {}), **more}, where)

@@ -1,6 +1,7 @@
 """An experiment: methods, measures and presets, and the cells that they make."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,10 @@ class Method:
     seeds: int | None = None
     refused: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 < self.share < math.inf:
+            raise ConfigError(f"methods.{self.name}.share ({self.share}) must be above 0")
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -62,6 +67,10 @@ class Preset:
     data: Any = None
     methods: dict[str, dict[str, Any] | None] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"presets.{self.name}.seeds ({self.seeds}) must be one or more, all different")
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -88,7 +97,7 @@ class Goal:
     kind: str = "better"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("better", "not worse") and not re.fullmatch(r"within [\d.]+ ?%", self.kind):
+        if self.kind not in ("better", "not worse") and not re.fullmatch(r"within \d+(\.\d+)? ?%", self.kind):
             raise ConfigError(f"kind: got {self.kind!r}, want better, not worse or within N %")
 
     @property

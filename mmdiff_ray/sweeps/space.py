@@ -88,9 +88,12 @@ def _dimension(key: str, entry: Any) -> Dimension:
             f"space.{key}: got {entry!r}, want one of {', '.join(KINDS)}, as {{uniform: [0, 1]}}"
         )
     kind, value = kinds[0], entry[kinds[0]]
+    conditions = entry.get("when") or {}
+    if not isinstance(conditions, Mapping):
+        raise ConfigError(f"space.{key}.when: got {conditions!r}, want a section of names and values")
     when = {
         other: list(allowed) if isinstance(allowed, list) else [allowed]
-        for other, allowed in (entry.get("when") or {}).items()
+        for other, allowed in conditions.items()
     }
     if not isinstance(value, list):
         raise ConfigError(f"space.{key}.{kind}: got {value!r}, want a list")
@@ -98,11 +101,18 @@ def _dimension(key: str, entry: Any) -> Dimension:
         if not value:
             raise ConfigError(f"space.{key}.{kind}: the list is empty")
         return Dimension(key, kind, values=value, when=when)
-    if len(value) != 2 or not all(isinstance(end, int | float) for end in value) or not value[0] < value[1]:
+    if len(value) != 2 or not all(map(_is_finite, value)) or not value[0] < value[1]:
         raise ConfigError(f"space.{key}.{kind}: got {value!r}, want [low, high] with low below high")
+    if kind == "randint" and any(end % 1 for end in value):
+        raise ConfigError(f"space.{key}.randint: got {value!r}, want whole numbers")
     if kind == "loguniform" and value[0] <= 0:
         raise ConfigError(f"space.{key}.loguniform: low ({value[0]:g}) must be above 0")
     return Dimension(key, kind, low=value[0], high=value[1], when=when)
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def corners(space: Mapping[str, Dimension], most: int = MOST_CORNERS) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What a sweep is: a YAML file of a base configuration, space, metrics, searcher, scheduler and budget."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +11,12 @@ from typing import Any
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import Config, ConfigError, named
 from mmdiff_ray.config.checks import check_name, one_of, unknown
-from mmdiff_ray.sweeps.space import Dimension, combinations, corners, make_space
+from mmdiff_ray.sweeps.space import combinations, corners, make_space
 
 SEARCHERS = ("random", "grid", "tpe", "nsga2")
 SCHEDULERS = ("fifo", "asha", "median", "pbt")
+MOST_POINTS = 100_000
+"""Of a grid."""
 SCALES_LOSS = ("loss.", "modalities.")
 """Beginnings of keys that a training or held-out loss is scaled by, or whose meaning they change."""
 SET_HERE = (
@@ -78,9 +81,10 @@ OPTIONS = {"searcher": SearcherOptions, "scheduler": SchedulerOptions, "budget":
 class Sweep:
     """A sweep.
 
-    base: plain values; a file may name a config file in their place, which is read once, with it. overrides:
-    on top of it, `key=value`. metrics: figure of an evaluator -> min or max; the first one leads where a
-    scheduler needs a single one. data: a data set that is built where it is missing: pipeline, uri, options.
+    base: plain values; a file may name a config file in their place, which is read once, with it. space:
+    swept key -> its `Dimension`. metrics: figure of an evaluator -> min or max; the first one leads where a
+    scheduler needs a single one. overrides: on top of the base, `key=value`. data: a data set that is built
+    where it is missing: pipeline, uri, options.
     baseline: whether the first trial is the base configuration itself, with nothing of the space, which no
     scheduler stops.
     """
@@ -88,9 +92,9 @@ class Sweep:
     name: str
     title: str
     base: dict[str, Any]
-    overrides: list[str]
-    space: dict[str, Dimension]
+    space: dict[str, Any]
     metrics: dict[str, str]
+    overrides: list[str] = field(default_factory=list)
     searcher: SearcherOptions = field(default_factory=SearcherOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     budget: Budget = field(default_factory=Budget)
@@ -143,17 +147,9 @@ def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """Return the sweep of a YAML file. overrides: `key=value` of the sweep's own sections (`budget.trials=4`)
     or of the base configuration. Raises ConfigError, naming the file and the key, for what is wrong in it."""
     plain = configuration.read_yaml(file)
-    known = [part.name for part in dataclasses.fields(Sweep)]
-    for key in plain:
-        if key not in known:
-            raise ConfigError(f"{file}: {unknown('sweep', key, known, 'key')}")
-    for key in ("base", "space", "metrics"):
-        if not plain.get(key):
-            raise ConfigError(f"{file}: {key} is missing")
     own = [word for word in overrides if re.match(r"(budget|searcher|scheduler)\.|seed=|name=", word)]
-    plain = _overridden(plain, own)
     with named(str(file)):
-        return _made(plain, Path(file), [word for word in overrides if word not in own])
+        return _made(_overridden(plain, own), Path(file), [word for word in overrides if word not in own])
 
 
 def any_config(sweep: Sweep) -> Config:
@@ -184,26 +180,29 @@ def _overridden(plain: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
         key, _, text = word.partition("=")
         section, _, name = key.partition(".")
         value = configuration.parse_name(text) if key == "name" else configuration.parse_value(text)
-        values[section] = {**values.get(section, {}), name: value} if name else value
+        if name and not isinstance(values.get(section) or {}, Mapping):
+            raise ConfigError(f"{section}: got {values[section]!r}, want a section of names and values")
+        values[section] = {**(values.get(section) or {}), name: value} if name else value
     return values
 
 
 def _made(plain: Mapping[str, Any], file: Path, overrides: Sequence[str]) -> Sweep:
-    sections: dict[str, Any] = {
-        name: configuration.options(kind, plain.get(name) or {}, name) for name, kind in OPTIONS.items()
-    }
-    base = plain["base"]
-    sweep = Sweep(
-        name=plain.get("name", file.stem),
-        title=str(plain.get("title", file.stem)),
-        base=configuration.read_yaml(base) if isinstance(base, str) else dict(base),
-        overrides=[*plain.get("overrides", []), *overrides],
-        space=make_space(plain["space"]),
-        metrics=dict(plain["metrics"]),
-        seed=int(plain.get("seed", 0)),
-        data=dict(plain.get("data", {})),
-        baseline=plain.get("baseline", False),
-        **sections,
+    known = [part.name for part in dataclasses.fields(Sweep)]
+    for key in plain:
+        if key not in known:
+            raise ConfigError(unknown("sweep", key, known, "key"))
+    for key in ("base", "space", "metrics"):
+        if not plain.get(key):
+            raise ConfigError(f"{key} is missing")
+    values = {"name": file.stem, "title": file.stem, **plain}
+    if isinstance(values["base"], str):
+        values["base"] = configuration.read_yaml(values["base"])
+    for name in (*OPTIONS, "overrides", "data"):
+        if values.get(name, 0) is None:
+            del values[name]
+    sweep = configuration.options(Sweep, values, "")
+    sweep = dataclasses.replace(
+        sweep, overrides=[*sweep.overrides, *overrides], space=make_space(sweep.space)
     )
     _check(sweep)
     return sweep
@@ -224,8 +223,6 @@ def _check(sweep: Sweep) -> None:
             raise ConfigError(f"{name} ({value}) must be at least {least}")
     if not 0 < sweep.scheduler.grace <= 1:
         raise ConfigError(f"scheduler.grace ({sweep.scheduler.grace:g}) must lie above 0 and at most at 1")
-    if not isinstance(sweep.baseline, bool):
-        raise ConfigError(f"baseline ({sweep.baseline!r}) must be true or false")
     _check_keys(sweep)
     for metric, direction in sweep.metrics.items():
         one_of(f"metrics.{metric}", direction, ("min", "max"))
@@ -238,6 +235,9 @@ def _check(sweep: Sweep) -> None:
             raise ConfigError(
                 f"space.{endless[0]}: the grid searcher needs a list of values (grid or choice)"
             )
+        points = math.prod(len(dimension.values) for dimension in sweep.space.values())
+        if points > MOST_POINTS:
+            raise ConfigError(f"space: a grid of {points:,} points is more than {MOST_POINTS:,}; take tpe")
         if sweep.trials > sweep.budget.trials:
             raise ConfigError(
                 f"budget.trials ({sweep.budget.trials}) must be {sweep.trials}, all points of the grid"

@@ -81,7 +81,19 @@ def test_a_loss_may_judge_what_does_not_scale_it(tmp_path):
         ({"space": {"a.b": {"choice": []}}}, "the list is empty"),
         ({"space": {"a.b": {"choice": [1], "when": {"c": [1]}}}}, "c must be a choice that stands before it"),
         ({"scheduler__name": "pbt"}, "a condition does not go with population based training"),
-        ({"baseline": "no"}, r"baseline \('no'\) must be true or false"),
+        ({"baseline": "maybe"}, "baseline: got 'maybe', want true or false"),
+        ({"metrics": ["shape/head_nll"]}, "metrics: got .*, want a section"),
+        ({"metrics": {7: "min"}}, "metrics: got 7, want text"),
+        ({"seed": "x"}, "seed: got 'x', want a whole number"),
+        ({"overrides": "a=b"}, "overrides: got 'a=b', want a list"),
+        ({"budget": 3}, "budget: got 3, want a section"),
+        ({"space": {"a.b": {"choice": [1], "when": [2]}}}, r"space.a.b.when: got \[2\], want a section"),
+        ({"space": {"a.b": {"uniform": [0, float("inf")]}}}, "space.a.b.uniform: .*low below high"),
+        ({"space": {"a.b": {"randint": [0.5, 2]}}}, "space.a.b.randint: .*want whole numbers"),
+        (
+            {"searcher__name": "grid", "space": {f"a.b{i}": {"grid": list(range(99))} for i in range(9)}},
+            "space: a grid of .* points is more than",
+        ),
         ({"scheduler__name": "pbt", "baseline": True}, "baseline: a population moves the values of all"),
         (
             {
