@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA := data/openmoji
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-faults ui cluster cluster-down docs bench lint lock clean
+.PHONY: help install demo test test-fast test-faults fuzz ui cluster cluster-down docs bench lint lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | column -t -s '	'
@@ -34,6 +34,9 @@ test-fast: install ## the tests that take seconds
 
 test-faults: install ## long runs whose workers, drivers and nodes are killed
 	@$(BIN)/python -m pytest -m faults --timeout 1200
+
+fuzz: install ## 10,000 generated inputs: each is refused in one line or taken whole
+	@FUZZ_CASES=10000 $(BIN)/python -m pytest tests/fuzz
 
 ui: install ## open MLflow on the runs of this folder
 	@$(BIN)/mmdiff ui
