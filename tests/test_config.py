@@ -254,7 +254,10 @@ def test_a_value_of_the_wrong_kind_is_an_error_that_begins_with_its_key(base, ov
         (["train.clip_norm=.nan"], "train.clip_norm (nan) must be a number"),
         (["train.max_minutes=-1"], "train.max_minutes (-1.0) must be above 0"),
         (["loss.coefficients.l1=.nan"], "loss.coefficients.l1 (nan) must be a number"),
-        (["modalities.alpha.weights.knots=[[0, 1], [.nan, 0]]"], "modalities.alpha.weights.knots (nan)"),
+        (
+            ["modalities.alpha.weights.knots=[[0, 1], [.nan, 0]]"],
+            "modalities.alpha.weights.knots[1][0] (nan)",
+        ),
         (["loss.modalities.alpha=.nan"], "loss.modalities.alpha (nan) must be a number"),
         (["tasks.joint.frequency=.inf"], "tasks.joint: frequency (inf)"),
         ([f"seed={2**63}"], f"seed ({2**63}) must be below 2**63"),

@@ -20,7 +20,7 @@ from mmdiff_ray.cli import (
     ui,
 )
 from mmdiff_ray.cli.common import report_unexpected
-from mmdiff_ray.config import ConfigError, RunError
+from mmdiff_ray.config import ConfigError, RunError, without_passwords
 
 COMMANDS = (data, train, sample, evaluate, experiment, sweep, submit, jobs, cluster, ui, doctor)
 
@@ -33,12 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _change_folder(given.working_folder)
         given.check(given)
         return int(given.run(given))
-    except ConfigError as error:
-        print(f"mmdiff: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"mmdiff: {error}", file=sys.stderr)
-        return 1
+    except (ConfigError, RunError) as error:
+        print(f"mmdiff: {without_passwords(str(error))}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("mmdiff: interrupted", file=sys.stderr)
         return 130

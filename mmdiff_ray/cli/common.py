@@ -56,6 +56,5 @@ def report_unexpected(error: Exception) -> RunError:
         log.write(without_passwords("".join(traceback.format_exception(error))))
     words = without_passwords(str(error)).strip().partition("\n")[0]
     return RunError(
-        f"unexpected {type(error).__name__}{f': {words}' * bool(words)}; this is a bug, and its traceback is "
-        f"in {file}"
+        f"unexpected {type(error).__name__}{f': {words}' * bool(words)}; its traceback is in {file}"
     )

@@ -51,15 +51,6 @@ def check(config: Config) -> None:
         one_of("evaluate.lpips", backbone, ("alex", "vgg"))
     one_of("evaluate.inpaint", config.evaluate.inpaint, ("given", "repaint", "both"))
     check_batch(config)
-    _check_addresses(config)
-
-
-def _check_addresses(config: Config) -> None:
-    for index, source in enumerate(config.data.sources):
-        with named(f"data.sources[{index}].uri"):
-            refuse_password(source.uri, IN_STORAGE)
-    with named("tracking.uri"):
-        refuse_password(config.tracking.uri or "", IN_TRACKING)
 
 
 def check_batch(config: Config) -> None:
@@ -155,18 +146,21 @@ def _check_numbers(config: Config) -> None:
 
 
 def _refuse_unfit(key: str, value: Any) -> None:
-    """Raise ConfigError for a value in a tree that is NaN, or text that no file can hold."""
+    """Raise ConfigError for a value in a tree that is NaN, text that is not Unicode, or a URI with a key."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             _refuse_unfit(key, name)
             _refuse_unfit(f"{key}.{name}" if key else str(name), inner)
     elif isinstance(value, list):
-        for inner in value:
-            _refuse_unfit(key, inner)
+        for index, inner in enumerate(value):
+            _refuse_unfit(f"{key}[{index}]", inner)
     elif isinstance(value, float) and math.isnan(value):
         raise ConfigError(f"{key} (nan) must be a number")
     elif isinstance(value, str) and re.search("[\ud800-\udfff]", value):
         raise ConfigError(f"{key}: {value!r} is not valid Unicode; write it in UTF-8")
+    elif isinstance(value, str) and "://" in value:
+        with named(key):
+            refuse_password(value, IN_TRACKING if key == "tracking.uri" else IN_STORAGE)
 
 
 def _check_names(config: Config) -> None:
