@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,14 +12,12 @@ import pyarrow as pa
 from mmdiff_ray import __version__
 from mmdiff_ray.config import ConfigError, UnreachableError
 from mmdiff_ray.data.schema import check_entry, is_count
-from mmdiff_ray.storage.filesystem import exists, filesystem, read_bytes
+from mmdiff_ray.storage.filesystem import exists, filesystem, is_inside, read_bytes
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 JOURNAL = "_building.json"
 SPLITS = ("train", "val", "test")
-_PATH = re.compile(r"(?!\.+(/|$))[\w.=+@-]+(/(?!\.+(/|$))[\w.=+@-]+)*")
-"""A relative path without . and .. in it."""
 
 Migrations = Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]]
 MIGRATIONS: Migrations = {}
@@ -166,7 +163,7 @@ def shard_from_plain(plain: Mapping[str, Any]) -> Shard:
     """Return a shard's entry from plain values. Raises ValueError for a path out of the data set's folder,
     numbers that are none, or row groups that do not add up."""
     shard = Shard(**{**plain, "row_groups": tuple(plain["row_groups"])})
-    if not isinstance(shard.path, str) or not _PATH.fullmatch(shard.path):
+    if not isinstance(shard.path, str) or not (is_inside(shard.path) and shard.path.isprintable()):
         raise ValueError(f"the path {shard.path!r} does not lie in the data set's folder")
     if not all(map(is_count, (shard.rows, shard.bytes, shard.footer_crc32, *shard.row_groups))):
         raise ValueError(f"{shard.path}: its numbers must be whole and at least 0")

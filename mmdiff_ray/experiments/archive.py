@@ -5,19 +5,23 @@ import json
 import shutil
 import zipfile
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.config import ConfigError
+from mmdiff_ray.config import ConfigError, decoding
 from mmdiff_ray.experiments.digest import training_digest
 from mmdiff_ray.experiments.measurement import is_measured
 from mmdiff_ray.experiments.spec import Experiment
+from mmdiff_ray.storage.filesystem import is_inside
 from mmdiff_ray.storage.lock import lock_folder
 from mmdiff_ray.training.checkpoint import write_json
 
 FACTS, CONFIG = "export/facts.json", "export/config.yaml"
 ARCHIVED = (CONFIG, FACTS, "watched.json", "measured/*.json", "measured/*.npz")
 """Everything in a cell's folder but models, checkpoints and pictures."""
+MOST_BYTES = 1 << 28
+"""Of an entry, unpacked."""
 DAY = (1980, 1, 1, 0, 0, 0)
 """The time of every entry, so that the same cells make the same file."""
 
@@ -68,11 +72,25 @@ def pack(experiment: Experiment, runs: Path, out: Path) -> Path:
 
 
 def _read(file: Path) -> dict[str, bytes]:
-    """Return the entries of an archive, name -> bytes."""
+    """Return the entries of an archive, name -> bytes. Raises ConfigError for other files, and for one with
+    entries that no archive of cells has."""
     if not file.is_file():
         return {}
-    with zipfile.ZipFile(file) as archive:
-        return {name: archive.read(name) for name in archive.namelist() if ".." not in name.split("/")}
+    try:
+        with decoding(), zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                if not _is_archived(entry.filename) or entry.file_size > MOST_BYTES:
+                    raise ValueError(f"it holds {entry.filename!r} of {entry.file_size:,} bytes")
+            return {name: archive.read(name) for name in archive.namelist()}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} is no archive of cells: {error}; restore or remove it") from None
+
+
+def _is_archived(name: str) -> bool:
+    """Return whether a name is CELL/FILE with a file of ARCHIVED."""
+    cell, _, inner = name.partition("/")
+    depth = {pattern.count("/") for pattern in ARCHIVED if fnmatch(inner, pattern)}
+    return is_inside(name) and bool(cell) and inner.count("/") in depth
 
 
 def unpack(experiment: Experiment, runs: Path, out: Path) -> int:
@@ -88,7 +106,7 @@ def unpack(experiment: Experiment, runs: Path, out: Path) -> int:
         facts = json.loads(own.pop(f"{cell.key}/{FACTS}", b"{}"))
         if not facts or (folder / FACTS).is_file():
             continue
-        if facts["digest"] != training_digest(experiment.config(cell, folder.parent)):
+        if facts.get("digest") != training_digest(experiment.config(cell, folder.parent)):
             continue
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(ConfigError), lock_folder(folder):

@@ -64,7 +64,7 @@ def collect(experiment: Experiment, runs: Path) -> Table:
             if not one.is_done:
                 continue
             figures = table.setdefault(one.measure.name, {})
-            with np.load(one.file.with_suffix(".npz")) as tallies:
+            with np.load(one.file.with_suffix(".npz"), allow_pickle=False) as tallies:
                 for figure in json.loads(one.file.read_text(encoding="utf8"))["figures"]:
                     rules = figure["floors"] if one.method.name == experiment.main else {}
                     for name, value in {"model": figure["value"], **rules}.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mmdiff_ray import config as configuration
@@ -67,5 +67,5 @@ def load_export(folder: str | Path, device: str = "cpu", config: Config | None =
         raise ConfigError(f"{folder} holds no exported model (model.safetensors and config.yaml)")
     config = config or configuration.load_saved(folder / "config.yaml")
     denoiser = build_denoiser(config)
-    denoiser.load_state_dict(load_file(str(folder / "model.safetensors")))
+    denoiser.load_state_dict(tensors_in(str(folder / WEIGHTS)))
     return Generator(config, denoiser.to(device))

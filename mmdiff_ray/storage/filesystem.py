@@ -63,6 +63,12 @@ def join(place: str, *names: str) -> str:
     return parts._replace(path="/".join([parts.path.rstrip("/"), *names])).geturl()
 
 
+def is_inside(name: str) -> bool:
+    """Return whether a relative name leads to something inside the folder that it is relative to."""
+    parts = name.replace("\\", "/").split("/")
+    return "\0" not in name and not any(part in ("", ".", "..") for part in parts)
+
+
 def parent(uri: str) -> tuple[str, str]:
     """Return the URI of the folder that something lies in, and its name there."""
     parts = urlsplit(uri)

@@ -23,6 +23,7 @@ from mmdiff_ray.storage.filesystem import (
     CHUNK_BYTES,
     download,
     filesystem,
+    is_inside,
     is_uri,
     join,
     list_files,
@@ -156,6 +157,8 @@ class Mirror:
         partial = here.with_name(f"{here.name}.{secrets.token_hex(4)}.partial")
         try:
             for file, size in json.loads(listed)["files"].items():
+                if not is_inside(file):
+                    raise RunError(f"{join(self.uri, name, FILES)} names {file!r}, which lies outside")
                 download(self.fs, self.path(f"{name}/{file}"), partial / file, size)
             (partial / FILES).write_bytes(listed)
             if read_bytes(self.fs, self.path(f"{name}/{FILES}")) != listed:

@@ -180,16 +180,18 @@ def _new_group() -> Any:
 
 def restore(trainer: Any, path: Path) -> None:
     """Set a trainer to the state in a checkpoint; the number of workers may differ from when it was written.
+    Raises RunError for damaged files, or files that hold code.
 
     The optimizer's moments come from the checkpoint, its settings (weight decay, betas) from the trainer.
     """
-    from torch.distributed.checkpoint import load
     from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    from mmdiff_ray.training.checkpoint_reader import load_files
 
     tensors = _tensors(trainer)
     groups = copy.deepcopy(tensors["optimizer"]["param_groups"])
     files = path / read_state(path).get("mark", "")
-    _quietly(load, tensors, checkpoint_id=str(files), no_dist=world()[1] == 1)
+    _quietly(load_files, tensors, files, no_dist=world()[1] == 1)
     tensors["optimizer"]["param_groups"] = groups  # else those of the checkpoint would replace the config's
     set_state_dict(
         trainer.denoiser,
