@@ -45,6 +45,8 @@ def test_all_processes_of_the_page_end_with_the_command(finished, number):
         assert "MLflow" in page
         family = psutil.Process(process.pid).children(recursive=True)
         assert family
+        sockets = [one for child in family for one in child.net_connections("inet") if one.status == "LISTEN"]
+        assert {one.laddr.ip for one in sockets} == {"127.0.0.1"}
         process.send_signal(number)
         assert process.wait(30) == 0
         _, alive = psutil.wait_procs(family, timeout=10)

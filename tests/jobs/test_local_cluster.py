@@ -98,6 +98,9 @@ def test_cluster_starts_once_survives_a_killed_machine_and_ends_alone(bystander,
             request = urllib.request.Request(f"{first.address}/api/version", headers=headers)
             with pytest.raises(urllib.error.HTTPError, match=r"40[13]"):
                 urllib.request.urlopen(request)
+        sockets = [one for process in family(first.name) for one in process.net_connections("inet")]
+        port = int(first.address.rpartition(":")[2])
+        assert {one.laddr.ip for one in sockets if one.laddr.port == port} == {"127.0.0.1"}
         assert main(["cluster", "status"]) == 0
         assert main(up) == 0 and local_cluster.read() == first
         assert "the cluster is up, with 2 nodes" in (said := capsys.readouterr().out)
