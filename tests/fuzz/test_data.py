@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ CONFIG = {
 }
 
 
-@fuzz(40, plain=changed(plain_manifest()))
+@fuzz(35, plain=changed(plain_manifest()))
 def test_a_manifest_is_refused_or_names_files_of_its_folder_and_fits_modalities(plain):
     manifest = answer(lambda: from_json(json.dumps(plain)))
     if isinstance(manifest, Refused):
@@ -99,7 +100,7 @@ def test_a_damaged_manifest_is_refused_or_read(text):
     answer(lambda: from_json(text))
 
 
-@fuzz(30, change=st.data())
+@fuzz(25, change=st.data())
 def test_rows_of_a_damaged_shard_are_as_written_or_marked_as_bad(data, change, tmp_path):
     if data not in WRITTEN:
         (shard,) = read_manifest(data).splits["train"].shards
@@ -176,12 +177,53 @@ MAPS = (
 
 
 @fuzz(15, content=damaged(FOREIGN), columns=st.sampled_from(MAPS))
-def test_a_damaged_parquet_file_of_others_is_refused_or_built_from(content, columns, tmp_path):
+def test_a_damaged_parquet_file_of_others_is_refused_or_built_from(content, columns):
     Path("f.parquet").write_bytes(content)
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    options = {"source": "f.parquet", "map": columns, "size": "8", "bad_limit": "100%", "val_share": 0}
-    built = answer(lambda: build("parquet", "out", options, workers=0, progress=False))
+    build_stream("parquet", source="f.parquet", map=columns)
+
+
+def build_stream(name: str, **options: str) -> None:
+    """Build from a streamed source; what is refused leaves no data set, and what is built is whole."""
+    shutil.rmtree("out", ignore_errors=True)
+    given = {"size": "8", "bad_limit": "100%", "val_share": 0, **options}
+    built = answer(lambda: build(name, "out", given, workers=0, progress=False))
     if isinstance(built, Refused):
         assert not Path("out", MANIFEST).exists()
     else:
         assert isinstance(built.manifest, Manifest) and verify("out") == []
+
+
+def tar() -> bytes:
+    """Return a tar file in WebDataset's layout."""
+    sink, vector = io.BytesIO(), io.BytesIO()
+    np.save(vector, np.ones(2, np.float32))
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        for number in range(2):
+            row = samples.row(number)
+            fields = {
+                "png": row["pixels"],
+                "cls": b"1",
+                "txt": b"a cat",
+                "npy": vector.getvalue(),
+                "json": b'{"a": 1}',
+            }
+            for suffix, content in fields.items():
+                member = tarfile.TarInfo(f"{number}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return sink.getvalue()
+
+
+TAR_MAPS = (
+    "",
+    "pixels=png label=cls text=txt look=npy",
+    "pixels=png label=json.a",
+    "pixels=txt",
+    "pixels=png look=txt:embedding",
+)
+
+
+@fuzz(10, content=damaged(tar()), columns=st.sampled_from(TAR_MAPS))
+def test_a_damaged_tar_file_is_refused_or_built_from(content, columns):
+    Path("f.tar").write_bytes(content)
+    build_stream("webdataset", source="f.tar", map=columns)
