@@ -263,6 +263,8 @@ def check_entry(name: str, entry: Any) -> None:
     for fact, is_fit in _FACTS.items():
         if fact in entry and not is_fit(entry[fact]):
             raise ValueError(f"column {name!r} has {fact} {entry[fact]!r}")
+    if kind == "embedding" and entry["present"] and not entry.get("dim"):
+        raise ValueError(f"column {name!r} has vectors of dim {entry.get('dim')!r}")
     classes = len(entry["names"]) if kind == "label" else entry.get("classes")
     per_class = ("names", "counts", "train_counts", "pixel_share", "colors")
     if (kind == "mask" and not 2 <= classes <= 256) or (kind == "label" and not classes):

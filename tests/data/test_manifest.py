@@ -82,6 +82,7 @@ def test_a_manifest_of_an_older_version_is_brought_forward_step_by_step() -> Non
         lambda text: text.replace(b'"present": 3', b'"present": null'),
         lambda text: text.replace(b'"present": 3', b'"present": NaN'),
         lambda text: text.replace(b'"label"', b"true"),
+        lambda text: text.replace(b'"label"', b'"embedding"'),
         lambda text: text.replace(b'"b"', b"7"),
         lambda text: text.replace(b'"b"', b'"b", "c"'),
         lambda text: text.replace(b"train/00000", b"../../etc/passwd"),
