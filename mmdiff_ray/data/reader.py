@@ -122,7 +122,7 @@ class RowReader:
                 raise
             except Exception as error:
                 errors[unread] = f"{where}: {_words(error)}"
-                continue
+                rows, unread = [], []  # rows that are kept are still read
             for slot, row in zip(unread, rows, strict=True):
                 made = self._decode(row, where)
                 if isinstance(made, str):

@@ -17,7 +17,7 @@ from mmdiff_ray.config import ConfigError, DataConfig
 from mmdiff_ray.data.bad_rows import BadRows, BadRowsError
 from mmdiff_ray.data.batches import local_batches, rank_batches, split_batches
 from mmdiff_ray.data.manifest import Manifest
-from mmdiff_ray.data.plan import Plan
+from mmdiff_ray.data.plan import Piece, Plan, Window
 from mmdiff_ray.data.reader import RowReader
 from mmdiff_ray.data.shards import ShardWriter, row_id
 from mmdiff_ray.distributed.board import Board
@@ -171,6 +171,17 @@ def test_kept_rows_are_the_rows_of_the_data_set_and_need_no_shard(tmp_path: Path
     assert (
         len(sent) < len(pickle.dumps(plain)) + 100 and not pickle.loads(sent).read(windows[0])["real"].any()
     )
+
+
+def test_a_row_group_that_breaks_later_costs_the_rows_that_are_not_kept_alone(tmp_path) -> None:
+    uri = str(tmp_path / "breaks")
+    (shard,) = write(uri, range(4), val_share=0).splits["train"].shards
+    keeps = reader([uri])
+    first = keeps.read(Window(0, 0, (Piece(shard.row_group(0), 0, 2),)))
+    Path(uri, shard.path).unlink()
+    found = keeps.read(Window(0, 0, (Piece(shard.row_group(0), 0, 4),)))
+    assert found["real"].tolist() == [True, True, False, False]
+    assert found["ids"][:2].tolist() == first["ids"].tolist()
 
 
 def test_what_is_kept_stays_within_its_limit(toy) -> None:
