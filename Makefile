@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA := data/openmoji
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-faults fuzz ui cluster cluster-down docs bench lint lock clean
+.PHONY: help install demo test test-fast test-faults fuzz ui cluster cluster-down docs bench lint lock audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | column -t -s '	'
@@ -60,6 +60,16 @@ lint: install ## check style and types
 lock: ## choose the versions of requirements.lock anew
 	@$(BIN)/uv pip compile --quiet --universal --no-emit-index-url --no-annotate --no-header --all-extras \
 	  --python-version 3.11 pyproject.toml -o requirements.lock
+
+audit: install ## write sbom.json (CycloneDX), and look for known vulnerabilities of the locked packages
+	@$(BIN)/uv tool run --quiet --from cyclonedx-bom cyclonedx-py requirements requirements.lock -o sbom.json
+	@echo sbom.json
+	@found=$$($(BIN)/uv tool run --quiet pip-audit -r requirements.lock --no-deps --disable-pip 2>&1); code=$$?; \
+	case "$$found" in \
+	  *"could not be audited: numpy "* | *ConnectionError* | *"Max retries"*) \
+	    echo "vulnerabilities: skipped, the service that lists them cannot be reached" ;; \
+	  *) echo "$$found"; exit $$code ;; \
+	esac
 
 clean: ## remove .venv and what tests left; data and runs stay
 	@rm -rf .venv site .pytest_cache .mypy_cache .ruff_cache
