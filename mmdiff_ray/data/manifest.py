@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from mmdiff_ray import __version__
 from mmdiff_ray.config import ConfigError, UnreachableError
-from mmdiff_ray.data.schema import check_entry, is_count
+from mmdiff_ray.data.entries import check_entry, is_count
 from mmdiff_ray.storage.filesystem import exists, filesystem, is_inside, read_bytes
 
 FORMAT_VERSION = 1

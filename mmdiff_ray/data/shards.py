@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mmdiff_ray.config import ConfigError, OutageError, RunError
+from mmdiff_ray.config import ConfigError, OutageError, RunError, decoding
 from mmdiff_ray.data.journal import RESTART, Journal, load_journal, make_room
 from mmdiff_ray.data.manifest import (
     FORMAT_VERSION,
@@ -223,8 +223,9 @@ def _accept(key: str, column: Column, value: Any) -> tuple[Any, Tally]:
     if value is None:
         return None, {}
     try:
-        return column.accept(value)
-    except (ValueError, TypeError, OSError, SyntaxError) as error:
+        with decoding():
+            return column.accept(value)
+    except (ValueError, OSError) as error:
         raise ConfigError(f"row {key!r}, column {column.name!r}: {error}") from None
 
 

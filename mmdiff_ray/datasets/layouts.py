@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from mmdiff_ray.config import ConfigError, decoding
-from mmdiff_ray.data.schema import MOST_PIXELS, is_count
+from mmdiff_ray.data.entries import is_count
+from mmdiff_ray.data.schema import MOST_PIXELS
 from mmdiff_ray.datasets.embedders import need
 
 

@@ -88,9 +88,7 @@ def _build(plain: Mapping[str, Any], preset: str) -> Experiment:
         "goals": [
             _make(Goal, f"goals.{goal.get('name', '')}", {"name": "", **goal}) for goal in written.goals
         ],
-        "best": [
-            _make(Best, f"best.{name}", values, name=name) for name, values in written.best.items()
-        ],
+        "best": [_make(Best, f"best.{name}", values, name=name) for name, values in written.best.items()],
         "data": [
             _make(DataSet, "data", one)
             for one in (data if isinstance(data, list) else [data] if data else [])
