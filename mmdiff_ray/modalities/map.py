@@ -13,7 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from mmdiff_ray.config import ConfigError, ModalityConfig
+from mmdiff_ray.config import ConfigError, ModalityConfig, decoding
 from mmdiff_ray.modalities.base import DenseHead, Mean, Modality, RowContext, need_column
 from mmdiff_ray.modalities.image import fitted
 from mmdiff_ray.modalities.mask import VOID_COLOR
@@ -183,7 +183,7 @@ class MapModality(Modality):
         """Return the map in a .npy file or a picture. Raises ConfigError."""
         try:
             values = self._fit(read_map(Path(text), self.content, self.options.unit or 1.0), self.size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{self.name}: cannot read a map from {text!r}: {error}; a map is given as a .npy file or a "
                 "16-bit picture"
@@ -219,7 +219,8 @@ def read_map(
     bits. Their numbers, of which `void` is one, are multiplied by the unit. Normals may be pictures in RGB,
     where 0 to 255 is -1 to 1. Raises OSError or ValueError for others.
     """
-    raw = source if isinstance(source, np.ndarray) else _numbers(source, content)
+    with decoding():
+        raw = source if isinstance(source, np.ndarray) else _numbers(source, content)
     if raw.dtype.kind not in "fiu" or raw.ndim not in (2, 3):
         raise ValueError(f"got {raw.dtype} of shape {raw.shape}, want numbers (h, w), (h, w, C) or (C, h, w)")
     if raw.ndim == 2:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmdiff_ray.config import ConfigError, ModalityConfig
+from mmdiff_ray.config import ConfigError, ModalityConfig, decoding
 from mmdiff_ray.modalities.base import Mean, Modality, PooledHead, RowContext, need_column
 from mmdiff_ray.registry import register
 
@@ -152,8 +152,9 @@ class VectorModality(Modality):
     def parse(self, text: str) -> np.ndarray:
         """Return numbers from a text of them, separated by commas, or a .npy file. Raises ConfigError."""
         try:
-            words = np.load(text).reshape(-1) if text.endswith(".npy") else text.split(",")
-            values = [float(word) for word in words]
+            with decoding():
+                words = np.load(text).reshape(-1) if text.endswith(".npy") else text.split(",")
+                values = [float(word) for word in words]
         except (ValueError, OSError):
             values = []
         if len(values) != self.dim or not all(map(math.isfinite, values)):

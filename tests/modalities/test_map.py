@@ -189,3 +189,11 @@ def test_options_that_cannot_be_are_refused_with_their_key(options, message):
 def test_a_number_of_channels_that_differs_from_the_data_set_is_refused():
     with pytest.raises(ConfigError, match=r"depth\.dim \(2\) differs from the data set's 1"):
         MapModality.resolve("depth", MapOptions(type="map", dim=2), tiny.COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x93NUMPY", b"\x93NUMPY\x01\x00\x06\x00{{'a'(", b"\x89PNG\r\n\x1a\n\x00"]
+)
+def test_a_damaged_file_is_refused_as_unreadable(content):
+    with pytest.raises((OSError, ValueError)):
+        read_map(content)
