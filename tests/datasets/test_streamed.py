@@ -212,7 +212,7 @@ def test_a_broken_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"source: cannot read .*a\.parquet"):
         make_pipeline("parquet", {"source": str(tmp_path)})
     sound = io.BytesIO()
-    pq.write_table(pa.table({"image": [b"x" * 99] * 9, "label": [1] * 9, "words": [["a"]] * 9}), sound)
+    pq.write_table(pa.table({"image": [b"x" * 99] * 9, "label": [1] * 9, "words": [{"a": 1}] * 9}), sound)
     (tmp_path / "a.parquet").write_bytes(sound.getvalue())
     with pytest.raises(ConfigError, match=r"source: cannot read .*a\.parquet"):
         make_pipeline("parquet", {"source": str(tmp_path), "map": "pixels=image label=words:label"})
