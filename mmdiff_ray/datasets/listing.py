@@ -134,7 +134,7 @@ def read_table(file: Path, source: Path, pictures: Sequence[str], named: Columns
             place = known.get(_normal(name)) or inside(Path(name.replace("\\", "/")).as_posix(), source)
         except ValueError as error:
             raise ConfigError(f"metadata: {file}, row {number}: {error}") from None
-        held, group = (_text(row[column]) if column else None for column in (named.split, named.group))
+        held, group = (_text(row.get(column)) if column else None for column in (named.split, named.group))
         labels = _set(row.get(named.labels), named.separator) if named.labels else None
         numbers = _vector([row.get(column) for column in named.numbers], f"{file}, row {number}")
         entries.append(
