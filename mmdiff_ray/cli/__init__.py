@@ -17,12 +17,13 @@ from mmdiff_ray.cli import (
     submit,
     sweep,
     train,
+    try_run,
     ui,
 )
 from mmdiff_ray.cli.common import report_unexpected
 from mmdiff_ray.config import ConfigError, RunError, without_passwords
 
-COMMANDS = (data, train, sample, evaluate, experiment, sweep, submit, jobs, cluster, ui, doctor)
+COMMANDS = (data, train, sample, try_run, evaluate, experiment, sweep, submit, jobs, cluster, ui, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,7 +46,7 @@ def _ui(given: argparse.Namespace) -> int:
         raise ConfigError(
             f"no runs in {given.runs}/ yet; start with: mmdiff train pipelines/configs/demo.yaml"
         )
-    _check_free(given.host, given.port)
+    check_free(given.host, given.port)
     store = client(uri)  # migrates an older database before the server's workers open it
     found = [one.experiment_id for one in store.search_experiments(filter_string="name != 'Default'")]
     page = ui_link(f"http://{given.host}:{given.port}", found[0] if len(found) == 1 else "")
@@ -72,7 +72,7 @@ def _ui(given: argparse.Namespace) -> int:
                 server.wait(END_S)
 
 
-def _check_free(host: str, port: int) -> None:
+def check_free(host: str, port: int) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
