@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,6 @@ def _try(given: argparse.Namespace) -> int:
     folder = find_run(given.model, given.runs)
     model = load_export(join(address(folder), "export"))
     shown = page(model, folder.name)
-    print(f"page: http://{given.host}:{given.port} (Ctrl-C ends it)", flush=True)
     shown.launch(
         server_name=given.host,
         server_port=given.port,
@@ -51,7 +51,13 @@ def _try(given: argparse.Namespace) -> int:
         quiet=True,
         auth=("mmdiff", given.password) if given.password else None,
         footer_links=[],
+        prevent_thread_lock=True,
     )
+    print(f"page: http://{given.host}:{given.port} (Ctrl-C ends it)", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        os._exit(0)  # now: connections that browsers keep open would hold the server for minutes
     return 0
 
 

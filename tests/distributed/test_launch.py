@@ -181,7 +181,7 @@ def test_outage_of_the_data_ends_a_run_in_words_and_it_goes_on_to_the_same_end(
     sprites, runs, tmp_path, monkeypatch
 ):
     data = Path(shutil.copytree(sprites, tmp_path / "sprites"))
-    job = prepared(str(data), runs, "train.samples=640")
+    job = prepared(str(data), runs, "train.samples=640", "data.cache_mb=0")
     monkeypatch.setattr(patience, "OUTAGE_S", 0.0)
     with pytest.raises(RunError, match=UNREAD):
         launch.train(job, Watching(64, lambda: take_away(data / "train")))

@@ -190,9 +190,8 @@ def test_sync_of_storage_without_a_run_is_refused(tmp_path, capsys):
     ],
 )
 def test_storage_that_cannot_be_used_is_refused_before_anything_starts(sprites, where, message):
-    config = tiny.config(sprites, f"runs='{where}'", "tracking.uri=sqlite:///x.db")
     with pytest.raises(ConfigError, match=message) as caught:
-        jobs.new_folder(config)
+        jobs.new_folder(tiny.config(sprites, f"runs='{where}'", "tracking.uri=sqlite:///x.db"))
     assert "secret" not in str(caught.value)
 
 

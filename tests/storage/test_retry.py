@@ -85,7 +85,7 @@ def test_an_outage_in_mid_stream_costs_time_and_no_row(bucket, tmp_path: Path, m
     local = str(tmp_path / "toy")
     plan = Plan([(write(local, range(60)).splits["train"], 1.0)], 2, 2, 8, 0)
     with faulty(bucket.port) as network:
-        there = reader([bucket.uri("toy", network.port)], bad_row_limit=1000)
+        there = reader([bucket.uri("toy", network.port)], bad_row_limit=1000, cache_mb=0)
         batches = local_batches(plan, there, stop_batch=12)
         found = [next(batches)]
         network.down = True
