@@ -39,7 +39,8 @@ class BareLoop:
         self.losses = SquaredErrors(denoiser.backbone, denoiser.heads)
         torch.manual_seed(0)
         x = torch.randn(rows, denoiser.input_channels, *denoiser.size, device=device)
-        self.x = x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x
+        last = self.config.channels_last and device.type == "cuda"  # as the trainer does
+        self.x = x.contiguous(memory_format=torch.channels_last) if last else x
         self.embedding = torch.randn(rows, denoiser.backbone.embedding_channels, device=device)
         self.targets = self._targets()
         if self.config.compile:
