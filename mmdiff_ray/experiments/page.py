@@ -148,7 +148,8 @@ def _goals(values: Mapping[str, Any]) -> list[str]:
         a, b = values["methods"][goal["a"]], values["methods"][goal["b"]]
         claim = f"{a}: {goal['kind']} {'of' if '%' in goal['kind'] else 'than'} {b}"
         met = {True: "met", False: "missed", None: "not measured"}[goal["met"]]
-        rows.append((goal["name"], [claim, f"{goal['measure']}: {goal['figure']}", *numbers, f"**{met}**"]))
+        result = f"**{met}**" + " (one training of each)" * (goal["seeds"] == 1)
+        rows.append((goal["name"], [claim, f"{goal['measure']}: {goal['figure']}", *numbers, result]))
     if not rows:
         return []
     heads = ["claim", "figure", "difference", "95 % interval", "p", "seeds", "result"]

@@ -25,10 +25,10 @@ def test_an_unknown_part_is_refused_with_the_known_ones():
 def test_two_calls_are_timed_in_turns():
     calls = []
     ours, theirs, ratio = in_turns(
-        lambda: (calls.append("ours"), time.sleep(0.002)), lambda: (calls.append("theirs"), time.sleep(0.001))
+        lambda: (calls.append("ours"), time.sleep(0.005)), lambda: (calls.append("theirs"), time.sleep(0.001))
     )
     assert calls == ([*["ours"] * STEPS, *["theirs"] * STEPS]) * TURNS
-    assert ours >= 0.002 and theirs >= 0.001 and ratio > 1
+    assert ours >= 0.005 and theirs >= 0.001 and ratio > 1
 
 
 def test_the_first_batch_is_timed_apart_from_the_rest():

@@ -177,4 +177,6 @@ def test_goals_stand_in_a_table_with_their_result():
     assert (
         "| masks | ours, all: better than the other | m: alpha/iou |  |  |  |  | **not measured** |" in page
     )
+    once = markdown(values(line("ours", "alpha/iou", 0.5), goals=[goal | tested | {"seeds": 1}]))
+    assert "| 1 | **met** (one training of each) |" in once
     assert "## Goals" not in markdown(values(line("ours", "alpha/iou", 0.5)))
