@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -334,6 +335,20 @@ def test_evaluation_prints_figures_beside_floors(capsys, finished):
     code, out, _ = run(capsys, "evaluate", "tiny", *words, "--runs", finished.runs)
     assert code == 0 and "shape/accuracy" in out and "majority class" in out
     assert "6 held-out rows" in out
+
+
+def test_labels_are_compared_with_those_of_the_nearest_training_rows(capsys, finished):
+    words = ["evaluate.rows=16", "evaluate.evaluators=[labels]", "evaluate.neighbours=factors"]
+    code, out, _ = run(capsys, "evaluate", "tiny", *words, "--runs", finished.runs)
+    assert code == 0, out
+    (found,) = (finished.folder / "evaluations").glob("*/evaluation.json")
+    figures = {one["key"]: one["floors"] for one in json.loads(found.read_text())["figures"]}
+    assert 0 <= figures["shape/accuracy_likely"]["5 nearest rows by factors"] <= 1
+    shutil.rmtree(found.parent)
+    code, _, errors = run(
+        capsys, "evaluate", "tiny", words[1], "evaluate.neighbours=shapes", "--runs", finished.runs
+    )
+    assert code == 2 and "evaluate.neighbours" in errors and "factors" in errors
 
 
 def test_evaluation_with_overrides_leaves_the_runs_own_alone(capsys, finished):

@@ -1,9 +1,8 @@
 """`mmdiff data`: build data sets, look at them, embed one value."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mmdiff_ray.cli.common import Commands, check_workers, command
 from mmdiff_ray.config import ConfigError
@@ -108,15 +107,6 @@ def _labels(words: Sequence[str]) -> dict[str, str]:
     if not all(labels.values()):
         raise ConfigError(f"--label ({', '.join(words)}) wants KEY=VALUE")
     return labels
-
-
-def build_missing(data: Mapping[str, Any]) -> None:
-    """Build the data set of a file's `pipeline`, `uri` and `options` if its manifest does not exist."""
-    if data and not (Path(data["uri"]) / "manifest.json").is_file():
-        from mmdiff_ray.datasets.base import build
-
-        options = {key: str(value) for key, value in data.get("options", {}).items()}
-        build(data["pipeline"], data["uri"], options, workers=0)
 
 
 def _inspect(given: argparse.Namespace) -> int:

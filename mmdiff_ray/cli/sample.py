@@ -35,6 +35,11 @@ def add(commands: Commands) -> None:
         _check_generate,
     )
     _add_arguments(generate, num=1000)
+    generate.add_argument(
+        "--rows",
+        metavar="URI",
+        help="complete the rows of this data set: --given then names instances that rows have",
+    )
     generate.add_argument("--out", required=True, help="a folder, or any URI of pyarrow (s3://bucket/name)")
     generate.add_argument("--workers", type=int, default=1, help="models at once; 0: in this process")
     generate.add_argument("--force", action="store_true", help="replace a data set that is already there")
@@ -71,13 +76,16 @@ def _check(given: argparse.Namespace) -> None:
         check_sampler(given.sampler)
     if not given.guidance >= 0:
         raise ConfigError(f"--guidance ({given.guidance:g}) must be at least 0; 1 is none, above 1 more")
-    for text in given.given:
+    for text in given.given if not getattr(given, "rows", None) else ():
         split_given(text)
 
 
 def _check_generate(given: argparse.Namespace) -> None:
     check_workers(given)
     _check(given)
+    named = [text for text in given.given if "=" not in text]
+    if given.rows and len(named) < max(1, len(given.given)):
+        raise ConfigError("--rows wants the instances that rows have, without values: --given pixels")
 
 
 def _sample(given: argparse.Namespace) -> int:
@@ -132,11 +140,16 @@ def _generate(given: argparse.Namespace) -> int:
 
     options = {
         "model": join(address(find_run(given.model, given.runs)), "export"),
-        "given": ";".join(given.given),
-        **{key: getattr(given, key) for key in ("num", "sampler", "steps", "guidance", "seed")},
-        "likely": bool(given.likely),
+        **{key: getattr(given, key) for key in ("sampler", "steps", "guidance", "seed")},
     }
-    built = build("samples", given.out, options, force=given.force, workers=given.workers)
+    if given.rows:
+        likely = given.likely is None or given.likely
+        options |= {"rows": given.rows, "given": ",".join(given.given), "likely": likely}
+    else:
+        options |= {"num": given.num, "given": ";".join(given.given), "likely": bool(given.likely)}
+    pipeline = "predictions" if given.rows else "samples"
+    built = build(pipeline, given.out, options, force=given.force, workers=given.workers)
     rows = sum(split.rows for split in built.manifest.splits.values())
-    print(f"{given.out}: {rows:,} samples. Look at them: mmdiff data inspect {given.out}")
+    what = "completed rows" if given.rows else "samples"
+    print(f"{given.out}: {rows:,} {what}. Look at them: mmdiff data inspect {given.out}")
     return 0

@@ -47,6 +47,8 @@ def check(config: Config) -> None:
     one_of("evaluate.split", config.evaluate.split, ("train", "val", "test"))
     for name in config.evaluate.condition:
         one_of("evaluate.condition", name, list(config.modalities))
+    if config.evaluate.neighbours is not None:
+        one_of("evaluate.neighbours", config.evaluate.neighbours, list(config.modalities))
     for backbone in config.evaluate.lpips:
         one_of("evaluate.lpips", backbone, ("alex", "vgg"))
     one_of("evaluate.inpaint", config.evaluate.inpaint, ("given", "repaint", "both"))

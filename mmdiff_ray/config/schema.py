@@ -368,6 +368,7 @@ class EvaluateConfig:
         judge).
     floors: also measure the rules without a model in restoration.
     judge: export of a model that predicts labels from images.
+    neighbours: embedding by which labels are compared with those of the nearest training rows; null: none.
     grid_rows: rows per picture.
     """
 
@@ -387,6 +388,7 @@ class EvaluateConfig:
     condition: list[str] = field(default_factory=list)
     floors: bool = True
     judge: str | None = None
+    neighbours: str | None = None
     grid_rows: int = 8
 
 

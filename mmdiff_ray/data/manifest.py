@@ -93,6 +93,12 @@ class Manifest:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def is_built(uri: str) -> bool:
+    """Return whether there is a finished data set at a URI."""
+    fs, root = filesystem(uri)
+    return exists(fs, f"{root}/{MANIFEST}")
+
+
 def read_manifest(uri: str) -> Manifest:
     """Return the manifest of the data set at a URI.
 

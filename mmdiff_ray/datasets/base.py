@@ -19,7 +19,7 @@ from PIL import Image
 from mmdiff_ray import config, registry
 from mmdiff_ray.config import ConfigError, OneLine
 from mmdiff_ray.data.journal import RESTART
-from mmdiff_ray.data.manifest import Manifest
+from mmdiff_ray.data.manifest import Manifest, is_built
 from mmdiff_ray.data.shards import ShardWriter
 from mmdiff_ray.datasets.annotations import annotated, lacking
 from mmdiff_ray.datasets.embedders import Embedder, make_embedder
@@ -241,6 +241,13 @@ def build(
     )
     with show_progress(f"{name} -> {out}", len(items), progress) as advance:
         return _write(pipeline, stages, items, writer, workers, labels, advance)
+
+
+def build_missing(data: Mapping[str, Any]) -> None:
+    """Build the data set of a file's `pipeline`, `uri` and `options` in this process if it is not there."""
+    if data and not is_built(data["uri"]):
+        options = {key: str(value) for key, value in data.get("options", {}).items()}
+        build(data["pipeline"], data["uri"], options, workers=0)
 
 
 def _write(

@@ -1,11 +1,13 @@
 """Samples of a trained model as a data set: any number, by a pool of actors that each hold the model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
@@ -38,7 +40,7 @@ class SamplesOptions(Options):
 class SampleStage:
     """Draw the samples of a chunk: what is in them depends on their numbers alone."""
 
-    def __init__(self, options: SamplesOptions) -> None:
+    def __init__(self, options: Any) -> None:
         self.options = options
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,27 +66,34 @@ class SampleStage:
 
     def __call__(self, made: Made) -> Made:
         """Return the chunk with a column per modality."""
-        model, settings = self.model, self.options
-        count, device = len(made.rows), model.device
-        ids = torch.tensor([row.pop("number") for row in made.rows], device=device)
-        given = {
-            name: torch.from_numpy(np.asarray(value))[None].expand(count, *value.shape).to(device)
-            for name, value in self.given.items()
-        }
-        drawn = sample(
+        numbers = np.array([row.pop("number") for row in made.rows])
+        given = {name: np.repeat(value[None], len(numbers), axis=0) for name, value in self.given.items()}
+        drawn = self.draw(given, numbers)
+        model = self.model
+        stored = {name: [model.modality(name).stored(row) for row in drawn[name]] for name in self.columns()}
+        rows = [{**row, **{name: stored[name][i] for name in stored}} for i, row in enumerate(made.rows)]
+        return Made(rows, made.bad)
+
+    def draw(self, given: Mapping[str, np.ndarray], ids: np.ndarray) -> dict[str, Tensor]:
+        """Return samples as the options say. given: instance -> (B, ...); ids: int64 (B,)."""
+        model, settings, device = self.model, self.options, self.model.device
+        return sample(
             model.denoiser,
-            model.roles_for(list(given), count),
-            given,
-            ids=ids,
+            model.roles_for(list(given), len(ids)),
+            {name: torch.from_numpy(value).to(device) for name, value in given.items()},
+            ids=torch.from_numpy(ids).to(device),
             seed=settings.seed,
             steps=settings.steps or model.steps(settings.likely),
             sampler=settings.sampler or model.config.evaluate.sampler,
             guidance=settings.guidance,
             likely=settings.likely,
         ).data
-        stored = {name: [model.modality(name).stored(row) for row in drawn[name]] for name in self.columns()}
-        rows = [{**row, **{name: stored[name][i] for name in stored}} for i, row in enumerate(made.rows)]
-        return Made(rows, made.bad)
+
+
+def check_export(model: str) -> None:
+    """Raise ConfigError where a folder or URI holds no exported model."""
+    if not (fetched(model) / "config.yaml").is_file():
+        raise ConfigError(f"model: {model!r} holds no exported model; name a run's export folder")
 
 
 @registry.register("pipeline", "samples")
@@ -95,9 +104,7 @@ class Samples(Pipeline):
 
     def __init__(self, options: SamplesOptions) -> None:
         super().__init__(options)
-        here = fetched(options.model)
-        if not (here / "config.yaml").is_file():
-            raise ConfigError(f"model: {options.model!r} holds no exported model; name a run's export folder")
+        check_export(options.model)
         if options.num < 1:
             raise ConfigError(f"num ({options.num}) must be at least 1")
         self.stage = SampleStage(options)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mmdiff_ray import config as configuration
+from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config, ConfigError, OutageError, RunError
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.check import read_sources, resolve_modalities
@@ -26,7 +27,7 @@ from mmdiff_ray.distributed.worker import go_to
 from mmdiff_ray.evaluation.context import Figure, Findings
 from mmdiff_ray.evaluation.gallery import free_folder
 from mmdiff_ray.evaluation.requests import SampleFn, SampleRequest, cached, run_request, sample_locally
-from mmdiff_ray.evaluation.run import check_evaluators, evaluate
+from mmdiff_ray.evaluation.run import check_evaluators, evaluate, joined
 from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.runs import describe
 from mmdiff_ray.runs import folder as runs
@@ -111,7 +112,12 @@ def measure(
         sample_fn = cached(kept, sample_fn)
     if progress:
         sample_fn = with_progress(sample_fn)
-    return evaluate(model, batches, manifests[0].columns, sample_fn)
+
+    def training() -> Batch:
+        train = [manifest.splits["train"] for manifest in manifests]
+        return joined(split_batches(reader, train, sum(split.rows for split in train), 64))
+
+    return evaluate(model, batches, manifests[0].columns, sample_fn, training)
 
 
 class ModelStage:

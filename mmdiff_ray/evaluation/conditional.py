@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmdiff_ray.config.checks import one_of
 from mmdiff_ray.evaluation.context import PAIRED, Context, Findings
 from mmdiff_ray.evaluation.floors import (
     majority_class,
     mean_embedding,
+    nearest_labels,
     nearest_palette_colour,
     threshold_fill,
     unlike_border,
@@ -23,6 +25,9 @@ from mmdiff_ray.modalities.label import LabelModality
 from mmdiff_ray.modalities.labels import LabelsModality
 from mmdiff_ray.modalities.mask import MaskModality
 from mmdiff_ray.registry import register
+
+NEIGHBOURS = 5
+"""Training rows whose labels vote."""
 
 
 @register("evaluator", "segmentation")
@@ -61,16 +66,34 @@ def _without(void: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
 
 @register("evaluator", "labels")
 def evaluate_labels(context: Context) -> Findings:
-    """Measure the accuracy of predicted labels. Rule: the majority class of the training rows."""
-    findings = Findings()
+    """Measure the accuracy of predicted labels. Rules: the majority class of the training rows; with
+    `evaluate.neighbours`, the most frequent class of the training rows with the nearest embeddings."""
+    findings, by = Findings(), context.config.evaluate.neighbours
+    if by is not None:
+        one_of("evaluate.neighbours", by, list(context.instances(EmbeddingModality)))
     for name, modality, rows in context.predicted(LabelModality):
         truth = context.truth(name, rows).numpy()
-        majority = mean_of(truth == majority_class(class_counts(context, modality, truth)))
+        rules = {"majority class": mean_of(truth == majority_class(class_counts(context, modality, truth)))}
+        if by is not None and (nearest := _of_neighbours(context, name, by, rows)) is not None:
+            rules[f"{NEIGHBOURS} nearest rows by {by}"] = mean_of(nearest == truth)
         for readout, suffix in PAIRED.items():
             model = mean_of(context.prediction(name, rows, readout) == truth)
-            tallies = {"model": model, "majority class": majority}
-            findings.add(f"{name}/accuracy{suffix}", "higher", tallies, context.ids(rows))
+            findings.add(f"{name}/accuracy{suffix}", "higher", {"model": model, **rules}, context.ids(rows))
     return findings
+
+
+def _of_neighbours(context: Context, name: str, by: str, rows: np.ndarray) -> np.ndarray | None:
+    """Return labels by the nearest training rows, (n,); None where rows or training rows lack the
+    embedding."""
+    if context.training is None or not context.rows_with(by)[rows].all():
+        return None
+    known = context.training()
+    has = (known.real & known.present[by] & known.present[name]).numpy()
+    if has.sum() < NEIGHBOURS:
+        return None
+    return nearest_labels(
+        context.truth(by, rows).numpy(), known.data[by].numpy()[has], known.data[name].numpy()[has]
+    )
 
 
 @register("evaluator", "attributes")

@@ -1,6 +1,6 @@
 """What evaluators share: the model, held-out rows, and samples, which are drawn once for all evaluators."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -70,7 +70,7 @@ class Context:
     """A model and the held-out rows it is evaluated on.
 
     batch: all rows, on the model's device. columns: the data set's manifest entries. sample_fn: how samples
-    are drawn; by default in this process.
+    are drawn; by default in this process. training: reads all training rows, on the CPU.
     """
 
     def __init__(
@@ -79,7 +79,9 @@ class Context:
         batch: Batch,
         columns: Mapping[str, Mapping] | None = None,
         sample_fn: SampleFn | None = None,
+        training: Callable[[], Batch] | None = None,
     ) -> None:
+        self.training = training
         self.model = model
         self.batch = batch
         self.columns = columns or {}

@@ -78,6 +78,18 @@ def majority_class(counts: Sequence[int]) -> int:
     return int(np.argmax(counts))
 
 
+def nearest_labels(queries: np.ndarray, known: np.ndarray, labels: np.ndarray, k: int = 5) -> np.ndarray:
+    """Return the most frequent label of the k nearest known embeddings by cosine, of several the nearest's.
+
+    queries: (n, D); known: (m, D); labels: int (m,). Returns int (n,).
+    """
+    unit = known / np.linalg.norm(known, axis=1, keepdims=True)
+    order = np.argsort(-queries @ unit.T, axis=1, kind="stable")[:, :k]  # (n, k)
+    votes = labels[order]
+    counts = (votes[:, :, None] == votes[:, None, :]).sum(axis=2)  # of each vote's class among the k
+    return votes[np.arange(len(votes)), counts.argmax(axis=1)]  # argmax takes the first, the nearest
+
+
 def mean_embedding(embeddings: np.ndarray) -> np.ndarray:
     """Return the unit vector of the greatest mean cosine to all embeddings, float32 (D,).
 

@@ -1,6 +1,6 @@
 """Run the configured evaluators on a model and held-out rows."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -45,13 +45,14 @@ def evaluate(
     batches: Iterable[Batch],
     columns: Mapping[str, Mapping] | None = None,
     sample_fn: SampleFn | None = None,
+    training: Callable[[], Batch] | None = None,
 ) -> Findings:
     """Return the findings of all configured evaluators on the rows of the batches.
 
-    columns, sample_fn: as of `Context`.
+    columns, sample_fn, training: as of `Context`.
     """
     batch = joined(batches)
-    context = Context(model, batch.where(batch.real).to(model.device), columns, sample_fn)
+    context = Context(model, batch.where(batch.real).to(model.device), columns, sample_fn, training)
     findings = Findings()
     for evaluator in evaluators(model.config):
         found = evaluator(context)

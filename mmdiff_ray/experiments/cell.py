@@ -178,9 +178,13 @@ def run_cell(
     folder = experiment.folder(runs, cell)
     config = experiment.config(cell, folder.parent)
     if not is_trained(folder, config) or (measured and _lacks_model(experiment, cell, runs)):
-        first = experiment.init_cell(cell)
-        if first and not (experiment.folder(runs, first) / "export" / WEIGHTS).is_file():
-            raise ConfigError(f"{cell.key} starts from {first.key}, which is not trained; train that first")
+        for first in experiment.cells_before(cell):
+            if not (experiment.folder(runs, first) / "export" / WEIGHTS).is_file():
+                raise ConfigError(f"{cell.key} needs {first.key}, which is not trained; train that first")
+        if data := experiment.own_data(cell, runs):
+            from mmdiff_ray.datasets.base import build_missing
+
+            build_missing(dataclasses.asdict(data))
         copy_shared_checkpoint(experiment, cell, runs, say)
         train_cell(config, folder, hooks or CellHooks(say), experiment.watch.get(cell.method.name, ()))
     if measured:
@@ -223,7 +227,7 @@ def _lacks_model(experiment: Experiment, cell: Cell, runs: Path) -> bool:
         return False
     if not is_measured(experiment, cell, runs):
         return True
-    others = [other for other in experiment.cells() if experiment.init_cell(other) == cell]
+    others = [other for other in experiment.cells() if cell in experiment.cells_before(other)]
     if not all(is_measured(experiment, other, runs) for other in others):
         return True
     return cell == experiment.judge_cell() and any(

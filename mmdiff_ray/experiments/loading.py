@@ -69,6 +69,8 @@ def _build(plain: Mapping[str, Any], preset: str) -> Experiment:
         own = _make(Method, f"methods.{name}", values, name=name)
         at_preset = chosen.methods.get(name) or {}
         whole = {**(values or {}), **at_preset, "overrides": [*own.overrides, *_overrides(name, at_preset)]}
+        if whole.get("data") is not None:
+            whole["data"] = _make(DataSet, f"methods.{name}.data", whole["data"])
         methods[name] = _make(Method, f"methods.{name}", whole, name=name)
     if not methods:
         raise ConfigError(f"presets.{preset}.methods leaves no method")
@@ -122,6 +124,7 @@ def _check_references(experiment: Experiment) -> None:
         ),
         *[(f"methods.{name}.model", [method.model], trained) for name, method in one.methods.items()],
         *[(f"methods.{name}.init", [method.init], trained) for name, method in one.methods.items()],
+        *[(f"methods.{name}.teacher", [method.teacher], trained) for name, method in one.methods.items()],
         *[(f"measures.{name}.methods", m.methods or [], one.methods) for name, m in one.measures.items()],
         ("main", [one.main], one.methods),
         ("judge", [one.judge], one.methods),

@@ -11,6 +11,7 @@ import torch
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import RunError, named
 from mmdiff_ray.data.check import read_sources, resolve_modalities
+from mmdiff_ray.data.manifest import is_built
 from mmdiff_ray.distributed.tasks import run_tasks
 from mmdiff_ray.evaluation.run import check_evaluators
 from mmdiff_ray.experiments.archive import archive_file, pack, result_file, unpack
@@ -80,6 +81,8 @@ def check_cells(experiment: Experiment, runs: Path) -> None:
         folder = experiment.folder(runs, cell)
         config = experiment.config(cell, folder.parent)
         is_trained(folder, config)
+        if (data := experiment.own_data(cell, runs)) and not is_built(data.uri):
+            continue
         manifests = read_sources(config)
         if cell.seed != experiment.preset.seeds[0]:
             continue  # other seeds differ in their data sources alone

@@ -20,10 +20,11 @@ class Method:
 
     title: its name in the table. overrides: `key=value`, after the preset's. model: another method whose
     trained models it is evaluated on, instead of training. init: another method, from whose model of the same
-    seed it starts (`train.init`). share: of the preset's training samples (0.5 of
-    two tasks is equal compute), and of `train.decay_samples`. seeds: the number of the preset's seeds it
-    uses; all where None. refused: whether its configuration must raise ConfigError, as a profile that breaks
-    the prior does; the message is its result.
+    seed it starts (`train.init`). teacher: another method, whose model of the same seed makes the data set
+    `data` before training; `{teacher}` in its options stands for that model. share: of the preset's training
+    samples (0.5 of two tasks is equal compute), and of `train.decay_samples`. seeds: the number of the
+    preset's seeds it uses; all where None. refused: whether its configuration must raise ConfigError, as a
+    profile that breaks the prior does; the message is its result.
     """
 
     name: str
@@ -31,6 +32,8 @@ class Method:
     overrides: list[str] = field(default_factory=list)
     model: str | None = None
     init: str | None = None
+    teacher: str | None = None
+    data: Any = None
     share: float = 1.0
     seeds: int | None = None
     refused: bool = False
@@ -38,6 +41,8 @@ class Method:
     def __post_init__(self) -> None:
         if not 0 < self.share < math.inf:
             raise ConfigError(f"methods.{self.name}.share ({self.share}) must be above 0")
+        if (self.teacher is None) != (self.data is None):
+            raise ConfigError(f"methods.{self.name}: teacher and data need each other")
 
 
 @dataclass(frozen=True)
@@ -200,13 +205,26 @@ class Experiment:
         """Return the cell that trains the judge."""
         return Cell(self.methods[self.judge], self.preset.seeds[0]) if self.judge else None
 
-    def init_cell(self, cell: Cell) -> Cell | None:
-        """Return the cell whose model a cell starts from."""
-        return Cell(self.methods[cell.method.init], cell.seed) if cell.method.init else None
+    def cells_before(self, cell: Cell) -> list[Cell]:
+        """Return the cells whose models a cell starts from or learns from."""
+        names = [name for name in (cell.method.init, cell.method.teacher) if name]
+        return [Cell(self.methods[name], cell.seed) for name in names]
+
+    def own_data(self, cell: Cell, runs: Path) -> DataSet | None:
+        """Return the data set that a cell's teacher makes, placeholders filled in."""
+        data, teacher = cell.method.data, cell.method.teacher
+        if data is None or teacher is None:
+            return None
+        export = self.folder(runs, Cell(self.methods[teacher], cell.seed)) / "export"
+        options = {
+            key: str(value).replace("{teacher}", str(export))
+            for key, value in self._fill(data.options, cell.seed).items()
+        }
+        return dataclasses.replace(data, uri=self._fill(data.uri, cell.seed), options=options)
 
     def needed_first(self) -> list[Cell]:
-        """Return the cells that others need: the judge, and those that others start from."""
-        needed = [self.judge_cell(), *map(self.init_cell, self.cells())]
+        """Return the cells that others need: the judge, and those of `cells_before`."""
+        needed = [self.judge_cell(), *(one for cell in self.cells() for one in self.cells_before(cell))]
         return [cell for cell in self.cells() if cell in needed]
 
     def select(self, patterns: Sequence[str]) -> list[Cell]:
@@ -219,7 +237,7 @@ class Experiment:
             if not any(fnmatch(cell.key, pattern) for cell in cells):
                 raise ConfigError(unknown("cells", pattern, [cell.key for cell in cells]))
         chosen = [cell for cell in cells if any(fnmatch(cell.key, pattern) for pattern in patterns)]
-        needed = [self.judge_cell(), *map(self.init_cell, chosen)]
+        needed = [self.judge_cell(), *(one for cell in chosen for one in self.cells_before(cell))]
         return [cell for cell in cells if cell in chosen or cell in needed]
 
     def evaluated_on(self, trained: Method) -> list[Method]:

@@ -69,3 +69,48 @@ def test_what_cannot_be_drawn_is_told_before_anything_is_written(finished, tmp_p
     with pytest.raises(ConfigError, match=words):
         drawn(finished, tmp_path / "a", **{"num": 3, **options})
     assert not (tmp_path / "a" / "manifest.json").exists()
+
+
+def test_a_model_completes_the_rows_of_a_data_set(finished, sprites, tmp_path, capsys):
+    source, out = str(tmp_path / "source"), str(tmp_path / "out")
+    build(
+        "sprites",
+        source,
+        {"count": "40", "annotated": "0.5", "lacks": "shapes,shape"},
+        workers=0,
+        progress=False,
+    )
+    words = ["generate", str(finished.folder), "--rows", source, "--given", "pixels", "--out", out]
+    assert main([*words, "--workers", "0"]) == 0
+    assert "40 completed rows. Look at them: mmdiff data inspect" in capsys.readouterr().out
+    before, after = read_rows(source), read_rows(out)
+    filled = {row["pixels"]: row for row in after.values()}
+    lacking = [row for row in before.values() if row["shape"] is None]
+    assert lacking and all(filled[row["pixels"]]["shape"] is not None for row in lacking)
+    for row in before.values():
+        if row["shape"] is not None:
+            assert filled[row["pixels"]]["shapes"] == row["shapes"]
+            assert filled[row["pixels"]]["shape"] == row["shape"]
+    old, new = read_manifest(source), read_manifest(out)
+    assert {name: split.rows for name, split in old.splits.items()} == {
+        name: split.rows for name, split in new.splits.items()
+    }
+    model = load_export(finished.folder / "export")
+    assert f"Completed by {model.config.name}, given pixels." in new.description
+
+
+def test_completing_rows_needs_instances_that_they_have(finished, sprites, tmp_path, capsys):
+    words = [
+        "generate",
+        str(finished.folder),
+        "--rows",
+        sprites,
+        "--out",
+        str(tmp_path / "out"),
+        "--workers",
+        "0",
+    ]
+    assert main(words) == 2
+    assert "--rows wants the instances that rows have" in capsys.readouterr().err
+    assert main([*words, "--given", "colour"]) == 2
+    assert "the model has no modality 'colour'; it has:" in capsys.readouterr().err

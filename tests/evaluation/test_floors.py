@@ -91,6 +91,14 @@ def test_the_majority_class_is_the_most_frequent() -> None:
     assert floors.majority_class([3, 9, 0, 9]) == 1
 
 
+def test_labels_are_voted_for_by_the_nearest_rows_and_a_tie_goes_to_the_nearest():
+    known = np.array([[1, 0], [0.9, 0.1], [0.8, 0.3], [0, 1], [0.1, 2], [-1, 0]], np.float32)
+    labels = np.array([7, 2, 2, 5, 5, 5])
+    queries = np.array([[2, 0], [0, 0.1]], np.float32)
+    assert floors.nearest_labels(queries, known, labels, k=3).tolist() == [2, 5]
+    assert floors.nearest_labels(queries, known, labels, k=2).tolist() == [7, 5]
+
+
 def test_no_unit_vector_is_nearer_to_all_embeddings_than_their_mean() -> None:
     rng = np.random.default_rng(0)
     embeddings = rng.normal(size=(50, 6)) + np.array([1.0, 0, 0, 0, 0, 0])

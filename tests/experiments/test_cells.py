@@ -1,4 +1,4 @@
-"""Cells of several lengths that share their first steps."""
+"""Cells that start from what other cells made: their first steps, or data that their model made."""
 
 from pathlib import Path
 
@@ -8,6 +8,8 @@ import yaml
 from safetensors.torch import load_file
 
 from mmdiff_ray import config as configuration
+from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.experiments.cell import run_cell
 from mmdiff_ray.experiments.loading import load_experiment
 from mmdiff_ray.experiments.spec import Experiment
@@ -16,7 +18,7 @@ from tests import sprites as tiny
 
 @pytest.fixture
 def experiment(sprites, tmp_path) -> Experiment:
-    """Two lengths of one method, and another method."""
+    """Two lengths of one method, another method, and one that learns from the first one's labels."""
     train = {"samples": 160, "decay": "linear", "decay_samples": 32, "warmup_samples": 16}
     base = configuration.to_plain(tiny.config(sprites))
     base["train"] |= train
@@ -29,6 +31,16 @@ def experiment(sprites, tmp_path) -> Experiment:
             "long": {"title": "long"},
             "half": {"title": "half", "share": 0.5},
             "other": {"title": "other", "overrides": ["train.learning_rate=0.001"]},
+            "pupil": {
+                "title": "pupil",
+                "teacher": "half",
+                "data": {
+                    "pipeline": "predictions",
+                    "uri": str(tmp_path / "labelled-{seed}"),
+                    "options": {"model": "{teacher}", "rows": sprites, "given": "pixels"},
+                },
+                "overrides": [f"data.sources=[{{uri: '{tmp_path}/labelled-{{seed}}'}}]"],
+            },
         },
         "measures": {"joint": {"evaluators": ["joint"]}},
     }
@@ -43,7 +55,7 @@ def weights(experiment: Experiment, runs: Path, index: int) -> dict[str, torch.T
 
 
 def test_a_shorter_cell_starts_from_a_longer_one_and_ends_as_if_it_had_been_alone(experiment, tmp_path):
-    long, half, other = experiment.cells()
+    long, half, other, _ = experiment.cells()
     lines: list[str] = []
     run_cell(experiment, half, tmp_path / "alone", False, lines.append)
     assert lines == []
@@ -57,3 +69,17 @@ def test_a_shorter_cell_starts_from_a_longer_one_and_ends_as_if_it_had_been_alon
         for name, value in weights(experiment, tmp_path / "shared", 0).items()
     )
     assert experiment.config(half, tmp_path).train.decay_samples == 16
+
+
+def test_a_cell_learns_from_data_that_its_teacher_made(experiment, tmp_path):
+    _, half, _, pupil = experiment.cells()
+    with pytest.raises(ConfigError, match="pupil-0 needs half-0, which is not trained; train that first"):
+        run_cell(experiment, pupil, tmp_path, False, print)
+    for cell in (half, pupil):
+        run_cell(experiment, cell, tmp_path, False, print)
+    made = read_manifest(str(tmp_path / "labelled-0"))
+    assert "Completed by half-0, given pixels." in made.description
+    saved = configuration.load_saved(experiment.folder(tmp_path, pupil) / "export" / "config.yaml")
+    assert [source.uri for source in saved.data.sources] == [str(tmp_path / "labelled-0")]
+    assert pupil not in experiment.needed_first() and half in experiment.needed_first()
+    assert experiment.select(["pupil-0"]) == [half, pupil]
