@@ -74,6 +74,9 @@ class Modality(nn.Module):
     visible_share: float = 0.0
     """The share of the source's cells that the data of such a type show, in the mean over rows."""
 
+    context_shape: tuple[int, int] | None = None
+    """The number and the channels of the tokens that the network attends to where the instance is given."""
+
     code_channels: int
     prediction_channels: int
 
@@ -167,6 +170,10 @@ class Modality(nn.Module):
     def condition(self, data: Tensor) -> Tensor:
         """Return what the network sees of given data, (B, condition_channels, H, W): the code."""
         return self.encode(data)
+
+    def tokens(self, data: Tensor) -> Tensor:
+        """Return what the network attends to where the data are given, (B, *context_shape)."""
+        raise NotImplementedError
 
     def from_code(self, code: Tensor) -> Tensor:
         """Return the data nearest to a code."""

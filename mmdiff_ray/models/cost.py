@@ -7,6 +7,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmdiff_ray.models.context import total_shape
+
 
 class Cost(NamedTuple):
     """parameters: how many there are; flops: floating point operations of one sample's forward pass.
@@ -35,4 +37,5 @@ def describe(module: nn.Module, *sizes: tuple[int, ...]) -> Cost:
 def forward_flops(denoiser: Any) -> int:
     """Return the floating-point operations of one sample's pass through a denoiser's backbone."""
     backbone, channels = denoiser.backbone, denoiser.input_channels
-    return describe(backbone, (channels, *denoiser.size), (backbone.embedding_channels,)).flops
+    tokens = [total_shape(denoiser.contexts)] if denoiser.contexts else []
+    return describe(backbone, (channels, *denoiser.size), (backbone.embedding_channels,), *tokens).flops

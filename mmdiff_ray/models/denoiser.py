@@ -13,6 +13,7 @@ from mmdiff_ray.diffusion.process import GENERATED, GIVEN, Codes, Prediction, Pr
 from mmdiff_ray.diffusion.schedule import make_schedule
 from mmdiff_ray.diffusion.weights import make_profile
 from mmdiff_ray.modalities.base import Modality
+from mmdiff_ray.models.context import context_of, context_shapes, total_shape
 from mmdiff_ray.models.input_path import InputPath
 from mmdiff_ray.registry import look_up
 
@@ -47,6 +48,7 @@ class Denoiser(nn.Module):
         self.backbone = backbone
         self.path = InputPath.of(given_input, modalities, process, exact, zero_unused)
         self.prediction = prediction
+        self.contexts = context_shapes(modalities)
         width = backbone.embedding_channels
         heads = {
             name: modality.make_head(backbone.feature_channels, backbone.pooled_channels)
@@ -79,8 +81,14 @@ class Denoiser(nn.Module):
         return {name: self.modalities[name].encode(value) for name, value in data.items()}
 
     def conditions(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what given data adds to the network's input, instance -> (B, k, H, W) (`InputPath`)."""
-        found = {name: self.path.condition(name, value, self.modalities) for name, value in data.items()}
+        """Return what given data tells the network beside its code, instance -> (B, k, H, W) of its input
+        (`InputPath`), or (B, N, D), the tokens that it attends to."""
+        found = {
+            name: self.modalities[name].tokens(value)
+            if name in self.contexts
+            else self.path.condition(name, value, self.modalities)
+            for name, value in data.items()
+        }
         return {name: condition for name, condition in found.items() if condition is not None}
 
     def known_cells(self, data: Mapping[str, Tensor], roles: Roles) -> Tensor | None:
@@ -120,7 +128,8 @@ class Denoiser(nn.Module):
         x = self.path.network_input(z_t, u_t, roles, codes, conditions)  # (B, C + conditions, H, W)
         if z_t.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)  # which sums and concatenations lose
-        features = self.backbone(x, self._embedding(t, roles))
+        tokens = (context_of(conditions, roles, self.contexts),) if self.contexts else ()
+        features = self.backbone(x, self._embedding(t, roles), *tokens)
         own = features if isinstance(features, Mapping) else dict.fromkeys(self.heads, features)
         heads = {name: head(own[name]).float() for name, head in self.heads.items()}
         with torch.autocast(z_t.device.type, enabled=False):
@@ -293,11 +302,14 @@ def build_denoiser(config: Config) -> Denoiser:
         given = config.given
         path = InputPath.of(given.input, modalities, process, given.exact, given.zero_unused)
         backbone = look_up("backbone", config.model.backbone)
+        options = {key: value for key, value in config.model.options.items() if value is not None}
+        if contexts := context_shapes(modalities):
+            options["token_channels"] = total_shape(contexts)[1]
         made = backbone(
             path.groups() if getattr(backbone, "separate", False) else path.width,
             size=(config.space.height, config.space.width),
             preset=config.model.preset,
-            **{key: value for key, value in config.model.options.items() if value is not None},
+            **options,
         )
         return Denoiser(
             modalities, process, made, given.input, config.loss.prediction, given.exact, given.zero_unused

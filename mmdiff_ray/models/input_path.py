@@ -63,6 +63,8 @@ class InputPath:
         for instance, modality in modalities.items():
             placed = instance in in_place | shown
             counts[instance] = modality.condition_channels - (modality.code_channels if placed else 0)
+            if modality.context_shape:
+                counts[instance] = 0  # the network attends to its tokens
         if name == "z_only":
             counts = {}
         return cls(

@@ -30,6 +30,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "attributes": {"kind": "labels", "names": ["dark", "large", "left"]},
     "place": {"kind": "vector", "dim": 2, "names": ["x", "y"]},
     "normals": {"kind": "map", "channels": 3, "range": [-1, 1], "content": "normals"},
+    "caption": {"kind": "text"},
 }
 PLAIN: dict[str, Any] = {
     "space": {"height": SIZE[0], "width": SIZE[1]},
@@ -55,6 +56,7 @@ MORE = {
     "attributes": {"type": "labels", "names": ["dark", "large", "left"]},
     "place": {"type": "vector", "dim": 2, "names": ["x", "y"]},
     "normals": {"type": "map", "dim": 3, "range": [-1, 1], "content": "normals", "likelihood": "laplace"},
+    "caption": {"type": "text", "length": 12, "context_channels": 8},
 }
 EVERY: dict[str, Any] = {**PLAIN, "modalities": {**PLAIN["modalities"], **MORE}}
 """The tiny configuration with an instance of every type that has a column."""
@@ -62,7 +64,7 @@ EVERY: dict[str, Any] = {**PLAIN, "modalities": {**PLAIN["modalities"], **MORE}}
 
 @register("backbone", "tiny_test")
 class TinyBackbone(nn.Module):
-    """Two convolutions with the embedding added in between."""
+    """Two convolutions with the embedding, and the mean of tokens if there are any, added in between."""
 
     embedding_channels = 16
     feature_channels = 24
@@ -73,9 +75,13 @@ class TinyBackbone(nn.Module):
         self.enter = nn.Conv2d(in_channels, 24, 3, padding=1)
         self.shift = nn.Linear(16, 24)
         self.leave = nn.Conv2d(24, 24, 3, padding=1)
+        self.read = nn.Linear(options["token_channels"], 24) if options.get("token_channels") else None
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Features:
-        hidden = nn.functional.silu(self.enter(x) + self.shift(embedding)[:, :, None, None])
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None = None) -> Features:
+        shift = self.shift(embedding)
+        if self.read is not None:
+            shift = shift + self.read(tokens).mean(1)
+        hidden = nn.functional.silu(self.enter(x) + shift[:, :, None, None])
         features = nn.functional.silu(self.leave(hidden))  # (B, 24, H, W)
         return Features(features, features.mean((2, 3)))
 
@@ -129,6 +135,7 @@ def raw_row(index: int, size: tuple[int, int] = SIZE) -> dict[str, Any]:
         "attributes": [k for k in range(3) if rng.random() < 0.5],
         "place": rng.normal(size=2) * [1, 0.3],
         "normals": npy(normals / np.linalg.norm(normals, axis=0)),
+        "caption": [f"a {word}" for word in rng.permutation(["é", "bird", "longer bird"])[: 1 + index % 2]],
     }
 
 
