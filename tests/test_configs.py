@@ -155,7 +155,7 @@ def test_scenes_are_sampled_from_any_to_any(data):
     trainer = tiny.trainer(job)
     trainer.advance(tiny.batches(job), 48)
     model, batch = Generator(job.config, trainer.ema.model), tiny.held_out(job, 3, 3)[0]
-    names = {"pixels", "depth", "attributes", "shape", "place"}
+    names = {"pixels", "depth", "attributes", "caption", "place"}
     for name in sorted(names):
         for given in ({name}, names - {name}):
             drawn = model.draw({one: batch.data[one].numpy() for one in given}, 3, steps=2)

@@ -216,17 +216,35 @@ ATTRIBUTES: dict[str, Callable[[Shape], bool]] = {
 """Name -> whether a shape has it."""
 
 
+COLORS = {
+    **{"black": (0, 0, 0), "grey": (128, 128, 128), "white": (255, 255, 255)},
+    **{"red": (224, 32, 32), "green": (32, 192, 32), "blue": (32, 32, 224)},
+    **{"yellow": (224, 224, 32), "cyan": (32, 224, 224), "pink": (224, 64, 224)},
+}
+"""Name -> the colour that it stands for; a shape's colour has the nearest one's name."""
+WORDS = ["a", "large", "small", *COLORS, *SHAPES, "at", "the", "upper", "lower", "left", "right"]
+
+
+def caption_of(shape: Shape) -> str:
+    """Return a sentence of 8 words that describes a shape: "a large red star at the upper left"."""
+    has = {name: holds(shape) for name, holds in ATTRIBUTES.items()}
+    color = min(COLORS, key=lambda name: float(np.square(np.subtract(COLORS[name], shape.color)).sum()))
+    where = ("upper" if has["upper"] else "lower", "left" if has["left"] else "right")
+    return " ".join(("a", "large" if has["large"] else "small", color, shape.name, "at", "the", *where))
+
+
 @registry.register("pipeline", "scenes")
 class Scenes(Sprites):
-    """Sprites with a depth map, and the attributes and the place of the main shape."""
+    """Sprites with a depth map, and the attributes, the place and a description of the main shape."""
 
-    annotations = (*Sprites.annotations, "depth", "attributes", "place")
+    annotations = (*Sprites.annotations, "depth", "attributes", "place", "caption")
 
     def columns(self) -> dict[str, dict[str, Any]]:
         return super().columns() | {
             "depth": {"kind": "map", "range": [NEAREST, FARTHEST]},
             "attributes": {"kind": "labels", "names": list(ATTRIBUTES)},
             "place": {"kind": "vector", "names": list(PLACE)},
+            "caption": {"kind": "text", "words": WORDS},
         }
 
     def truth(self, scene: Scene) -> dict[str, Any]:
@@ -235,4 +253,5 @@ class Scenes(Sprites):
             "depth": scene.depth(self.options.size)[None],
             "attributes": [name for name, holds in ATTRIBUTES.items() if holds(main)],
             "place": [main.x, main.y, main.radius],
+            "caption": caption_of(main),
         }

@@ -8,7 +8,16 @@ import pytest
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.datasets.base import build
-from mmdiff_ray.datasets.sprites import FACTORS, SHAPES, Scene, Shape, draw_scene, factors_of
+from mmdiff_ray.datasets.sprites import (
+    FACTORS,
+    SHAPES,
+    WORDS,
+    Scene,
+    Shape,
+    caption_of,
+    draw_scene,
+    factors_of,
+)
 from tests.datasets.reading import decode, read_rows
 
 AREAS = {
@@ -80,7 +89,7 @@ def test_factors_give_the_shape_back_exactly_enough_to_redraw_it():
         assert (again.covers(64) != shape.covers(64)).sum() <= 1
 
 
-def test_scenes_are_sprites_with_depth_attributes_and_place(built, tmp_path):
+def test_scenes_are_sprites_with_depth_attributes_place_and_caption(built, tmp_path):
     options = {"count": 60, "size": 24, "most": 3, "seed": 5}
     build("scenes", str(tmp_path / "set"), options, workers=0, progress=False)
     for key, row in read_rows(str(tmp_path / "set")).items():
@@ -89,10 +98,18 @@ def test_scenes_are_sprites_with_depth_attributes_and_place(built, tmp_path):
         main, mask = scene.main(24), decode(row["shapes"])
         assert row["place"].tolist() == pytest.approx([main.x, main.y, main.radius])
         assert (0 in row["attributes"]) == (main.radius > 0.27) and (1 in row["attributes"]) == (main.x < 0.5)
+        words = row["caption"].split()
+        assert set(words) <= set(WORDS) and words[3] == main.name
+        assert ("large" in words, "left" in words) == (main.radius > 0.27, main.x < 0.5)
         depth = np.load(io.BytesIO(row["depth"]))[0]
         assert (depth[mask > 0] <= 2).all() and (depth[mask == 0] >= 3).all() and depth.min() >= 1
         front = scene.shapes[-1].covers(24)
         assert len(np.unique(depth[front])) == 1 and depth[front].max() <= depth.min()
+
+
+def test_a_caption_says_what_the_shape_is_and_where():
+    shape = Shape("star", (250, 10, 20), 0.3, 0.6, 0.33, 0.0)
+    assert caption_of(shape) == "a large red star at the lower left"
 
 
 def test_a_larger_shape_is_nearer_and_the_darker_end_of_the_background_farther():

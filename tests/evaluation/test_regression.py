@@ -1,4 +1,4 @@
-"""Errors of maps and F1 of sets of labels against scikit-learn and geometry."""
+"""Errors of maps, F1 of sets of labels, and chrF of texts, against scikit-learn, geometry and counting."""
 
 import dataclasses
 from pathlib import Path
@@ -10,14 +10,14 @@ from sklearn.metrics import f1_score, mean_absolute_percentage_error, root_mean_
 
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.datasets.base import build
-from mmdiff_ray.evaluation import regression
+from mmdiff_ray.evaluation import regression, texts
 from mmdiff_ray.evaluation.conditional import f1_tally
 from mmdiff_ray.evaluation.run import evaluate, joined
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.sampling.generator import Generator
 from tests import sprites as tiny
 
-GENERATED = ["depth", "attributes", "place"]
+GENERATED = ["depth", "attributes", "place", "caption"]
 PLAIN = {
     **tiny.PLAIN,
     "modalities": {
@@ -25,6 +25,7 @@ PLAIN = {
         "depth": {"type": "map"},
         "attributes": {"type": "labels"},
         "place": {"type": "vector"},
+        "caption": {"type": "text", "length": 8},
     },
     "tasks": {
         "joint": {"roles": dict.fromkeys(["pixels", *GENERATED], "generated")},
@@ -32,7 +33,7 @@ PLAIN = {
     },
     "evaluate": {
         **tiny.PLAIN["evaluate"],
-        "evaluators": ["maps", "attributes", "vectors", "bound"],
+        "evaluators": ["maps", "attributes", "vectors", "texts", "bound"],
         "visits": 1,
     },
 }
@@ -87,7 +88,13 @@ def model(tmp_path_factory) -> tuple[Generator, Batch]:
     return tiny.generator(job), joined(tiny.held_out(job, 8))
 
 
-def test_maps_labels_and_vectors_are_measured_in_both_readouts_beside_their_rules(model):
+def test_chrf_is_the_mean_f2_of_character_ngrams_up_to_six():
+    # "abcd" against "abce": 3 of 4 characters, 2 of 3 pairs, 1 of 2 triples, 0 of 1 quadruple
+    found = texts.chrf(["abcd", "", "one two"], ["abce", "some", "one two"])
+    assert found == pytest.approx([np.mean([3 / 4, 2 / 3, 1 / 2, 0]), 0, 1])
+
+
+def test_maps_labels_vectors_and_texts_are_measured_in_both_readouts_beside_their_rules(model):
     findings = evaluate(model[0], [model[1]])
     figures = {figure.key: figure for figure in findings.figures}
     rules = {
@@ -96,6 +103,9 @@ def test_maps_labels_and_vectors_are_measured_in_both_readouts_beside_their_rule
         "attributes/f1": {"every label", "majority of each label"},
         "attributes/subset_accuracy": {"every label", "majority of each label"},
         "place/absolute_error": {"mean"},
+        "caption/chrf": {"commonest text"},
+        "caption/exact_match": {"commonest text"},
+        "caption/token_accuracy": {"commonest text"},
     }
     for key, names in rules.items():
         for suffix in ("", "_likely"):
@@ -105,7 +115,10 @@ def test_maps_labels_and_vectors_are_measured_in_both_readouts_beside_their_rule
     truth = model[1].data["place"].numpy()
     wanted = np.abs(truth - truth.mean(0)).mean()
     assert figures["place/absolute_error"].floors["mean"] == pytest.approx(wanted, rel=1e-5)
-    assert set(findings.pictures) == {"depth_from_pixels"}
+    words = model[0].modality("caption").texts(model[1].data["caption"])
+    commonest = max(words.count(text) for text in words) / len(words)
+    assert figures["caption/exact_match"].floors["commonest text"] == pytest.approx(commonest)
+    assert set(findings.pictures) == {"depth_from_pixels", "caption_from_pixels"}
 
 
 def test_unknown_cells_are_in_no_term_of_the_bound_and_in_no_error(model):
