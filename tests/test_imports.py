@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1] / "mmdiff_ray"
 MODULES = sorted(ROOT.rglob("*.py"))
 LEAVES = ("config", "registry", "batch", "plotting", "tracking")
 LAYERS = [
-    ("diffusion",),
+    ("diffusion", "codecs"),
     ("storage", "modalities", "models", "tasks"),
     ("data",),
     ("training", "sampling", "evaluation"),
@@ -36,6 +36,7 @@ DOORS = {
     "optuna": ("distributed/", "sweeps/"),
     "matplotlib": ("plotting.py", "evaluation/tiles.py"),
     "plotly": (),
+    "diffusers": ("codecs/",),
 }
 OUTSIDE = ("pipelines", "tests", "benchmarks")
 

@@ -10,7 +10,7 @@ from mmdiff_ray.cli.common import RUNS, Commands, command
 from mmdiff_ray.cli.ui import check_free
 from mmdiff_ray.config import ConfigError
 
-PICTURES, FILES = ("image", "mask", "masked_image"), ("embedding", "map")
+PICTURES, FILES = ("image", "mask", "masked_image", "latent"), ("embedding", "map")
 """Types that are given as a picture, and as an array in a file."""
 READOUTS = {"as the task says": None, "a sample": False, "the most likely answer": True}
 

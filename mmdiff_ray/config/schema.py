@@ -49,7 +49,7 @@ class SpaceConfig:
 
     height: number of rows of cells.
     width: number of columns of cells.
-    anchor: modality whose code is z_0; an image.
+    anchor: modality whose code is z_0; an image or latents.
     """
 
     height: int = 16

@@ -18,6 +18,12 @@ def check_entry(name: str, entry: Any) -> None:
             raise ValueError(f"column {name!r} has {fact} {entry[fact]!r}")
     if kind in ("embedding", "vector") and entry["present"] and not entry.get("dim"):
         raise ValueError(f"column {name!r} has vectors of dim {entry.get('dim')!r}")
+    if kind == "latent" and entry["present"]:
+        numbers = (len(entry["mean"]), len(entry["deviation"]), entry.get("channels"))
+        if len(set(numbers)) > 1 or not numbers[0] or len(entry.get("size", ())) != 2:
+            raise ValueError(
+                f"column {name!r} has latents without a size, or a mean and deviation per channel"
+            )
     classes = len(entry["names"]) if kind in ("label", "labels") else entry.get("classes")
     per_class = ("names", "counts", "train_counts", "pixel_share", "colors")
     if (kind == "mask" and not 2 <= classes <= 256) or (kind in ("label", "labels") and not classes):
@@ -45,10 +51,12 @@ def _is_colour(value: Any) -> bool:
     return value is None or (len(channels) == 3 and all(is_count(one) and one < 256 for one in channels))
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and _is_amount(abs(value))
+
+
 def _is_range(value: Any) -> bool:
-    ends = value if isinstance(value, list) else ()
-    numbers = [one for one in ends if isinstance(one, int | float) and _is_amount(abs(one))]
-    return len(ends) == len(numbers) == 2 and numbers[0] < numbers[1]
+    return _all(_is_number)(value) and len(value) == 2 and value[0] < value[1]
 
 
 def _all(is_fit: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -61,12 +69,15 @@ _FACTS: dict[str, Callable[[Any], bool]] = {
     "pixel_share": _all(_is_amount),
     **dict.fromkeys(("mean_norm", "known_share"), _is_amount),
     "range": _is_range,
+    "mean": _all(_is_number),
+    "deviation": _all(_is_amount),
     "names": _all(_is_text),
-    "codec": _is_text,
+    **dict.fromkeys(("codec", "codec_folder", "codec_digest"), _is_text),
     "colors": _all(_is_colour),
 }
 _NEEDED = {
     "mask": ("classes", "pixel_share"),
     **dict.fromkeys(("label", "labels"), ("names", "counts")),
     "map": ("range",),
+    "latent": ("mean", "deviation", "codec_folder", "codec_digest"),
 }

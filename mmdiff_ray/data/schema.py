@@ -151,6 +151,45 @@ class MapColumn(Column):
         return {**super().summary(tally), "known_share": round(share, 6)}
 
 
+class LatentColumn(Column):
+    """Latents of a picture and of its mirror image, float16 (2, channels, height, width), all of one size;
+    arrays or .npy files, stored as the latter."""
+
+    kind = "latent"
+
+    def accept(self, value: Any) -> tuple[bytes, Tally]:
+        is_file = isinstance(value, bytes | bytearray | memoryview)
+        latents = np.load(io.BytesIO(value)) if is_file else np.asarray(value)
+        if latents.dtype != np.float16 or latents.ndim != 4 or len(latents) != 2:
+            raise ConfigError(
+                "latents must be float16 (2, channels, height, width), of a picture and of its mirror image; "
+                f"got {latents.dtype} of shape {latents.shape}"
+            )
+        if not np.isfinite(latents).all():
+            raise ConfigError("latents must be finite float16, got NaN or infinity")
+        self.fix("channels", latents.shape[1])
+        self.fix("size", list(latents.shape[2:]))
+        buffer, values = (
+            io.BytesIO(),
+            latents.astype(float).transpose(1, 0, 2, 3).reshape(latents.shape[1], -1),
+        )
+        np.save(buffer, latents)
+        sums = {
+            "sum": values.sum(1),
+            "squares": np.square(values).sum(1),
+            "cells": np.asarray(values.shape[1]),
+        }
+        return buffer.getvalue(), {**_present(), **sums}
+
+    def summary(self, tally: Tally) -> dict[str, Any]:
+        cells, none = max(1, int(tally.get("cells", 0))), np.zeros(self.facts.get("channels", 0))
+        mean = tally.get("sum", none) / cells
+        deviation = np.sqrt(np.maximum(tally.get("squares", none) / cells - mean**2, 0))
+        parts = {"mean": mean, "deviation": deviation}
+        entry = super().summary(tally)
+        return entry | {part: [round(float(one), 6) for one in values] for part, values in parts.items()}
+
+
 class LabelColumn(Column):
     """Categories, given by name or by index."""
 
@@ -246,8 +285,8 @@ class TextColumn(Column):
 KINDS: dict[str, type[Column]] = {
     column.kind: column
     for column in (
-        *(ImageColumn, MaskColumn, MapColumn, LabelColumn, LabelsColumn, EmbeddingColumn),
-        *(VectorColumn, TextColumn),
+        *(ImageColumn, MaskColumn, MapColumn, LatentColumn, LabelColumn, LabelsColumn),
+        *(EmbeddingColumn, VectorColumn, TextColumn),
     )
 }
 

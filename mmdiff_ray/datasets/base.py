@@ -23,6 +23,7 @@ from mmdiff_ray.data.manifest import Manifest, is_built
 from mmdiff_ray.data.shards import ShardWriter
 from mmdiff_ray.datasets.annotations import annotated, lacking
 from mmdiff_ray.datasets.embedders import Embedder, make_embedder
+from mmdiff_ray.datasets.latents import LatentStage
 from mmdiff_ray.distributed import flow
 from mmdiff_ray.distributed.display import show_progress
 from mmdiff_ray.storage.filesystem import check_writable
@@ -62,7 +63,9 @@ class Options:
     the validation rows are the same for any test_share. annotated: the share of training rows that keep their
     annotations (masks, labels), the same share of each class; the rest have none. lacks: the columns that the
     rest lacks, separated by commas; all annotations where it names none. subset: another number draws other
-    rows. part: all training rows, or only the annotated, or only the rest.
+    rows. part: all training rows, or only the annotated, or only the rest. latent: the folder of an
+    autoencoder (config.json, diffusion_pytorch_model.safetensors), which makes the column latent of the
+    pictures over white.
     """
 
     limit: int | None = None
@@ -73,6 +76,7 @@ class Options:
     lacks: str = ""
     subset: int = 0
     part: str = "all"
+    latent: str = "off"
 
 
 class Made(NamedTuple):
@@ -225,6 +229,8 @@ def build(
     check_writable(out)
     pipeline = make_pipeline(name, options)
     stages = pipeline.stages()
+    if not is_off(pipeline.options.latent):
+        stages = [*stages, LatentStage.of(pipeline.options.latent, pipeline.columns())]
     lacking(pipeline)
     items = pipeline.items()
     if not isinstance(pipeline, Streamed):

@@ -100,6 +100,8 @@ def describe(facts: Facts) -> str:
             (low, high), channels, known = facts["range"], facts.get("channels", 1), facts["known_share"]
             held = f"{size} pixels, {channels} channel{'s' * (channels > 1)}, {low:g} to {high:g}"
             return held if known == 1 else f"{held}, {_percent(known)} known"
+        case "latent":
+            return f"{size} cells, {facts.get('channels')} channels by {facts.get('codec', '?')}"
         case "label":
             largest = max(facts["counts"]) / max(1, facts["present"])
             count = len(facts["names"])
@@ -221,6 +223,8 @@ def _cell(facts: Facts, value: Any, centre: Any) -> np.ndarray:
             return paint_mask(np.asarray(Image.open(io.BytesIO(value))), facts)
         case "map":
             return paint(np.load(io.BytesIO(value))[None], facts["range"], facts.get("content", "values"))[0]
+        case "latent":
+            return paint_latent(np.load(io.BytesIO(value))[0], facts)
         case "label":
             return tiles.text_tile(facts["names"][value])
         case "labels":
@@ -251,6 +255,15 @@ def paint_mask(classes: np.ndarray, facts: Facts) -> np.ndarray:
     classes = np.where(void, 0, classes)
     opaque = np.where(bare[classes] | void, 0, 255)[..., None]
     return over_checkerboard(np.concatenate([colors[classes], opaque], axis=-1))
+
+
+def paint_latent(latent: np.ndarray, facts: Facts) -> np.ndarray:
+    """Return the first three channels of a latent (C, h, w) as red, green and blue, two deviations either
+    side of grey, uint8 RGB."""
+    shown = np.resize(latent.astype(float), (3, *latent.shape[1:])).transpose(1, 2, 0)
+    mean, deviation = (np.resize(facts[part], 3) for part in ("mean", "deviation"))
+    scaled = (shown - mean) / np.maximum(deviation, 1e-6)
+    return np.round((scaled + 2) * 63.75).clip(0, 255).astype(np.uint8)
 
 
 def class_colors(facts: Facts) -> list[tuple[int, int, int]]:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mmdiff_ray.evaluation.context import Context, Figure, Findings
 from mmdiff_ray.evaluation.lpips import Lpips, check_weights
-from mmdiff_ray.modalities.image import ImageModality
 from mmdiff_ray.registry import register
 
 FEATURES = "lpips_alex"
@@ -29,7 +28,7 @@ BETTER = {
 
 @register("evaluator", "fidelity")
 def evaluate_fidelity(context: Context) -> Findings:
-    """Compare sampled anchor images with as many real held-out images.
+    """Compare sampled anchor images with as many real held-out images; latents of both are decoded.
 
     Samples are joint ones, or follow the instances in `evaluate.condition`.
     `ANCHOR/METRIC_lpips_alex` compares all samples with all real images. Rule: the real images with their
@@ -39,11 +38,13 @@ def evaluate_fidelity(context: Context) -> Findings:
     ceiling. All distances are to held-out images, so memorised training images pass as new ones.
     """
     findings, anchor, condition = Findings(), context.anchor, context.config.evaluate.condition
-    rows = context.rows_with(anchor, *condition)
-    is_image = anchor in context.instances(ImageModality)
-    if not is_image or not context.trained(anchor, *condition) or rows.sum() < LEAST:
+    rows, modality = context.rows_with(anchor, *condition), context.denoiser.modalities[anchor]
+    if not context.trained(anchor, *condition) or rows.sum() < LEAST:
         return findings
-    images, drawn = context.truth(anchor, rows), context.sampled(*condition).data[anchor]
+    images = modality.pixels(context.truth(anchor, rows))
+    if images is None:
+        return findings
+    drawn = modality.pixels(context.sampled(*condition).data[anchor])
     lpips = Lpips("alex", context.model.device)
     real, sampled, shuffled = (
         lpips.features(pixels).double().cpu().numpy()

@@ -246,6 +246,10 @@ class Modality(nn.Module):
         """Return data as RGB pictures, uint8 (B, h, w, 3), or as one text per row."""
         raise NotImplementedError
 
+    def pixels(self, data: Tensor) -> Tensor | None:
+        """Return data as RGB images, uint8 (B, 3, h, w), or None for a type that is no image."""
+        return None
+
     def parse(self, text: str) -> np.ndarray:
         """Return one row's data from what a person typed (a name, a number, a file). Raises ConfigError."""
         raise NotImplementedError

@@ -123,6 +123,9 @@ class ImageModality(Modality):
         difference = (to_float(answer) - to_float(data)).abs()
         return {"l1": Mean(float(difference.sum()), difference.numel())}
 
+    def pixels(self, data: Tensor) -> Tensor:
+        return data
+
     def picture(self, data: Tensor) -> np.ndarray:
         return data.permute(0, 2, 3, 1).cpu().numpy()
 

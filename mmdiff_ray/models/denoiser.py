@@ -237,7 +237,8 @@ def build_process(config: Config, modalities: Mapping[str, Modality]) -> Process
     """
     if not hasattr(modalities[config.space.anchor], "code_negative_log_likelihood"):
         raise ConfigError(
-            f"space.anchor: {config.space.anchor} is of a type that cannot be the anchor; use an image"
+            f"space.anchor: {config.space.anchor} is of a type that cannot be the anchor; use an image or "
+            "latents"
         )
     layout = channel_layout(config, modalities)
     schedule = make_schedule(config.schedule, len(modalities))

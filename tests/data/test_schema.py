@@ -9,6 +9,7 @@ from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.shards import ShardWriter
 from tests.datasets.reading import read_rows
 
+LATENT = {"kind": "latent", "codec_folder": "codec", "codec_digest": "ab"}
 MAP = {"kind": "map", "range": [0, 5]}
 LABELS = {"kind": "labels", "names": ["a", "b", "c"]}
 
@@ -53,6 +54,9 @@ def test_sets_of_labels_come_back_in_order_and_are_counted(tmp_path):
         (MAP, np.full((1, 2, 2), np.inf, np.float32), "spans inf to inf"),
         ({"kind": "vector", "names": ["x", "y"]}, [1, 2, 3], "dim is 3, want 2"),
         ({"kind": "vector"}, [1, float("nan")], "a value of kind vector must be finite"),
+        (LATENT, np.zeros((2, 4, 3, 3)), "float16 .* got float64"),
+        (LATENT, np.zeros((1, 4, 3, 3), np.float16), r"got float16 of shape \(1, 4, 3, 3\)"),
+        (LATENT, np.full((2, 4, 3, 3), np.inf, np.float16), "latents must be finite"),
         ({"kind": "labels"}, None, "needs `names`"),
         (LABELS, "ab", "must be a list of names or indices, got 'ab'"),
         (LABELS, 1, "must be a list"),

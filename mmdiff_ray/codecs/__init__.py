@@ -1,0 +1,1 @@
+"""Frozen autoencoders between pictures and latents."""
