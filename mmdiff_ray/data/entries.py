@@ -64,7 +64,7 @@ def _all(is_fit: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 _FACTS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("present", "classes", "dim", "channels", "void"), is_count),
+    **dict.fromkeys(("present", "classes", "dim", "channels", "void", "texts"), is_count),
     **dict.fromkeys(("size", "counts", "train_counts"), _all(is_count)),
     "pixel_share": _all(_is_amount),
     **dict.fromkeys(("mean_norm", "known_share"), _is_amount),

@@ -17,7 +17,7 @@ from mmdiff_ray.storage.filesystem import filesystem
 @dataclass(frozen=True)
 class ForeignFile:
     """What a Parquet file's footer says. groups: rows of each row group; kinds: column -> image, number,
-    text, vector or other; names: column -> the class names that a Hugging Face file lists."""
+    text, texts, vector or other; names: column -> the class names that a Hugging Face file lists."""
 
     groups: list[int]
     kinds: dict[str, str]
@@ -84,7 +84,7 @@ def _kind(kind: pa.DataType) -> str:
     nested = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
     if any(check(kind) for check in nested):
         inner = _kind(kind.value_type)
-        return {"number": "vector", "vector": "vector", "text": "text"}.get(inner, "other")
+        return {"number": "vector", "vector": "vector", "text": "texts"}.get(inner, "other")
     return "other"
 
 

@@ -59,9 +59,10 @@ def read_row_group(
     """Return rows of one row group as column -> list of values; always with "id".
 
     take: the rows wanted, in this order (all by default). tables: who reads, else this process. image, mask:
-    PNG bytes; map: .npy bytes; label: int; labels: list of int; embedding, vector: float32 array (D,);
-    text: str; None where the row lacks one. Raises ValueError if a column is missing or the bytes are not
-    those that were written, and OSError where storage does not give them.
+    PNG bytes; map: .npy bytes; label: int; labels: list of int; embedding, vector: float32 array (D,); text:
+    str, or a list of str where the column has several; None where the row lacks one. Raises ValueError if a
+    column is missing or the bytes are not those that were written, and OSError where storage does not give
+    them.
     """
     wanted = list(dict.fromkeys(("id", *columns)))
     table = (tables or read_table)(uri, row_group, wanted)

@@ -271,15 +271,27 @@ class VectorColumn(EmbeddingColumn):
 
 
 class TextColumn(Column):
-    """Text, for captions and the like."""
+    """Text, for captions and the like. The fact `several` makes it a column of lists of texts."""
 
     kind = "text"
     arrow = pa.string()
 
-    def accept(self, value: Any) -> tuple[str, Tally]:
-        if not isinstance(value, str):
-            raise ConfigError(f"text must be a string, got {type(value).__name__}")
-        return value, _present()
+    def accept(self, value: Any) -> tuple[str | list[str], Tally]:
+        if not self.facts.get("several"):
+            if not isinstance(value, str):
+                raise ConfigError(f"text must be a string, got {type(value).__name__}")
+            return value, _present()
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f"several texts must be a list of one or more strings, got {value!r}")
+        return texts, {**_present(), "texts": np.asarray(len(texts))}
+
+    def to_arrow(self, values: Sequence[Any]) -> pa.Array:
+        return pa.array(values, pa.list_(self.arrow) if self.facts.get("several") else self.arrow)
+
+    def summary(self, tally: Tally) -> dict[str, Any]:
+        texts = {"texts": int(tally.get("texts", 0))} if self.facts.get("several") else {}
+        return {**super().summary(tally), **texts}
 
 
 KINDS: dict[str, type[Column]] = {

@@ -24,6 +24,7 @@ from mmdiff_ray.data.shards import ShardWriter
 from mmdiff_ray.datasets.annotations import annotated, lacking
 from mmdiff_ray.datasets.embedders import Embedder, make_embedder
 from mmdiff_ray.datasets.latents import LatentStage
+from mmdiff_ray.datasets.vectors import OwnVectors
 from mmdiff_ray.distributed import flow
 from mmdiff_ray.distributed.display import show_progress
 from mmdiff_ray.storage.filesystem import check_writable
@@ -115,8 +116,11 @@ def look_stages(spec: str) -> list[Stage]:
     return [] if is_off(spec) else [Stage("look", "pixels", make_embedder(spec, "image"))]
 
 
-def _embeddable(value: bytes | str) -> Image.Image | str:
-    return Image.open(io.BytesIO(value)) if isinstance(value, bytes) else value
+def _embeddable(value: bytes | str | list[str]) -> Image.Image | str:
+    """Return the picture or text to embed: of several texts the first."""
+    if isinstance(value, bytes):
+        return Image.open(io.BytesIO(value))
+    return value if isinstance(value, str) else value[0]
 
 
 class Pipeline:
@@ -126,9 +130,15 @@ class Pipeline:
     credit: ClassVar[str] = ""
     annotations: ClassVar[tuple[str, ...]] = ()
     """The columns that rows without annotations lack."""
+    own_vectors: Sequence[OwnVectors] = ()
+    """Vectors that the process that writes joins to rows by their keys or their `file`; never sent to
+    workers."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "own_vectors": ()}
 
     def stratum(self, item: Item) -> str:
         """Return the class of an item, of each of which the same share keeps its annotations."""
@@ -144,7 +154,7 @@ class Pipeline:
         return []
 
     def columns(self) -> dict[str, dict[str, Any]]:
-        """Return column -> what the manifest says of it, but the stages' columns."""
+        """Return column -> what the manifest says of it, but the stages' columns and own vectors."""
         raise NotImplementedError
 
     def stages(self) -> Sequence[Any]:
@@ -159,7 +169,8 @@ class Pipeline:
         """Return one item's row without its key: column -> value. Raises BadRow for an unreadable item.
 
         Values: PNG bytes for images and masks, an index or a name for labels, float32 (dim,) for embeddings,
-        str for text, and None where the row lacks the column.
+        str for text, and None where the row lacks the column. `file` is no column, but the row's name in
+        `own_vectors`.
         """
         raise NotImplementedError
 
@@ -235,10 +246,11 @@ def build(
     items = pipeline.items()
     if not isinstance(pipeline, Streamed):
         items = annotated(choose(items, pipeline.options.limit), pipeline.options, pipeline.stratum)
+    columns = pipeline.columns() | {own.column: own.entry() for own in pipeline.own_vectors}
     writer = ShardWriter(
         out,
         name,
-        pipeline.columns() | {name: entry for stage in stages for name, entry in stage.columns().items()},
+        columns | {name: entry for stage in stages for name, entry in stage.columns().items()},
         description=pipeline.description,
         credit=pipeline.credit,
         val_share=pipeline.options.val_share,
@@ -295,12 +307,15 @@ def _write(
                 fresh = fresh[: max(0, most - kept - written)]
             for row in fresh:
                 place = row["key"].rpartition("#")[0] if streamed else row["key"]
-                writer.add(row, *placed.get(place, ()))
+                names = row["key"], row.pop("file", "")
+                joined = {own.column: own.of(*names) for own in pipeline.own_vectors}
+                writer.add(row | joined, *placed.get(place, ()))
             written += len(fresh)
             advance(1 if streamed else len(fresh) + len(made.bad))
             if streamed and most is not None and kept + written >= most:
                 break
-    return Build(writer.close(), written, kept, bad, pipeline.notes())
+    unknown = [] if kept else [line for own in pipeline.own_vectors for line in own.note()]
+    return Build(writer.close(), written, kept, bad, [*pipeline.notes(), *unknown])
 
 
 def render(pipeline: Pipeline, chunk: Sequence[Item]) -> Made:
@@ -363,8 +378,3 @@ def choose(items: Sequence[Item], limit: int | None) -> list[Item]:
 def is_off(value: str) -> bool:
     """Return whether an option's text means no."""
     return value.lower() in ("off", "false", "none", "no", "")
-
-
-def is_on(value: str) -> bool:
-    """Return whether an option's text means yes."""
-    return value.lower() in ("on", "true", "yes")

@@ -11,20 +11,13 @@ from PIL import Image
 
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.datasets.base import BadRow, Item, Options, Pipeline, Stage, is_off, is_on, look_stages
-from mmdiff_ray.datasets.embedders import make_embedder
+from mmdiff_ray.datasets.base import BadRow, Item, is_off
 from mmdiff_ray.datasets.layouts import Entry, Masks, read_cityscapes, read_coco
 from mmdiff_ray.datasets.listing import NAMES, Columns, read_table, split_by_folder, walk
-from mmdiff_ray.datasets.maps import Stated, find_maps, folders_of
+from mmdiff_ray.datasets.maps import find_maps, folders_of
 from mmdiff_ray.datasets.masks import find_masks
-from mmdiff_ray.datasets.pictures import (
-    DEPTHS,
-    SUFFIXES,
-    UNREADABLE,
-    is_transparent,
-    make_frame,
-    open_picture,
-)
+from mmdiff_ray.datasets.pictured import Pictured, PictureOptions
+from mmdiff_ray.datasets.pictures import SUFFIXES, UNREADABLE, is_transparent, open_picture
 from mmdiff_ray.modalities.image import to_png
 
 LAYOUTS = ("plain", "coco", "cityscapes")
@@ -36,78 +29,60 @@ READ_BY = dict.fromkeys(("masks", "maps", "metadata", "csv"), "plain") | {
 
 
 @dataclass(frozen=True)
-class FolderOptions(Options):
-    """What is read, and how.
+class FolderOptions(PictureOptions):
+    """What is read.
 
-    source: the folder of pictures, needed. size: pixels a side, or HEIGHTxWIDTH. fit: crop uses the middle of
-    each picture, pad adds borders, stretch distorts. depth: scale brings pictures of 16 bits or floats in [0,
-    1] to 8 bits, refuse leaves them out. masks: a folder of masks that repeats the pictures' relative names,
-    or alpha, none, or auto: alpha if any picture has a transparent pixel. mask_suffix: what a mask's name has
-    behind its picture's, such as _mask; auto finds it. palette: a text file with a colour and a name per line
-    (#ff0000 car), the classes of masks in colour in their order; other colours are void. ignore: the mask
-    value of pixels that are neither learned nor measured, such as 255; auto takes 255 where it lies apart
-    from all classes; none. maps: folders of real-valued maps in .npy files or 16-bit pictures that repeat the
-    pictures' relative names: COLUMN=FOLDER, several separated by commas. map_content: values, normals or
-    flow, for all maps or COLUMN=VALUE. map_unit: what their files' numbers are multiplied by, such as 0.001.
-    map_void: the number in their files that says unknown, such as 0; NaN always does. map_range: LOW:HIGH;
+    source: the folder of pictures, needed. masks: a folder of masks that repeats the pictures' relative
+    names, or alpha, none, or auto: alpha if any picture has a transparent pixel. mask_suffix: what a mask's
+    name has behind its picture's, such as _mask; auto finds it. palette: a text file with a colour and a name
+    per line (#ff0000 car), the classes of masks in colour in their order; other colours are void. ignore: the
+    mask value of pixels that are neither learned nor measured, such as 255; auto takes 255 where it lies
+    apart from all classes; none. maps: folders of real-valued maps in .npy files or 16-bit pictures that
+    repeat the pictures' relative names: COLUMN=FOLDER, several separated by commas. map_range: LOW:HIGH;
     values outside are unknown; by default that of all files. metadata: a table (.csv, .tsv, .jsonl, .parquet)
     with the columns file, label and caption, which then lists the rows; metadata.csv and the like in the
     source is found without it. Without a table the top-level folders' names are the labels, and train, val
     and test are splits. csv: the former name of metadata. labels_column: the table's column with several
-    labels per row, the column labels; an empty cell is the empty set. labels_separator: what lies between
-    them. vector_columns: the table's columns of numbers that make the column vector, separated by commas.
-    split_column: the table's column with each row's split. group_by: the table's column with what rows of one
-    split share, such as a patient. val_source: a folder with the pictures of the validation split. layout:
-    plain, any folder; coco, the pictures that annotations lists, with a class of masks per category; or
-    cityscapes, the folder with leftImg8bit and gtFine, 19 classes and unlabelled, labels from the cities; the
-    last two take neither masks nor metadata. annotations: the COCO file of instances, for layout=coco.
-    captions: the COCO file of captions, for layout=coco. look: embedder of the picture over white, which
-    makes the column look: efficientnet-lite0, open_clip:MODEL[:weights] or off. embed_captions: embedder of
-    the captions, which makes the column caption: minilm, open_clip:MODEL[:weights], on (minilm) or off.
+    labels per row, the column labels; an empty cell is the empty set. vector_columns: the table's columns of
+    numbers that make the column vector, separated by commas. weight_column: the table's column of numbers
+    that makes the column weight, for data.weight. caption_lines: which lines of the text file beside a
+    picture are captions: all or first. split_column: the table's column with each row's split. group_by: the
+    table's column with what rows of one split share, such as a patient. val_source: a folder with the
+    pictures of the validation split. layout: plain, any folder; coco, the pictures that annotations lists,
+    with a class of masks per category; or cityscapes, the folder with leftImg8bit and gtFine, 19 classes and
+    unlabelled, labels from the cities; the last two take neither masks nor metadata. annotations: the COCO
+    file of instances, for layout=coco. captions: the COCO file of captions, for layout=coco.
     """
 
-    source: str = ""
-    size: str = "64"
-    fit: str = "crop"
-    depth: str = "refuse"
     masks: str = "auto"
     mask_suffix: str = "auto"
     palette: str | None = None
     ignore: str = "auto"
     maps: str = ""
-    map_content: str = ""
-    map_unit: str = ""
-    map_void: str = ""
-    map_range: str = ""
     metadata: str | None = None
     csv: str | None = None
     labels_column: str | None = None
-    labels_separator: str = "|"
     vector_columns: str | None = None
+    weight_column: str | None = None
+    caption_lines: str = "all"
     split_column: str | None = None
     group_by: str | None = None
     val_source: str | None = None
     layout: str = "plain"
     annotations: str | None = None
     captions: str | None = None
-    look: str = "off"
-    embed_captions: str = "off"
-    bad_limit: str = "1%"
 
 
 @registry.register("pipeline", "folder")
-class Folder(Pipeline):
+class Folder(Pictured):
     """A folder of pictures, one row each."""
 
     Options = FolderOptions
 
     def __init__(self, options: FolderOptions) -> None:
         super().__init__(options)
-        if not options.source:
-            raise ConfigError("source is missing; name the folder of pictures, for example source=photos")
-        self.frame = make_frame(options.size, options.fit)
-        if options.depth not in DEPTHS:
-            raise ConfigError(f"depth: got {options.depth!r}, want one of {', '.join(DEPTHS)}")
+        if options.caption_lines not in ("all", "first"):
+            raise ConfigError(f"caption_lines: got {options.caption_lines!r}, want all or first")
         self.source = Path(options.source).expanduser().resolve()
         if not self.source.is_dir():
             raise ConfigError(f"source: no folder {self.source}")
@@ -115,12 +90,11 @@ class Folder(Pipeline):
         self.entries, drawn = self._listed()
         self.has_alpha = any(is_transparent(self.source / entry.file) for entry in self.entries)
         self.masks = drawn or self._masks()
-        stated = Stated(options.map_content, options.map_unit, options.map_void, options.map_range)
-        self.maps = find_maps(options.maps, [entry.mask for entry in self.entries], stated)
+        self.maps = find_maps(options.maps, [entry.mask for entry in self.entries], self.stated)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what workers need; each item brings its own entry."""
-        return {**self.__dict__, "entries": []}
+        return {**super().__getstate__(), "entries": []}
 
     @property
     def description(self) -> str:
@@ -167,14 +141,14 @@ class Folder(Pipeline):
             raise ConfigError(f"source: no picture in {self.source}; known suffixes: {', '.join(SUFFIXES)}")
         table = self._table()
         if table is None:
-            for key in ("split_column", "group_by", "labels_column", "vector_columns"):
+            for key in ("split_column", "group_by", "labels_column", "vector_columns", "weight_column"):
                 if getattr(options, key):
                     raise ConfigError(f"{key}: only a table has columns; name it: metadata=FILE")
             return [*split_by_folder(found), *(entry._replace(split="val") for entry in held_out)]
         names = [entry.file for entry in found]
         columns = Columns(
-            *(options.split_column, options.group_by, options.labels_column, options.labels_separator),
-            self._numbers,
+            *(options.split_column, options.group_by, options.labels_column, options.weight_column),
+            *(options.labels_separator, self._numbers),
         )
         listed = read_table(table, self.source, names, columns)
         unlisted = len(set(names) - {entry.file for entry in listed})
@@ -196,7 +170,8 @@ class Folder(Pipeline):
 
     def _walked(self, folder: Path) -> list[Entry]:
         beside = folders_of(self.options.maps)
-        entries, skipped = walk(folder, [*beside, *([self._mask_folder] if self._mask_folder else [])])
+        without = [*beside, *([self._mask_folder] if self._mask_folder else [])]
+        entries, skipped = walk(folder, without, 1 if self.options.caption_lines == "first" else None)
         if skipped:
             counts = ", ".join(f"{count:,} {what}" for what, count in sorted(skipped.items()))
             self.remarks.append(f"skipped: {counts}")
@@ -228,32 +203,24 @@ class Folder(Pipeline):
             columns["labels"] = {"kind": "labels", "names": names}
         if self._numbers:
             columns["vector"] = {"kind": "vector", "names": list(self._numbers)}
-        if any(entry.caption for entry in self.entries):
-            columns["text"] = {"kind": "text"}
+        if any(entry.weight for entry in self.entries):
+            columns["weight"] = {"kind": "vector", "dim": 1}
+        if most := max((len(entry.captions) for entry in self.entries), default=0):
+            columns["text"] = {"kind": "text"} | ({"several": True} if most > 1 else {})
         return columns
 
     @property
     def _alpha_is_mask(self) -> bool:
         return self.has_alpha and self.options.masks in ("auto", "alpha")
 
-    def stages(self) -> list[Stage]:
-        stages, captions = look_stages(self.options.look), self.options.embed_captions
-        if not is_off(captions):
-            if not any(entry.caption for entry in self.entries):
-                raise ConfigError(
-                    f"embed_captions={captions}, but no picture has a caption; give metadata=FILE with one"
-                )
-            spec = "minilm" if is_on(captions) else captions
-            stages.append(Stage("caption", "text", make_embedder(spec, "text")))
-        return stages
-
     def items(self) -> list[Item]:
         return [Item(entry.file, entry, entry.group, entry.split) for entry in self.entries]
 
     def row(self, item: Item) -> dict[str, Any]:
         entry: Entry = item.source
-        words = {"label": entry.label or None, "text": entry.caption or None}
-        values = {**words, "labels": entry.labels, "vector": entry.numbers}
+        texts = list(entry.captions) if len(entry.captions) > 1 else next(iter(entry.captions), None)
+        words = {"label": entry.label or None, "text": texts}
+        values = {**words, "labels": entry.labels, "vector": entry.numbers, "weight": entry.weight}
         known = {column: value for column, value in values.items() if value is not None}
         try:
             return {**self._pictures(entry), **known}

@@ -113,6 +113,8 @@ def describe(facts: Facts) -> str:
             return f"{facts.get('dim')} numbers by {facts.get('codec', '?')}"
         case "vector":
             return ", ".join(facts.get("names") or [f"{facts.get('dim')} numbers"])
+        case "text" if "texts" in facts:
+            return f"{facts['texts'] / max(1, facts['present']):.1f} texts per row"
     return ""
 
 
@@ -181,7 +183,11 @@ def draw_rows(uri: str, rows: int = 12) -> Image.Image:
     picked, others = _pick(uri, manifest, rows)
     panels = [Panel(name, _cells(name, facts, picked, others)) for name, facts in drawn.items()]
     words = [name for name, facts in manifest.columns.items() if facts["kind"] == "text"]
-    names = [" · ".join(row[name] for name in words if row[name]) or row["key"] for row in picked]
+    names = [
+        " · ".join(row[name] if isinstance(row[name], str) else row[name][0] for name in words if row[name])
+        or row["key"]
+        for row in picked
+    ]
     total = sum(split.rows for split in manifest.splits.values())
     subtitle = f"{total:,} rows. {manifest.description} {manifest.credit}"
     return grid(panels, manifest.name, subtitle, names=names, blocks=2 if rows > 6 else 1)

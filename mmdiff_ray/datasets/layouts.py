@@ -20,16 +20,17 @@ from mmdiff_ray.datasets.embedders import need
 class Entry(NamedTuple):
     """One picture. file: relative to the source, with / between folders; drawn: what its mask is read from,
     where that is not a file of the picture's name; split, group: as of `Item`; labels: the set of labels;
-    numbers: the vector."""
+    numbers: the vector; weight: of one number, how often it is drawn, relative to others."""
 
     file: str
     label: str | None = None
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
     drawn: Any = None
     split: str | None = None
     group: str | None = None
     labels: tuple[str, ...] | None = None
     numbers: tuple[float, ...] | None = None
+    weight: tuple[float, ...] | None = None
 
     @property
     def mask(self) -> Any:
@@ -149,8 +150,8 @@ def read_coco(
 
     Classes follow the categories' ids; categories of the same name are one class. An object without an
     outline is drawn as its box; one without either is left out and counted. Where annotations overlap, the
-    smaller one (`area`) lies on top; a picture without any is background. captions: a COCO file of captions;
-    the one of the smallest id is kept. source: the folder of the pictures. Raises ConfigError for other
+    smaller one (`area`) lies on top; a picture without any is background. captions: a COCO file of captions,
+    kept in the order of their ids. source: the folder of the pictures. Raises ConfigError for other
     files.
     """
     need("pycocotools.mask", "coco")
@@ -171,7 +172,7 @@ def read_coco(
         entries = [
             Entry(
                 inside(image["file_name"], source),
-                caption=words.get(image["id"]),
+                captions=tuple(words.get(image["id"], ())),
                 drawn=Drawing(image["height"], image["width"], tuple(found[image["id"]])),
             )
             for image in content["images"]
@@ -220,11 +221,15 @@ def _outline(annotation: Mapping[str, Any]) -> Any:
     return [[left, top, left + width, top, left + width, top + height, left, top + height]]
 
 
-def _captions(file: Path) -> dict[int, str]:
+def _captions(file: Path) -> dict[int, list[str]]:
+    """Return image id -> its captions."""
     content = _read_json("captions", file, ("annotations",))
     try:
-        ordered = sorted(content["annotations"], key=lambda one: -one["id"])
-        return {one["image_id"]: one["caption"].strip() for one in ordered}
+        found: dict[int, list[str]] = defaultdict(list)
+        for one in sorted(content["annotations"], key=lambda one: one["id"]):
+            if caption := one["caption"].strip():
+                found[one["image_id"]].append(caption)
+        return found
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"captions: {file} is no COCO file of captions ({type(error).__name__}: {error})"

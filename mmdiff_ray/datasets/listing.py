@@ -1,5 +1,6 @@
 """The pictures of a folder, and tables that list them with their labels, captions, splits and groups."""
 
+import contextlib
 import csv
 import difflib
 import io
@@ -40,12 +41,14 @@ SPLITS = {
 """Names of top-level folders that are splits -> the split."""
 
 
-def walk(source: Path, without: Sequence[Path]) -> tuple[list[Entry], Counter[str]]:
+def walk(
+    source: Path, without: Sequence[Path], most_captions: int | None = None
+) -> tuple[list[Entry], Counter[str]]:
     """Return the pictures under a folder, sorted, labelled by their top-level folder if they lie in one, and
     the number of other files by reason.
 
     Hidden files and folders and the folders `without` are neither. A text file beside a picture with the same
-    name holds its caption.
+    name holds its captions, one per line, of which the first `most_captions` are kept.
     """
     entries, skipped = [], Counter[str]()
     for path in sorted(source.rglob("*")):
@@ -57,23 +60,28 @@ def walk(source: Path, without: Sequence[Path]) -> tuple[list[Entry], Counter[st
         if path.suffix.lower() not in SUFFIXES:
             beside = path.suffix == ".txt" and any(path.with_suffix(one).is_file() for one in SUFFIXES)
             if not beside and path.name not in NAMES:
-                skipped[f"{path.suffix or 'suffixless'} file{'s'}"] += 1
+                skipped[f"{path.suffix or 'suffixless'} files"] += 1
         elif any("\udc80" <= letter <= "\udcff" for letter in "".join(parts)):
             skipped["files whose names are not UTF-8"] += 1
         else:
-            entries.append(
-                Entry("/".join(parts), clean(parts[0]) if len(parts) > 1 else None, _caption(path))
-            )
+            label = clean(parts[0]) if len(parts) > 1 else None
+            entries.append(Entry("/".join(parts), label, _captions_beside(path, most_captions)))
     return entries, skipped
 
 
-def _caption(picture: Path) -> str | None:
-    """Return the first line of the text file beside a picture."""
+def _captions_beside(picture: Path, most: int | None) -> tuple[str, ...]:
+    """Return the first lines of the text file beside a picture."""
     beside = picture.with_suffix(".txt")
-    if not beside.is_file():
-        return None
-    lines = beside.read_text(encoding="utf8", errors="replace").splitlines()
-    return next((line.strip() for line in lines if line.strip()), None)
+    return _texts(_decoded(beside.read_bytes()).splitlines())[:most] if beside.is_file() else ()
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """Return the captions in a cell of a table: a text, a list of texts, or a JSON list in a text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    texts = value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(text for one in texts if (text := _text(one))))
 
 
 def split_by_folder(entries: list[Entry]) -> list[Entry]:
@@ -97,11 +105,13 @@ def _split(name: str | None) -> str | None:
 
 class Columns(NamedTuple):
     """The names of a table's columns. split: of each row; group: what rows of one split share; labels: sets
-    of labels, with the separator between them; numbers: what a vector is made of."""
+    of labels, with the separator between them; weight: how often a row is drawn, relative to others; numbers:
+    what a vector is made of."""
 
     split: str | None = None
     group: str | None = None
     labels: str | None = None
+    weight: str | None = None
     separator: str = "|"
     numbers: tuple[str, ...] = ()
 
@@ -114,41 +124,65 @@ def read_table(file: Path, source: Path, pictures: Sequence[str], named: Columns
     are matched with / or \\ between folders and in any Unicode normal form. Raises ConfigError for an
     unreadable file, a missing column, a likely typo, a picture listed twice, or a table of other pictures.
     """
-    rows = _rows(file)
+    try:
+        rows = read_cells(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"metadata: cannot read {file}: {error}") from None
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    found = {ours: _column(columns, names) for ours, names in ALIASES.items()}
-    _check_columns(file, columns, found, [*filter(None, named[:3]), *named.numbers])
+    found = {ours: find_column(columns, names) for ours, names in ALIASES.items()}
+    _check_columns(file, columns, found, [*filter(None, named[:4]), *named.numbers])
     if found["file"] is None or not rows:
         raise ConfigError(
             f"metadata: {file} needs a column with the files ({', '.join(ALIASES['file'])}) and a row; it "
             f"has {len(rows)} rows of {columns}"
         )
-    known = {_normal(name): name for name in pictures}
+    known = {normal(name): name for name in pictures}
     entries = []
     for number, row in enumerate(rows, 1):
         name = str(row.get(found["file"]) or "").strip()
         if not name:
             raise ConfigError(f"metadata: {file}, row {number}: no file")
-        words = {ours: _text(row.get(found[ours] or "")) for ours in ("label", "caption")}
+        label, captions = _text(row.get(found["label"] or "")), _texts(row.get(found["caption"] or ""))
         try:
-            place = known.get(_normal(name)) or inside(Path(name.replace("\\", "/")).as_posix(), source)
+            place = known.get(normal(name)) or inside(Path(name.replace("\\", "/")).as_posix(), source)
         except ValueError as error:
             raise ConfigError(f"metadata: {file}, row {number}: {error}") from None
         held, group = (_text(row.get(column)) if column else None for column in (named.split, named.group))
         labels = _set(row.get(named.labels), named.separator) if named.labels else None
-        numbers = _vector([row.get(column) for column in named.numbers], f"{file}, row {number}")
-        entries.append(
-            Entry(place, clean(words["label"]), words["caption"], None, _split(held), group, labels, numbers)
-        )
+        where = f"{file}, row {number}"
+        numbers = _vector("vector_columns", [row.get(column) for column in named.numbers], where)
+        weight = _vector("weight_column", [row.get(named.weight)] if named.weight else [], where)
+        entry = Entry(place, clean(label), captions, None, _split(held), group, labels, numbers, weight)
+        entries.append(entry)
+    entries = _merged(entries, file)
     names = [entry.file for entry in entries]
-    if repeated := len(names) - len(set(names)):
-        raise ConfigError(f"metadata: {file} lists {repeated} of its files twice; want one row per file")
     if not any(os.path.isfile(source / name) for name in names):
         raise ConfigError(
             f"metadata: {file} names none of the pictures in {source}; got {names[0]!r}, "
             f"want names relative to that folder, as {pictures[0]!r}"
         )
     return entries
+
+
+def _merged(entries: Sequence[Entry], table: Path) -> list[Entry]:
+    """Return entries, those that differ in their captions alone as one. Raises ConfigError for others of one
+    file."""
+    found: dict[str, Entry] = {}
+    repeated = 0
+    for entry in entries:
+        first = found.setdefault(entry.file, entry)
+        if first is entry:
+            continue
+        both = tuple(dict.fromkeys(first.captions + entry.captions))
+        alike = first.captions and entry.captions and first._replace(captions=entry.captions) == entry
+        repeated += not alike
+        found[entry.file] = first._replace(captions=both)
+    if repeated:
+        raise ConfigError(
+            f"metadata: {table} lists {repeated} of its files twice; want one row per file, or rows that "
+            "differ in their captions alone"
+        )
+    return list(found.values())
 
 
 def clean(label: str | None) -> str | None:
@@ -164,29 +198,27 @@ def _set(value: Any, separator: str) -> tuple[str, ...] | None:
     return tuple(sorted({label for word in words if (label := clean(str(word)))}))
 
 
-def _vector(values: Sequence[Any], where: str) -> tuple[float, ...] | None:
+def _vector(key: str, values: Sequence[Any], where: str) -> tuple[float, ...] | None:
     """Return numbers, or None where one is missing or there are none. Raises ConfigError for other text."""
     try:
         return None if not values or None in values or "" in values else tuple(map(float, values))
     except ValueError as error:
-        raise ConfigError(f"vector_columns: {where}: {error}") from None
+        raise ConfigError(f"{key}: {where}: {error}") from None
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    try:
-        with decoding():
-            if file.suffix == ".parquet":
-                return read_rows(file)
-            text = _decoded(file.read_bytes())
-            if file.suffix in (".jsonl", ".ndjson"):
-                lines = (json.loads(line) for line in text.splitlines() if line.strip())
-                return [{str(key): value for key, value in dict(line).items()} for line in lines]
-            head = text.partition("\n")[0]
-            delimiter = max(",;\t", key=head.count)
-            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-            return [{key.strip(): value for key, value in row.items() if key is not None} for row in reader]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"metadata: cannot read {file}: {error}") from None
+def read_cells(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a table, column -> cell. Raises OSError or ValueError for an unreadable file."""
+    with decoding():
+        if file.suffix == ".parquet":
+            return read_rows(file)
+        text = _decoded(file.read_bytes())
+        if file.suffix in (".jsonl", ".ndjson"):
+            lines = (json.loads(line) for line in text.splitlines() if line.strip())
+            return [{str(key): value for key, value in dict(line).items()} for line in lines]
+        head = text.partition("\n")[0]
+        delimiter = max(",;\t|", key=head.count)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        return [{key.strip(): value for key, value in row.items() if key is not None} for row in reader]
 
 
 def _decoded(content: bytes) -> str:
@@ -198,13 +230,14 @@ def _decoded(content: bytes) -> str:
         return content.decode("latin-1")
 
 
-def _column(columns: Sequence[str], names: Sequence[str]) -> str | None:
+def find_column(columns: Sequence[str], names: Sequence[str]) -> str | None:
     """Return the column that goes by one of the names."""
     lower = {column.strip().lower(): column for column in reversed(columns)}
     return next((lower[name] for name in names if name in lower), None)
 
 
-def _normal(name: str) -> str:
+def normal(name: str) -> str:
+    """Return a relative path with / between folders, in one Unicode form."""
     return unicodedata.normalize("NFC", Path(name.replace("\\", "/")).as_posix())
 
 

@@ -10,11 +10,11 @@ from PIL import Image
 
 from mmdiff_ray.config import ConfigError, decoding
 from mmdiff_ray.config.checks import unknown
-from mmdiff_ray.datasets.base import BadRow, Options, Stage, Streamed, is_off, is_on, look_stages
-from mmdiff_ray.datasets.embedders import make_embedder
+from mmdiff_ray.datasets.base import BadRow, Streamed
 from mmdiff_ray.datasets.listing import clean
-from mmdiff_ray.datasets.maps import MapFormat, Stated, formats
-from mmdiff_ray.datasets.pictures import DEPTHS, UNREADABLE, make_frame, open_picture
+from mmdiff_ray.datasets.maps import MapFormat, formats
+from mmdiff_ray.datasets.pictured import Pictured, PictureOptions
+from mmdiff_ray.datasets.pictures import UNREADABLE, Picture, open_picture
 from mmdiff_ray.modalities.image import to_png
 
 KINDS = ("image", "mask", "map", "label", "labels", "text", "vector", "embedding")
@@ -23,39 +23,20 @@ BY_NAME = {"pixels": "image", "mask": "mask", "label": "label", "text": "text"}
 
 
 @dataclass(frozen=True)
-class MappedOptions(Options):
-    """What is read, and how.
+class MappedOptions(PictureOptions):
+    """What is read.
 
     source: files: a path or URI, with * and ? for several, or a folder. map: COLUMN=FIELD or
     COLUMN=FIELD:KIND, several separated by spaces or commas, kinds image, mask, map, label, labels, text,
     vector, embedding; the columns pixels, mask, label and text have theirs by name; without a map it is
     guessed. classes: the names of the labels, separated by commas, or their number; without it all files are
-    looked through. mask_classes: the same of the mask, which needs it. labels_separator: what lies between
-    the labels in a text. map_range: LOW:HIGH, the known values of real-valued maps, which need it; for all
-    maps or COLUMN=VALUE. map_content: values, normals or flow. map_unit: what their numbers are multiplied
-    by. map_void: the number that says unknown, such as 0; NaN always does. size: pixels
-    a side, or HEIGHTxWIDTH. fit: crop uses the middle of each picture, pad adds borders, stretch distorts.
-    depth: scale brings pictures of 16 bits or floats in [0, 1] to 8 bits, refuse leaves them out. look:
-    embedder of the picture over white, which makes the column look: efficientnet-lite0,
-    open_clip:MODEL[:weights] or off. embed_captions: embedder of the text, which makes the column caption:
-    minilm, open_clip:MODEL[:weights], on (minilm) or off.
+    looked through. mask_classes: the same of the mask, which needs it. map_range: LOW:HIGH, the known values
+    of real-valued maps, which need it; for all maps or COLUMN=VALUE.
     """
 
-    source: str = ""
     map: str = ""
     classes: str = ""
     mask_classes: str = ""
-    labels_separator: str = "|"
-    map_range: str = ""
-    map_content: str = ""
-    map_unit: str = ""
-    map_void: str = ""
-    size: str = "64"
-    fit: str = "crop"
-    depth: str = "refuse"
-    look: str = "off"
-    embed_captions: str = "off"
-    bad_limit: str = "1%"
 
 
 @dataclass(frozen=True)
@@ -68,20 +49,15 @@ class Field:
     format: MapFormat | None = None
 
 
-class Mapped(Streamed):
+class Mapped(Pictured, Streamed):
     """A streamed source whose fields become columns by `options.map`."""
 
     Options = MappedOptions
 
     def __init__(self, options: MappedOptions) -> None:
         super().__init__(options)
-        if not options.source:
-            raise ConfigError("source is missing; name the files, for example source='shards/*'")
         if options.annotated != 1 or options.part != "all":
             raise ConfigError("annotated and part: a streamed source has no list of rows to choose from")
-        if options.depth not in DEPTHS:
-            raise ConfigError(f"depth: got {options.depth!r}, want one of {', '.join(DEPTHS)}")
-        self.frame = make_frame(options.size, options.fit)
 
     def fields_of(self, known: Mapping[str, str], guess: Mapping[str, str]) -> dict[str, Field]:
         """Return column -> field by the map, else by a guess.
@@ -101,15 +77,16 @@ class Mapped(Streamed):
             chosen[column], kinds[column] = field, kind
         found = {}
         for column, field in chosen.items():
-            usual = {"number": "label", "vector": "embedding"}.get(known[field], known[field])
+            usual = {"number": "label", "vector": "embedding", "texts": "text"}.get(
+                known[field], known[field]
+            )
             kind = kinds.get(column) or BY_NAME.get(column) or usual
             if kind not in KINDS:
                 raise ConfigError(f"map: what is {column}={field}? Want {column}={field}:{'|'.join(KINDS)}")
-            found[column] = Field(field, kind, {})
+            several = {"several": True} if (kind, known[field]) == ("text", "texts") else {}
+            found[column] = Field(field, kind, {"kind": "text", **several} if kind == "text" else {})
         maps = [column for column, field in found.items() if field.kind == "map"]
-        options = self.options
-        stated = Stated(options.map_content, options.map_unit, options.map_void, options.map_range)
-        for column, form in formats(maps, stated).items():
+        for column, form in formats(maps, self.stated).items():
             if form.limits is None:
                 raise ConfigError(
                     f"map_range is missing; state the lowest and the highest value of {column}: "
@@ -151,39 +128,39 @@ class Mapped(Streamed):
 
     def columns_of(self, fields: Mapping[str, Field]) -> dict[str, dict[str, Any]]:
         """Return the manifest's entries of the fields."""
-        plain: dict[str, dict[str, Any]] = {
-            "image": {"kind": "image", "channels": 3},
-            "text": {"kind": "text"},
-        }
-        return {column: dict(field.facts) or plain[field.kind] for column, field in fields.items()}
+        image = {"kind": "image", "channels": 3}
+        return {column: dict(field.facts) or image for column, field in fields.items()}
 
-    def stages(self) -> list[Stage]:
-        stages, captions = look_stages(self.options.look), self.options.embed_captions
-        if not is_off(captions):
-            if "text" not in self.columns():
-                raise ConfigError(f"embed_captions={captions}, but no field becomes text; map text=FIELD")
-            spec = "minilm" if is_on(captions) else captions
-            stages.append(Stage("caption", "text", make_embedder(spec, "text")))
-        return stages
+    def converted(
+        self, fields: Mapping[str, Field], values: Mapping[str, Any], name: str = ""
+    ) -> dict[str, Any] | BadRow:
+        """Return a row of field -> value as the columns' values, or what is wrong with it.
 
-    def converted(self, fields: Mapping[str, Field], values: Mapping[str, Any]) -> dict[str, Any] | BadRow:
-        """Return a row of field -> value as the columns' values, or what is wrong with it."""
-        row = {}
-        for column, field in fields.items():
-            value = values.get(field.name)
-            try:
-                row[column] = None if value is None else self._column(field, value)
-            except UNREADABLE as error:
-                return BadRow(f"{column}: {str(error) or type(error).__name__}")
-        return row if row.get("pixels") is not None else BadRow("no picture")
+        name: of the picture's file, where it is known.
+        """
+        row: dict[str, Any] = {"file": name} if name else {}
+        column = "pixels"
+        try:
+            if (value := values.get(fields[column].name)) is None:
+                return BadRow("no picture")
+            picture = open_picture(io.BytesIO(_encoded(value)), self.options.depth)
+            for column, field in fields.items():
+                value = values.get(field.name)
+                row[column] = None if value is None else self._column(field, value, picture)
+        except UNREADABLE as error:
+            return BadRow(f"{column}: {str(error) or type(error).__name__}")
+        return row
 
-    def _column(self, field: Field, value: Any) -> Any:
+    def _column(self, field: Field, value: Any, picture: Picture) -> Any:
+        """Return a value as its column holds it. picture: the row's, with which masks and maps are turned."""
         match field.kind:
-            case "image" | "mask":
-                data = value.get("bytes") if isinstance(value, dict) else value
-                if not isinstance(data, bytes):
-                    raise ValueError("it holds no bytes of a picture")
-                return self._picture(data) if field.kind == "image" else self._mask(data, field.facts)
+            case "image":
+                own = open_picture(io.BytesIO(_encoded(value)), self.options.depth).image
+                return to_png(np.asarray(self.frame(own.convert("RGB"), Image.Resampling.BICUBIC)))
+            case "mask":
+                mask = picture.annotation(_indices(_encoded(value)))
+                void = field.facts.get("void", 0)
+                return to_png(np.asarray(self.frame(mask, Image.Resampling.NEAREST, void)))
             case "label":
                 return _label(value, field.facts["names"])
             case "labels":
@@ -194,20 +171,30 @@ class Mapped(Streamed):
                 assert field.format is not None, "a map without its format"
                 source = value.get("bytes") if isinstance(value, dict) else value
                 source = source if isinstance(source, bytes) else np.asarray(source, dtype=np.float32)
-                return field.format.read(source, lambda part: self.frame(part, Image.Resampling.BOX))
-        text = value[0] if isinstance(value, list) and value else value
-        return str(text).strip() or None if text else None
 
-    def _picture(self, data: bytes) -> bytes:
-        picture = open_picture(io.BytesIO(data), self.options.depth).image
-        return to_png(np.asarray(self.frame(picture.convert("RGB"), Image.Resampling.BICUBIC)))
+                def resize(part: Image.Image) -> Image.Image:
+                    return self.frame(picture.annotation(part, "map"), Image.Resampling.BOX)
 
-    def _mask(self, data: bytes, facts: Mapping[str, Any]) -> bytes:
-        with decoding(), Image.open(io.BytesIO(data)) as mask:
-            if mask.mode not in ("1", "L", "P"):
-                raise ValueError(f"a mask must hold indices of 8 bits; got mode {mask.mode}")
-            indices = Image.fromarray(np.asarray(mask).astype(np.uint8))
-        return to_png(np.asarray(self.frame(indices, Image.Resampling.NEAREST, facts.get("void", 0))))
+                return field.format.read(source, resize)
+        texts = [
+            text for one in (value if isinstance(value, list) else [value]) if (text := str(one).strip())
+        ]
+        return (texts or None) if field.facts.get("several") else next(iter(texts), None)
+
+
+def _encoded(value: Any) -> bytes:
+    """Return the bytes of a picture's file. Raises ValueError where there are none."""
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        raise ValueError("it holds no bytes of a picture")
+    return data
+
+
+def _indices(data: bytes) -> Image.Image:
+    with decoding(), Image.open(io.BytesIO(data)) as mask:
+        if mask.mode not in ("1", "L", "P"):
+            raise ValueError(f"a mask must hold indices of 8 bits; got mode {mask.mode}")
+        return Image.fromarray(np.asarray(mask).astype(np.uint8))
 
 
 def _label(value: Any, names: Sequence[str]) -> Any:

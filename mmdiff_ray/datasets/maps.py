@@ -16,7 +16,7 @@ from mmdiff_ray.datasets.pictures import UNREADABLE
 from mmdiff_ray.modalities.map import CONTENTS, checked_range, known_within, read_map, resized
 
 SUFFIXES = (".npy", ".png", ".tif", ".tiff")
-TAKEN = ("pixels", "alpha", "mask", "label", "labels", "vector", "text", "look", "caption")
+TAKEN = ("pixels", "alpha", "mask", "label", "labels", "vector", "weight", "text", "look", "caption")
 """Columns of a folder that no map can be called."""
 
 

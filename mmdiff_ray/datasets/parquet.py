@@ -70,7 +70,8 @@ class Parquet(Mapped):
         file, group = item.source
         wanted = list(dict.fromkeys(field.name for field in self.fields.values()))
         for values in read_group(file, group, wanted):
-            yield self.converted(self.fields, values)
+            pixels = values[self.fields["pixels"].name]
+            yield self.converted(self.fields, values, (isinstance(pixels, dict) and pixels.get("path")) or "")
 
 
 def _guessed(kinds: dict[str, str], names: dict[str, list[str]]) -> dict[str, str]:
@@ -79,9 +80,9 @@ def _guessed(kinds: dict[str, str], names: dict[str, list[str]]) -> dict[str, st
     for column, kind, usual in (
         ("pixels", "image", ("image", "img", "pixels", "jpg", "png")),
         ("label", "number", (*names, "label", "labels", "class", "fine_label")),
-        ("text", "text", ("text", "caption", "captions", "sentence")),
+        ("text", "text", ("text", "caption", "captions", "sentence", "sentences")),
     ):
-        fitting = [name for name, one in kinds.items() if one == kind]
+        fitting = [name for name, one in kinds.items() if one in (kind, f"{kind}s")]
         usually = [name for name in usual if name in fitting]
         if usually or (column == "pixels" and fitting):
             found[column] = (usually or fitting)[0]

@@ -17,6 +17,7 @@ from mmdiff_ray.datasets.mapped import Field, Mapped, MappedOptions, vector_fact
 from mmdiff_ray.storage.filesystem import filesystem, listed
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
+KEY = "__key__"
 LOOKED_AT = 16
 """Samples of the first file by which fields are guessed."""
 
@@ -35,7 +36,9 @@ class WebDataset(Mapped):
             raise ConfigError(f"source: {options.source} holds no .tar file")
         self.files = names
         known = {
-            name: _kind(name) for sample in islice(self._samples(names[0]), LOOKED_AT) for name in sample
+            name: _kind(name, value)
+            for sample in islice(self._samples(names[0]), LOOKED_AT)
+            for name, value in sample.items()
         }
         if not known:
             raise ConfigError(f"source: {names[0]} holds no sample")
@@ -68,10 +71,10 @@ class WebDataset(Mapped):
 
     def rows(self, item: Item) -> Iterator[dict[str, Any] | BadRow]:
         for sample in self._samples(item.source):
-            yield self.converted(self.fields, sample)
+            yield self.converted(self.fields, sample, f"{sample[KEY]}.{self.fields['pixels'].name}")
 
     def _samples(self, uri: str) -> Iterator[dict[str, Any]]:
-        """Yield the samples of a tar file, field -> value, in its order."""
+        """Yield the samples of a tar file, field -> value, in its order; KEY -> its name."""
         stem, sample = None, dict[str, Any]()
         fs, path = filesystem(uri)
         try:
@@ -86,7 +89,7 @@ class WebDataset(Mapped):
                     if stem != (folder, first):
                         if sample:
                             yield sample
-                        stem, sample = (folder, first), {}
+                        stem, sample = (folder, first), {KEY: f"{folder}/{first}".lstrip("/")}
                     file = archive.extractfile(member)
                     data = file.read() if file else b""
                     if len(data) != member.size:
@@ -119,8 +122,10 @@ def _decoded(suffix: str, data: bytes) -> dict[str, Any]:
     return {suffix: data}
 
 
-def _kind(field: str) -> str:
+def _kind(field: str, value: Any) -> str:
     ending = field.rpartition(".")[2]
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        return "texts"
     if ending in PICTURES:
         return "mask" if "." in field else "image"
     texts = dict.fromkeys(("txt", "text", "caption"), "text")
@@ -132,7 +137,8 @@ def _guessed(known: dict[str, str]) -> dict[str, str]:
     found = {}
     for column, kind in (("pixels", "image"), ("label", "label"), ("text", "text")):
         fitting = [field for field, one in known.items() if one == kind and not field.startswith("json.")]
-        spare = [field for field in ("json.caption", "json.text") if column == "text" and field in known]
+        usual = ("json.caption", "json.text", "json.captions", "json.texts")
+        spare = [field for field in usual if column == "text" and field in known]
         if fitting or spare:
             found[column] = (fitting or spare)[0]
     return found

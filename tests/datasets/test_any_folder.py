@@ -12,6 +12,7 @@ from PIL import Image, PngImagePlugin
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.datasets.base import bad_limit
+from mmdiff_ray.datasets.embedders import make_embedder
 from tests.datasets.reading import decode, keys_of
 from tests.datasets.test_folder import BLUE, GREEN, RED, make, save
 
@@ -67,6 +68,29 @@ def test_a_table_beside_the_pictures_is_found_in_each_format(tmp_path):
         write(folder / name)
         built, _ = make(folder, tmp_path / f"set-{name}")
         assert built.manifest.columns["label"]["names"] == ["a", "b"] and not built.notes
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "cell.csv", "list.jsonl", "pipes.csv"])
+def test_a_picture_may_have_several_captions(tmp_path, name):
+    for picture in "abc":
+        save(tmp_path / "in" / f"{picture}.png")
+    texts = {
+        "rows.csv": "image,caption\na.png,one\nb.png,only\na.png, two \na.png,one\nc.png,\n",
+        "cell.csv": 'image,caption\na.png,"[""one"", ""two""]"\nb.png,only\nc.png,\n',
+        "list.jsonl": '{"file": "a.png", "text": ["one", "two"]}\n{"file": "b.png", "text": "only"}\n'
+        '{"file": "c.png", "text": []}',
+        "pipes.csv": "image | caption\na.png | one\na.png | two\nb.png | only\nc.png |\n",
+    }
+    (tmp_path / name).write_text(texts[name])
+    options = {"metadata": str(tmp_path / name), "embed_captions": "on"}
+    built, rows = make(tmp_path / "in", tmp_path / "set", **options)
+    assert [rows[f"{key}.png"]["text"] for key in "abc"] == [["one", "two"], ["only"], None]
+    assert built.manifest.columns["text"] == {"kind": "text", "several": True, "present": 2, "texts": 3}
+    first = make_embedder("minilm", "text")(["one"])[0]
+    np.testing.assert_allclose(rows["a.png"]["caption"], first, atol=1e-5)
+    assert pq.read_schema(next((tmp_path / "set").rglob("*.parquet"))).field("text").type == pa.list_(
+        pa.string()
+    )
 
 
 def test_names_match_with_backslashes_and_in_any_unicode_form(tmp_path):
@@ -163,8 +187,10 @@ def test_text_files_beside_pictures_are_captions_and_other_files_are_counted(tmp
     with open(name, "wb") as file:
         file.write((tmp_path / "in" / "a.png").read_bytes())
     built, rows = make(tmp_path / "in", tmp_path / "set")
-    assert {key: row["text"] for key, row in rows.items()} == {"a.png": "a red square"}
+    assert {key: row["text"] for key, row in rows.items()} == {"a.png": ["a red square", "another"]}
     assert built.notes == ["skipped: 2 .doc files, 1 files whose names are not UTF-8"]
+    _, rows = make(tmp_path / "in", tmp_path / "first", caption_lines="first")
+    assert rows["a.png"]["text"] == "a red square"
 
 
 def test_a_share_of_unreadable_files_is_tolerated_whatever_the_number():

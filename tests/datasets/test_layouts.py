@@ -69,6 +69,7 @@ def coco(tmp_path):
     words = [
         {"id": 9, "image_id": 7, "caption": "later"},
         {"id": 2, "image_id": 7, "caption": " A cat on a car. "},
+        {"id": 3, "image_id": 5, "caption": "a brush"},
     ]
     (tmp_path / "captions.json").write_text(json.dumps({"annotations": words}))
     return tmp_path, some
@@ -117,12 +118,12 @@ def test_packed_runs_hold_what_plain_ones_do(coco):
     assert np.array_equal(decode(make_coco(folder)[1]["b.jpg"]["mask"]), BRUSH * some)
 
 
-def test_the_first_caption_of_a_picture_is_its_text(coco):
+def test_all_captions_of_a_picture_are_its_text(coco):
     folder, _ = coco
     _, rows = make_coco(folder, captions=str(folder / "captions.json"))
     assert {key: row["text"] for key, row in rows.items()} == {
-        "a.jpg": "A cat on a car.",
-        "b.jpg": None,
+        "a.jpg": ["A cat on a car.", "later"],
+        "b.jpg": ["a brush"],
         "c.jpg": None,
     }
 

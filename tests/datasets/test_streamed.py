@@ -241,11 +241,38 @@ def test_both_stream_through_ray_from_an_object_store(name, hub, tars, bucket, r
     assert all(there[key]["pixels"] == here[key]["pixels"] for key in here)
 
 
+def test_masks_and_maps_are_turned_like_their_picture(tmp_path):
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    drawn = np.zeros((16, 24, 3), np.uint8)
+    drawn[:, :12] = 255
+    Image.fromarray(drawn).save(buffer, "JPEG", exif=exif, quality=95)
+    masks = io.BytesIO()
+    Image.fromarray(drawn[..., 0] // 255).save(masks, "PNG")
+    wrong = io.BytesIO()
+    Image.new("L", (9, 9)).save(wrong, "PNG")
+    depth = (drawn[..., 0] / 255).tolist()
+    table = {
+        "image": [buffer.getvalue()] * 2,
+        "seg": [masks.getvalue(), wrong.getvalue()],
+        "depth": [depth] * 2,
+    }
+    pq.write_table(pa.table(table), tmp_path / "in.parquet")
+    options = {"map": "pixels=image,mask=seg,depth=depth:map", "mask_classes": "2", "map_range": "0:1"}
+    built, rows = make("parquet", str(tmp_path / "in.parquet"), str(tmp_path / "set"), **options)
+    (row,) = rows.values()
+    pixels = decode(row["pixels"])[..., 0] > 127
+    assert ((decode(row["mask"]) == 1) == pixels).mean() > 0.9
+    assert ((np.load(io.BytesIO(row["depth"]))[0] > 0.5) == pixels).mean() > 0.9
+    assert list(built.bad.values()) == ["mask: its mask has 9x9 pixels, the picture 16x24"]
+
+
 # --- real numbers and sets of labels ------------------------------------------------------------------------
 
 DEPTH = np.linspace(500, 4000, 20 * 24).reshape(20, 24).astype(np.uint16)
 MORE = {
-    "map": "pixels=image,tags=tags:labels,words=words:labels,place=place:vector,depth=depth:map,far=far:map"
+    "map": "pixels=image,text=texts,tags=tags:labels,words=words:labels,place=place:vector,"
+    "depth=depth:map,far=far:map"
 }
 STATED = {"map_range": "depth=0.5:4, far=0:9", "map_unit": "depth=0.001", "map_void": "depth=0"}
 
@@ -259,6 +286,7 @@ def depth_png(index: int) -> bytes:
 
 
 def check_more(built, rows) -> None:
+    assert {tuple(row["text"]) for row in rows.values()} == {("one", "two"), ("only",)}
     columns = built.manifest.columns
     assert columns["tags"]["names"] == ["a", "b", "c"] and columns["words"]["names"] == ["0", "1", "2"]
     assert (columns["place"]["kind"], columns["place"]["dim"]) == ("vector", 2)
@@ -278,6 +306,7 @@ def test_maps_vectors_and_sets_of_labels_come_from_parquet(tmp_path):
             "tags": ["a| c" if index % 2 else "b" for index in range(6)],
             "words": [list(range(index % 4)) for index in range(6)],
             "place": [[float(index), 0.5] for index in range(6)],
+            "texts": [["one", " two "] if index % 2 else ["only", ""] for index in range(6)],
             "depth": [depth_png(index) for index in range(6)],
             "far": [[[float(index)] * 24] * 20 for index in range(6)],
         }
@@ -292,6 +321,7 @@ def test_maps_vectors_and_sets_of_labels_come_from_tar_files(tmp_path):
     with tarfile.open(tmp_path / "in.tar", "w") as archive:
         for index in range(6):
             far, place = io.BytesIO(), {"place": [index, 0.5], "words": list(range(index % 4))}
+            place["texts"] = ["one", "two"] if index % 2 else ["only"]
             np.save(far, np.full((20, 24), float(index)))
             files = {
                 "png": picture(index),
@@ -306,6 +336,6 @@ def test_maps_vectors_and_sets_of_labels_come_from_tar_files(tmp_path):
     words = (
         MORE["map"].replace("image", "png").replace("=depth:", "=depth.png:").replace("=far:", "=far.npy:")
     )
-    for field in ("tags", "words", "place"):
-        words = words.replace(f"={field}:", f"=json.{field}:")
+    for field in ("tags", "words", "place", "texts"):
+        words = words.replace(f"={field}", f"=json.{field}", 1)
     check_more(*make("webdataset", str(tmp_path / "in.tar"), str(tmp_path / "set"), map=words, **STATED))
