@@ -1,4 +1,4 @@
-"""A result as a Markdown page: a table for every measure, matrices, goals and costs."""
+"""A result as a Markdown page: what it says in a sentence, a figure and a small table; below, all of it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ import numpy as np
 
 from mmdiff_ray.evaluation.lpips import SMALLEST
 from mmdiff_ray.evaluation.segmentation import TOLERANCE
+from mmdiff_ray.experiments.spec import Panel
 from mmdiff_ray.experiments.styles import RULE
 
 Line = Mapping[str, Any]
@@ -24,6 +25,12 @@ GOALS = (
     "Holm's correction for the number of tests, is below 0.025. *Not worse* is met unless the 95 % interval "
     "shows the method to be worse; its p is that of being worse, uncorrected."
 )
+MOST_ROWS = 8
+"""Of the table at the top."""
+MARKS = (
+    "▲ (one seed: △): the first row is better by a 95 % interval that is paired by row and seed; ▼ (▽): it "
+    "is worse."
+)
 HALVES = (
     "A Frechet distance grows as images get fewer: that of real images, one half against the other, compares "
     "only with the column of half as many samples. Precision, recall, density and coverage of real images "
@@ -32,17 +39,25 @@ HALVES = (
 
 
 def markdown(
-    values: Mapping[str, Any], discussion: str = "", main: Sequence[str] = (), pictures: Sequence[str] = ()
+    values: Mapping[str, Any],
+    discussion: str = "",
+    main: Sequence[str] = (),
+    pictures: Sequence[str] = (),
+    overview: Sequence[Panel] = (),
 ) -> str:
-    """Return a result as a page: a table for every measure, methods in rows and figures in columns.
+    """Return a result as a page: the headline, the main figures, a table of the overview, goals, discussion;
+    folded below them, a table for every measure, methods in rows and figures in columns.
 
-    main: files of the main figures; discussion: hand-written Markdown; pictures: files of other figures. They
-    precede the tables in this order.
+    main: files of the main figures; discussion: hand-written Markdown; pictures: files of other figures.
+    overview: the panels of the main figure.
     """
-    lines = _opening(values) + _images(values, main) + _goals(values)
+    lines = [f"# {values['title']}", "", *_headline(values, overview), values["question"], ""]
+    lines += _images(values, main) + _overview(values, overview) + _goals(values)
     if discussion:
         lines += [discussion.strip(), ""]
     lines += _images(values, pictures)
+    lines += ['<details markdown="1">', "<summary>All figures, how to read them, and costs</summary>", ""]
+    lines += _opening(values)
     by_measure: dict[str, list[Line]] = {}
     for line in values["figures"]:
         by_measure.setdefault(line["measure"], []).append(line)
@@ -50,7 +65,62 @@ def markdown(
         lines += _measure(values["methods"], measure, found)
     for matrix in values["matrices"]:
         lines += _matrix(values, matrix)
-    return "\n".join([*lines, *_cost(values), ""])
+    return "\n".join([*lines, *_cost(values), "</details>", ""])
+
+
+def _headline(values: Mapping[str, Any], overview: Sequence[Panel]) -> list[str]:
+    """Return the main figure as a sentence: of the first goal that was tested, else of the overview."""
+    names = {(panel.measure, panel.figure): panel.name for panel in overview}
+    found = {(line["measure"], line["figure"], line["method"]): line for line in values["figures"]}
+    for goal in values.get("goals", []):
+        a, b = (found.get((goal["measure"], goal["figure"], goal[side])) for side in "ab")
+        if a and b and goal["difference"] is not None:
+            low, high = goal["interval"]
+            name = names.get((goal["measure"], goal["figure"]), goal["figure"])
+            ours, other = (values["methods"][goal[side]] for side in "ab")
+            return [
+                f"**{name}: {_number(a['mean'])} for {ours}, {_number(b['mean'])} for {other}; "
+                f"difference {goal['difference']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}.**",
+                "",
+            ]
+    for panel in overview:
+        if line := found.get((panel.measure, panel.figure, values["main"])):
+            between = " to ".join(_number(end) for end in line.get("interval", ()))
+            interval = f", 95 % interval {between}" if between else ""
+            name = values["methods"][values["main"]]
+            return [f"**{panel.name}: {_number(line['mean'])} for {name}{interval}.**", ""]
+    return []
+
+
+def _overview(values: Mapping[str, Any], overview: Sequence[Panel]) -> list[str]:
+    """Return the table of the overview's panels: the main method, those it was to beat, others, a rule."""
+    places = [(panel.measure, panel.figure) for panel in overview]
+    found = {(line["measure"], line["figure"], line["method"]): line for line in values["figures"]}
+    shown = [
+        panel for panel, place in zip(overview, places, strict=True) if (*place, values["main"]) in found
+    ]
+    if not shown:
+        return []
+    wanted = [values["main"], *(goal["b"] for goal in values.get("goals", [])), *values["methods"]]
+    rows: list[tuple[str, list[str]]] = []
+    for method in dict.fromkeys(wanted):
+        lines = [found.get((panel.measure, panel.figure, method)) for panel in shown]
+        if any(lines) and len(rows) < MOST_ROWS - 1:
+            rows.append((values["methods"][method], [_cell(line) for line in lines]))
+    best = []
+    for panel in shown:
+        rules = [
+            line
+            for (measure, figure, method), line in found.items()
+            if (measure, figure) == (panel.measure, panel.figure) and method.startswith(RULE)
+        ]
+        pick = max if rules and rules[0]["better"] == "higher" else min
+        rule = pick(rules, key=lambda line: line["mean"], default=None)
+        best.append(f"{_cell(rule)} ({rule['method'].removeprefix(RULE)})" if rule else "")
+    if any(best):
+        rows.append(("best rule without a model", best))
+    heads = [f"{panel.name} {_arrow(found[panel.measure, panel.figure, values['main']])}" for panel in shown]
+    return [*_table("", heads, rows), *([MARKS, ""] if "verdict" in repr(values["figures"]) else [])]
 
 
 def _images(values: Mapping[str, Any], files: Sequence[str]) -> list[str]:
@@ -64,7 +134,7 @@ def _table(first: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[
 
 
 def _opening(values: Mapping[str, Any]) -> list[str]:
-    """Return the question, how to read the tables, and what they lack."""
+    """Return how to read the tables, and what they lack."""
     seeds = sorted({cell["seed"] for cell in values["cells"]})
     main, titles = values["methods"][values["main"]], values["methods"]
     keys = {line["figure"] for line in values["figures"]}
@@ -72,8 +142,6 @@ def _opening(values: Mapping[str, Any]) -> list[str]:
     verdicts = [line["verdict"] for line in values["figures"] if "verdict" in line and not _is_aside(line)]
     marked = sum(verdict != "no difference shown" for verdict in verdicts)
     paragraphs = [
-        f"# {values['title']}",
-        values["question"],
         f"`{values['command']}`, seeds {', '.join(map(str, seeds))}{fewer}. Mean and standard deviation over "
         f"seeds. ▲: **{main}** is better; ▼: it is worse. Marked are differences whose 95 % interval, paired "
         "by row and by common seed, excludes 0; △ and ▽ if there is one common seed, so that another "
@@ -138,7 +206,7 @@ def _weak(titles: Mapping[str, str], found: Sequence[Line]) -> list[str]:
 
 def _goals(values: Mapping[str, Any]) -> list[str]:
     """Return the table of the goals."""
-    rows = []
+    rows: list[tuple[str, list[str]]] = []
     for goal in values.get("goals", []):
         numbers = ["", "", "", ""]
         if goal["p"] is not None:
@@ -190,7 +258,7 @@ def _matrix(values: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[str]:
 
 def _cost(values: Mapping[str, Any]) -> list[str]:
     """Return the table of every method's training cost, the mean over seeds, and the cost of a sample."""
-    rows = []
+    rows: list[tuple[str, list[str]]] = []
     for method in dict.fromkeys(cell["method"] for cell in values["cells"]):
         same = [cell for cell in values["cells"] if cell["method"] == method]
         samples, minutes, gflops, speed = (
@@ -241,10 +309,15 @@ def _arrow(line: Line) -> str:
     return "↑" if line["better"] == "higher" else "↓"
 
 
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
 def _cell(line: Line | None) -> str:
     if line is None or math.isnan(line["mean"]):
         return ""
-    spread = "" if line["spread"] is None else f" ± {line['spread']:.3f}"
+    digits = 3 if abs(line["mean"]) < 100 else 0
+    spread = "" if line["spread"] is None else f" ± {line['spread']:.{digits}f}"
     marks = ("△", "▽") if len(line.get("paired_seeds", ())) == 1 else ("▲", "▼")
     mark = {"main better": f" {marks[0]}", "main worse": f" {marks[1]}"}.get(line.get("verdict", ""), "")
-    return f"{line['mean']:.3f}{spread}{mark}"
+    return f"{_number(line['mean'])}{spread}{mark}"

@@ -128,7 +128,8 @@ def write_page(experiment: Experiment, values: Mapping[str, Any], out: Path) -> 
     pictures = draw_curves(values, experiment.curves, out)
     pictures += draw_watched(values, experiment.task_words, out)
     page = result_file(out, ".md")
-    text = markdown(values, discussion, [one.name for one in overview], [one.name for one in pictures])
+    main, others = ([one.name for one in files] for files in (overview, pictures))
+    text = markdown(values, discussion, main, others, experiment.overview)
     page.write_text(text, encoding="utf8")
     return [page, *overview, *pictures]
 

@@ -10,6 +10,7 @@ from mmdiff_ray.experiments.loading import load_experiment
 from mmdiff_ray.experiments.page import markdown
 from mmdiff_ray.experiments.plots import compared_tasks, limits
 from mmdiff_ray.experiments.runner import write_page
+from mmdiff_ray.experiments.spec import Panel
 from mmdiff_ray.experiments.styles import COLORS, styles, wrapped
 
 FOLDER = shipped.root() / shipped.EXPERIMENTS
@@ -60,6 +61,31 @@ def test_real_images_stand_beside_the_distances_of_as_many_samples_alone():
     assert "Of real images: pixels/real_recall_x 0.900." in page and page.count("35.500") == 1
     assert "grows as images get fewer" in page
     assert "grows as images get fewer" not in markdown(values(*figures[:1]))
+
+
+def test_a_page_opens_with_its_headline_and_a_small_table_and_folds_the_rest():
+    panel = Panel("accuracy", "noise", "label/accuracy")
+    lines = [line(f"m{index}", "label/accuracy", 0.1 * index, verdict="main better") for index in range(9)]
+    rules = [line(f"rule: {name}", "label/accuracy", mean) for name, mean in (("chance", 0.1), ("most", 0.3))]
+    found = values(
+        line("ours", "label/accuracy", 0.5, interval=[0.4, 0.6]),
+        *lines,
+        *rules,
+        methods={"ours": "ours, all", **{f"m{index}": f"method {index}" for index in range(9)}},
+    )
+    page = markdown(found, overview=[panel])
+    top, folded = page.split("<details")
+    assert top.startswith("# Small\n\n**accuracy: 0.500 for ours, all, 95 % interval 0.400 to 0.600.**\n")
+    table = [row for row in top.split("\n") if row.startswith("| ")]
+    assert len(table) == 1 + 8 and table[-1] == "| best rule without a model | 0.300 ± 0.010 (most) |"
+    assert "## noise" in folded and "| method 8 | 0.800" in folded and folded.endswith("</details>\n")
+    goal = {
+        "name": "g", "measure": "noise", "figure": "label/accuracy", "a": "ours", "b": "m8", "kind": "better",
+        "difference": -0.3, "interval": [-0.4, -0.2], "seeds": 3, "p": 0.9, "met": False,
+    }  # fmt: skip
+    page = markdown(found | {"goals": [goal]}, overview=[panel])
+    assert "**accuracy: 0.500 for ours, all, 0.800 for method 8; difference -0.300, 95 % interval" in page
+    assert next(row for row in page.split("\n") if row.startswith("| method")).startswith("| method 8")
 
 
 def test_rows_show_their_seeds_if_these_differ():
