@@ -8,7 +8,17 @@ from typing import Any
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError, named, shipped
 from mmdiff_ray.config.checks import check_name, unknown
-from mmdiff_ray.experiments.spec import Best, DataSet, Experiment, Goal, Measure, Method, Panel, Preset
+from mmdiff_ray.experiments.spec import (
+    Best,
+    DataSet,
+    Experiment,
+    Goal,
+    Measure,
+    Method,
+    Panel,
+    Pictures,
+    Preset,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class _Written:
     overview: dict[str, Any] = field(default_factory=dict)
     goals: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, Any] | None = None
 
 
 def load_experiment(name: str, preset: str) -> Experiment:
@@ -91,6 +102,7 @@ def _build(plain: Mapping[str, Any], preset: str) -> Experiment:
             _make(Goal, f"goals.{goal.get('name', '')}", {"name": "", **goal}) for goal in written.goals
         ],
         "best": [_make(Best, f"best.{name}", values, name=name) for name, values in written.best.items()],
+        "pictures": written.pictures and _make(Pictures, "pictures", written.pictures),
         "data": [
             _make(DataSet, "data", one)
             for one in (data if isinstance(data, list) else [data] if data else [])
@@ -135,6 +147,10 @@ def _check_references(experiment: Experiment) -> None:
         references.append((f"overview.{panel.name}.measure", [panel.measure], one.measures))
         instances = panel.figure.split("/")[0].split("_from_")
         references.append((f"overview.{panel.name}.figure", instances, modalities))
+    if one.pictures:
+        references.append(("pictures.measure", [one.pictures.measure], one.measures))
+        references.append(("pictures.methods", one.pictures.methods, trained))
+        references.append(("pictures.instances", one.pictures.instances, modalities))
     for best in one.best:
         references.append((f"best.{best.name}.of", best.of, one.methods))
         references.append((f"best.{best.name}.measure", [best.measure], one.measures))

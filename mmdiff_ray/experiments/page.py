@@ -48,11 +48,12 @@ def markdown(
     """Return a result as a page: the headline, the main figures, a table of the overview, goals, discussion;
     folded below them, a table for every measure, methods in rows and figures in columns.
 
-    main: files of the main figures; discussion: hand-written Markdown; pictures: files of other figures.
-    overview: the panels of the main figure.
+    main: files of the main figures, the first above the table; discussion: hand-written Markdown; pictures:
+    files of other figures; overview: the panels of the main figure.
     """
     lines = [f"# {values['title']}", "", *_headline(values, overview), values["question"], ""]
-    lines += _images(values, main) + _overview(values, overview) + _goals(values)
+    lines += _images(values, main[:1]) + _overview(values, overview) + _images(values, main[1:])
+    lines += _goals(values)
     if discussion:
         lines += [discussion.strip(), ""]
     lines += _images(values, pictures)
@@ -206,7 +207,7 @@ def _weak(titles: Mapping[str, str], found: Sequence[Line]) -> list[str]:
 
 def _goals(values: Mapping[str, Any]) -> list[str]:
     """Return the table of the goals."""
-    rows: list[tuple[str, list[str]]] = []
+    rows = []
     for goal in values.get("goals", []):
         numbers = ["", "", "", ""]
         if goal["p"] is not None:
@@ -258,7 +259,7 @@ def _matrix(values: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[str]:
 
 def _cost(values: Mapping[str, Any]) -> list[str]:
     """Return the table of every method's training cost, the mean over seeds, and the cost of a sample."""
-    rows: list[tuple[str, list[str]]] = []
+    rows = []
     for method in dict.fromkeys(cell["method"] for cell in values["cells"]):
         same = [cell for cell in values["cells"] if cell["method"] == method]
         samples, minutes, gflops, speed = (

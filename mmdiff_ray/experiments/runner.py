@@ -16,6 +16,7 @@ from mmdiff_ray.distributed.tasks import run_tasks
 from mmdiff_ray.evaluation.run import check_evaluators
 from mmdiff_ray.experiments.archive import archive_file, pack, result_file, unpack
 from mmdiff_ray.experiments.cell import CellHooks, is_trained, lock_cell, run_cell
+from mmdiff_ray.experiments.gallery import draw_gallery
 from mmdiff_ray.experiments.measurement import Say
 from mmdiff_ray.experiments.page import markdown
 from mmdiff_ray.experiments.plots import draw_curves, draw_overview, draw_watched
@@ -111,16 +112,18 @@ def write_result(experiment: Experiment, runs: Path, out: Path, say: Say) -> lis
         out.parent.mkdir(parents=True, exist_ok=True)
         table = result_file(out, ".json")
     write_json(table, values)
+    gallery = draw_gallery(experiment, runs, out)
     page, *pictures = write_page(experiment, values, out)
     done = len(experiment.cells()) - len(values["missing"]) - len(values["unmeasured"])
     say(f"{done} of {len(experiment.cells())} cells are in {page}")
-    return [page, table, archive, *pictures]
+    return [page, table, archive, *gallery, *pictures]
 
 
 def write_page(experiment: Experiment, values: Mapping[str, Any], out: Path) -> list[Path]:
     """Write the page of a result, OUT.md, and its figures; return the files, the page first.
 
-    The overview, the discussion in OUT.discussion.md and the other figures precede the tables.
+    The overview, the pictures in OUT-pictures.png, the discussion in OUT.discussion.md and the other figures
+    precede the tables.
     """
     file = result_file(out, ".discussion.md")
     discussion = file.read_text(encoding="utf8") if file.is_file() else ""
@@ -129,6 +132,8 @@ def write_page(experiment: Experiment, values: Mapping[str, Any], out: Path) -> 
     pictures += draw_watched(values, experiment.task_words, out)
     page = result_file(out, ".md")
     main, others = ([one.name for one in files] for files in (overview, pictures))
+    grid = result_file(out, "-pictures.png")
+    main += [grid.name] if experiment.pictures and grid.is_file() else []
     text = markdown(values, discussion, main, others, experiment.overview)
     page.write_text(text, encoding="utf8")
     return [page, *overview, *pictures]

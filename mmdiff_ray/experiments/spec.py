@@ -126,6 +126,18 @@ class Best:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """A grid of held-out rows: what a measure gives, the answers of methods, and the truth.
+
+    instances: what is shown of the answers.
+    """
+
+    measure: str
+    methods: list[str]
+    instances: list[str]
+
+
+@dataclass(frozen=True)
 class DataSet:
     """A data set that is built if it is missing.
 
@@ -165,7 +177,7 @@ class Experiment:
     measure -> x. matrices: tables of figures by measure, with `rows`: measure -> title and `columns`: figure
     -> title. watch: method -> tasks whose losses and gradients are recorded while it trains. task_words:
     watched task -> title. overview: panels of the main figure. goals: claims to test. best: rows that stand
-    for the best of several methods.
+    for the best of several methods. pictures: the grid of the page.
     """
 
     name: str
@@ -185,6 +197,7 @@ class Experiment:
     overview: list[Panel] = field(default_factory=list)
     goals: list[Goal] = field(default_factory=list)
     best: list[Best] = field(default_factory=list)
+    pictures: Pictures | None = None
     _loaded: dict[str, Config] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def folder(self, runs: Path, cell: Cell | None = None) -> Path:
