@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from mmdiff_ray import registry
-from mmdiff_ray.cli import parse
+from mmdiff_ray.cli import main, parse
 from mmdiff_ray.config import ConfigError, from_plain, schema
 from mmdiff_ray.experiments.loading import load_experiment
 from mmdiff_ray.sweeps.spec import load_sweep
@@ -295,10 +295,11 @@ def test_the_examples_of_the_page_on_extending_train_a_model_together(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_python_of_the_quickstart_samples_from_a_run(finished):
+def test_the_python_of_the_quickstart_samples_from_an_exported_run(finished, tmp_path):
+    assert main(["export", str(finished.folder), "--out", str(tmp_path / "models")]) == 0
     (block,) = re.findall(r"```python\n(.*?)```", read(DOCS / "quickstart.md"), re.DOTALL)
     for there, here in (
-        ("runs/demo", str(finished.folder)),
+        ("models/demo", str(tmp_path / "models")),
         ("category", "shape"),
         ("Food & Drink", "star"),
     ):

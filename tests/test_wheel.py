@@ -31,6 +31,12 @@ def test_wheel_holds_every_shipped_file_and_installs_one_package(unpacked):
     for folder in (shipped.CONFIGS, shipped.EXPERIMENTS, shipped.SWEEPS):
         there = {path.stem for path in (unpacked / "mmdiff_ray/shipped" / folder).glob("*.yaml")}
         assert there == set(shipped.names(folder)) != set()
+    models = Path("mmdiff_ray/pretrained")
+    there, here = (
+        {file.relative_to(root) for file in (root / models).rglob("*") if file.is_file()}
+        for root in (unpacked, ROOT)
+    )
+    assert there == here and models / "README.md" in there
 
 
 @pytest.mark.slow

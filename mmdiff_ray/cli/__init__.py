@@ -12,6 +12,7 @@ from mmdiff_ray.cli import (
     doctor,
     evaluate,
     experiment,
+    export,
     jobs,
     sample,
     submit,
@@ -23,7 +24,21 @@ from mmdiff_ray.cli import (
 from mmdiff_ray.cli.common import report_unexpected
 from mmdiff_ray.config import ConfigError, RunError, without_passwords
 
-COMMANDS = (data, train, sample, try_run, evaluate, experiment, sweep, submit, jobs, cluster, ui, doctor)
+COMMANDS = (
+    data,
+    train,
+    sample,
+    try_run,
+    evaluate,
+    export,
+    experiment,
+    sweep,
+    submit,
+    jobs,
+    cluster,
+    ui,
+    doctor,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from mmdiff_ray.config import ConfigError, RunError, without_passwords
 
 RUNS = "where runs lie: a folder, or any URI of pyarrow (s3://bucket/runs)"
+MODEL = "a run's name, folder or URI; a folder that `mmdiff export` wrote; or pretrained:NAME"
 Commands = Any
 """argparse's group of subparsers, whose class is private."""
 

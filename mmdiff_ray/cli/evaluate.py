@@ -2,8 +2,8 @@
 
 import argparse
 
-from mmdiff_ray.cli.common import RUNS, Commands, check_workers, command
-from mmdiff_ray.config import check_overrides
+from mmdiff_ray.cli.common import MODEL, RUNS, Commands, check_workers, command
+from mmdiff_ray.config import ConfigError, check_overrides
 
 
 def add(commands: Commands) -> None:
@@ -16,7 +16,7 @@ def add(commands: Commands) -> None:
         _run,
         _check,
     )
-    evaluate.add_argument("model", metavar="RUN", help="a run's name, folder or URI")
+    evaluate.add_argument("model", metavar="RUN", help=MODEL)
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="values of evaluate.* and data.*")
     evaluate.add_argument("--workers", type=int, default=0, help="models at once on Ray; 0: in this process")
     evaluate.add_argument("--runs", default="runs", help=RUNS)
@@ -30,16 +30,22 @@ def _check(given: argparse.Namespace) -> None:
 def _run(given: argparse.Namespace) -> int:
     from mmdiff_ray.cli.training import exit_code
     from mmdiff_ray.distributed.display import make_console
-    from mmdiff_ray.distributed.evaluate import evaluate_run
+    from mmdiff_ray.distributed.evaluate import evaluate_model, evaluate_run
     from mmdiff_ray.evaluation.run import tables
+    from mmdiff_ray.runs.find import find_model
     from mmdiff_ray.runs.folder import display_path
-    from mmdiff_ray.runs.job import find_run
 
     console = make_console()
-    folder = find_run(given.model, given.runs)
-    findings, place = evaluate_run(folder, given.overrides, pool=given.workers, progress=True)
+    model = find_model(given.model, given.runs)
+    folder = model.run
+    if folder is None:
+        if given.workers:
+            raise ConfigError(f"--workers needs a run; {given.model} is a published model")
+        findings, place = evaluate_model(model, given.overrides)
+    else:
+        findings, place = evaluate_run(folder, given.overrides, pool=given.workers, progress=True)
     for table in tables(findings.figures):
         console.print(table)
     for what, name in (("figures   ", "evaluation.json"), ("pictures  ", "pictures")):
-        console.print(f"{what}{display_path(folder, place / name)}", soft_wrap=True)
-    return exit_code(console, folder)
+        console.print(f"{what}{display_path(folder or place, place / name)}", soft_wrap=True)
+    return 0 if folder is None else exit_code(console, folder)

@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from mmdiff_ray.cli.common import RUNS, Commands, check_workers, command
+from mmdiff_ray.cli.common import MODEL, RUNS, Commands, check_workers, command
 from mmdiff_ray.config import ConfigError
 
 LOW_AGREEMENT = 0.9
@@ -47,7 +47,7 @@ def add(commands: Commands) -> None:
 
 def _add_arguments(parser: argparse.ArgumentParser, num: int | None) -> None:
     """Add what both commands take. num: samples by default; None: one most likely answer or 16 samples."""
-    parser.add_argument("model", metavar="RUN", help="a run's name, folder or URI")
+    parser.add_argument("model", metavar="RUN", help=MODEL)
     parser.add_argument(
         "--given", action="append", default=[], metavar="INSTANCE=VALUE", help="a name, or a file"
     )
@@ -91,22 +91,20 @@ def _check_generate(given: argparse.Namespace) -> None:
 def _sample(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed.display import duration, make_console
     from mmdiff_ray.evaluation.gallery import free_folder, parse_given, write_gallery
-    from mmdiff_ray.runs.folder import address
-    from mmdiff_ray.runs.job import find_run
+    from mmdiff_ray.runs.find import find_model
     from mmdiff_ray.sampling.export import load_export
-    from mmdiff_ray.storage.filesystem import join
 
     console = make_console()
     if given.guidance != 1 and not given.given:
         console.print("note: --guidance changes nothing where nothing is given")
-    folder = find_run(given.model, given.runs)
-    model = load_export(join(address(folder), "export"))
+    found = find_model(given.model, given.runs)
+    model = load_export(found.where)
     rows = parse_given(model, given.given, given.hole)
     for sentence in model.untrained(list(rows), given.guidance):
         console.print(f"note: {sentence}")
     likely = model.is_likely(list(rows)) if given.likely is None else given.likely
     num = given.num or (1 if likely else 16)
-    out = given.out or free_folder(Path("samples") / f"{folder.name}-{'-'.join(rows) or 'joint'}")
+    out = given.out or free_folder(Path("samples") / f"{found.name}-{'-'.join(rows) or 'joint'}")
     begun = time.monotonic()
     gallery = write_gallery(
         model,
@@ -119,8 +117,8 @@ def _sample(given: argparse.Namespace) -> int:
         seed=given.seed,
         likely=likely,
     )
-    found = "the most likely answer" if likely else f"{num} sample{'s' if num > 1 else ''}"
-    console.print(f"{found} in {duration(time.monotonic() - begun)}")
+    drawn = "the most likely answer" if likely else f"{num} sample{'s' if num > 1 else ''}"
+    console.print(f"{drawn} in {duration(time.monotonic() - begun)}")
     for name, share in gallery.samples.agreement.items():
         if share < LOW_AGREEMENT:
             console.print(
@@ -134,12 +132,10 @@ def _sample(given: argparse.Namespace) -> int:
 
 def _generate(given: argparse.Namespace) -> int:
     from mmdiff_ray.datasets.base import build
-    from mmdiff_ray.runs.folder import address
-    from mmdiff_ray.runs.job import find_run
-    from mmdiff_ray.storage.filesystem import join
+    from mmdiff_ray.runs.find import find_model
 
     options = {
-        "model": join(address(find_run(given.model, given.runs)), "export"),
+        "model": find_model(given.model, given.runs).where,
         **{key: getattr(given, key) for key in ("sampler", "steps", "guidance", "seed")},
     }
     if given.rows:

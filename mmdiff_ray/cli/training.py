@@ -23,6 +23,7 @@ from mmdiff_ray.models.denoiser import Denoiser, inert_settings
 from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.runs import records
+from mmdiff_ray.runs.find import find_run
 from mmdiff_ray.runs.job import Job
 from mmdiff_ray.storage.filesystem import is_uri
 from mmdiff_ray.tracking.run_life import run_page
@@ -51,7 +52,7 @@ def train_and_evaluate(
         job = jobs.prepare(config, jobs.new_folder(config))
     else:
         assert resumed is not None
-        job = jobs.load_job(jobs.find_run(resumed, where), overrides)
+        job = jobs.load_job(find_run(resumed, where), overrides)
         go = partial(launch.resume, new_mlflow_run=new_mlflow_run)
     for sentence in inert_settings(job.config):
         console.print(f"note: {sentence}")

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from mmdiff_ray.cli.common import RUNS, Commands, command
+from mmdiff_ray.cli.common import MODEL, RUNS, Commands, command
 from mmdiff_ray.cli.ui import check_free
 from mmdiff_ray.config import ConfigError
 
@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
         "mmdiff try demo --port 7860",
         _try,
     )
-    parser.add_argument("model", metavar="RUN", help="a run's name, folder or URI")
+    parser.add_argument("model", metavar="RUN", help=MODEL)
     parser.add_argument("--runs", default="runs", help=RUNS)
     parser.add_argument("--host", default="127.0.0.1", help="another address opens the page to others")
     parser.add_argument("--port", type=int, default=7860)
@@ -33,17 +33,14 @@ def add(commands: Commands) -> None:
 
 def _try(given: argparse.Namespace) -> int:
     """Serve the page until interrupted. Raises ConfigError for an open address without a password."""
-    from mmdiff_ray.runs.folder import address
-    from mmdiff_ray.runs.job import find_run
+    from mmdiff_ray.runs.find import find_model
     from mmdiff_ray.sampling.export import load_export
-    from mmdiff_ray.storage.filesystem import join
 
     if given.host not in ("127.0.0.1", "localhost", "::1") and not given.password:
         raise ConfigError(f"--host {given.host} opens the page to others; add --password WORD")
     check_free(given.host, given.port)
-    folder = find_run(given.model, given.runs)
-    model = load_export(join(address(folder), "export"))
-    shown = page(model, folder.name)
+    found = find_model(given.model, given.runs)
+    shown = page(load_export(found.where), found.name)
     shown.launch(
         server_name=given.host,
         server_port=given.port,

@@ -30,20 +30,20 @@ _ENTRY = re.compile(r"\.\d+(\.|$)|\[")
 
 
 def load(
-    files: Sequence[str | Path] = (), overrides: Sequence[str] = (), base: Mapping | None = None
+    files: Sequence[str | Path | Mapping] = (), overrides: Sequence[str] = (), base: Mapping | None = None
 ) -> Config:
     """Return the configuration of YAML files, later ones first in rank, with `key=value` overrides on top.
 
-    base: plain values below everything (a saved configuration). A modality set to null is removed, and with
-    it its roles, its coefficient, and tasks that would generate nothing else. Raises ConfigError for an
-    unreadable file, an unknown key, a wrong type or a bad value.
+    files: or plain values in place of a file. base: plain values below everything (a saved configuration). A
+    modality set to null is removed, and with it its roles, its coefficient, and tasks that would generate
+    nothing else. Raises ConfigError for an unreadable file, an unknown key, a wrong type or a bad value.
     """
     from omegaconf import OmegaConf
 
     tree: Any = OmegaConf.create(dict(base or {}))
     for file in files:
-        with _as_config_errors(str(file)):
-            tree = OmegaConf.merge(tree, _read(Path(file)))
+        with _as_config_errors("configuration" if isinstance(file, Mapping) else str(file)):
+            tree = OmegaConf.merge(tree, file if isinstance(file, Mapping) else _read(Path(file)))
     _override(tree, overrides)
     with _as_config_errors("configuration"):
         plain = OmegaConf.to_container(tree, resolve=True)

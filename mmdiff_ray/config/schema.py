@@ -265,8 +265,8 @@ class TrainConfig:
     cutout: masked image whose hole is cut out of z_t in half of the rows, as plain augmentation.
     changes: values that change during training, in order: loss coefficients, modalities' weights, the
         learning rate.
-    init: run (name, folder or URI) or .safetensors file whose weights the model starts from, where names
-        and shapes match.
+    init: model whose weights this one starts from, where names and shapes match: a run (name, folder or
+        URI), a folder of `mmdiff export`, a .safetensors file, or pretrained:NAME.
     """
 
     samples: int = 100_000

@@ -13,9 +13,8 @@ from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.datasets.base import Item, Made, Options, Pipeline
 from mmdiff_ray.evaluation.gallery import parse_given
-from mmdiff_ray.sampling.export import load_export
+from mmdiff_ray.sampling.export import export_files, load_export
 from mmdiff_ray.sampling.generator import Generator, sample
-from mmdiff_ray.storage.mirror import fetched
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class SampleStage:
 
 def check_export(model: str) -> None:
     """Raise ConfigError where a folder or URI holds no exported model."""
-    if not (fetched(model) / "config.yaml").is_file():
+    if export_files(model) is None:
         raise ConfigError(f"model: {model!r} holds no exported model; name a run's export folder")
 
 

@@ -32,7 +32,8 @@ from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.runs import describe
 from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import job as jobs
-from mmdiff_ray.sampling.export import load_export
+from mmdiff_ray.runs.find import Model
+from mmdiff_ray.sampling.export import load_export, need_export, read_config
 from mmdiff_ray.sampling.generator import Generator, Samples
 from mmdiff_ray.storage.filesystem import join
 from mmdiff_ray.storage.mirror import fetched
@@ -87,6 +88,24 @@ def evaluate_run(
     return findings, place
 
 
+def evaluate_model(model: Model, overrides: Sequence[str]) -> tuple[Findings, Path]:
+    """Evaluate a published model and write what was found into a new folder under `evaluations/`.
+
+    Returns as `evaluate_run`. Raises ConfigError without `data.sources` among the overrides.
+    """
+    config = read_config(model.where, list(overrides))
+    if not config.data.sources:
+        raise ConfigError(f"{model.name} comes without data; add 'data.sources=[{{uri: data/NAME}}]'")
+    check_evaluators(config)
+    generator = load_export(model.where, str(choose_device(config.train)), config)
+    findings = measure_model(generator, with_progress(sample_locally(generator)))
+    place = free_folder(Path("evaluations") / model.name)
+    _write(
+        place, json.loads(need_export(model.where)[0].read_text(encoding="utf8"))["samples_seen"], findings
+    )
+    return findings, place
+
+
 def measure(
     folder: Path,
     config: Config,
@@ -101,17 +120,23 @@ def measure(
     progress: whether to show a progress bar. tables: as of `Job`.
     """
     model = load_export(folder / "export", str(choose_device(config.train)), config)
+    sample_fn = sample_fn or sample_locally(model)
+    if kept is not None:
+        sample_fn = cached(kept, sample_fn)
+    if progress:
+        sample_fn = with_progress(sample_fn)
+    return measure_model(model, sample_fn, tables)
+
+
+def measure_model(model: Generator, sample_fn: SampleFn, tables: Tables | None = None) -> Findings:
+    """Return what the evaluators find for a loaded model on the data that its configuration names."""
+    config = model.config
     manifests = read_sources(config)
     resolve_modalities(config, manifests)
     reader = jobs.make_reader(config, model.denoiser, tables)
     splits = [manifest.splits[config.evaluate.split] for manifest in manifests]
     wanted = config.evaluate
     batches = split_batches(reader, splits, wanted.rows, min(64, wanted.rows), wanted.visits)
-    sample_fn = sample_fn or sample_locally(model)
-    if kept is not None:
-        sample_fn = cached(kept, sample_fn)
-    if progress:
-        sample_fn = with_progress(sample_fn)
 
     def training() -> Batch:
         train = [manifest.splits["train"] for manifest in manifests]
@@ -212,10 +237,7 @@ def _record(folder: Path, place: Path, config: Config, findings: Findings) -> No
     """Write what was found into a folder, the run's own or another, and record it in MLflow."""
     run, seen, own = jobs.read_run(folder), _samples_seen(folder), place == folder
     pictures, where = place / "pictures", "evaluation" if own else f"evaluations/{place.name}"
-    pictures.mkdir(exist_ok=True)
-    write_json(
-        place / "evaluation.json", {"samples_seen": seen, "figures": [plain(f) for f in findings.figures]}
-    )
+    _write(place, seen, findings)
     tracker = Tracker(run["tracking_uri"], run["run_id"], folder / "tracking")
     tracker.artifact(place / "evaluation.json", where)
     if own:
@@ -226,15 +248,23 @@ def _record(folder: Path, place: Path, config: Config, findings: Findings) -> No
     else:
         tracker.artifact(place / "config.yaml", where)
     for name, image in findings.pictures.items():
-        png = to_png(image)
-        (pictures / f"{name}.png").write_bytes(png)
         if own:
-            tracker.image(f"samples/{name}", png, seen)  # the last of those drawn while it trained
+            tracker.image(f"samples/{name}", to_png(image), seen)  # the last of those drawn while it trained
         tracker.artifact(pictures / f"{name}.png", where)
     tracker.close(timeout_s=30)
     if (mirror := runs.mirror_of(folder)) is not None:
         made = [f"pictures/{name}.png" for name in findings.pictures]
         mirror.send(*([*made, "evaluation.json"] if own else [place.relative_to(folder).as_posix()]))
+
+
+def _write(place: Path, seen: int, findings: Findings) -> None:
+    """Write `evaluation.json` and pictures into a folder."""
+    write_json(
+        place / "evaluation.json", {"samples_seen": seen, "figures": [plain(f) for f in findings.figures]}
+    )
+    (place / "pictures").mkdir(exist_ok=True)
+    for name, image in findings.pictures.items():
+        (place / "pictures" / f"{name}.png").write_bytes(to_png(image))
 
 
 def _evaluations(folder: Path) -> list[str]:

@@ -1,7 +1,6 @@
 """Agreement of sampled images with their conditions, as predicted by a separately trained model."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from mmdiff_ray.modalities.embedding import EmbeddingModality
 from mmdiff_ray.modalities.label import LabelModality
 from mmdiff_ray.modalities.mask import MaskModality
 from mmdiff_ray.registry import register
-from mmdiff_ray.sampling.export import load_export
+from mmdiff_ray.sampling.export import export_files, load_export
 from mmdiff_ray.sampling.generator import Generator
 
 Agreement = Callable[[Any, np.ndarray, np.ndarray], Tally]
@@ -71,7 +70,7 @@ def evaluate_judge(context: Context) -> Findings:
 def _check(config: Config) -> None:
     """Raise ConfigError where `evaluate.judge` is not an exported model."""
     judge = config.evaluate.judge
-    if judge is not None and not (Path(judge) / "config.yaml").is_file():
+    if judge is not None and export_files(judge) is None:
         raise ConfigError(f"evaluate.judge: {judge} holds no exported model")
 
 

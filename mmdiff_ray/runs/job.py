@@ -21,8 +21,9 @@ from mmdiff_ray.data.plan import Plan
 from mmdiff_ray.data.reader import RowReader
 from mmdiff_ray.models.denoiser import Denoiser, build_denoiser, build_modalities, build_process, is_generated
 from mmdiff_ray.runs import folder as runs
-from mmdiff_ray.sampling.export import WEIGHTS, shapes_in, tensors_in
-from mmdiff_ray.storage.filesystem import is_uri, join, parent
+from mmdiff_ray.runs.find import find_model
+from mmdiff_ray.sampling.export import PRETRAINED, WEIGHTS, need_export, shapes_in, tensors_in
+from mmdiff_ray.storage.filesystem import is_uri, join
 from mmdiff_ray.storage.mirror import Mirror, cached, mirror
 from mmdiff_ray.tracking.store import tracking_uri, with_credentials
 from mmdiff_ray.training.checkpoint import write_json
@@ -183,11 +184,14 @@ def prepare(config: Config, folder: Path, tables: Tables | None = None, resumed:
 def _with_init(config: Config, denoiser: Denoiser) -> Config:
     """Return the configuration with the full address of `train.init`. Raises ConfigError if nothing fits."""
     init = str(config.train.init)
-    if not init.endswith(".safetensors"):
-        init = join(runs.address(find_run(init, config.runs)), "export", WEIGHTS)
-    elif not is_uri(init):
-        init = str(Path(init).absolute())
     with named("train.init"):
+        if init.startswith(PRETRAINED):
+            need_export(init)
+        elif not init.endswith(".safetensors"):
+            model = find_model(init, config.runs).where
+            init = join(model, WEIGHTS) if is_uri(model) else str(need_export(model)[1])
+        elif not is_uri(init):
+            init = str(Path(init).absolute())
         if not match(denoiser, shapes_in(init)).same:
             raise ConfigError(f"no tensor in {init} has the name and shape of one of this model's")
     return dataclasses.replace(config, train=dataclasses.replace(config.train, init=init))
@@ -198,7 +202,7 @@ def init_tags(job: Job) -> dict[str, str]:
     init = job.config.train.init
     if not init:
         return {}
-    file = Path(init).parents[1] / "run.json"
+    file = Path(init).parent.parent / "run.json"
     run_id = read_run(file.parent)["run_id"] if not is_uri(init) and file.is_file() else ""
     return {"mmdiff.init": init} | ({"mmdiff.init_run_id": run_id} if run_id else {})
 
@@ -306,29 +310,6 @@ def begun(config: Config) -> Path | None:
             raise ConfigError(f"name: {folder} exists and is no run; choose another name")
         shutil.rmtree(folder)
     return None
-
-
-def find_run(
-    name: str, where: str = "runs", marked_by: str = runs.RUN, small: Sequence[str] = runs.SMALL
-) -> Path:
-    """Return the folder of a run, or a sweep, given by its name, its path or its URI; where: of all runs.
-
-    Downloads the small files of one in storage. Raises ConfigError with the names that exist.
-    """
-    if is_uri(name):
-        where, name = parent(name)
-    if is_uri(where):
-        known = runs.runs_in(where, marked_by)
-        if name in known:
-            return runs.open_run(join(where, name), small)
-    else:
-        for folder in (Path(name), Path(where) / name):
-            if (folder / marked_by).is_file():
-                origin = runs.address(folder.absolute())
-                return runs.open_run(origin, small) if is_uri(origin) else folder.absolute()
-        known = sorted(path.parent.name for path in Path(where).glob(f"*/{marked_by}"))
-    kind, place = marked_by.removesuffix(".json"), where if is_uri(where) else f"{where}/"
-    raise ConfigError(f"no {kind} {name!r} in {place}; there are: {', '.join(known) or 'none yet'}")
 
 
 def write_run(job: Job, **facts: Any) -> None:

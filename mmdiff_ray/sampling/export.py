@@ -1,8 +1,9 @@
 """Write a trained model for use, and load it."""
 
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,72 @@ from mmdiff_ray.storage.filesystem import is_uri
 from mmdiff_ray.storage.mirror import fetched
 
 WEIGHTS = "model.safetensors"
+LAYOUTS = (
+    ("config.yaml", WEIGHTS),
+    ("config.json", WEIGHTS),
+    ("denoiser/config.json", "denoiser/diffusion_pytorch_model.safetensors"),
+)
+"""Configuration and weights of a run's export, and of a published model in either format."""
+PRETRAINED = "pretrained:"
+SHIPPED_VARIABLE = "MMDIFF_PRETRAINED"
 
 
 def save_export(folder: Path, config: Config, denoiser: Denoiser, facts: Mapping[str, Any]) -> None:
     """Write a model for use: `model.safetensors`, `config.yaml` and `facts.json`. The folder appears
     complete."""
+    with complete_folder(folder) as partial:
+        tensors = {name: value.detach().cpu().contiguous() for name, value in denoiser.state_dict().items()}
+        save_file(tensors, str(partial / WEIGHTS))
+        (partial / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf8")
+        (partial / "facts.json").write_text(json.dumps(dict(facts), indent=1), encoding="utf8")
+
+
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `folder` once it is filled."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in denoiser.state_dict().items()}
-    save_file(tensors, str(partial / "model.safetensors"))
-    (partial / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf8")
-    (partial / "facts.json").write_text(json.dumps(dict(facts), indent=1), encoding="utf8")
+    yield partial
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def export_files(where: str | Path) -> tuple[Path, Path] | None:
+    """Return the configuration and the weights of the exported model at a path, a URI or `pretrained:NAME`;
+    None where there is none. Raises ConfigError for an unknown name."""
+    folder = fetched(_shipped(str(where)))
+    for config, weights in LAYOUTS:
+        if (folder / config).is_file() and (folder / weights).is_file():
+            return folder / config, folder / weights
+    return None
+
+
+def need_export(where: str | Path) -> tuple[Path, Path]:
+    """Return what `export_files` finds. Raises ConfigError where there is no exported model."""
+    if (found := export_files(where)) is None:
+        raise ConfigError(f"{where} holds no exported model (model.safetensors and config.yaml)")
+    return found
+
+
+def shipped_models() -> list[str]:
+    """Return the names of the models in `MMDIFF_PRETRAINED`, by default those that ship with the package."""
+    return sorted(path.name for path in _shipped_folder().glob("*") if path.is_dir() and export_files(path))
+
+
+def _shipped_folder() -> Path:
+    named = os.environ.get(SHIPPED_VARIABLE)
+    return Path(named) if named else Path(__file__).parents[1] / "pretrained"
+
+
+def _shipped(where: str) -> str:
+    """Return the folder of a shipped model for `pretrained:NAME`, any other text unchanged."""
+    name = where.removeprefix(PRETRAINED)
+    if name == where:
+        return where
+    if name not in (known := shipped_models()):
+        raise ConfigError(f"no shipped model {name!r}; there are: {', '.join(known) or 'none'}")
+    return str(_shipped_folder() / name)
 
 
 def tensors_in(file: str) -> dict[str, Tensor]:
@@ -49,7 +102,11 @@ def shapes_in(file: str) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def _opened(file: str) -> Iterator[Any]:
-    path = fetched(file.rpartition("/")[0]) / WEIGHTS if is_uri(file) else Path(file)
+    path = Path(file)
+    if file.startswith(PRETRAINED):
+        path = need_export(file)[1]
+    elif is_uri(file):
+        path = fetched(file.rpartition("/")[0]) / WEIGHTS
     try:
         with safe_open(str(path), framework="pt") as tensors:
             yield tensors
@@ -57,15 +114,19 @@ def _opened(file: str) -> Iterator[Any]:
         raise ConfigError(f"cannot read a model from {file}: {error}") from None
 
 
-def load_export(folder: str | Path, device: str = "cpu", config: Config | None = None) -> Generator:
-    """Return the model in an export folder, or at the URI of one. Raises ConfigError if it is none.
+def read_config(where: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration of an exported model, with overrides. Raises ConfigError if there is none."""
+    return configuration.load_saved(need_export(where)[0], overrides)
 
-    config: in place of its own, one that differs in nothing that the weights depend on.
+
+def load_export(folder: str | Path, device: str = "cpu", config: Config | None = None) -> Generator:
+    """Return the exported model in a folder, at a URI, or `pretrained:NAME`, a shipped one.
+
+    config: in place of its own, one that differs in nothing that the weights depend on. Raises ConfigError
+    where there is no exported model.
     """
-    folder = fetched(str(folder))
-    if not (folder / "model.safetensors").is_file() or not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{folder} holds no exported model (model.safetensors and config.yaml)")
-    config = config or configuration.load_saved(folder / "config.yaml")
+    saved, weights = need_export(folder)
+    config = config or configuration.load_saved(saved)
     denoiser = build_denoiser(config)
-    denoiser.load_state_dict(tensors_in(str(folder / WEIGHTS)))
+    denoiser.load_state_dict(tensors_in(str(weights)))
     return Generator(config, denoiser.to(device))

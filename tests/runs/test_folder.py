@@ -19,6 +19,7 @@ from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.runs import records
+from mmdiff_ray.runs.find import find_run
 from mmdiff_ray.storage import upload
 from mmdiff_ray.storage.filesystem import filesystem, folders_in, join
 from mmdiff_ray.storage.mirror import cached
@@ -74,15 +75,15 @@ def made(sprites, tmp_path, cache) -> jobs.Job:
 def test_a_run_is_found_by_name_or_uri_on_a_machine_that_never_saw_it(made, tmp_path, monkeypatch):
     monkeypatch.setenv("MMDIFF_CACHE", str(tmp_path / "another"))
     where = f"file://{tmp_path}/storage"
-    folder = jobs.find_run("tiny", where)
-    assert folder == jobs.find_run(f"{where}/tiny") == cached(f"{where}/tiny") != made.folder
-    assert folder == jobs.find_run(str(folder)) and runs.address(folder) == made.uri
+    folder = find_run("tiny", where)
+    assert folder == find_run(f"{where}/tiny") == cached(f"{where}/tiny") != made.folder
+    assert folder == find_run(str(folder)) and runs.address(folder) == made.uri
     job = jobs.load_job(folder)
     assert (job.uri, job.run_id, job.config) == (made.uri, "1", made.config)
     with pytest.raises(ConfigError, match=r"no run 'tin' in file://.*storage; there are: tiny"):
-        jobs.find_run("tin", where)
+        find_run("tin", where)
     with pytest.raises(ConfigError, match=r"there are: none yet"):
-        jobs.find_run("tiny", f"file://{tmp_path}/elsewhere")
+        find_run("tiny", f"file://{tmp_path}/elsewhere")
     assert not cached(f"{where}/tin").exists()
 
 
@@ -349,7 +350,7 @@ def test_a_server_that_dies_at_the_end_costs_an_exit_code_and_the_next_command_s
         assert two("evaluate", uri, "evaluate.rows=4")[0] == 0
         assert folders_in(*filesystem(join(uri, "evaluations"))) == ["evaluation"]
         monkeypatch.setenv("MMDIFF_CACHE", str(two.folder / "cache"))
-        assert jobs.read_run(jobs.find_run("tiny", where))["state"] == "finished"
+        assert jobs.read_run(find_run("tiny", where))["state"] == "finished"
 
 
 # --- on Ray, without a disk that the nodes share ---------------------------------------------------------

@@ -13,6 +13,7 @@ import torch
 from mmdiff_ray.config import ConfigError, load, load_saved, plain_yaml, to_plain
 from mmdiff_ray.models.denoiser import inert_settings
 from mmdiff_ray.runs import job as jobs
+from mmdiff_ray.runs.find import find_run
 from tests import sprites as tiny
 
 
@@ -93,14 +94,14 @@ def test_new_run_takes_the_next_free_name(sprites, tmp_path):
 
 
 def test_run_is_found_by_name_or_folder_and_others_are_named(made, tmp_path, monkeypatch):
-    assert jobs.find_run("tiny", str(tmp_path)) == made.folder
+    assert find_run("tiny", str(tmp_path)) == made.folder
     monkeypatch.chdir(tmp_path)
-    assert jobs.find_run("tiny") == made.folder
-    assert jobs.find_run(str(made.folder)) == made.folder
+    assert find_run("tiny") == made.folder
+    assert find_run(str(made.folder)) == made.folder
     with pytest.raises(ConfigError, match=r"no run 'tin' in .*; there are: tiny"):
-        jobs.find_run("tin", str(tmp_path))
+        find_run("tin", str(tmp_path))
     with pytest.raises(ConfigError, match=r"there are: none yet"):
-        jobs.find_run("small", str(tmp_path / "elsewhere"))
+        find_run("small", str(tmp_path / "elsewhere"))
 
 
 def test_run_is_loaded_as_it_was_with_what_may_change(made):

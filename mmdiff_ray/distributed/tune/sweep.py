@@ -29,6 +29,7 @@ from mmdiff_ray.distributed.tune.trial import SCORE, run_trial, score
 from mmdiff_ray.evaluation.run import evaluate, metrics_of
 from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import job as jobs
+from mmdiff_ray.runs.find import find_run
 from mmdiff_ray.runs.job import Job
 from mmdiff_ray.sampling.generator import Generator
 from mmdiff_ray.storage.filesystem import filesystem, is_uri, join
@@ -108,7 +109,7 @@ def sweeps_in(where: str) -> str:
 
 def sweep_folder(name: str, where: str = "runs") -> Path:
     """Return the folder of this machine for a sweep, as `find_run`."""
-    return jobs.find_run(name, join(where, "sweeps"), FACTS, (FACTS, TEXT))
+    return find_run(name, join(where, "sweeps"), FACTS, (FACTS, TEXT))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
