@@ -210,6 +210,10 @@ class DataConfig:
     window: number of row groups that are shuffled together.
     backgrounds: background of transparent images in training: random or white.
     flip: mirror rows at random.
+    balance: column of labels whose classes are read equally often; null: as often as they occur. Rows
+        without a label keep their share.
+    weight: column of one number per row: how often it is read in an epoch, relative to others; null: all
+        alike. With balance, rows weigh against those of their class.
     bad_row_limit: number of unreadable rows that a run tolerates, over all workers, epochs and restarts.
     cache_mb: decoded rows that every reading process keeps in memory, in MiB; 0: none.
     """
@@ -219,6 +223,8 @@ class DataConfig:
     window: int = 4
     backgrounds: str = "random"
     flip: bool = True
+    balance: str | None = None
+    weight: str | None = None
     bad_row_limit: int = 0
     cache_mb: int = 256
 

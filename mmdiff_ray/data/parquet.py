@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmdiff_ray.data.manifest import RowGroup
+from mmdiff_ray.data.manifest import RowGroup, Shard
 from mmdiff_ray.data.schema import Column
 from mmdiff_ray.storage.filesystem import filesystem, read_bytes
 
@@ -91,26 +91,39 @@ def read_table(uri: str, row_group: RowGroup, columns: Sequence[str]) -> pa.Tabl
     Raises ValueError if the bytes are not those that were written, and OSError where storage does not give
     them.
     """
+    return _read_groups(uri, row_group.path, row_group.footer_crc32, [row_group.group], columns)
+
+
+def read_shard(uri: str, shard: Shard, columns: Sequence[str]) -> dict[str, list[Any]]:
+    """Return columns of a whole shard, as `read_row_group` does those of a row group."""
+    groups = range(len(shard.row_groups))
+    table = _read_groups(uri, shard.path, shard.footer_crc32, groups, columns)
+    return {name: _values(table[name].combine_chunks()) for name in columns}
+
+
+def _read_groups(uri: str, name: str, crc32: int, groups: Sequence[int], columns: Sequence[str]) -> pa.Table:
     fs, root = filesystem(uri)
-    path = f"{root}/{row_group.path}"
+    path = f"{root}/{name}"
     try:
-        footer = _footer(uri, row_group.path, row_group.footer_crc32)
+        footer = _footer(uri, name, crc32)
         with fs.open_input_file(path) as file, contextlib.suppress(OSError):
-            return _parsed(file, footer, row_group.group, columns)
+            return _parsed(file, footer, groups, columns)
     except pa.ArrowException as error:
         raise ValueError(str(error)) from None
     data = read_bytes(
         fs, path
     )  # pyarrow raises OSError for corrupt bytes too: with them here, only for those
     try:
-        return _parsed(pa.BufferReader(data), footer, row_group.group, columns)
+        return _parsed(pa.BufferReader(data), footer, groups, columns)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(str(error)) from None
 
 
-def _parsed(file: pa.NativeFile, footer: pq.FileMetaData, group: int, columns: Sequence[str]) -> pa.Table:
+def _parsed(
+    file: pa.NativeFile, footer: pq.FileMetaData, groups: Sequence[int], columns: Sequence[str]
+) -> pa.Table:
     parquet = pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, pre_buffer=True)
-    return parquet.read_row_group(group, columns=list(columns), use_threads=False)
+    return parquet.read_row_groups(list(groups), columns=list(columns), use_threads=False)
 
 
 @functools.lru_cache(maxsize=FOOTERS_KEPT)

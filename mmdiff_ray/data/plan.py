@@ -10,6 +10,9 @@ every lane R / L rows, rounded up or down, the lanes never drift apart, and data
 lanes work too (a lane then has no row in some visits). In a visit the row groups are permuted and their
 rows, one after the other, cut into one contiguous part per lane; a part is cut into windows of a few row
 groups, and rows are permuted inside each window.
+
+Where rows are weighed (`Frequencies`), a visit still has R rows, of which some are the same and some are left
+out. The copies of a row are drawn as of different visits: their random choices differ.
 """
 
 import bisect
@@ -25,16 +28,41 @@ import numpy as np
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import RowGroup, Split
+from mmdiff_ray.data.weights import Frequencies
 
 ORDERS_KEPT = 3
+COPY = 2**32
+"""What a further copy of a row in one visit adds to the number of the visit."""
+OFFSET = 2**31
+"""What keys the offset of a visit's counts: no number of a lane."""
+
+
+class Place(NamedTuple):
+    """Where a row lies, and the visit that it counts as."""
+
+    row_group: RowGroup
+    row: int
+    visit: int
 
 
 class Piece(NamedTuple):
-    """Rows start to stop of one row group."""
+    """Rows start to stop of one row group. counts: how often each row of the group comes, one after the
+    other; None: once."""
 
     row_group: RowGroup
     start: int
     stop: int
+    counts: tuple[int, ...] | None = None
+
+    def places(self, visit: int) -> list[Place]:
+        """Return where the rows lie."""
+        if self.counts is None:
+            return [Place(self.row_group, row, visit) for row in range(self.start, self.stop)]
+        copies = ((row, copy) for row, count in enumerate(self.counts) for copy in range(count))
+        return [
+            Place(self.row_group, row, visit + copy * COPY)
+            for row, copy in itertools.islice(copies, self.start, self.stop)
+        ]
 
 
 @dataclass(frozen=True)
@@ -60,9 +88,9 @@ class Window:
             return len(self.only)
         return sum(piece.stop - piece.start for piece in self.pieces) - self.skip
 
-    def places(self) -> list[tuple[RowGroup, int]]:
-        """Return where the wanted rows lie, in their final order: a row group, and the row in it."""
-        places = [(piece.row_group, row) for piece in self.pieces for row in range(piece.start, piece.stop)]
+    def places(self) -> list[Place]:
+        """Return where the wanted rows lie, in their final order."""
+        places = [place for piece in self.pieces for place in piece.places(self.visit)]
         if self.key is not None:
             places = [places[index] for index in np.random.default_rng(self.key).permutation(len(places))]
         places = places[self.skip :]
@@ -72,10 +100,11 @@ class Window:
 class Plan:
     """The order in which the rows of several data sets are read.
 
-    sources: (training split, weight) of each data set. lanes: number of streams. window: row groups that are
-    shuffled together. global_batch: rows of a batch over all workers, a multiple of lanes. With
-    k = global_batch / lanes, slots [l k, (l + 1) k) of global batch b hold rows [b k, (b + 1) k) of lane l.
-    Memory: the sizes of all row groups and a few permutations of them.
+    sources: (training split, weight) of each data set. frequencies: how often the rows of each are read;
+    None: every row once in a visit. lanes: number of streams. window: row groups that are shuffled together.
+    global_batch: rows of a batch over all workers, a multiple of lanes. With k = global_batch / lanes, slots
+    [l k, (l + 1) k) of global batch b hold rows [b k, (b + 1) k) of lane l. Memory: the sizes of all row
+    groups and a few permutations of them.
     """
 
     def __init__(
@@ -85,6 +114,7 @@ class Plan:
         window: int,
         global_batch: int,
         seed: int,
+        frequencies: Sequence[Frequencies | None] | None = None,
     ) -> None:
         assert global_batch % lanes == 0, f"global_batch {global_batch} must be a multiple of lanes {lanes}"
         self.lanes = lanes
@@ -92,7 +122,10 @@ class Plan:
         self.rows_per_lane = global_batch // lanes
         self._mix = _Mix([weight for _, weight in sources], lanes)
         self._sources = [
-            _Source(index, split, lanes, window, seed) for index, (split, _) in enumerate(sources)
+            _Source(index, split, lanes, window, seed, weighed)
+            for index, ((split, _), weighed) in enumerate(
+                zip(sources, frequencies or [None] * len(sources), strict=True)
+            )
         ]
 
     def rows_of(self, rank: int, world: int) -> dict[int, range]:
@@ -172,7 +205,7 @@ class GroupTable:
         sizes = [len(shard.row_groups) for shard in split.shards]
         self._first = np.cumsum([0, *sizes])  # shard -> number of its first row group
         self.rows = np.array([rows for shard in split.shards for rows in shard.row_groups], np.int32)
-        self._ends = np.cumsum(self.rows, dtype=np.int64)
+        self.ends = np.cumsum(self.rows, dtype=np.int64)
 
     def piece(self, number: int, start: int, stop: int) -> Piece:
         """Return rows start to stop of a row group."""
@@ -181,22 +214,34 @@ class GroupTable:
 
     def row(self, row: int) -> Piece:
         """Return one row of the split, counted in the order in which it was written."""
-        number = int(np.searchsorted(self._ends, row, side="right"))
-        start = row - int(self._ends[number]) + int(self.rows[number])
+        number = int(np.searchsorted(self.ends, row, side="right"))
+        start = row - int(self.ends[number]) + int(self.rows[number])
         return self.piece(number, start, start + 1)
+
+
+class _Order(NamedTuple):
+    """The row groups of a visit. groups: their numbers; ends: the row at which each of them ends; counts: how
+    often each row of the data set comes, None: once."""
+
+    groups: np.ndarray
+    ends: np.ndarray
+    counts: np.ndarray | None
 
 
 class _Source:
     """The row groups of one data set and their order in each visit."""
 
-    def __init__(self, index: int, split: Split, lanes: int, window: int, seed: int) -> None:
+    def __init__(
+        self, index: int, split: Split, lanes: int, window: int, seed: int, weighed: Frequencies | None
+    ) -> None:
         if not split.rows:
             raise ConfigError(f"data.sources[{index}] has no rows to train on")
         self.index = index
         self._lanes, self._window, self._seed = lanes, window, seed
         self._rows = split.rows
         self._groups = GroupTable(split)
-        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._weighed = weighed
+        self._orders: dict[int, _Order] = {}
 
     def windows(self, lane: int, start_row: int) -> Iterator[Window]:
         """Yield a lane's windows of this data set from its row `start_row` on; the first may skip rows."""
@@ -229,23 +274,35 @@ class _Source:
         """Yield the pieces of a lane's contiguous part of a visit."""
         shares = [self._dealt(other, visit + 1) - self._dealt(other, visit) for other in range(lane + 1)]
         start, stop = sum(shares[:-1]), sum(shares)
-        order, ends = self._order(visit)
-        for position in range(int(np.searchsorted(ends, start, side="right")), len(order)):
-            index, end = int(order[position]), int(ends[position])
-            begin = end - int(self._groups.rows[index])
+        groups, ends, counts = self._order(visit)
+        first = int(np.searchsorted(ends, start, side="right"))
+        begin = int(ends[first - 1]) if first else 0
+        for index, end in zip(groups[first:], map(int, ends[first:]), strict=True):
             low, high = max(start, begin), min(stop, end)
-            if low >= high:
+            if begin >= stop:
                 return
-            yield self._groups.piece(index, low - begin, high - begin)
+            if low < high:
+                piece = self._groups.piece(int(index), low - begin, high - begin)
+                if counts is not None:
+                    last = int(self._groups.ends[index])
+                    own = counts[last - piece.row_group.rows : last]
+                    piece = piece._replace(counts=tuple(own.tolist()))
+                yield piece
+            begin = end
 
-    def _order(self, visit: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the permuted row groups of a visit, and the row at which each of them ends."""
+    def _order(self, visit: int) -> _Order:
+        """Return the permuted row groups of a visit."""
         if visit not in self._orders:
             while len(self._orders) >= ORDERS_KEPT:
                 self._orders.pop(next(iter(self._orders)))
             rng = np.random.default_rng((self._seed, self.index, visit))
             order = rng.permutation(len(self._groups.rows)).astype(np.int32)
-            self._orders[visit] = order, np.cumsum(self._groups.rows[order], dtype=np.int64)
+            counts, sizes = None, self._groups.rows
+            if self._weighed is not None:
+                offset = np.random.default_rng((self._seed, self.index, visit, OFFSET)).random()
+                counts = self._weighed.counts(offset)
+                sizes = np.diff(np.cumsum(counts)[self._groups.ends - 1], prepend=0)
+            self._orders[visit] = _Order(order, np.cumsum(sizes[order], dtype=np.int64), counts)
         return self._orders[visit]
 
 

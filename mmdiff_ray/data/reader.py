@@ -11,7 +11,7 @@ import numpy as np
 from mmdiff_ray.config import ConfigError, DataConfig, OutageError
 from mmdiff_ray.data.manifest import Manifest, RowGroup, read_manifest
 from mmdiff_ray.data.parquet import Tables, read_row_group
-from mmdiff_ray.data.plan import Window
+from mmdiff_ray.data.plan import Place, Window
 from mmdiff_ray.modalities.base import Modality, RowContext
 from mmdiff_ray.storage.filesystem import absolute
 from mmdiff_ray.storage.retry import retry
@@ -98,7 +98,7 @@ class RowReader:
     @property
     def row_bytes(self) -> int:
         """Return the size of a row as it is returned, in bytes."""
-        return sum(values.nbytes for values in self._blank(1, 0).values())
+        return sum(values.nbytes for values in self._blank([0]).values())
 
     def read(self, window: Window, ended: threading.Event | None = None) -> Arrays:
         """Return the rows of a window in its order.
@@ -109,10 +109,13 @@ class RowReader:
         is set. Raises OutageError then.
         """
         places = window.places()
-        arrays, errors = self._blank(len(places), window.visit), np.full(len(places), "", dtype=object)
+        arrays, errors = (
+            self._blank([place.visit for place in places]),
+            np.full(len(places), "", dtype=object),
+        )
         for row_group, slots in _by_row_group(places).items():
             where = f"{self.uris[window.source]}/{row_group.path}, row group {row_group.group}"
-            found = {slot: self._cache.get((window.source, *places[slot])) for slot in slots}
+            found = {slot: self._cache.get((window.source, *places[slot][:2])) for slot in slots}
             unread = [slot for slot in slots if found[slot] is None]
             take = [places[slot][1] for slot in unread]
             rows_of = functools.partial(self._rows, window.source, row_group, take)
@@ -128,7 +131,7 @@ class RowReader:
                 if isinstance(made, str):
                     errors[slot] = made
                 else:
-                    self._cache.keep((window.source, *places[slot]), made)
+                    self._cache.keep((window.source, *places[slot][:2]), made)
                     found[slot] = made
             for slot, decoded in found.items():
                 if decoded is not None:
@@ -138,7 +141,7 @@ class RowReader:
         arrays["place"] = np.array(
             [
                 f"source {window.source}, {group.path}, row group {group.group}, row {row}" if error else ""
-                for (group, row), error in zip(places, errors, strict=True)
+                for (group, row, _), error in zip(places, errors, strict=True)
             ],
             np.str_,
         )
@@ -155,8 +158,9 @@ class RowReader:
             for values in zip(*columns.values(), strict=True)
         ]
 
-    def _blank(self, rows: int, visit: int) -> Arrays:
-        arrays = {"ids": np.zeros(rows, np.int64), "visits": np.full(rows, visit, np.int64)}
+    def _blank(self, visits: Sequence[int]) -> Arrays:
+        rows = len(visits)
+        arrays = {"ids": np.zeros(rows, np.int64), "visits": np.array(visits, np.int64)}
         for name, modality in self._modalities.items():
             arrays[DATA + name] = np.zeros((rows, *modality.data_shape), modality.data_type)
             arrays[PRESENT + name] = np.zeros(rows, bool)
@@ -199,11 +203,11 @@ def _manifest(uri: str) -> Manifest:
     return retry(lambda: read_manifest(uri), f"read {uri}")
 
 
-def _by_row_group(places: Sequence[tuple[RowGroup, int]]) -> dict[RowGroup, list[int]]:
+def _by_row_group(places: Sequence[Place]) -> dict[RowGroup, list[int]]:
     """Return row group -> the slots whose rows lie there."""
     groups: dict[RowGroup, list[int]] = defaultdict(list)
-    for slot, (row_group, _) in enumerate(places):
-        groups[row_group].append(slot)
+    for slot, place in enumerate(places):
+        groups[place.row_group].append(slot)
     return groups
 
 

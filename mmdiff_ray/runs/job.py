@@ -19,6 +19,7 @@ from mmdiff_ray.data.manifest import Manifest
 from mmdiff_ray.data.parquet import Tables
 from mmdiff_ray.data.plan import Plan
 from mmdiff_ray.data.reader import RowReader
+from mmdiff_ray.data.weights import Frequencies, row_frequencies
 from mmdiff_ray.models.denoiser import Denoiser, build_denoiser, build_modalities, build_process, is_generated
 from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs.find import find_model
@@ -73,7 +74,8 @@ class Job:
     tables: who reads row groups from storage, else every reader for itself.
     uri: of a run in storage; the folder is then of this machine alone. lineage: whose checkpoints and model
     count, of a run that may have taken another's; else the run's own do. stored_only: whether of one in
-    storage only checkpoints count that are there, since other machines go on with it, too.
+    storage only checkpoints count that are there, since other machines go on with it, too. frequencies: of
+    the rows of each data set, where they are weighed.
     """
 
     config: Config
@@ -87,6 +89,7 @@ class Job:
     uri: str = ""
     lineage: str = ""
     stored_only: bool = False
+    frequencies: list[Frequencies | None] | None = None
 
     @property
     def mirror(self) -> Mirror | None:
@@ -145,7 +148,8 @@ class Job:
             for manifest, source in zip(self.manifests, self.config.data.sources, strict=True)
         ]
         data, train = self.config.data, self.config.train
-        return Plan(sources, data.lanes, data.window, train.global_batch, self.config.seed)
+        sizes = data.lanes, data.window, train.global_batch
+        return Plan(sources, *sizes, self.config.seed, self.frequencies)
 
     @property
     def columns(self) -> Mapping[str, Mapping[str, Any]]:
@@ -175,10 +179,12 @@ def prepare(config: Config, folder: Path, tables: Tables | None = None, resumed:
     config, denoiser = fit(with_precision(config), manifests)
     if config.train.init and not resumed:
         config = _with_init(config, denoiser)
+    frequencies = row_frequencies(config.data, manifests)
     reader = make_reader(config, denoiser, tables)
     splits = [manifest.splits["train"] for manifest in manifests]
     calibrate(denoiser.modalities, split_batches(reader, splits, CALIBRATION_ROWS, 64))
-    return Job(config, manifests, folder, _fixed_scales(denoiser), tables=tables)
+    scales = _fixed_scales(denoiser)
+    return Job(config, manifests, folder, scales, tables=tables, frequencies=frequencies)
 
 
 def _with_init(config: Config, denoiser: Denoiser) -> Config:

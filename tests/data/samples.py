@@ -105,7 +105,7 @@ def split(rows: int, rows_per_group: int = 4, rows_per_shard: int = 16) -> Split
     return Split.of(shards)
 
 
-def plan(sizes: list[int], weights: list[float] | None = None, seed: int = 0, **options: int) -> Plan:
+def plan(sizes: list[int], weights: list[float] | None = None, seed: int = 0, **options: Any) -> Plan:
     """Return a plan over splits of these sizes."""
     with_defaults = {"lanes": 4, "window": 2, "global_batch": 8} | options
     sources = [
@@ -118,11 +118,11 @@ def numbers_of(window: Window) -> Arrays:
     """Return a window's rows as a reader would. A row's id: its number in its split, plus 10^6 per source."""
     numbers = [
         window.source * 10**6 + 16 * int(group.path[6:11]) + 4 * group.group + row
-        for group, row in window.places()
+        for group, row, _ in window.places()
     ]
     return {
         "ids": np.array(numbers, np.int64),
-        "visits": np.full(len(numbers), window.visit, np.int64),
+        "visits": np.array([place.visit for place in window.places()], np.int64),
         "real": np.ones(len(numbers), bool),
         "error": np.full(len(numbers), ""),
     }

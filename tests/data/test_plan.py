@@ -118,7 +118,7 @@ def test_the_mixture_is_never_more_than_two_rows_off_its_weights(weights: list[f
 def test_seeds_and_visits_read_the_row_groups_in_different_orders() -> None:
     def groups(seed: int, visit: int) -> list[set[RowGroup]]:
         windows = itertools.takewhile(lambda window: window.visit <= visit, plan([96], seed=seed).windows(0))
-        return [{group for group, _ in window.places()} for window in windows if window.visit == visit]
+        return [{place.row_group for place in window.places()} for window in windows if window.visit == visit]
 
     assert groups(0, 0) == groups(0, 0)
     assert groups(0, 0) != groups(0, 1)
@@ -128,7 +128,7 @@ def test_seeds_and_visits_read_the_row_groups_in_different_orders() -> None:
 def test_seeds_and_visits_shuffle_the_rows_of_a_row_group_differently() -> None:
     def rows(seed: int, visit: int) -> list[int]:
         only = plan([4], seed=seed, lanes=1).windows(0)
-        return [row for _, row in next(window for window in only if window.visit == visit).places()]
+        return [place.row for place in next(window for window in only if window.visit == visit).places()]
 
     assert rows(0, 0) == rows(0, 0) and sorted(rows(0, 0)) == [0, 1, 2, 3]
     assert len({tuple(rows(0, visit)) for visit in range(5)}) > 1
@@ -144,7 +144,7 @@ def test_a_window_holds_few_row_groups_of_one_visit() -> None:
     for lane in range(4):
         for window in itertools.islice(plan([101], window=3).windows(lane), 50):
             assert 1 <= len(window.pieces) <= 3
-            assert len({group for group, _ in window.places()}) == len(window.pieces)
+            assert len({place.row_group for place in window.places()}) == len(window.pieces)
             assert pickle.loads(pickle.dumps(window)) == window
 
 

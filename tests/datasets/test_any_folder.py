@@ -360,6 +360,10 @@ def test_columns_of_numbers_make_a_vector(tmp_path):
     assert (facts["kind"], facts["names"], facts["dim"], facts["present"]) == ("vector", ["y", "x"], 2, 2)
     assert rows["a.png"]["vector"].tolist() == [-2, 1.5] and rows["c.png"]["vector"].tolist() == [100, 0]
     assert rows["b.png"]["vector"] is None
+    built, rows = make(tmp_path / "in", tmp_path / "weighted", metadata=str(table), weight_column="x")
+    assert built.manifest.columns["weight"]["dim"] == 1
+    weights = [rows[f"{name}.png"]["weight"] for name in "abc"]
+    assert weights[0].tolist() == [1.5] and weights[1] is None and weights[2].tolist() == [0]
     table.write_text("file,x,y\na.png,1.5,old\n")
     with pytest.raises(ConfigError, match=r"vector_columns: .*list\.csv, row 1: .*'old'"):
         make(tmp_path / "in", tmp_path / "other", **options)

@@ -12,6 +12,7 @@ from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import OutageError
 from mmdiff_ray.data.bad_rows import BadRowsError
 from mmdiff_ray.data.batches import local_batches
+from mmdiff_ray.data.plan import COPY
 from mmdiff_ray.distributed import stream
 from mmdiff_ray.distributed.stream import stream_batches
 from tests import sprites as tiny
@@ -45,6 +46,14 @@ def test_stream_is_what_this_process_reads_at_any_world_and_from_any_batch(
     assert all(same(first, second) for first, second in pairs)
     assert len(pairs[0][0]) == -(-16 // world)
     assert int(pairs[-1][0].visits.max()) == 1
+
+
+@pytest.mark.parametrize("rank, world, start", [(0, 1, 0), (1, 2, 5)])
+def test_a_stream_of_balanced_classes_is_what_this_process_reads(ray_cluster, sprites, rank, world, start):
+    job = tiny.job(sprites, "data.balance=shape")
+    pairs = both(job, rank, world, start)
+    assert len(pairs) == STOP - start and all(same(first, second) for first, second in pairs)
+    assert any(int(first.visits.max()) >= COPY for first, _ in pairs)
 
 
 def test_readers_beside_their_worker_ask_for_nothing_and_read_the_same(ray_cluster, sprites):

@@ -65,7 +65,7 @@ def test_a_stream_that_is_closed_during_an_outage_ends_the_retries(tmp_path: Pat
     uri = str(tmp_path / "toy")
     plan = Plan([(write(uri, range(60), rows_per_shard=4).splits["train"], 1.0)], 4, 2, 8, 0)
     windows = [window for _, window in plan.rank_windows(0, 1, 0, 5)]
-    first, later = ({group.path for w in part for group, _ in w.places()} for part in (windows[:4], windows))
+    first, later = ({group.path for w in part for group, *_ in w.places()} for part in (windows[:4], windows))
     for path in later - first:  # a folder in a shard's place: the disk gives neither bytes nor a reason
         (tmp_path / "toy" / path).unlink()
         (tmp_path / "toy" / path).mkdir()
