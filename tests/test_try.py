@@ -11,6 +11,10 @@ import pytest
 from PIL import Image
 
 from mmdiff_ray.cli import main
+from mmdiff_ray.cli.try_run import page
+from mmdiff_ray.models.denoiser import build_denoiser
+from mmdiff_ray.sampling.generator import Generator
+from tests.modalities import tiny
 from tests.sprites import PLAIN
 from tests.test_ui import free_port
 
@@ -71,6 +75,20 @@ def test_the_page_shows_a_field_for_every_modality(address, client):
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
     page = subprocess.run([str(CHROMIUM), *options, address], capture_output=True, text=True, timeout=120)
     assert all(name in page.stdout for name in [*NAMES, "Generate"]), page.stdout[-2000:]
+
+
+def test_texts_are_typed_and_sounds_are_given_as_files_and_played():
+    pytest.importorskip("gradio", reason="pip install 'mmdiff-ray[try]'")
+    tasks = {"draw": {"roles": {"pixels": "generated", "caption": "given", "sound": "generated"}}}
+    config = tiny.config("evaluate.steps=2", plain={**tiny.EVERY, "tasks": tasks})
+    model = Generator(config, build_denoiser(config))
+    blocks = page(model, "every")
+    kinds = {(block["type"], block["props"].get("label")) for block in blocks.config["components"]}
+    assert {("textbox", "caption"), ("audio", "sound")} <= kinds
+    (click,) = blocks.fns.values()
+    given = [{"caption": "a bird"}.get(name) for name in model.denoiser.modalities]
+    picture, (rate, samples), notes = click.fn(*given, 1, 1, "a sample", 0)
+    assert picture.width > 100 and notes == "" and rate == 16_000 and len(samples) == 3_200
 
 
 def test_an_open_address_needs_a_password(capsys):

@@ -80,8 +80,10 @@ def page(model: Any, name: str) -> Any:
                     seed = gradio.Number(0, precision=0, label="seed")
                 button = gradio.Button("Generate", variant="primary")
                 shown = gradio.Image(label="given and generated", format="png", interactive=False)
+                players = [gradio.Audio(label=name, interactive=False) for name in _sounds(model)]
                 notes = gradio.Markdown()
-        button.click(_answer(gradio, model, names), [*inputs, num, guidance, readout, seed], [shown, notes])
+        fields = [*inputs, num, guidance, readout, seed]
+        button.click(_answer(gradio, model, names), fields, [shown, *players, notes])
     return blocks
 
 
@@ -94,6 +96,8 @@ def _field(gradio: Any, modality: Any, name: str) -> Any:
             label=label, type="filepath", image_mode=None, format="png", height=140,
             sources=["upload", "clipboard"],
         )  # fmt: skip
+    if kind == "audio":
+        return gradio.Audio(label=name, type="filepath", format="wav", sources=["upload", "microphone"])
     if kind == "label":
         return gradio.Dropdown(["", *(modality.options.names or [])], value="", label=name)
     if kind in FILES:
@@ -101,11 +105,20 @@ def _field(gradio: Any, modality: Any, name: str) -> Any:
     return gradio.Textbox(label=name, placeholder="as --given takes it")
 
 
+def _sounds(model: Any) -> list[str]:
+    """Return the instances of which the page plays the first sample."""
+    return [
+        name
+        for name in model.denoiser.modalities
+        if name in model.generated and hasattr(model.modality(name), "sound")
+    ]
+
+
 def _answer(gradio: Any, model: Any, names: list[str]) -> Callable[..., Any]:
     """Return what draws the samples for the values of all fields."""
     from mmdiff_ray.evaluation.gallery import parse_given, picture
 
-    def answer(*values: Any) -> tuple[Any, str]:
+    def answer(*values: Any) -> tuple[Any, ...]:
         *fields, num, guidance, readout, seed = values
         try:
             texts = [f"{name}={value}" for name, value in zip(names, fields, strict=True) if value]
@@ -117,6 +130,7 @@ def _answer(gradio: Any, model: Any, names: list[str]) -> Callable[..., Any]:
         except ConfigError as error:
             raise gradio.Error(str(error), print_exception=False) from None
         notes = "".join(f"- {note}\n" for note in model.untrained(list(given), float(guidance)))
-        return picture(model, samples, list(given), count), notes
+        played = [model.modality(name).sound(samples.data[name][0]) for name in _sounds(model)]
+        return picture(model, samples, list(given), count), *played, notes
 
     return answer

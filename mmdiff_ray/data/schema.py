@@ -190,6 +190,18 @@ class LatentColumn(Column):
         return entry | {part: [round(float(one), 6) for one in values] for part, values in parts.items()}
 
 
+class AudioColumn(Column):
+    """Sounds, as the bytes of .wav or .flac files."""
+
+    kind = "audio"
+
+    def accept(self, value: Any) -> tuple[bytes, Tally]:
+        data = bytes(value) if isinstance(value, bytes | bytearray | memoryview) else b""
+        if not (data.startswith(b"RIFF") and data[8:12] == b"WAVE") and not data.startswith(b"fLaC"):
+            raise ConfigError(f"want the bytes of a .wav or .flac file, got {type(value).__name__}")
+        return data, _present()
+
+
 class LabelColumn(Column):
     """Categories, given by name or by index."""
 
@@ -297,7 +309,7 @@ class TextColumn(Column):
 KINDS: dict[str, type[Column]] = {
     column.kind: column
     for column in (
-        *(ImageColumn, MaskColumn, MapColumn, LatentColumn, LabelColumn, LabelsColumn),
+        *(ImageColumn, MaskColumn, MapColumn, AudioColumn, LatentColumn, LabelColumn, LabelsColumn),
         *(EmbeddingColumn, VectorColumn, TextColumn),
     )
 }

@@ -19,6 +19,7 @@ from mmdiff_ray.data.manifest import Manifest, RowGroup, read_manifest
 from mmdiff_ray.data.parquet import read_row_group
 from mmdiff_ray.evaluation import tiles
 from mmdiff_ray.evaluation.grids import Panel, grid
+from mmdiff_ray.modalities.audio import MelSpectrum, read_sound
 from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.modalities.map import paint
 from mmdiff_ray.modalities.vector import as_text
@@ -229,6 +230,10 @@ def _cell(facts: Facts, value: Any, centre: Any) -> np.ndarray:
             return paint_mask(np.asarray(Image.open(io.BytesIO(value))), facts)
         case "map":
             return paint(np.load(io.BytesIO(value))[None], facts["range"], facts.get("content", "values"))[0]
+        case "audio":
+            samples, rate = read_sound(value)
+            levels = MelSpectrum((64, 96), rate, max(1e-2, len(samples) / rate)).levels(samples)
+            return paint(levels[None, None], (-80, 0), "values")[0]
         case "latent":
             return paint_latent(np.load(io.BytesIO(value))[0], facts)
         case "label":

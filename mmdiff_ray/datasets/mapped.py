@@ -17,7 +17,7 @@ from mmdiff_ray.datasets.pictured import Pictured, PictureOptions
 from mmdiff_ray.datasets.pictures import UNREADABLE, Picture, open_picture
 from mmdiff_ray.modalities.image import to_png
 
-KINDS = ("image", "mask", "map", "label", "labels", "text", "vector", "embedding")
+KINDS = ("image", "mask", "map", "label", "labels", "text", "vector", "embedding", "audio")
 BY_NAME = {"pixels": "image", "mask": "mask", "label": "label", "text": "text"}
 """Our column -> its kind, where a map does not say it."""
 
@@ -28,10 +28,10 @@ class MappedOptions(PictureOptions):
 
     source: files: a path or URI, with * and ? for several, or a folder. map: COLUMN=FIELD or
     COLUMN=FIELD:KIND, several separated by spaces or commas, kinds image, mask, map, label, labels, text,
-    vector, embedding; the columns pixels, mask, label and text have theirs by name; without a map it is
-    guessed. classes: the names of the labels, separated by commas, or their number; without it all files are
-    looked through. mask_classes: the same of the mask, which needs it. map_range: LOW:HIGH, the known values
-    of real-valued maps, which need it; for all maps or COLUMN=VALUE.
+    vector, embedding, audio; the columns pixels, mask, label and text have theirs by name; without a map
+    it is guessed. classes: the names of the labels, separated by commas, or their number; without it all
+    files are looked through. mask_classes: the same of the mask, which needs it. map_range: LOW:HIGH, the
+    known values of real-valued maps, which need it; for all maps or COLUMN=VALUE.
     """
 
     map: str = ""
@@ -128,8 +128,8 @@ class Mapped(Pictured, Streamed):
 
     def columns_of(self, fields: Mapping[str, Field]) -> dict[str, dict[str, Any]]:
         """Return the manifest's entries of the fields."""
-        image = {"kind": "image", "channels": 3}
-        return {column: dict(field.facts) or image for column, field in fields.items()}
+        plain: dict[str, Any] = {"image": {"kind": "image", "channels": 3}, "audio": {"kind": "audio"}}
+        return {column: dict(field.facts) or plain[field.kind] for column, field in fields.items()}
 
     def converted(
         self, fields: Mapping[str, Field], values: Mapping[str, Any], name: str = ""
@@ -167,6 +167,8 @@ class Mapped(Pictured, Streamed):
                 return [_label(one, field.facts["names"]) for one in self._members("labels", value)]
             case "embedding" | "vector":
                 return np.asarray(value, dtype=np.float32).ravel()
+            case "audio":
+                return _encoded(value)
             case "map":
                 assert field.format is not None, "a map without its format"
                 source = value.get("bytes") if isinstance(value, dict) else value
@@ -183,10 +185,10 @@ class Mapped(Pictured, Streamed):
 
 
 def _encoded(value: Any) -> bytes:
-    """Return the bytes of a picture's file. Raises ValueError where there are none."""
+    """Return the bytes of a picture's or a sound's file. Raises ValueError where there are none."""
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
-        raise ValueError("it holds no bytes of a picture")
+        raise ValueError("it holds no bytes of a file")
     return data
 
 

@@ -128,8 +128,8 @@ def _kind(field: str, value: Any) -> str:
         return "texts"
     if ending in PICTURES:
         return "mask" if "." in field else "image"
-    texts = dict.fromkeys(("txt", "text", "caption"), "text")
-    return {"cls": "label", "npy": "embedding", **texts}.get(ending, "")
+    more = {**dict.fromkeys(("txt", "text", "caption"), "text"), "wav": "audio", "flac": "audio"}
+    return {"cls": "label", "npy": "embedding", **more}.get(ending, "")
 
 
 def _guessed(known: dict[str, str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -55,12 +55,12 @@ class MapModality(Modality):
     (B, C, H, W), standardised per channel. Likelihood: Gaussian or Laplace.
     """
 
-    Options = MapOptions
+    Options: ClassVar[type] = MapOptions
     usual_scale = Modality.scale_of_regions
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, name: str, options: MapOptions, size: tuple[int, int]) -> None:
+    def __init__(self, name: str, options: Any, size: tuple[int, int]) -> None:
         super().__init__(name, options, size)
         key, content = f"modalities.{name}", options.content or "values"
         if not options.dim or options.dim < 1:
@@ -81,7 +81,7 @@ class MapModality(Modality):
         self.register_buffer("scale", torch.ones(options.dim, 1, 1))
 
     @classmethod
-    def resolve(cls, name: str, options: MapOptions, columns: Mapping[str, Mapping[str, Any]]) -> MapOptions:
+    def resolve(cls, name: str, options: Any, columns: Mapping[str, Mapping[str, Any]]) -> Any:
         column = options.column or name
         entry = need_column(name, column, columns, ("map",))
         if options.dim not in (None, entry["channels"]):

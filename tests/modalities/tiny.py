@@ -1,6 +1,7 @@
 """A tiny backbone, one small instance of every modality type, and rows of data for them."""
 
 import io
+import wave
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "place": {"kind": "vector", "dim": 2, "names": ["x", "y"]},
     "normals": {"kind": "map", "channels": 3, "range": [-1, 1], "content": "normals"},
     "caption": {"kind": "text"},
+    "sound": {"kind": "audio"},
 }
 PLAIN: dict[str, Any] = {
     "space": {"height": SIZE[0], "width": SIZE[1]},
@@ -57,6 +59,7 @@ MORE = {
     "place": {"type": "vector", "dim": 2, "names": ["x", "y"]},
     "normals": {"type": "map", "dim": 3, "range": [-1, 1], "content": "normals", "likelihood": "laplace"},
     "caption": {"type": "text", "length": 12, "context_channels": 8},
+    "sound": {"type": "audio", "seconds": 0.2},
 }
 EVERY: dict[str, Any] = {**PLAIN, "modalities": {**PLAIN["modalities"], **MORE}}
 """The tiny configuration with an instance of every type that has a column."""
@@ -110,6 +113,20 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def wav(samples: np.ndarray, rate: int = 8000) -> bytes:
+    """Return samples from -1 to 1 as the bytes of a .wav file of 16 bits."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setparams((1, 2, rate, len(samples), "NONE", ""))
+        file.writeframes((samples * 32767).astype("<i2").tobytes())
+    return buffer.getvalue()
+
+
+def tone(hertz: float, seconds: float = 0.2, rate: int = 8000, loud: float = 0.5) -> np.ndarray:
+    """Return a sine."""
+    return loud * np.sin(2 * np.pi * hertz * np.arange(round(rate * seconds)) / rate)
+
+
 def raw_row(index: int, size: tuple[int, int] = SIZE) -> dict[str, Any]:
     """Return one row as a data set holds it: a soft disc on transparency, its masks and maps, a label."""
     rng = np.random.default_rng(index)
@@ -136,6 +153,7 @@ def raw_row(index: int, size: tuple[int, int] = SIZE) -> dict[str, Any]:
         "place": rng.normal(size=2) * [1, 0.3],
         "normals": npy(normals / np.linalg.norm(normals, axis=0)),
         "caption": [f"a {word}" for word in rng.permutation(["é", "bird", "longer bird"])[: 1 + index % 2]],
+        "sound": wav(tone(rng.uniform(200, 3000), rng.uniform(0.1, 0.3)) * rng.uniform(0.2, 1)),
     }
 
 
