@@ -15,6 +15,7 @@ from PIL import Image
 
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
+from mmdiff_ray.modalities.image import open_image
 
 INPUTS = ("image", "text")
 
@@ -98,7 +99,7 @@ def write_embedding(spec: str, value: str, out: Path) -> int:
     picture = Path(value).is_file()
     embedder = make_embedder(spec, "image" if picture else "text")
     try:
-        vector = embedder([Image.open(value) if picture else value])[0]
+        vector = embedder([open_image(value, "VALUE") if picture else value])[0]
         out.parent.mkdir(parents=True, exist_ok=True)
         np.save(out, vector)
     except OSError as error:

@@ -1,7 +1,6 @@
 """Picture files: opened upright, in 8 bits, cut to the size of the data set."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -11,6 +10,7 @@ from PIL import Image, ImageOps
 
 from mmdiff_ray.config import ConfigError, decoding
 from mmdiff_ray.datasets.embedders import has_alpha
+from mmdiff_ray.modalities.image import in_8_bits, in_memory, register_heif, upright
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"),
@@ -18,17 +18,6 @@ SUFFIXES = (
 )
 UNREADABLE = (OSError, ValueError)
 """What is raised, by `decoding`, for files that are truncated, corrupt, absurdly large or no pictures."""
-ORIENTATION = 0x0112
-"""The EXIF tag of how a camera was held."""
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 FITS = ("crop", "pad", "stretch")
 DEPTHS = ("refuse", "scale")
 
@@ -94,40 +83,22 @@ def open_picture(file: Path | BinaryIO, depth: str = "refuse") -> Picture:
     depth: scale brings 16-bit values to 0 to 255, and floats from [0, 1]; refuse raises ValueError for them.
     """
     if isinstance(file, Path):
-        _register_heif(file)
-    with decoding(), Image.open(file) as image:
-        if image.mode[0] in "IF":
-            if depth == "refuse":
-                named = file if isinstance(file, Path) else "it"
-                raise ValueError(
-                    f"{named} has more than 8 bits a channel (mode {image.mode}); scale it with depth=scale"
-                )
-            values = np.asarray(image).astype(np.float64)
-            values = values * 255 if image.mode[0] == "F" else values / 257
-            upright = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
-            turn = None
-        else:
-            turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-            upright = image.convert("RGBA" if has_alpha(image) else "RGB")
-        upright = upright if turn is None else upright.transpose(turn)
-        return Picture(upright.convert("RGBA" if has_alpha(upright) else "RGB"), image.size, turn)
+        register_heif(file)
+    with decoding(), Image.open(in_memory(file) if isinstance(file, Path) else file) as image:
+        if image.mode[0] in "IF" and depth == "refuse":
+            named = file if isinstance(file, Path) else "it"
+            raise ValueError(
+                f"{named} has more than 8 bits a channel (mode {image.mode}); scale it with depth=scale"
+            )
+        turned, turn = upright(in_8_bits(image))
+        return Picture(turned.convert("RGBA" if has_alpha(turned) else "RGB"), image.size, turn)
 
 
 def is_transparent(file: Path) -> bool:
     """Return whether a picture has a pixel that is not opaque; False for an unreadable one."""
     try:
-        _register_heif(file)
+        register_heif(file)
         with decoding(), Image.open(file) as image:
             return has_alpha(image) and int(np.asarray(image.convert("RGBA"))[..., 3].min()) < 255
     except UNREADABLE:
         return False
-
-
-def _register_heif(file: Path) -> None:
-    if file.suffix.lower() in (".heic", ".heif"):
-        try:
-            from pillow_heif import register_heif_opener
-        except ImportError:
-            raise ValueError(f"{file}: reading HEIC needs a package: pip install pillow-heif") from None
-        register: Callable[[], None] = register_heif_opener
-        register()

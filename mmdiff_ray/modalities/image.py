@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,18 @@ from mmdiff_ray.config import ConfigError, ModalityConfig, decoding
 from mmdiff_ray.modalities.backgrounds import draw_background
 from mmdiff_ray.modalities.base import DenseHead, Mean, Modality, RowContext, need_column
 from mmdiff_ray.registry import register
+
+ORIENTATION = 0x0112
+"""The EXIF tag of how a camera was held."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -190,14 +202,19 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.crop((left, top, left + cut[0], top + cut[1]))
 
 
-def open_image(path: str, name: str) -> Image.Image:
-    """Return the picture in a file. Raises ConfigError if there is none."""
+def open_image(path: str, name: str, scale: bool = True) -> Image.Image:
+    """Return the picture in a file, upright. Raises ConfigError if there is none.
+
+    scale: whether one of more than 8 bits is brought to 8, else a mode of I or F is refused.
+    """
     try:
+        register_heif(path)
         with decoding():
-            image = Image.open(path)
+            image: Image.Image = Image.open(in_memory(Path(path)))
             image.load()
-            if image.mode in ("I", "F"):
+            if image.mode in ("I", "F") and not scale:
                 raise ValueError(f"it has more than 16 bits a channel (mode {image.mode})")
+            image, _ = upright(in_8_bits(image) if scale else image)
     except FileNotFoundError:
         raise ConfigError(f"{name}: no file {path!r}; a picture is given as a file") from None
     except IsADirectoryError:
@@ -205,6 +222,40 @@ def open_image(path: str, name: str) -> Image.Image:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name}: cannot read a picture from {path!r}: {error}") from None
     return image
+
+
+def in_memory(file: Path) -> io.BytesIO:
+    """Return a file's content. Pillow 12 misreads uncompressed TIFF files that it maps and turns upright."""
+    return io.BytesIO(file.read_bytes())
+
+
+def upright(image: Image.Image) -> tuple[Image.Image, Image.Transpose | None]:
+    """Return an image as its EXIF orientation says that people see it, and what made it so."""
+    image.load()  # Pillow turns TIFF files by itself then
+    turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    return (image if turn is None else image.transpose(turn)), turn
+
+
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """Return an image of 16 bits, or of floats in [0, 1], in 8 bits; one of 8 bits as it is."""
+    if image.mode[0] not in "IF":
+        return image
+    values = np.asarray(image).astype(np.float64)
+    values = values * 255 if image.mode[0] == "F" else values / 257
+    scaled = Image.fromarray(np.clip(np.nan_to_num(values).round(), 0, 255).astype(np.uint8))
+    scaled.getexif()[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+    return scaled
+
+
+def register_heif(file: str | Path) -> None:
+    """Make Pillow read a .heic or .heif file. Raises ValueError where the package is missing."""
+    if Path(file).suffix.lower() in (".heic", ".heif"):
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            raise ValueError(f"{file}: reading HEIC needs a package: pip install pillow-heif") from None
+        register: Callable[[], None] = register_heif_opener
+        register()
 
 
 def to_float(data: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ class MaskModality(Modality):
 
     def parse(self, text: str) -> np.ndarray:
         """Return the mask in a picture of class indices; of two classes, in any picture: white is class 1."""
-        picture = fitted(open_image(text, self.name), self.size)
+        picture = fitted(open_image(text, self.name, scale=False), self.size)
         if self.prediction_channels == 2 and picture.mode not in ("1", "L", "P"):
             picture = picture.convert("L")
         array = np.asarray(picture)

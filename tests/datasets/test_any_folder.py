@@ -1,5 +1,6 @@
 """Folders as people have them: other tables, splits, masks and pictures than the textbook's."""
 
+import importlib.util
 import json
 import os
 import zlib
@@ -13,6 +14,7 @@ from PIL import Image, PngImagePlugin
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.datasets.base import bad_limit
 from mmdiff_ray.datasets.embedders import make_embedder
+from mmdiff_ray.modalities.image import ImageModality, ImageOptions
 from tests.datasets.reading import decode, keys_of
 from tests.datasets.test_folder import BLUE, GREEN, RED, make, save
 
@@ -235,6 +237,39 @@ def test_deep_pictures_are_scaled_where_asked_for(tmp_path, mode):
     assert abs(decode(rows["deep.tif"]["pixels"])[..., 0] - 255 * ramp).max() <= 1
 
 
+@pytest.mark.parametrize(
+    "name", ["turned.jpg", "turned.png", "turned.tif", "deep.png", "float.tif", "deep.tif"]
+)
+def test_a_given_picture_is_read_as_the_build_reads_it(tmp_path, name):
+    ramp, exif = np.linspace(0, 1, 24 * 16).reshape(24, 16), Image.Exif()
+    exif[0x0112] = 6
+    kind = {"deep": (ramp * 65535).astype(np.uint16), "float": ramp.astype(np.float32)}
+    values = kind.get(name[:-4], (ramp * 255).astype(np.uint8))
+    (tmp_path / "in").mkdir()
+    Image.fromarray(values).save(tmp_path / "in" / name, exif=exif)
+    _, rows = make(tmp_path / "in", tmp_path / "set", depth="scale", size="16x24")
+    given = ImageModality("pixels", ImageOptions(type="image"), (16, 24)).parse(str(tmp_path / "in" / name))
+    built = decode(rows[name]["pixels"]).transpose(2, 0, 1)
+    assert np.array_equal(given, built)
+    assert given[0].std() > 60 and abs(given[0] - 255 * np.rot90(ramp, -1)).max() < 8
+
+
+def test_jfif_is_a_picture_and_heic_too_with_its_package(tmp_path):
+    save(tmp_path / "in" / "a.png")
+    save(tmp_path / "in" / "b.jfif", format="JPEG")
+    (tmp_path / "in" / "c.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    built, rows = make(tmp_path / "in", tmp_path / "set")
+    assert set(rows) == {"a.png", "b.jfif"} and set(built.bad) == {"c.HEIC"}
+    if importlib.util.find_spec("pillow_heif") is None:
+        assert "pip install pillow-heif" in built.bad["c.HEIC"]
+    else:
+        import pillow_heif
+
+        pillow_heif.from_pillow(Image.new("RGB", (20, 20), BLUE)).save(tmp_path / "in" / "c.HEIC")
+        _, rows = make(tmp_path / "in", tmp_path / "whole")
+        assert abs(decode(rows["c.HEIC"]["pixels"]).astype(int) - BLUE).max() < 8
+
+
 # --- masks --------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +329,7 @@ def test_a_palette_names_the_colours_and_others_are_void(tmp_path):
     mask = np.zeros((16, 16, 3), np.uint8)
     mask[:8] = RED
     mask[12:] = BLUE
-    beside(tmp_path, mask, "a_mask.png")
+    beside(tmp_path, mask, "a_mask.tif")
     (tmp_path / "palette.txt").write_text("#0000ff sea\n#ff0000 fire\n")
     palette = str(tmp_path / "palette.txt")
     built, rows = make(tmp_path / "in", tmp_path / "set", masks=str(tmp_path / "masks"), palette=palette)
