@@ -1,6 +1,7 @@
 """README and docs tell the truth: figures are those of committed results, links and commands exist."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import subprocess
@@ -276,6 +277,14 @@ def test_readme_quotes_the_experiments_from_their_tables(name, measure, figure, 
     assert " | ".join(f"{means[method]:{shape}}" for method in methods) in EXPERIMENTS
     seeds = {cell["seed"] for cell in values["cells"] if cell["method"] == methods[0]}
     assert f"(../results/{name}.md), {len(seeds)} seed" in EXPERIMENTS
+
+
+def test_the_scorecard_is_that_of_the_results():
+    spec = importlib.util.spec_from_file_location("scorecard", ROOT / "docs/tools/scorecard.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    readme = (ROOT / "README.md").read_text(encoding="utf8")
+    assert module.updated(readme) == readme and "🟥" in readme and "🟩" in readme
 
 
 TRIED = {

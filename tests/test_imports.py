@@ -36,7 +36,7 @@ DOORS = {
     "optuna": ("distributed/", "sweeps/"),
     "matplotlib": ("plotting.py", "evaluation/tiles.py"),
     "plotly": (),
-    "diffusers": ("codecs/",),
+    "diffusers": ("codecs/", "sampling/diffusers_pipeline.py"),
 }
 OUTSIDE = ("pipelines", "tests", "benchmarks")
 
