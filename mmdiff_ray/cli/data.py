@@ -1,8 +1,10 @@
-"""`mmdiff data`: build data sets, look at them, embed one value."""
+"""`mmdiff data`: build data sets, look at them, embed one value, train an autoencoder."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmdiff_ray.cli.common import Commands, check_workers, command
 from mmdiff_ray.config import ConfigError
@@ -19,7 +21,7 @@ class _DatasetHelp(argparse._HelpAction):
 
 
 def add(commands: Commands) -> None:
-    """Add `data build`, `data inspect` and `data embed`."""
+    """Add `data build`, `data inspect`, `data embed` and `data fit-codec`."""
     actions = commands.add_parser("data", help="build data sets and look at them").add_subparsers(
         required=True, metavar="ACTION"
     )
@@ -71,6 +73,28 @@ def add(commands: Commands) -> None:
     embed.add_argument("embedder", help="minilm, efficientnet-lite0 or open_clip:MODEL[:weights]")
     embed.add_argument("value", help="a text, or the file of a picture")
     embed.add_argument("--out", type=Path, required=True, help="the .npy file to write")
+    fit = command(
+        actions,
+        "fit-codec",
+        "train a small autoencoder on a data set's images, for `data build ... latent=FOLDER`",
+        "mmdiff data fit-codec --source data/photos --out data/codec",
+        _fit_codec,
+        _check_fit_codec,
+    )
+    fit.add_argument("--source", required=True, help="the folder or URI of the data set")
+    fit.add_argument("--out", type=Path, required=True, help="a new folder, in the layout of diffusers")
+    fit.add_argument("--column", default="pixels", help="of the images")
+    fit.add_argument("--channels", type=int, default=4, help="of the latents")
+    fit.add_argument("--factor", type=int, default=8, help="pixels a side per cell of the latents")
+    fit.add_argument("--width", type=int, default=32, help="channels inside")
+    fit.add_argument("--samples", type=int, default=200_000, help="images seen")
+    fit.add_argument("--batch", type=int, default=32)
+    fit.add_argument("--learning-rate", type=float, default=1e-3)
+    fit.add_argument(
+        "--kl", type=float, default=0.0, help="weight of the KL term; above 0 makes an AutoencoderKL"
+    )
+    fit.add_argument("--lpips", type=float, default=1.0, help="weight of LPIPS beside L1; 0: none")
+    fit.add_argument("--seed", type=int, default=0)
 
 
 def _check_build(given: argparse.Namespace) -> None:
@@ -127,4 +151,23 @@ def _embed(given: argparse.Namespace) -> int:
 
     dim = write_embedding(given.embedder, given.value, given.out)
     print(f"{given.out}: {dim} numbers")
+    return 0
+
+
+def _fit_of(given: argparse.Namespace) -> Any:
+    from mmdiff_ray.datasets.fit_codec import Fit
+
+    return Fit(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Fit)})
+
+
+def _check_fit_codec(given: argparse.Namespace) -> None:
+    _fit_of(given).check()
+
+
+def _fit_codec(given: argparse.Namespace) -> int:
+    from mmdiff_ray.datasets.fit_codec import fit_codec
+
+    figures = fit_codec(_fit_of(given), given.out)
+    shown = ", ".join(f"{name} {figures[name]:.3f}" for name in ("psnr", "l1", "lpips") if name in figures)
+    print(f"{given.out}: {figures['rows']:.0f} held-out images come back with {shown}")
     return 0

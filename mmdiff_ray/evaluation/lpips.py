@@ -53,6 +53,11 @@ class Lpips:
             parts = [self._network(self._prepare(x), self._prepare(y)).flatten() for x, y in pairs]
         return torch.cat(parts)
 
+    def loss(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the mean distance of pairs (B, 3, H, W), with gradients. a, b: float, about [-1, 1]."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self._network(_enlarged(a.float()), _enlarged(b.float())).mean()
+
     @torch.no_grad()
     def within(self, a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
         """Return the mean of each pair's map of distances over a mask, (B,); NaN for an empty mask.
@@ -103,11 +108,16 @@ class Lpips:
         elif images.numel() and not images.abs().max() <= 1.001:  # NaN fails too
             largest = images.abs().max().item()
             raise ValueError(f"float images must lie in [-1, 1]; got an absolute value of {largest:.4g}")
-        shorter = min(images.shape[-2:])
-        if shorter >= SMALLEST:
-            return images.float()
-        size = [round(side * SMALLEST / shorter) for side in images.shape[-2:]]
-        return interpolate(images.float(), size=size, mode="bilinear", align_corners=False)
+        return _enlarged(images.float())
+
+
+def _enlarged(images: Tensor) -> Tensor:
+    """Return images with a shorter side of at least SMALLEST pixels."""
+    shorter = min(images.shape[-2:])
+    if shorter >= SMALLEST:
+        return images
+    size = [round(side * SMALLEST / shorter) for side in images.shape[-2:]]
+    return interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:
