@@ -138,9 +138,9 @@ def measure_model(model: Generator, sample_fn: SampleFn, tables: Tables | None =
     wanted = config.evaluate
     batches = split_batches(reader, splits, wanted.rows, min(64, wanted.rows), wanted.visits)
 
-    def training() -> Batch:
+    def training(rows: int) -> Batch:
         train = [manifest.splits["train"] for manifest in manifests]
-        return joined(split_batches(reader, train, sum(split.rows for split in train), 64))
+        return joined(split_batches(reader, train, rows, min(64, rows)))
 
     return evaluate(model, batches, manifests[0].columns, sample_fn, training)
 

@@ -26,8 +26,8 @@ from mmdiff_ray.modalities.labels import LabelsModality
 from mmdiff_ray.modalities.mask import MaskModality
 from mmdiff_ray.registry import register
 
-NEIGHBOURS = 5
-"""Training rows whose labels vote."""
+NEIGHBOURS, KNOWN = 5, 10_000
+"""Training rows whose labels vote, and among how many they are sought."""
 
 
 @register("evaluator", "segmentation")
@@ -87,7 +87,7 @@ def _of_neighbours(context: Context, name: str, by: str, rows: np.ndarray) -> np
     embedding."""
     if context.training is None or not context.rows_with(by)[rows].all():
         return None
-    known = context.training()
+    known = context.training(KNOWN)
     has = (known.real & known.present[by] & known.present[name]).numpy()
     if has.sum() < NEIGHBOURS:
         return None

@@ -70,7 +70,8 @@ class Context:
     """A model and the held-out rows it is evaluated on.
 
     batch: all rows, on the model's device. columns: the data set's manifest entries. sample_fn: how samples
-    are drawn; by default in this process. training: reads all training rows, on the CPU.
+    are drawn; by default in this process. training: returns the first so many training
+    rows, on the CPU.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Context:
         batch: Batch,
         columns: Mapping[str, Mapping] | None = None,
         sample_fn: SampleFn | None = None,
-        training: Callable[[], Batch] | None = None,
+        training: Callable[[int], Batch] | None = None,
     ) -> None:
         self.training = training
         self.model = model

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmdiff_ray.evaluation.context import Context, Figure, Findings
 from mmdiff_ray.evaluation.lpips import Lpips, check_weights
+from mmdiff_ray.evaluation.statistics import mean_of
 from mmdiff_ray.registry import register
 
 FEATURES = "lpips_alex"
@@ -35,7 +36,9 @@ def evaluate_fidelity(context: Context) -> Findings:
     pixels shuffled, which keeps each image's colours and nothing else. `.../real_METRIC_lpips_alex` is a
     ceiling: one half of the real images against the other. A Frechet distance grows as images get fewer, so
     `.../half_frechet_lpips_alex` compares as many samples with that other half: only this compares with the
-    ceiling. All distances are to held-out images, so memorised training images pass as new ones.
+    ceiling. All these are to held-out images, so memorised training images pass as new ones:
+    `ANCHOR/nearest_is_training_lpips_alex` is the share of samples that are nearer to a training image than
+    to any held-out one, of equally many; 0.5 without memorisation.
     """
     findings, anchor, condition = Findings(), context.anchor, context.config.evaluate.condition
     rows, modality = context.rows_with(anchor, *condition), context.denoiser.modalities[anchor]
@@ -66,7 +69,28 @@ def evaluate_fidelity(context: Context) -> Findings:
         for metric, value in compare(real[half:], real[:half]).items():
             add(f"real_{metric}", value, half, {})
         add("half_frechet", frechet_distance(real[half:], sampled[:half]), half, {})
+    if context.training is not None:
+        known = context.training(len(real))
+        pixels = modality.pixels(known.data[anchor][known.real & known.present[anchor]])
+        if pixels is not None and len(pixels):
+            trained = lpips.features(pixels).double().cpu().numpy()
+            nearer = mean_of(nearer_to_first(sampled, trained, real[: len(trained)]))
+            tallies = {"model": nearer, "chance": mean_of(np.full(len(sampled), 0.5))}
+            ids = context.ids(rows) if condition else context.ids()
+            findings.add(f"{anchor}/nearest_is_training_{FEATURES}", "lower", tallies, ids)
     return findings
+
+
+def nearer_to_first(samples: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return whether each sample is nearer to a row of the first set than to any of the second, (n,).
+
+    samples: (n, D); first, second: (m, D). Ties count as a half.
+    """
+    near, far = (
+        np.array([np.square(rows - sample).sum(axis=1).min() for sample in samples])
+        for rows in (first, second)
+    )
+    return np.where(near == far, 0.5, near < far).astype(float)
 
 
 evaluate_fidelity.check = check_weights  # type: ignore[attr-defined]

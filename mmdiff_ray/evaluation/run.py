@@ -45,7 +45,7 @@ def evaluate(
     batches: Iterable[Batch],
     columns: Mapping[str, Mapping] | None = None,
     sample_fn: SampleFn | None = None,
-    training: Callable[[], Batch] | None = None,
+    training: Callable[[int], Batch] | None = None,
 ) -> Findings:
     """Return the findings of all configured evaluators on the rows of the batches.
 

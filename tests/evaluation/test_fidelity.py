@@ -7,6 +7,7 @@ from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 
 from mmdiff_ray.config import ConfigError
+from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.evaluation.context import Context
 from mmdiff_ray.evaluation.fidelity import (
     BETTER,
@@ -14,6 +15,7 @@ from mmdiff_ray.evaluation.fidelity import (
     evaluate_fidelity,
     frechet_distance,
     kernel_distance,
+    nearer_to_first,
     shuffled_pixels,
 )
 from mmdiff_ray.evaluation.lpips import Lpips
@@ -168,3 +170,23 @@ def test_missing_weights_are_found_before_anything_starts(
     monkeypatch.setenv("MMDIFF_WEIGHTS", str(tmp_path))
     with pytest.raises(ConfigError, match=r"python -m mmdiff_ray\.evaluation\.weights"):
         check_evaluators(tiny.config(sprites, "evaluate.evaluators=[fidelity]"))
+
+
+def test_copies_of_training_images_are_found_and_new_images_are_as_near_to_either_set():
+    random = np.random.default_rng(0)
+    first, second, new = (random.normal(size=(400, 8)) for _ in range(3))
+    assert nearer_to_first(first + 1e-3, first, second).mean() == 1
+    assert nearer_to_first(new, first, second).mean() == pytest.approx(0.5, abs=0.08)
+    assert nearer_to_first(new, first, first).tolist() == [0.5] * 400
+
+
+def test_copies_of_training_images_are_told_from_new_ones(sprites: str) -> None:
+    context = context_of(sprites, 18)
+    job = tiny.job(sprites)
+    reader, splits = job.reader(job.denoiser()), [manifest.splits["train"] for manifest in job.manifests]
+    context.training = lambda rows: joined(split_batches(reader, splits, rows, 16))
+    truth = context.truth("pixels").clone()
+    for drawn, share in ((context.training(len(truth)).data["pixels"][: len(truth)], 1.0), (truth, 0.0)):
+        context.sampled().data["pixels"] = drawn
+        figures = {figure.key: figure.value for figure in evaluate_fidelity(context).figures}
+        assert figures["pixels/nearest_is_training_lpips_alex"] == share
