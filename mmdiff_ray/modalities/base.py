@@ -283,6 +283,23 @@ class DenseHead(nn.Module):
         return shaped + self.bypass(features.map)
 
 
+class DenseModality(Modality):
+    """A modality of C real numbers per cell, whose prediction is the code's mean: data (B, C, H, W)."""
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        return (self.code_channels, *self.size)
+
+    def make_head(self, feature_channels: int, pooled_channels: int) -> nn.Module:
+        return DenseHead(feature_channels, self.prediction_channels)
+
+    def expected_code(self, prediction: Tensor) -> Tensor:
+        return prediction
+
+    def answer(self, prediction: Tensor) -> Tensor:
+        return self.from_code(prediction)
+
+
 class PooledHead(nn.Module):
     """A two-layer perceptron on pooled features: one prediction per sample."""
 

@@ -203,6 +203,6 @@ def _note_of_text(column: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
         return ""
     text = column if column in texts else texts[0]
     return (
-        f". A text such as {text!r} is modelled by its embedding, a column that is made when the data set is "
-        "built: `mmdiff data build folder` makes the column 'caption' with embed_captions=on"
+        f". Model the text {text!r} with type: text, or by its embedding, a column that the build makes: "
+        "`mmdiff data build folder` makes the column 'caption' with embed_captions=on"
     )

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdiff_ray.config import ConfigError, ModalityConfig, decoding
 from mmdiff_ray.modalities.backgrounds import draw_background
-from mmdiff_ray.modalities.base import DenseHead, Mean, Modality, RowContext, need_column
+from mmdiff_ray.modalities.base import DenseModality, Mean, RowContext, need_column
 from mmdiff_ray.registry import register
 
 ORIENTATION = 0x0112
@@ -44,7 +44,7 @@ class ImageOptions(ModalityConfig):
 
 
 @register("modality", "image")
-class ImageModality(Modality):
+class ImageModality(DenseModality):
     """RGB images. data: uint8 (B, 3, H, W); code and prediction: (B, 3, H, W), standardised per channel.
 
     Likelihood: a Gaussian discretised to the 256 grey levels (Ho et al., 2020, equation 13).
@@ -73,10 +73,6 @@ class ImageModality(Modality):
         return dataclasses.replace(options, column=column)
 
     @property
-    def data_shape(self) -> tuple[int, ...]:
-        return (3, *self.size)
-
-    @property
     def data_type(self) -> type:
         return np.uint8
 
@@ -99,15 +95,6 @@ class ImageModality(Modality):
 
     def from_code(self, code: Tensor) -> Tensor:
         return to_bytes(code.float() * _per_channel(self.code_scale) + _per_channel(self.code_mean))
-
-    def make_head(self, feature_channels: int, pooled_channels: int) -> nn.Module:
-        return DenseHead(feature_channels, self.prediction_channels)
-
-    def expected_code(self, prediction: Tensor) -> Tensor:
-        return prediction
-
-    def answer(self, prediction: Tensor) -> Tensor:
-        return self.from_code(prediction)
 
     def negative_log_likelihood(self, prediction: Tensor, data: Tensor) -> Tensor:
         std = self.options.sigma / _per_channel(self.code_scale)

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdiff_ray.codecs.autoencoder import Codec, load_codec
 from mmdiff_ray.config import ConfigError, ModalityConfig, named
-from mmdiff_ray.modalities.base import DenseHead, Mean, Modality, RowContext, need_column
+from mmdiff_ray.modalities.base import DenseModality, Mean, RowContext, need_column
 from mmdiff_ray.modalities.image import draw, open_image, resized, to_png
 from mmdiff_ray.registry import register
 
@@ -46,7 +46,7 @@ class LatentOptions(ModalityConfig):
 
 
 @register("modality", "latent")
-class LatentModality(Modality):
+class LatentModality(DenseModality):
     """Latents. data: float32 (B, C, H, W), as the autoencoder gives them; code and prediction: (B, C, H, W),
     standardised per channel. Pictures and files are decoded. Likelihood: Gaussian.
     """
@@ -103,10 +103,6 @@ class LatentModality(Modality):
             return load_codec(self.options.codec, self.options.digest)
 
     @property
-    def data_shape(self) -> tuple[int, ...]:
-        return (self.code_channels, *self.size)
-
-    @property
     def data_type(self) -> type:
         return np.float32
 
@@ -122,15 +118,6 @@ class LatentModality(Modality):
 
     def from_code(self, code: Tensor) -> Tensor:
         return code.float() * self.scale + self.mean
-
-    def make_head(self, feature_channels: int, pooled_channels: int) -> nn.Module:
-        return DenseHead(feature_channels, self.prediction_channels)
-
-    def expected_code(self, prediction: Tensor) -> Tensor:
-        return prediction
-
-    def answer(self, prediction: Tensor) -> Tensor:
-        return self.from_code(prediction)
 
     def negative_log_likelihood(self, prediction: Tensor, data: Tensor) -> Tensor:
         return self.code_negative_log_likelihood(prediction, prediction.new_tensor(self.options.sigma), data)

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from mmdiff_ray.config import ConfigError, ModalityConfig, decoding
-from mmdiff_ray.modalities.base import DenseHead, Mean, Modality, RowContext, need_column
+from mmdiff_ray.modalities.base import DenseModality, Mean, Modality, RowContext, need_column
 from mmdiff_ray.modalities.image import fitted
 from mmdiff_ray.modalities.mask import VOID_COLOR
 from mmdiff_ray.plotting import colored
@@ -50,7 +50,7 @@ class MapOptions(ModalityConfig):
 
 
 @register("modality", "map")
-class MapModality(Modality):
+class MapModality(DenseModality):
     """Maps. data: float32 (B, C, H, W), NaN in all channels of an unknown cell; code and prediction:
     (B, C, H, W), standardised per channel. Likelihood: Gaussian or Laplace.
     """
@@ -99,10 +99,6 @@ class MapModality(Modality):
         )
 
     @property
-    def data_shape(self) -> tuple[int, ...]:
-        return (self.code_channels, *self.size)
-
-    @property
     def data_type(self) -> type:
         return np.float32
 
@@ -144,15 +140,6 @@ class MapModality(Modality):
     def from_code(self, code: Tensor) -> Tensor:
         values = (code.float() * self.scale + self.mean).clamp(self.low, self.high)
         return nn.functional.normalize(values, dim=1) if self.content == "normals" else values
-
-    def make_head(self, feature_channels: int, pooled_channels: int) -> nn.Module:
-        return DenseHead(feature_channels, self.prediction_channels)
-
-    def expected_code(self, prediction: Tensor) -> Tensor:
-        return prediction
-
-    def answer(self, prediction: Tensor) -> Tensor:
-        return self.from_code(prediction)
 
     def negative_log_likelihood(self, prediction: Tensor, data: Tensor) -> Tensor:
         sigma = self.options.sigma

@@ -129,7 +129,7 @@ def test_how_a_text_becomes_an_embedding_is_told_where_that_is_what_lacks(option
     columns = {name: entry for name, entry in tiny.COLUMNS.items() if name not in without}
     with pytest.raises(ConfigError, match=r"modalities\.caption (needs|wants)") as raised:
         EmbeddingModality.resolve("caption", EmbeddingOptions(type="embedding", **options), columns)
-    assert ("A text such as 'name'" in str(raised.value)) == told
+    assert ("Model the text" in str(raised.value)) == told
     assert ("makes the column 'caption' with embed_captions=on" in str(raised.value)) == told
 
 
