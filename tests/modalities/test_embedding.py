@@ -126,7 +126,7 @@ def test_a_dimension_that_differs_from_the_data_set_is_refused():
     ],
 )
 def test_how_a_text_becomes_an_embedding_is_told_where_that_is_what_lacks(options, without, told):
-    columns = {name: entry for name, entry in tiny.COLUMNS.items() if name not in without}
+    columns = {name: entry for name, entry in tiny.COLUMNS.items() if name not in (*without, "caption")}
     with pytest.raises(ConfigError, match=r"modalities\.caption (needs|wants)") as raised:
         EmbeddingModality.resolve("caption", EmbeddingOptions(type="embedding", **options), columns)
     assert ("Model the text" in str(raised.value)) == told
