@@ -13,11 +13,12 @@ from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.datasets.base import BadRow, Item, is_off
 from mmdiff_ray.datasets.layouts import Entry, Masks, read_cityscapes, read_coco
-from mmdiff_ray.datasets.listing import NAMES, Columns, read_table, split_by_folder, walk
+from mmdiff_ray.datasets.listing import NAMES, Columns, read_table, sound_beside, split_by_folder, walk
 from mmdiff_ray.datasets.maps import find_maps, folders_of
 from mmdiff_ray.datasets.masks import find_masks
 from mmdiff_ray.datasets.pictured import Pictured, PictureOptions
 from mmdiff_ray.datasets.pictures import SUFFIXES, UNREADABLE, is_transparent, open_picture
+from mmdiff_ray.modalities.audio import checked_sound
 from mmdiff_ray.modalities.image import to_png
 
 LAYOUTS = ("plain", "coco", "cityscapes")
@@ -32,7 +33,8 @@ READ_BY = dict.fromkeys(("masks", "maps", "metadata", "csv"), "plain") | {
 class FolderOptions(PictureOptions):
     """What is read.
 
-    source: the folder of pictures, needed. masks: a folder of masks that repeats the pictures' relative
+    source: the folder of pictures, needed; a .wav or .flac file beside a picture with the same name becomes
+    the column sound. masks: a folder of masks that repeats the pictures' relative
     names, or alpha, none, or auto: alpha if any picture has a transparent pixel. mask_suffix: what a mask's
     name has behind its picture's, such as _mask; auto finds it. palette: a text file with a colour and a name
     per line (#ff0000 car), the classes of masks in colour in their order; other colours are void. ignore: the
@@ -207,6 +209,8 @@ class Folder(Pictured):
             columns["weight"] = {"kind": "vector", "dim": 1}
         if most := max((len(entry.captions) for entry in self.entries), default=0):
             columns["text"] = {"kind": "text"} | ({"several": True} if most > 1 else {})
+        if any(sound_beside(self.source / entry.file) for entry in self.entries):
+            columns["sound"] = {"kind": "audio"}
         return columns
 
     @property
@@ -232,6 +236,8 @@ class Folder(Pictured):
         mode = "RGBA" if self.has_alpha else "RGB"
         pixels = np.asarray(self.frame(picture.image.convert(mode), Image.Resampling.BICUBIC))
         row: dict[str, Any] = {"pixels": to_png(pixels)}
+        if sound := sound_beside(self.source / entry.file):
+            row["sound"] = checked_sound(sound.read_bytes())
         if self._alpha_is_mask:
             row["alpha"] = to_png((pixels[..., 3] >= 128).astype(np.uint8))
         if self.masks is not None and (classes := self.masks.read(entry.mask)) is not None:

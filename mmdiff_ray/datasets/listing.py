@@ -39,6 +39,7 @@ SPLITS = {
     "testing": "test",
 }
 """Names of top-level folders that are splits -> the split."""
+SOUNDS = (".wav", ".flac")
 
 
 def walk(
@@ -47,8 +48,9 @@ def walk(
     """Return the pictures under a folder, sorted, labelled by their top-level folder if they lie in one, and
     the number of other files by reason.
 
-    Hidden files and folders and the folders `without` are neither. A text file beside a picture with the same
-    name holds its captions, one per line, of which the first `most_captions` are kept.
+    Hidden files and folders and the folders `without` are neither, nor are sounds beside a picture with the
+    same name (`sound_beside`). A text file beside one holds its captions, one per line, of which the first
+    `most_captions` are kept.
     """
     entries, skipped = [], Counter[str]()
     for path in sorted(source.rglob("*")):
@@ -58,7 +60,8 @@ def walk(
         if any(folder in path.parents for folder in without):
             continue
         if path.suffix.lower() not in SUFFIXES:
-            beside = path.suffix == ".txt" and any(path.with_suffix(one).is_file() for one in SUFFIXES)
+            may_lie_beside = path.suffix in (".txt", *SOUNDS)
+            beside = may_lie_beside and any(path.with_suffix(one).is_file() for one in SUFFIXES)
             if not beside and path.name not in NAMES:
                 skipped[f"{path.suffix or 'suffixless'} files"] += 1
         elif any("\udc80" <= letter <= "\udcff" for letter in "".join(parts)):
@@ -67,6 +70,11 @@ def walk(
             label = clean(parts[0]) if len(parts) > 1 else None
             entries.append(Entry("/".join(parts), label, _captions_beside(path, most_captions)))
     return entries, skipped
+
+
+def sound_beside(picture: Path) -> Path | None:
+    """Return the sound beside a picture with the same name, or None."""
+    return next((file for suffix in SOUNDS if (file := picture.with_suffix(suffix)).is_file()), None)
 
 
 def _captions_beside(picture: Path, most: int | None) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from mmdiff_ray.datasets.listing import clean
 from mmdiff_ray.datasets.maps import MapFormat, formats
 from mmdiff_ray.datasets.pictured import Pictured, PictureOptions
 from mmdiff_ray.datasets.pictures import UNREADABLE, Picture, open_picture
+from mmdiff_ray.modalities.audio import checked_sound
 from mmdiff_ray.modalities.image import to_png
 
 KINDS = ("image", "mask", "map", "label", "labels", "text", "vector", "embedding", "audio")
@@ -168,7 +169,7 @@ class Mapped(Pictured, Streamed):
             case "embedding" | "vector":
                 return np.asarray(value, dtype=np.float32).ravel()
             case "audio":
-                return _encoded(value)
+                return checked_sound(_encoded(value))
             case "map":
                 assert field.format is not None, "a map without its format"
                 source = value.get("bytes") if isinstance(value, dict) else value

@@ -195,6 +195,13 @@ def read_sound(data: bytes) -> tuple[np.ndarray, int]:
     return samples.mean(1), rate
 
 
+def checked_sound(data: bytes) -> bytes:
+    """Return a sound file's bytes. Raises ValueError if they cannot be read."""
+    if not len(read_sound(data)[0]):
+        raise ValueError("the sound is empty")
+    return data
+
+
 def resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
     """Return samples at another rate."""
     from scipy.signal import resample_poly

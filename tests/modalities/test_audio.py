@@ -23,6 +23,7 @@ from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.sampling.generator import Generator
 from tests import sprites
+from tests.datasets.reading import read_rows
 from tests.modalities.tiny import npy, tone, wav
 
 RATE = 8000
@@ -138,6 +139,11 @@ def sounding_pictures(folder: Path, kind: str) -> str:
         pixels = np.zeros((8, 8, 3), np.uint8)
         pixels[..., channel] = 255
         pictures.append(to_png(pixels))
+    if kind == "folder":
+        for index in range(40):
+            (folder / f"{index}.png").write_bytes(pictures[index % 2])
+            (folder / f"{index}.wav").write_bytes(sounds[index % 2])
+        return str(folder)
     if kind == "parquet":
         table = {
             part: [{"bytes": values[index % 2], "path": f"{index}"} for index in range(40)]
@@ -154,18 +160,27 @@ def sounding_pictures(folder: Path, kind: str) -> str:
     return str(folder / "clips.tar")
 
 
+def test_a_sound_that_cannot_be_read_costs_its_row(tmp_path):
+    source = sounding_pictures(tmp_path / "clips", "folder")
+    (tmp_path / "clips" / "7.wav").write_bytes(b"no sound")
+    (tmp_path / "clips" / "8.wav").unlink()
+    build("folder", str(tmp_path / "set"), {"source": source, "size": "8"}, workers=0, progress=False)
+    rows = read_rows(str(tmp_path / "set"))
+    assert len(rows) == 39 and "7.png" not in rows and rows["8.png"]["sound"] is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "fields"),
-    [("parquet", "pixels=image,sound=audio:audio"), ("webdataset", "pixels=png,sound=wav")],
+    [
+        ("parquet", {"map": "pixels=image,sound=audio:audio"}),
+        ("webdataset", {"map": "pixels=png,sound=wav"}),
+        ("folder", {}),
+    ],
 )
 def test_sounds_are_learned_from_pictures_of_a_built_data_set(kind, fields, tmp_path):
-    options = {
-        "source": sounding_pictures(tmp_path / "clips", kind),
-        "map": fields,
-        "size": "8",
-        "val_share": 0.0,
-    }
+    source = sounding_pictures(tmp_path / "clips", kind)
+    options = {"source": source, "size": "8", "val_share": 0.0, **fields}
     build(kind, str(tmp_path / "set"), options, workers=0, progress=False)
     plain = {
         "name": "sounds",

@@ -11,6 +11,7 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.diffusion.process import GENERATED, GIVEN
+from mmdiff_ray.evaluation.gallery import parse_given, write_gallery
 from mmdiff_ray.modalities.base import RowContext
 from mmdiff_ray.modalities.text import TextModality, TextOptions, token_hits
 from mmdiff_ray.models.cost import forward_flops
@@ -192,7 +193,7 @@ DIT = {"preset": "nano", "options": {"width": 32, "depth": 2}}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["unet", "dit", "dit_tokens"])
-def test_two_captions_are_learned_from_their_images_and_the_images_from_their_captions(backbone):
+def test_two_captions_are_learned_from_their_images_and_the_images_from_their_captions(backbone, tmp_path):
     config = config_of(MODEL if backbone == "unet" else {"backbone": backbone, **DIT})
     denoiser = build_denoiser(config)
     caption = denoiser.modalities["caption"]
@@ -207,6 +208,11 @@ def test_two_captions_are_learned_from_their_images_and_the_images_from_their_ca
         drawn = np.stack(model.sample({"caption": CAPTIONS}, 2, steps=10, likely=likely)["pixels"])
         distance = np.abs(drawn[:, None].astype(float) - pixels[None]).mean((2, 3, 4))  # (drawn, true)
         assert distance.argmin(1).tolist() == [0, 1] and distance.min(1).max() < 25
+    write_gallery(model, {"pixels": pixels[0]}, 1, tmp_path / "read")
+    assert (tmp_path / "read" / "0000_caption.txt").read_text() == "a red square\n"
+    gallery = write_gallery(model, parse_given(model, ["text=a blue disc"]), 2, tmp_path / "drawn")
+    assert (tmp_path / "drawn" / "given_caption.txt").read_text() == "a blue disc\n"
+    assert gallery.files == 3 and gallery.grid.is_file()
 
 
 @pytest.mark.parametrize("path", ["z_only", "z_plus_code", "u_plus_code", "in_place"])
