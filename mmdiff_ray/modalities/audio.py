@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from mmdiff_ray.config import ConfigError, ModalityConfig
+from mmdiff_ray.config import ConfigError, ModalityConfig, decoding
 from mmdiff_ray.modalities.base import RowContext, need_column
 from mmdiff_ray.modalities.map import NPY, MapModality
 from mmdiff_ray.registry import register
 
+RATES = (100, 768_000)
+"""Lowest and highest rate of a sound that is read."""
 GRIFFIN_LIM_STEPS = 32
 """Steps in which a phase is found for a spectrogram."""
 
@@ -81,7 +83,9 @@ class AudioModality(MapModality):
     def _levels(self, data: bytes) -> np.ndarray:
         """Return the spectrogram of a sound's or a .npy file's bytes. Raises ValueError."""
         if data.startswith(NPY):
-            return self._fit(np.load(io.BytesIO(data), allow_pickle=False), self.size)
+            with decoding():
+                values = np.load(io.BytesIO(data), allow_pickle=False)
+            return self._fit(values, self.size)
         samples, rate = read_sound(data)
         levels = self.spectrum.levels(resample(samples, rate, self.options.rate))
         return levels.clip(self.low, self.high)[None].astype(np.float32)
@@ -95,7 +99,7 @@ class AudioModality(MapModality):
         """Return the spectrogram of a sound file, or the one in a .npy file. Raises ConfigError."""
         try:
             return self._levels(Path(text).read_bytes())
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{self.name}: cannot read a sound from {text!r}: {error}; a sound is given as a .wav or "
                 ".flac file, a spectrogram as a .npy file"
@@ -172,26 +176,37 @@ class MelSpectrum:
 
 
 def read_sound(data: bytes) -> tuple[np.ndarray, int]:
-    """Return the samples of a sound file's bytes, float (n,) from -1 to 1, the mean of its channels, and its
-    rate. Raises ValueError; ConfigError where a format other than .wav needs soundfile."""
+    """Return the samples of a sound file's bytes, float (n,), 1 being full scale, the mean of its channels;
+    and its rate. Raises OSError or ValueError; ConfigError where a format needs soundfile."""
+    samples, rate = _read_pcm(data) or _read_any(data)
+    if not RATES[0] <= rate <= RATES[1] or not np.isfinite(samples).all():
+        raise ValueError(f"want finite samples at {RATES[0]:,} to {RATES[1]:,} per second; got {rate:,}")
+    return samples, rate
+
+
+def _read_pcm(data: bytes) -> tuple[np.ndarray, int] | None:
+    """Return what `read_sound` does of a 16-bit .wav file, None for others."""
+    if data[:4] != b"RIFF":
+        return None
     try:
-        with wave.open(io.BytesIO(data)) as file:
-            depth, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            frames = file.readframes(file.getnframes())
-        if depth == 2:
-            return np.frombuffer(frames, "<i2").reshape(-1, channels).mean(1) / 32768, rate
-    except (wave.Error, EOFError):
-        pass  # no .wav file, or one that is not PCM
+        with decoding(), wave.open(io.BytesIO(data)) as file:
+            if file.getsampwidth() != 2:
+                return None
+            frames = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+            return frames.reshape(-1, file.getnchannels()).mean(1) / 32768, file.getframerate()
+    except ValueError:
+        return None  # it may hold numbers other than PCM
+
+
+def _read_any(data: bytes) -> tuple[np.ndarray, int]:
     try:
         import soundfile
     except ImportError:
         raise ConfigError(
             "sounds other than 16-bit .wav need soundfile: pip install 'mmdiff-ray[audio]'"
         ) from None
-    try:
+    with decoding():
         samples, rate = soundfile.read(io.BytesIO(data), always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(str(error)) from None
     return samples.mean(1), rate
 
 
