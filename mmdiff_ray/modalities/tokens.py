@@ -1,7 +1,8 @@
 """The tokens of texts: bytes, words, or those of a tokenizer's file."""
 
+import base64
 import difflib
-import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +13,10 @@ END = 0
 """The token that ends a text and fills it up."""
 MOST_TOKENS = 8192
 """Tokens of a vocabulary: the head has a logit for each at every position."""
+
+
+PACKED = "tokenizer:"
+"""What a packed tokenizer.json begins with."""
 
 
 class Tokens(Protocol):
@@ -67,10 +72,11 @@ class Words:
 
 
 class Subwords:
-    """The tokens of a tokenizer, each plus one, without its special ones. content: a tokenizer.json."""
+    """The tokens of a tokenizer, each plus one, without its special ones. packed: by `read_tokenizer`."""
 
-    def __init__(self, content: str) -> None:
-        self.tokenizer: Any = _library().Tokenizer.from_str(content)
+    def __init__(self, packed: str) -> None:
+        content = zlib.decompress(base64.b64decode(packed.removeprefix(PACKED)))
+        self.tokenizer: Any = _library().Tokenizer.from_str(content.decode())
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.size = self.tokenizer.get_vocab_size() + 1
@@ -86,14 +92,14 @@ class Subwords:
 
 
 def tokens_of(kind: str, words: Sequence[str] | None, key: str) -> Tokens:
-    """Return a vocabulary. kind: bytes, words, or the content of a tokenizer.json. Raises ConfigError."""
+    """Return a vocabulary. kind: bytes, words, or a packed tokenizer. Raises ConfigError."""
     if kind == "bytes":
         return Bytes()
     if kind == "words":
         if not words or len(set(words)) < len(words) or any(len(word.split()) != 1 for word in words):
             raise ConfigError(f"{key}.words: want different words without spaces, got {words!r}")
         made: Tokens = Words(words)
-    elif kind.startswith("{"):
+    elif kind.startswith(PACKED):
         made = Subwords(kind)
     else:
         raise ConfigError(f"{key}.tokens: got {kind!r}, want bytes, words or the path of a tokenizer.json")
@@ -103,18 +109,20 @@ def tokens_of(kind: str, words: Sequence[str] | None, key: str) -> Tokens:
 
 
 def read_tokenizer(path: str, key: str) -> str:
-    """Return the content of a tokenizer.json in one line; a content stays. Raises ConfigError, naming the
-    key."""
-    if path.startswith("{"):
+    """Return the content of a tokenizer.json, packed into one word for a config; a packed one stays.
+
+    Raises ConfigError, naming the key.
+    """
+    if path.startswith(PACKED):
         return path
     try:
-        content = json.dumps(json.loads(Path(path).read_text(encoding="utf8")), ensure_ascii=False)
+        content = Path(path).read_text(encoding="utf8")
         _library().Tokenizer.from_str(content)
     except ConfigError:
         raise
     except Exception as error:  # tokenizers raises no narrower one
         raise ConfigError(f"{key}: {path!r} is not bytes, words or a tokenizer.json: {error}") from None
-    return content
+    return PACKED + base64.b64encode(zlib.compress(content.encode(), 9)).decode()
 
 
 def _library() -> Any:

@@ -1,7 +1,7 @@
 """Texts: tokens, codes, a likelihood over sequences, and attention to what is given."""
 
 import itertools
-import json
+import pickle
 
 import numpy as np
 import pytest
@@ -88,14 +88,19 @@ def test_a_tokenizers_file_is_kept_in_the_options(tmp_path):
     made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="?"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     made.decoder = tokenizers.decoders.Metaspace()
-    made.train_from_iterator(CAPTIONS, tokenizers.trainers.BpeTrainer(vocab_size=40, special_tokens=["?"]))
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=40, special_tokens=["?", "${"])
+    made.train_from_iterator(CAPTIONS, trainer)
     made.save(str(tmp_path / "tokenizer.json"))
     given = TextOptions(type="text", length=12, tokens=str(tmp_path / "tokenizer.json"))
-    options = TextModality.resolve("caption", given, {"caption": {"kind": "text"}})
-    assert json.loads(options.tokens) and TextModality.resolve(
-        "caption", options, {"caption": {"kind": "text"}}
-    )
+    column = {"caption": {"kind": "text"}}
+    options = TextModality.resolve("caption", given, column)
+    (tmp_path / "tokenizer.json").unlink()
+    config = config_of(tokens=options.tokens)
+    (tmp_path / "saved.yaml").write_text(configuration.to_yaml(config))
+    assert configuration.load_saved(tmp_path / "saved.yaml").modalities["caption"].tokens == options.tokens
+    assert TextModality.resolve("caption", options, column) == options
     modality = TextModality("caption", options, tiny.SIZE)
+    modality = pickle.loads(pickle.dumps(modality))
     assert modality.prediction_channels == made.get_vocab_size() + 1
     for words in CAPTIONS:
         data = torch.from_numpy(modality.parse(words))
