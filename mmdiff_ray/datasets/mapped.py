@@ -10,9 +10,10 @@ from PIL import Image
 
 from mmdiff_ray.config import ConfigError, decoding
 from mmdiff_ray.config.checks import unknown
-from mmdiff_ray.datasets.base import BadRow, Streamed
+from mmdiff_ray.datasets.base import BadRow, Streamed, is_off
 from mmdiff_ray.datasets.listing import clean
 from mmdiff_ray.datasets.maps import MapFormat, formats
+from mmdiff_ray.datasets.masks import VOID
 from mmdiff_ray.datasets.pictured import Pictured, PictureOptions
 from mmdiff_ray.datasets.pictures import UNREADABLE, Picture, open_picture
 from mmdiff_ray.modalities.audio import checked_sound
@@ -29,15 +30,17 @@ class MappedOptions(PictureOptions):
 
     source: files: a path or URI, with * and ? for several, or a folder. map: COLUMN=FIELD or
     COLUMN=FIELD:KIND, several separated by spaces or commas, kinds image, mask, map, label, labels, text,
-    vector, embedding, audio; the columns pixels, mask, label and text have theirs by name; without a map
-    it is guessed. classes: the names of the labels, separated by commas, or their number; without it all
-    files are looked through. mask_classes: the same of the mask, which needs it. map_range: LOW:HIGH, the
-    known values of real-valued maps, which need it; for all maps or COLUMN=VALUE.
+    vector, embedding, audio; the columns pixels, mask, label and text have theirs by name; without a map it
+    is guessed. classes: the names of the labels, separated by commas, or their number; without it all files
+    are looked through. mask_classes: the same of the mask, which needs it. ignore: the mask value of pixels
+    that are neither learned nor measured, or none. map_range: LOW:HIGH, the known values of real-valued maps,
+    which need it; for all maps or COLUMN=VALUE.
     """
 
     map: str = ""
     classes: str = ""
     mask_classes: str = ""
+    ignore: str = "255"
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,10 @@ class Mapped(Pictured, Streamed):
 
     def __init__(self, options: MappedOptions) -> None:
         super().__init__(options)
+        ignore = options.ignore.lower()
+        if not ignore.isdecimal() and not is_off(ignore):
+            raise ConfigError(f"ignore: got {options.ignore!r}, want a value (255) or none")
+        self.ignored = None if is_off(ignore) else int(ignore)
         if options.annotated != 1 or options.part != "all":
             raise ConfigError("annotated and part: a streamed source has no list of rows to choose from")
 
@@ -115,8 +122,12 @@ class Mapped(Pictured, Streamed):
                 names = list(map(str, range(max(held, default=-1) + 1)))
             else:
                 names = sorted({text for value in held if (text := clean(str(value)))})
-        found = {"kind": kind, "names": list(names)}
-        return found if kind != "mask" else {**found, "classes": len(found["names"])}
+        found: dict[str, Any] = {"kind": kind, "names": list(names)}
+        if kind == "mask":
+            found["classes"] = len(found["names"])
+            if self.ignored is not None and found["classes"] <= VOID:
+                found["void"] = VOID
+        return found
 
     def _members(self, kind: str, value: Any) -> list[Any]:
         """Return the labels in a value: itself, or those of a set as a list or a text."""
@@ -159,7 +170,7 @@ class Mapped(Pictured, Streamed):
                 own = open_picture(io.BytesIO(_encoded(value)), self.options.depth).image
                 return to_png(np.asarray(self.frame(own.convert("RGB"), Image.Resampling.BICUBIC)))
             case "mask":
-                mask = picture.annotation(_indices(_encoded(value)))
+                mask = picture.annotation(self._classes(_encoded(value), field.facts))
                 void = field.facts.get("void", 0)
                 return to_png(np.asarray(self.frame(mask, Image.Resampling.NEAREST, void)))
             case "label":
@@ -184,6 +195,21 @@ class Mapped(Pictured, Streamed):
         ]
         return (texts or None) if field.facts.get("several") else next(iter(texts), None)
 
+    def _classes(self, data: bytes, facts: Mapping[str, Any]) -> Image.Image:
+        """Return a mask's picture of classes. Raises one of UNREADABLE."""
+        with decoding(), Image.open(io.BytesIO(data)) as mask:
+            if mask.mode not in ("1", "L", "P"):
+                raise ValueError(f"a mask must hold indices of 8 bits; got mode {mask.mode}")
+            classes = np.asarray(mask).astype(np.uint8)
+        known = classes < facts["classes"]
+        if "void" in facts:
+            void = classes == self.ignored
+            classes[void] = VOID
+            known |= void
+        if not known.all():
+            raise ValueError(f"got the index {classes[~known].flat[0]}, which is none of {facts['classes']}")
+        return Image.fromarray(classes)
+
 
 def _encoded(value: Any) -> bytes:
     """Return the bytes of a picture's or a sound's file. Raises ValueError where there are none."""
@@ -191,13 +217,6 @@ def _encoded(value: Any) -> bytes:
     if not isinstance(data, bytes):
         raise ValueError("it holds no bytes of a file")
     return data
-
-
-def _indices(data: bytes) -> Image.Image:
-    with decoding(), Image.open(io.BytesIO(data)) as mask:
-        if mask.mode not in ("1", "L", "P"):
-            raise ValueError(f"a mask must hold indices of 8 bits; got mode {mask.mode}")
-        return Image.fromarray(np.asarray(mask).astype(np.uint8))
 
 
 def _label(value: Any, names: Sequence[str]) -> Any:

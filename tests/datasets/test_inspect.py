@@ -29,6 +29,34 @@ def test_tables_say_what_the_manifest_says(built, tmp_path, capsys, monkeypatch)
     assert Image.open(path).size[0] > 600
 
 
+def test_every_kind_of_column_is_described_and_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    (tmp_path / "in" / "x").mkdir(parents=True)
+    (tmp_path / "depth" / "x").mkdir(parents=True)
+    for name in "abcd":
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "in" / "x" / f"{name}.png")
+        np.save(tmp_path / "depth" / "x" / f"{name}.npy", np.linspace(0, 5, 256).reshape(16, 16))
+    np.savez(
+        tmp_path / "v.npz", v=np.eye(4, dtype=np.float32), names=np.array([f"x/{n}.png" for n in "abcd"])
+    )
+    rows = [f'x/{name}.png,x,"[""one"", ""two""]",red|round,1,2,0.5' for name in "abcd"]
+    (tmp_path / "list.csv").write_text("\n".join(["file,label,caption,tags,age,height,often", *rows]))
+    options = {
+        "source": str(tmp_path / "in"), "size": 16, "maps": f"depth={tmp_path}/depth",
+        "metadata": str(tmp_path / "list.csv"), "labels_column": "tags", "vector_columns": "age,height",
+        "weight_column": "often", "embeddings": f"look={tmp_path}/v.npz",
+    }  # fmt: skip
+    build("folder", str(tmp_path / "set"), options, workers=0, progress=False)
+    inspect(str(tmp_path / "set"), tmp_path / "rows.png")
+    shown = capsys.readouterr().out
+    for words in (
+        "16x16 pixels, 1 channel, 0 to 5", "2 names, 2.0 per row", "age, height", "1 numbers",
+        "2.0 texts per row", "4 numbers by v.npz@", "1 name, the commonest 100 %",
+    ):  # fmt: skip
+        assert words in shown, words
+    assert Image.open(tmp_path / "rows.png").size[0] > 600
+
+
 @pytest.mark.parametrize("end", ["", "/"])
 def test_picture_is_by_default_called_like_the_last_part_of_the_uri(built, tmp_path, monkeypatch, end):
     monkeypatch.chdir(tmp_path)

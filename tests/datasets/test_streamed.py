@@ -241,6 +241,27 @@ def test_both_stream_through_ray_from_an_object_store(name, hub, tars, bucket, r
     assert all(there[key]["pixels"] == here[key]["pixels"] for key in here)
 
 
+def test_void_pixels_of_masks_are_no_class_and_other_values_cost_their_row(tmp_path):
+    def png(*values: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(np.repeat(np.uint8([values]), 16, 0).repeat(16 // len(values), 1)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(picture, "PNG")
+    masks = [png(0, 1, 255, 1), png(0, 1), png(0, 7)]
+    pq.write_table(pa.table({"image": [picture.getvalue()] * 3, "seg": masks}), tmp_path / "in.parquet")
+    options = {"map": "pixels=image,mask=seg", "mask_classes": "2"}
+    for ignore, rows_kept, void in (("255", 2, 255), ("7", 2, 255), ("none", 1, None)):
+        out = str(tmp_path / f"set{ignore}")
+        built, rows = make("parquet", str(tmp_path / "in.parquet"), out, ignore=ignore, **options)
+        facts = built.manifest.columns["mask"]
+        assert (len(rows), facts.get("void"), facts["classes"]) == (rows_kept, void, 2)
+        held = {value for row in rows.values() for value in np.unique(decode(row["mask"])).tolist()}
+        assert held == ({0, 1, 255} if void else {0, 1})
+    assert "which is none of 2" in next(iter(built.bad.values()))
+
+
 def test_masks_and_maps_are_turned_like_their_picture(tmp_path):
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
