@@ -5,9 +5,12 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmdiff_ray.config import ConfigError, RunError, without_passwords
+
+if TYPE_CHECKING:
+    from mmdiff_ray.runs.find import Model
 
 RUNS = "where runs lie: a folder, or any URI of pyarrow (s3://bucket/runs)"
 MODEL = "a run's name, folder or URI; a folder that `mmdiff export` wrote; or pretrained:NAME"
@@ -39,6 +42,27 @@ def command(
     )
     parser.set_defaults(command=parser.prog.removeprefix("mmdiff "), run=run, check=check)
     return parser
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a trained model."""
+    parser.add_argument("model", metavar="RUN", help=MODEL)
+    parser.add_argument(
+        "--checkpoint", metavar="WHICH", help="best, last, or its samples: in place of the run's final model"
+    )
+    parser.add_argument("--runs", default="runs", help=RUNS)
+
+
+def model_of(given: argparse.Namespace) -> "Model":
+    """Return the model that the arguments name. Raises ConfigError."""
+    from mmdiff_ray.runs.find import find_model
+
+    model = find_model(given.model, given.runs)
+    if given.checkpoint is None:
+        return model
+    from mmdiff_ray.runs.checkpoints import of_checkpoint
+
+    return of_checkpoint(model, given.checkpoint)
 
 
 def check_workers(given: argparse.Namespace) -> None:

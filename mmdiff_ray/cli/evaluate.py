@@ -2,7 +2,7 @@
 
 import argparse
 
-from mmdiff_ray.cli.common import MODEL, RUNS, Commands, check_workers, command
+from mmdiff_ray.cli.common import Commands, add_model, check_workers, command, model_of
 from mmdiff_ray.config import ConfigError, check_overrides
 
 
@@ -16,10 +16,9 @@ def add(commands: Commands) -> None:
         _run,
         _check,
     )
-    evaluate.add_argument("model", metavar="RUN", help=MODEL)
+    add_model(evaluate)
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="values of evaluate.* and data.*")
     evaluate.add_argument("--workers", type=int, default=0, help="models at once on Ray; 0: in this process")
-    evaluate.add_argument("--runs", default="runs", help=RUNS)
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -32,15 +31,14 @@ def _run(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed.display import make_console
     from mmdiff_ray.distributed.evaluate import evaluate_model, evaluate_run
     from mmdiff_ray.evaluation.run import tables
-    from mmdiff_ray.runs.find import find_model
     from mmdiff_ray.runs.folder import display_path
 
     console = make_console()
-    model = find_model(given.model, given.runs)
+    model = model_of(given)
     folder = model.run
     if folder is None:
         if given.workers:
-            raise ConfigError(f"--workers needs a run; {given.model} is a published model")
+            raise ConfigError("--workers needs a run, without --checkpoint")
         findings, place = evaluate_model(model, given.overrides)
     else:
         findings, place = evaluate_run(folder, given.overrides, pool=given.workers, progress=True)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mmdiff_ray.cli.common import MODEL, RUNS, Commands, command
+from mmdiff_ray.cli.common import Commands, add_model, command, model_of
 
 
 def add(commands: Commands) -> None:
@@ -15,7 +15,7 @@ def add(commands: Commands) -> None:
         "mmdiff export demo --out models/demo --license cc-by-4.0",
         _export,
     )
-    export.add_argument("model", metavar="RUN", help=MODEL)
+    add_model(export)
     export.add_argument(
         "--format",
         choices=("safetensors", "diffusers"),
@@ -25,15 +25,12 @@ def add(commands: Commands) -> None:
     export.add_argument("--out", type=Path, required=True, help="a new folder")
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     export.add_argument("--license", default="", help="of the weights, an SPDX name, for the model card")
-    export.add_argument("--runs", default="runs", help=RUNS)
 
 
 def _export(given: argparse.Namespace) -> int:
-    from mmdiff_ray.runs.find import find_model
     from mmdiff_ray.runs.publish import publish
 
-    model = find_model(given.model, given.runs)
-    out = publish(model, given.out, given.format, given.dtype, given.license)
+    out = publish(model_of(given), given.out, given.format, given.dtype, given.license)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {given.format}, {given.dtype}, {size / 1e6:.1f} MB")
     print(f"card     {out / 'README.md'}")

@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from mmdiff_ray.cli.common import MODEL, RUNS, Commands, check_workers, command
+from mmdiff_ray.cli.common import Commands, add_model, check_workers, command, model_of
 from mmdiff_ray.config import ConfigError
 
 LOW_AGREEMENT = 0.9
@@ -47,7 +47,7 @@ def add(commands: Commands) -> None:
 
 def _add_arguments(parser: argparse.ArgumentParser, num: int | None) -> None:
     """Add what both commands take. num: samples by default; None: one most likely answer or 16 samples."""
-    parser.add_argument("model", metavar="RUN", help=MODEL)
+    add_model(parser)
     parser.add_argument(
         "--given", action="append", default=[], metavar="INSTANCE=VALUE", help="a name, or a file"
     )
@@ -61,7 +61,6 @@ def _add_arguments(parser: argparse.ArgumentParser, num: int | None) -> None:
     )
     parser.add_argument("--guidance", type=float, default=1.0, help="above 1: closer to what is given")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--runs", default="runs", help=RUNS)
 
 
 def _check(given: argparse.Namespace) -> None:
@@ -91,13 +90,12 @@ def _check_generate(given: argparse.Namespace) -> None:
 def _sample(given: argparse.Namespace) -> int:
     from mmdiff_ray.distributed.display import duration, make_console
     from mmdiff_ray.evaluation.gallery import free_folder, parse_given, write_gallery
-    from mmdiff_ray.runs.find import find_model
     from mmdiff_ray.sampling.export import load_export
 
     console = make_console()
     if given.guidance != 1 and not given.given:
         console.print("note: --guidance changes nothing where nothing is given")
-    found = find_model(given.model, given.runs)
+    found = model_of(given)
     model = load_export(found.where)
     rows = parse_given(model, given.given, given.hole)
     for sentence in model.untrained(list(rows), given.guidance):
@@ -132,10 +130,9 @@ def _sample(given: argparse.Namespace) -> int:
 
 def _generate(given: argparse.Namespace) -> int:
     from mmdiff_ray.datasets.base import build
-    from mmdiff_ray.runs.find import find_model
 
     options = {
-        "model": find_model(given.model, given.runs).where,
+        "model": model_of(given).where,
         **{key: getattr(given, key) for key in ("sampler", "steps", "guidance", "seed")},
     }
     if given.rows:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from mmdiff_ray.cli.common import MODEL, RUNS, Commands, command
+from mmdiff_ray.cli.common import Commands, add_model, command, model_of
 from mmdiff_ray.cli.ui import check_free
 from mmdiff_ray.config import ConfigError
 
@@ -24,8 +24,7 @@ def add(commands: Commands) -> None:
         "mmdiff try demo --port 7860",
         _try,
     )
-    parser.add_argument("model", metavar="RUN", help=MODEL)
-    parser.add_argument("--runs", default="runs", help=RUNS)
+    add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="another address opens the page to others")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--password", help="what visitors have to enter, with the name mmdiff")
@@ -33,13 +32,12 @@ def add(commands: Commands) -> None:
 
 def _try(given: argparse.Namespace) -> int:
     """Serve the page until interrupted. Raises ConfigError for an open address without a password."""
-    from mmdiff_ray.runs.find import find_model
     from mmdiff_ray.sampling.export import load_export
 
     if given.host not in ("127.0.0.1", "localhost", "::1") and not given.password:
         raise ConfigError(f"--host {given.host} opens the page to others; add --password WORD")
     check_free(given.host, given.port)
-    found = find_model(given.model, given.runs)
+    found = model_of(given)
     shown = page(load_export(found.where), found.name)
     shown.launch(
         server_name=given.host,

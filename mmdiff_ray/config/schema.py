@@ -360,7 +360,11 @@ class EvaluateConfig:
     split: train, val or test.
     rows: largest number of rows.
     visits: number of times each row is evaluated, each time with another background.
-    every_samples: interval of evaluations during training; 0: only at the end.
+    every_samples: interval of held-out losses, pictures and figures during training; 0: losses with every
+        checkpoint, the rest only at the end.
+    periodic: evaluators whose figures are taken at that interval; null: calibration, which is cheap.
+    best: curve that chooses the best checkpoint, without its val/: loss/total, task/NAME/total, or a figure
+        of `periodic` such as category/head_accuracy; null: loss/total.
     sampler: ancestral, ddim or dpm2.
     steps: number of sampling steps.
     likely_steps: number of noiseless DDIM steps to the most likely answer, at most `steps`.
@@ -383,6 +387,8 @@ class EvaluateConfig:
     rows: int = 128
     visits: int = 1
     every_samples: int = 0
+    periodic: list[str] | None = None
+    best: str | None = None
     sampler: str = "ancestral"
     steps: int = 25
     likely_steps: int = 3

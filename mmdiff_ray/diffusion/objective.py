@@ -112,7 +112,24 @@ class Objective:
         void: Mapping[str, Tensor] | None = None,
         weighted_only: bool = False,
     ) -> Terms:
-        """Return the sum of every term over a batch; t must lie on the schedule's grid.
+        """Return the sum of every term over a batch (`row_sums`)."""
+        rows = self.row_sums(z_t, t, roles, codes, data, predicted, heads, known, void, weighted_only)
+        return {key: value.sum() for key, value in rows.items()}
+
+    def row_sums(
+        self,
+        z_t: Tensor,
+        t: Tensor,
+        roles: Roles,
+        codes: Codes,
+        data: Mapping[str, Tensor],
+        predicted: Codes,
+        heads: Mapping[str, Tensor],
+        known: Tensor | None = None,
+        void: Mapping[str, Tensor] | None = None,
+        weighted_only: bool = False,
+    ) -> Terms:
+        """Return every term of every row, (B,); t must lie on the schedule's grid.
 
         predicted: instance -> E[c | z_t]; heads: instance -> the head's prediction; known, void: as for
         `row_counts`; in known cells the predicted z_0 is the true one. weighted_only: leave out L0 and L2
@@ -122,17 +139,17 @@ class Objective:
         last = t <= 1.5 / self.process.schedule.steps
         sums: Terms = {}
         if not weighted_only or self.config.coefficients.l0:
-            sums = self.prior_sums(codes, roles)
+            sums = self.prior_nats(codes, roles)
         for name, cells in (void or {}).items():  # no error where the truth is unknown
             codes = {**codes, name: torch.where(cells[:, None], predicted[name].to(codes[name]), codes[name])}
         per_row = self._posterior(z_t, t, roles, codes, predicted)
         for name, value in per_row.items():
-            sums[f"l1/{name}"] = torch.where(last, 0, value).sum()
+            sums[f"l1/{name}"] = torch.where(last, 0, value)
         for name in self.decoded:
             if weighted_only and not self.coefficient(f"l2/{name}"):
                 continue
             nats = self.modalities[name].negative_log_likelihood(heads[name], data[name])
-            sums[f"l2/{name}"] = (nats * (roles[name] == GENERATED)).sum()
+            sums[f"l2/{name}"] = nats * (roles[name] == GENERATED)
         anchor = self.process.anchor
         sums[f"l3/{anchor}"] = self._last_step(t, roles, data, predicted, per_row, last, known)
         return sums
@@ -223,15 +240,15 @@ class Objective:
         last: Tensor,
         known: Tensor | None,
     ) -> Tensor:
-        """Return the sum of L3 over the rows at the last step: exact under `elbo`, else simplified."""
+        """Return L3 of every row, 0 but at the last step, (B,): exact under `elbo`, else simplified."""
         anchor = self.process.anchor
         rows = last & (roles[anchor] == GENERATED)
         if self.config.weighting != "elbo":
-            return torch.where(rows, per_row[anchor], 0).sum()
+            return torch.where(rows, per_row[anchor], 0)
         nats = last_step_nats(
             self.process, self.modalities[anchor], t, data[anchor], predicted[anchor], known
         )
-        return torch.where(rows, nats * self.process.schedule.steps, 0).sum()
+        return torch.where(rows, nats * self.process.schedule.steps, 0)
 
 
 @constant

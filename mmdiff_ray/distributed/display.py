@@ -71,6 +71,8 @@ def progress_line(progress: dict[str, Any], metrics: dict[str, float], losses: d
     parts = [f"{seen:,} of {total:,} samples", f"{rate:.0f}/s", f"{duration(left)} left"]
     if "loss/total" in losses:
         parts.append(f"loss {losses['loss/total']:.3f} ({_by_term(losses)})")
+    if "val/loss/total" in losses:
+        parts.append(f"held out {losses['val/loss/total']:.3f}")
     if "train/data_wait_share" in metrics:
         parts.append(f"data wait {metrics['train/data_wait_share']:.0%}")
     return "  ".join(parts)

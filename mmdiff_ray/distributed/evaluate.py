@@ -33,7 +33,7 @@ from mmdiff_ray.runs import describe
 from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.runs.find import Model
-from mmdiff_ray.sampling.export import load_export, need_export, read_config
+from mmdiff_ray.sampling.export import load_export, read_config
 from mmdiff_ray.sampling.generator import Generator, Samples
 from mmdiff_ray.storage.filesystem import join
 from mmdiff_ray.storage.mirror import fetched
@@ -89,7 +89,7 @@ def evaluate_run(
 
 
 def evaluate_model(model: Model, overrides: Sequence[str]) -> tuple[Findings, Path]:
-    """Evaluate a published model and write what was found into a new folder under `evaluations/`.
+    """Evaluate a published model, or a checkpoint's; write what was found to a new folder in `evaluations/`.
 
     Returns as `evaluate_run`. Raises ConfigError without `data.sources` among the overrides.
     """
@@ -100,9 +100,7 @@ def evaluate_model(model: Model, overrides: Sequence[str]) -> tuple[Findings, Pa
     generator = load_export(model.where, str(choose_device(config.train)), config)
     findings = measure_model(generator, with_progress(sample_locally(generator)))
     place = free_folder(Path("evaluations") / model.name)
-    _write(
-        place, json.loads(need_export(model.where)[0].read_text(encoding="utf8"))["samples_seen"], findings
-    )
+    _write(place, model.samples_seen, findings)
     return findings, place
 
 

@@ -16,7 +16,7 @@ from mmdiff_ray.config import ConfigError, OutageError, RunError
 from mmdiff_ray.data.bad_rows import BadRows, Rows
 from mmdiff_ray.data.batches import local_batches, split_batches
 from mmdiff_ray.distributed.cluster import log_folder
-from mmdiff_ray.evaluation.run import sample_pictures
+from mmdiff_ray.evaluation.run import evaluate, periodic, sample_pictures
 from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.runs.folder import not_sent
 from mmdiff_ray.runs.job import Job
@@ -26,7 +26,7 @@ from mmdiff_ray.sampling.generator import Generator
 from mmdiff_ray.tracking.recorder import SystemMonitor
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import CheckpointStore
-from mmdiff_ray.training.fit import fit
+from mmdiff_ray.training.fit import Curves, fit
 from mmdiff_ray.training.parallel import choose_device, world
 from mmdiff_ray.training.progress import Progress
 from mmdiff_ray.training.remote_checkpoints import RemoteCheckpoints
@@ -68,27 +68,30 @@ class WorkerHooks:
         if self.tracker is not None:
             self.tracker.metrics(metrics, progress.samples_seen)
 
-    def evaluate(self, trainer: Trainer) -> None:
-        if not self.validation:
-            return
-        model = trainer.averaged()
+    def evaluate(self, trainer: Trainer, pictures: bool) -> Curves:
+        model = trainer.averaged() if self.validation else None
         if model is None:
-            return
+            return {}
+        generator, seen = Generator(trainer.config, model), trainer.progress.samples_seen
         try:
-            self._draw(Generator(trainer.config, model))
-        except Exception:  # a picture is not worth a run
-            _log.exception("no pictures at %d samples", self.samples_seen)
+            if pictures:
+                self._draw(generator, seen)
+            found = evaluate(generator, self.validation, self.job.columns, only=periodic(trainer.config))
+        except Exception:  # they are not worth a run
+            _log.exception("no pictures and figures at %d samples", seen)
+            return {}
+        return {f"val/{figure.key}": (figure.value, figure.better) for figure in found.figures}
 
-    def _draw(self, model: Generator) -> None:
+    def _draw(self, model: Generator, seen: int) -> None:
         for name, picture in sample_pictures(model, self.validation).items():
             png = to_png(picture)
-            path = self.job.folder / "pictures" / f"{name}-{self.samples_seen:09d}.png"
+            path = self.job.folder / "pictures" / f"{name}-{seen:09d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png)
             if self.job.mirror is not None:
                 self.job.mirror.send(f"pictures/{path.name}")
             if self.tracker is not None:
-                self.tracker.image(f"samples/{name}", png, self.samples_seen)
+                self.tracker.image(f"samples/{name}", png, seen)
 
     def should_stop(self, progress: Progress) -> bool:
         pause = self.job.pause_at

@@ -1,6 +1,6 @@
 """Run the configured evaluators on a model and held-out rows."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from mmdiff_ray.registry import look_up, names
 from mmdiff_ray.sampling.generator import Generator
 
 LIKELY = PAIRED["likely"]
+CHEAP = ("calibration",)
+"""Evaluators that run during training by default: a few network passes, no sampling."""
 
 
 def evaluator_names(config: Config) -> list[str]:
@@ -27,15 +29,25 @@ def evaluator_names(config: Config) -> list[str]:
 
 def evaluators(config: Config) -> list[Any]:
     """Return the configured evaluators. Raises ConfigError for an unknown name."""
+    return _registered("evaluate.evaluators", evaluator_names(config))
+
+
+def periodic(config: Config) -> list[Any]:
+    """Return the evaluators of `evaluate.periodic`, by default the cheap ones. Raises as `evaluators`."""
+    listed = config.evaluate.periodic
+    return _registered("evaluate.periodic", CHEAP if listed is None else listed)
+
+
+def _registered(key: str, wanted: Iterable[str]) -> list[Any]:
     try:
-        return [look_up("evaluator", name) for name in evaluator_names(config)]
+        return [look_up("evaluator", name) for name in wanted]
     except KeyError as error:
-        raise ConfigError(f"evaluate.evaluators: {error.args[0]}") from None
+        raise ConfigError(f"{key}: {error.args[0]}") from None
 
 
 def check_evaluators(config: Config) -> None:
     """Raise ConfigError for an unknown evaluator, or one whose weights are not on this machine."""
-    for evaluator in evaluators(config):
+    for evaluator in [*evaluators(config), *periodic(config)]:
         if check := getattr(evaluator, "check", None):
             check(config)
 
@@ -46,15 +58,16 @@ def evaluate(
     columns: Mapping[str, Mapping] | None = None,
     sample_fn: SampleFn | None = None,
     training: Callable[[int], Batch] | None = None,
+    only: Sequence[Any] | None = None,
 ) -> Findings:
-    """Return the findings of all configured evaluators on the rows of the batches.
+    """Return the findings of the configured evaluators on the rows of the batches.
 
-    columns, sample_fn, training: as of `Context`.
+    only: other evaluators in place of them. columns, sample_fn, training: as of `Context`.
     """
     batch = joined(batches)
     context = Context(model, batch.where(batch.real).to(model.device), columns, sample_fn, training)
     findings = Findings()
-    for evaluator in evaluators(model.config):
+    for evaluator in evaluators(model.config) if only is None else only:
         found = evaluator(context)
         findings.figures.extend(found.figures)
         findings.pictures.update(found.pictures)

@@ -33,7 +33,7 @@ from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.sampling.export import WEIGHTS, save_export
 from mmdiff_ray.storage.lock import lock_folder
 from mmdiff_ray.training.checkpoint import CheckpointStore, complete
-from mmdiff_ray.training.fit import fit
+from mmdiff_ray.training.fit import Curves, fit
 from mmdiff_ray.training.parallel import choose_device
 from mmdiff_ray.training.progress import Progress
 from mmdiff_ray.training.trainer import Trainer
@@ -95,7 +95,7 @@ def train_cell(config: Config, folder: Path, hooks: "CellHooks", watched: Sequen
     facts = {"config": configuration.to_plain(config), "version": __version__, "torch": torch.__version__}
     if fit(trainer, store, stream, list, hooks, facts) != "finished":
         raise RunError(f"{job.folder.name} was stopped with a checkpoint; run the same command to resume")
-    hooks.evaluate(trainer)
+    hooks.evaluate(trainer, True)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     versions = {
         "python": platform.python_version(), "torch": torch.__version__, "mmdiff_ray": __version__
@@ -143,10 +143,11 @@ class CellHooks:
             rate = metrics.get("train/samples_per_s", 0.0)
             self.say(f"{progress.samples_seen:,} of {progress.total_samples:,} samples, {rate:.0f}/s")
 
-    def evaluate(self, trainer: Trainer) -> None:
+    def evaluate(self, trainer: Trainer, pictures: bool) -> Curves:
         """Record the watched tasks; the cell itself is measured after training."""
         if self.watch is not None:
             self.watch(trainer)
+        return {}
 
     def should_stop(self, progress: Progress) -> bool:
         """Return False: a killed cell resumes from its checkpoint."""

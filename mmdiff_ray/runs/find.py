@@ -1,5 +1,6 @@
 """Find runs and models by what a person types: a name, a folder, a URI, or `pretrained:NAME`."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +41,15 @@ class Model(NamedTuple):
     where: str
     name: str
     run: Path | None = None
+
+    @property
+    def samples_seen(self) -> int:
+        """The samples that it was trained on."""
+        config, _ = need_export(self.where)
+        if config.suffix == ".json":
+            return int(json.loads(config.read_text(encoding="utf8"))["samples_seen"])
+        file = config.parent / "facts.json"
+        return int(json.loads(file.read_text(encoding="utf8"))["progress"]["samples_seen"])
 
 
 def find_model(name: str, where: str = "runs") -> Model:

@@ -168,7 +168,7 @@ def prepare(config: Config, folder: Path, tables: Tables | None = None, resumed:
 
     resumed: whether the run exists and needs `train.init` no more. Raises ConfigError.
     """
-    if config.evaluate.evaluators != []:
+    if config.evaluate.evaluators != [] or config.evaluate.periodic:
         from mmdiff_ray.evaluation.run import check_evaluators  # what it draws and measures with is large
 
         check_evaluators(config)

@@ -44,7 +44,7 @@ def publish(
     """
     if out.is_dir() and any(out.iterdir()):
         raise ConfigError(f"--out {out} is not empty; name a new folder")
-    config, facts, manifests = read_config(model.where), _facts(model), _manifests(model)
+    config, manifests = read_config(model.where), _manifests(model)
     denoiser = build_denoiser(config)
     names = {name for name, _ in denoiser.named_parameters()}
     tensors = {
@@ -54,7 +54,7 @@ def publish(
     about = {
         "mmdiff_ray": __version__,
         "name": model.name,
-        "samples_seen": facts.get("progress", {}).get("samples_seen", 0),
+        "samples_seen": model.samples_seen,
         "data": [
             {"name": one.name, "description": one.description, "credit": one.credit, "digest": one.digest}
             for one in manifests
@@ -81,11 +81,6 @@ def publish(
         saved.write_text(json.dumps(about, indent=1), encoding="utf8")
         (partial / "README.md").write_text(card, encoding="utf8")
     return out
-
-
-def _facts(model: Model) -> dict[str, Any]:
-    file = need_export(model.where)[0].parent / "facts.json"
-    return json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
 
 
 def _manifests(model: Model) -> list[Manifest]:

@@ -36,10 +36,9 @@ MIGRATIONS: dict[int, Any] = {}
 class CheckpointStore:
     """The checkpoints of one run in a folder that all workers see, or on several disks and in storage.
 
-    Workers call its methods together. better: "min" or "max", which metric value counts as the best.
-    run: whose checkpoints these are; those of another in the folder do not count. "": all do. remote: the
-    run's checkpoints in storage, which know whose they are; then workers on several machines have a folder
-    each.
+    Workers call its methods together. Of the metrics in the states the lowest is the best. run: whose
+    checkpoints these are; those of another in the folder do not count. "": all do. remote: the run's
+    checkpoints in storage, which know whose they are; then workers on several machines have a folder each.
     completed: called on the first worker for every checkpoint that is complete on disk, where that is all.
     unsent: after `close`, what did not reach storage.
     """
@@ -48,14 +47,12 @@ class CheckpointStore:
         self,
         folder: Path,
         config: CheckpointConfig,
-        better: str = "min",
         run: str = "",
         remote: "RemoteCheckpoints | None" = None,
         completed: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
         self.keep_last = config.keep_last
-        self.better = better
         self.run = remote.run if remote is not None else run
         self.remote = remote
         self.completed = completed
@@ -68,7 +65,8 @@ class CheckpointStore:
     def save(self, trainer: Any, facts: dict[str, Any], metric: float | None = None) -> Path:
         """Begin to write the trainer's state; wait first for the one before. Return where it will be.
 
-        facts: plain values for `state.json` (the configuration, versions).
+        metric: by which the best checkpoint is chosen, the lower the better. facts: plain values for
+        `state.json` (the configuration, versions).
         """
         from torch.distributed.checkpoint import async_save
 
@@ -85,12 +83,13 @@ class CheckpointStore:
             "format_version": FORMAT_VERSION,
             "progress": vars(trainer.progress).copy(),
             "metric": metric,
+            "figure": trainer.config.evaluate.best,
             "run": self.run,
             **facts,
         }
         if self.remote is not None:
             state["mark"] = mark
-        future = _quietly(
+        future = quietly(
             async_save,
             _tensors(trainer),
             checkpoint_id=str(partial / mark),
@@ -150,9 +149,7 @@ class CheckpointStore:
 
     def _drop_old(self) -> None:
         states = {path: read_state(path) for path in written(self.folder)}
-        kept = worth_keeping(
-            {path.name: state.get("metric") for path, state in states.items()}, self.keep_last, self.better
-        )
+        kept = worth_keeping({path.name: state for path, state in states.items()}, self.keep_last)
         held = self.remote.held if self.remote is not None else set()
         for path in states:
             if path.name not in kept | held:
@@ -160,8 +157,7 @@ class CheckpointStore:
 
     def best(self) -> Path | None:
         """Return the complete checkpoint of the best metric, or None where none has one."""
-        metrics = {path.name: read_state(path).get("metric") for path in complete(self.folder)}
-        name = best_of(metrics, self.better)
+        name = best_of({path.name: read_state(path) for path in complete(self.folder)})
         return None if name is None else self.folder / name
 
     def latest(self) -> Path | None:
@@ -191,7 +187,7 @@ def restore(trainer: Any, path: Path) -> None:
     tensors = _tensors(trainer)
     groups = copy.deepcopy(tensors["optimizer"]["param_groups"])
     files = path / read_state(path).get("mark", "")
-    _quietly(load_files, tensors, files, no_dist=world()[1] == 1)
+    quietly(load_files, tensors, files, no_dist=world()[1] == 1)
     tensors["optimizer"]["param_groups"] = groups  # else those of the checkpoint would replace the config's
     set_state_dict(
         trainer.denoiser,
@@ -246,18 +242,25 @@ def _size(file: Path) -> int | None:
         return None
 
 
-def worth_keeping(metrics: Mapping[str, float | None], keep_last: int, better: str) -> set[str]:
-    """Return which checkpoints to keep, the last and the best. metrics: name -> metric, if it has one."""
-    return {*sorted(metrics)[-keep_last:], *filter(None, [best_of(metrics, better)])}
+def worth_keeping(states: Mapping[str, Mapping[str, Any]], keep_last: int) -> set[str]:
+    """Return the names of the checkpoints to keep, the last and the best. states: name -> state."""
+    return {*sorted(states)[-keep_last:], *filter(None, [best_of(states)])}
 
 
-def best_of(metrics: Mapping[str, float | None], better: str) -> str | None:
-    """Return the name of the best metric, or None where there is no metric."""
+def best_of(states: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Return the name of the checkpoint of the lowest metric, or None where none has one.
+
+    Metrics of another figure (`evaluate.best`) than the newest checkpoint's do not count.
+    """
+    figure = states[max(states)].get("figure") if states else None
     scored = [
-        (metric, name) for name, metric in metrics.items() if metric is not None and math.isfinite(metric)
+        (state["metric"], name)
+        for name, state in states.items()
+        if state.get("figure") == figure
+        and state.get("metric") is not None
+        and math.isfinite(state["metric"])
     ]
-    pick = min if better == "min" else max
-    return pick(scored)[1] if scored else None
+    return min(scored)[1] if scored else None
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -288,7 +291,8 @@ def _tensors(trainer: Any) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "ema": trainer.ema.model.state_dict()}
 
 
-def _quietly(function: Any, *args: Any, **kwargs: Any) -> Any:
+def quietly(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a function of PyTorch's distributed checkpoint without its warnings about a single process."""
     # Said in a thread of its own, after this returns: only a lasting filter hears it.
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
     with warnings.catch_warnings():

@@ -1,6 +1,6 @@
 """The life of a training run on one worker: go on from the last checkpoint, report, evaluate, save, end."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,10 @@ from mmdiff_ray.training.parallel import same_everywhere, world
 from mmdiff_ray.training.progress import Progress
 from mmdiff_ray.training.trainer import Trainer, TrainingError
 
+Curves = Mapping[str, tuple[float, str]]
+"""Metric -> its value, and which values are better: "higher" or "lower"."""
+HELD_OUT_LOSS = "loss/total"
+
 
 class Hooks(Protocol):
     """What a run tells the outside. All are called on every worker."""
@@ -22,8 +26,9 @@ class Hooks(Protocol):
     def report(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Take the metrics of the samples since the last report."""
 
-    def evaluate(self, trainer: Trainer) -> None:
-        """Look at the model in between (samples for people)."""
+    def evaluate(self, trainer: Trainer, pictures: bool) -> Curves:
+        """Evaluate the averaged model; return its figures, on the first worker alone. pictures: draw samples
+        for people, too."""
 
     def should_stop(self, progress: Progress) -> bool:
         """Return whether the run shall end early, here; the first worker's answer counts."""
@@ -71,18 +76,37 @@ def _advance(
     """Train until something is due and do what is due. Return whether the run was asked to end before its
     end."""
     config, progress, before = trainer.config, trainer.progress, trainer.progress.samples_seen
+    best = config.evaluate.best or HELD_OUT_LOSS
     metrics = trainer.advance(stream, _next(before, trainer.whole))
     store.poll()
     stop = _asked_to_stop(hooks, progress)
     save = progress.done or stop or crossed(before, progress.samples_seen, config.checkpoint.every_samples)
-    if save:
+    look = crossed(before, progress.samples_seen, config.evaluate.every_samples) and not progress.done
+    if save or look:
         metrics.update(trainer.validate(validation()))
-    hooks.report(progress, metrics)
-    if crossed(before, progress.samples_seen, config.evaluate.every_samples) and not progress.done:
-        hooks.evaluate(trainer)
+    curves: dict[str, tuple[float, str]] = {name: (value, "lower") for name, value in metrics.items()}
+    if look or (save and f"val/{best}" not in curves):
+        curves.update(hooks.evaluate(trainer, look))
+    hooks.report(progress, {name: value for name, (value, _) in curves.items()})
     if save:
-        store.save(trainer, facts, metrics.get("val/loss/total"))
+        store.save(trainer, facts, _score(curves, best, config.evaluate.best is not None))
     return stop
+
+
+def _score(curves: Curves, best: str, needed: bool) -> float | None:
+    """Return the value by which the best checkpoint is chosen, the lower the better, the same on all workers.
+
+    Raises TrainingError on all workers if `evaluate.best` names no curve.
+    """
+    value, better = curves.get(f"val/{best}", (None, ""))
+    if not needed:
+        return value
+    if not same_everywhere(float(value is not None)):
+        known = ", ".join(sorted(name.removeprefix("val/") for name in curves if name.startswith("val/")))
+        raise TrainingError(
+            f"evaluate.best: unknown curve {best!r}; known: {known or 'none, no held-out rows'}"
+        )
+    return same_everywhere((-value if better == "higher" else value) if value is not None else 0.0)
 
 
 def _asked_to_stop(hooks: Hooks, progress: Progress) -> bool:

@@ -41,9 +41,14 @@ class TrainingLoss(nn.Module):
         self._on_grid = dataclasses.replace(self.objective, process=self.objective.process.tabulated(device))
 
     def forward(
-        self, batch: Batch, roles: Roles, weighted_only: bool = False, one_pass: Tensor | None = None
+        self,
+        batch: Batch,
+        roles: Roles,
+        weighted_only: bool = False,
+        one_pass: Tensor | None = None,
+        by_row: bool = False,
     ) -> Terms:
-        """Return the sum of every loss term over a micro-batch. roles: instance -> (B,).
+        """Return the sum of every loss term over a micro-batch, or by row, (B,). roles: instance -> (B,).
 
         one_pass: rows whose t is 1, bool (B,); the others' are drawn. weighted_only: leave out terms that
         cost something and weigh nothing (`Objective.sums`).
@@ -62,15 +67,17 @@ class TrainingLoss(nn.Module):
         with self._autocast(z_t.device.type):
             predicted = denoiser(seen, t, roles, codes, conditions)
         known, void = denoiser.known_cells(batch.data, roles), denoiser.void_cells(batch.data)
-        return objective.sums(
+        terms = objective.row_sums if by_row else objective.sums
+        return terms(
             z_t, t, roles, codes, batch.data, predicted.codes, predicted.heads, known, void, weighted_only
         )
 
-    def counts(self, batch: Batch, roles: Roles) -> Terms:
-        """Return the count of every loss term in a batch, before any forward pass."""
+    def counts(self, batch: Batch, roles: Roles, by_row: bool = False) -> Terms:
+        """Return the count of every loss term in a batch, or by row, (B,), before any forward pass."""
         height, width = self.denoiser.size
         known, void = self.denoiser.known_cells(batch.data, roles), self.denoiser.void_cells(batch.data)
-        return self.objective.counts(roles, height * width, known, void)
+        counts = self.objective.row_counts if by_row else self.objective.counts
+        return counts(roles, height * width, known, void)
 
     def expected_counts(self, tasks: Tasks) -> Terms:
         """Return the mean count of every loss term in a row that has all modalities.

@@ -132,8 +132,7 @@ class RemoteCheckpoints:
         write_atomic(self.mirror.fs, self.mirror.path(f"{FOLDER}/{name}/{STATE}"), data)
         self.completed()
         try:
-            metrics = {name: state.get("metric") for name, state in self.stored().items()}
-            kept = worth_keeping(metrics, self.keep_last, "min")
+            kept = worth_keeping(self.stored(), self.keep_last)
             _remove(self.mirror, lambda old: old < name and old not in kept)
         except OSError as error:  # the next one tries again
             _log.warning("old checkpoints stay in %s: %s", self.mirror.uri, error)
@@ -179,7 +178,7 @@ class RemoteCheckpoints:
             if newest not in everywhere and self.close():
                 raise RunError(f"no machine has all of {_label(newest)}; {self.mirror.uri} does not take it")
         state, root = stored.get(newest) or states[newest], self.mirror.path(f"{FOLDER}/{newest}")
-        fetch = functools.partial(_download, self.mirror.fs, root, self.folder / newest, state)
+        fetch = functools.partial(download_files, self.mirror.fs, root, self.folder / newest, state)
         what = f"fetch checkpoint {newest} from {self.mirror.uri}"
         for error in filter(None, self._gather(_attempt(fetch, what) if self.is_first_here() else None)):
             raise error
@@ -235,7 +234,7 @@ def copy_checkpoint(source: str, donor: str, folder: Path, mirror: Mirror | None
         shutil.rmtree(partial, ignore_errors=True)
         if (state := _read_complete(fs, root, donor)) is None:
             raise FileNotFoundError(source)
-        _download(fs, root, partial, state := {**state, "run": run})
+        download_files(fs, root, partial, state := {**state, "run": run})
         return state
 
     try:
@@ -279,7 +278,7 @@ def _read_complete(fs: Any, root: str, run: str) -> dict[str, Any] | None:
     return state if is_complete and state.get("run", run) == run else None
 
 
-def _download(fs: Any, root: str, place: Path, state: dict[str, Any]) -> None:
+def download_files(fs: Any, root: str, place: Path, state: dict[str, Any]) -> None:
     """Download the files of a checkpoint that are missing in a folder; the state marks it complete."""
     missing = state["files"].keys() - files_of(place, state)
     if missing:

@@ -218,31 +218,39 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return the loss terms of the averaged model on held-out rows, the same on all workers.
+        """Return the loss terms of the averaged model on held-out rows, the same on all workers: over all
+        rows, `val/loss/...`, and over the rows of each task, `val/task/NAME/...`.
 
-        batches: this worker's share, as many as every worker has (`batch.share`). Draws depend on the rows
-        alone, so losses can be compared over time.
+        batches: this worker's share, as many as every worker has (`batch.share`). Tasks, roles, times and
+        noise depend on the rows alone, so losses can be compared over time.
         """
-        sums = torch.zeros(len(self.terms), device=self.device, dtype=torch.float64)
+        names = self.tasks.names
+        sums = torch.zeros(1 + len(names), len(self.terms), device=self.device, dtype=torch.float64)
         counts = torch.zeros_like(sums)
         for batch in batches:
             batch = batch.to(self.device)
             task, roles = self.tasks.draw(batch, self.config.seed)
             one_pass = self.tasks.draw_one_pass(task, batch, self.config.seed)
-            part, count = self.average(batch, roles, False, one_pass), self.loss.counts(batch, roles)
-            sums += torch.stack([part[key] for key in self.terms])
-            counts += torch.stack([count[key] for key in self.terms])
-        both = add_over_workers(torch.stack([sums, counts]))
-        sums, counts = both.unbind()
-        if not float(counts.sum()):
-            return {}
-        terms = dict(zip(self.terms, sums, strict=True))
-        total = self.objective.total(terms, dict(zip(self.terms, counts, strict=True)))
-        means = (sums / counts.clamp_min(1)).tolist()
-        return {
-            "val/loss/total": float(total),
-            **{f"val/loss/{key}": mean for key, mean in zip(self.terms, means, strict=True)},
-        }
+            rows = self.average(batch, roles, False, one_pass, True)
+            row_counts = self.loss.counts(batch, roles, True)
+            groups = torch.cat(
+                [torch.ones(1, len(batch)), torch.stack([task == i for i in range(len(names))])]
+            )
+            groups = groups.to(sums)  # (1 + tasks, B): all rows, then those of each task
+            sums += groups @ torch.stack([rows[key] for key in self.terms], 1).double()
+            counts += groups @ torch.stack([row_counts[key] for key in self.terms], 1)
+        sums, counts = add_over_workers(torch.stack([sums, counts])).unbind()
+        found: dict[str, float] = {}
+        for name, above, below in zip(
+            ["loss", *(f"task/{name}" for name in names)], sums, counts, strict=True
+        ):
+            if not float(below.sum()):
+                continue
+            terms, sizes = (dict(zip(self.terms, values, strict=True)) for values in (above, below))
+            found[f"val/{name}/total"] = float(self.objective.total(terms, sizes))
+            means = zip(self.terms, (above / below.clamp_min(1)).tolist(), below.tolist(), strict=True)
+            found |= {f"val/{name}/{key}": mean for key, mean, size in means if size or name == "loss"}
+        return found
 
     def averaged(self) -> Denoiser | None:
         """Return the averaged model, whole, on the first worker, None on the others. All call it together."""

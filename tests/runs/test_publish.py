@@ -16,7 +16,11 @@ from safetensors.torch import load_file
 from mmdiff_ray import load_pipeline
 from mmdiff_ray.cli import main
 from mmdiff_ray.runs import job as jobs
+from mmdiff_ray.runs.checkpoints import of_checkpoint
+from mmdiff_ray.runs.find import find_model
 from mmdiff_ray.sampling.export import load_export
+from mmdiff_ray.tracking.store import client
+from mmdiff_ray.training.checkpoint import complete, read_state
 from tests import sprites as tiny
 
 LOAD_ALONE = """
@@ -136,6 +140,36 @@ def test_published_model_is_evaluated_on_data_that_are_named(
         for folder in (Path("evaluations/shapes"), finished.folder)
     )
     assert found["shape/accuracy"] == own["shape/accuracy"]
+
+
+def test_model_of_the_best_checkpoint_is_sampled_and_evaluated(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = str(finished.folder)
+    states = {path.name: read_state(path) for path in complete(finished.folder / "checkpoints")}
+    best = f"{int(min(states, key=lambda name: states[name]['metric']))}"
+    for which, seen in (("best", best), ("last", "160"), ("128", "128")):
+        model = of_checkpoint(find_model(run), which)
+        assert (model.name, model.samples_seen) == (f"tiny-{seen}", int(seen))
+    last = load_export(of_checkpoint(find_model(run), "last").where)
+    assert tiny.same(
+        last.denoiser.state_dict(), load_export(finished.folder / "export").denoiser.state_dict()
+    )
+    assert not tiny.same(tiny.weights(load_export(model.where).denoiser), tiny.weights(last.denoiser))
+    assert main(["sample", run, "--checkpoint", "best", "--num", "2", "--steps", "2"]) == 0
+    assert Path(f"samples/tiny-{best}-joint/grid.png").is_file()
+    assert main(["evaluate", run, "--checkpoint", "best", "evaluate.evaluators=[labels]"]) == 0
+    found = json.loads(Path(f"evaluations/tiny-{best}/evaluation.json").read_text())
+    assert found["samples_seen"] == int(best) and found["figures"]
+    capsys.readouterr()
+    assert main(["sample", run, "--checkpoint", "99"]) == 2
+    assert "--checkpoint 99: tiny has the checkpoints 128, 160" in capsys.readouterr().err
+
+
+def test_run_records_held_out_losses_and_figures_as_curves(finished):
+    facts = jobs.read_run(finished.folder)
+    for metric in ("val/loss/total", "val/task/understand/l2/shape", "val/shape/head_accuracy"):
+        points = client(facts["tracking_uri"]).get_metric_history(facts["run_id"], metric)
+        assert {64, 128} <= {point.step for point in points}, metric
 
 
 def test_nothing_is_overwritten(finished, tmp_path, capsys):

@@ -159,16 +159,16 @@ def test_state_says_what_it_is(written):
 
 
 @pytest.mark.parametrize(
-    "better, metrics, kept",
+    "metrics, kept",
     [
-        ("min", [3.0, 1.0, 2.0, 4.0, 5.0], [32, 64, 80]),  # the best, and the last two
-        ("max", [3.0, 1.0, 2.0, 4.0, 5.0], [64, 80]),
-        ("max", [None, 9.0, None, 4.0, None], [32, 64, 80]),
-        ("min", [None] * 5, [64, 80]),
+        ([3.0, 1.0, 2.0, 4.0, 5.0], [32, 64, 80]),  # the best, and the last two
+        ([3.0, 4.0, 5.0, 2.0, 1.0], [64, 80]),
+        ([None, -9.0, None, -4.0, None], [32, 64, 80]),
+        ([None] * 5, [64, 80]),
     ],
 )
-def test_last_and_best_are_kept(job, tmp_path, better, metrics, kept):
-    trainer, store = tiny.trainer(job), CheckpointStore(tmp_path, CheckpointConfig(keep_last=2), better)
+def test_last_and_best_are_kept(job, tmp_path, metrics, kept):
+    trainer, store = tiny.trainer(job), CheckpointStore(tmp_path, CheckpointConfig(keep_last=2))
     for metric in metrics:
         trainer.progress.samples_seen += 16
         store.save(trainer, {}, metric)

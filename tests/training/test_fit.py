@@ -9,7 +9,7 @@ import torch
 
 from mmdiff_ray.batch import Batch
 from mmdiff_ray.training.checkpoint import CheckpointStore, complete, read_state
-from mmdiff_ray.training.fit import crossed, fit
+from mmdiff_ray.training.fit import Curves, crossed, fit
 from mmdiff_ray.training.progress import Progress
 from mmdiff_ray.training.trainer import Trainer, TrainingError
 from tests import sprites as tiny
@@ -34,8 +34,9 @@ class Diary:
         self.seen = progress.samples_seen
         self.reports[progress.samples_seen] = metrics
 
-    def evaluate(self, trainer: Trainer) -> None:
+    def evaluate(self, trainer: Trainer, pictures: bool) -> Curves:
         self.evaluated.append(trainer.progress.samples_seen)
+        return {"val/shape/guessed": (float(trainer.progress.samples_seen != 128), "higher")}
 
     def should_stop(self, progress) -> bool:
         return self.stop_at is not None and self.seen + 32 > self.stop_at
@@ -80,14 +81,50 @@ def test_reports_evaluations_and_checkpoints_come_at_their_samples(whole):
     assert [int(path.name) for path in complete(folder)] == [128, 160]  # of 64, 128 and the end, two are kept
 
 
-def test_held_out_loss_is_reported_with_every_checkpoint_and_kept_in_it(whole):
+def test_held_out_loss_is_reported_with_every_checkpoint_and_evaluation(whole):
     _, _, diary, folder = whole
     with_loss = [seen for seen, metrics in diary.reports.items() if "val/loss/total" in metrics]
-    assert with_loss == [64, 128, 160]
+    assert with_loss == [48, 64, 96, 128, 144, 160]
+    assert [seen for seen, found in diary.reports.items() if "val/shape/guessed" in found] == [48, 96, 144]
     for path in complete(folder):
         state = read_state(path)
         assert state["metric"] == diary.reports[int(path.name)]["val/loss/total"]
         assert state["facts"] == "kept"
+
+
+def test_evaluation_changes_no_weight_and_no_loss(job, whole, tmp_path):
+    """Held-out losses have draws of their own: training goes as it goes without them."""
+    quiet = dataclasses.replace(job.config.evaluate, every_samples=0)
+    diary = Diary()
+    _, trainer = run(
+        dataclasses.replace(job, config=dataclasses.replace(job.config, evaluate=quiet)), tmp_path, diary
+    )
+    assert diary.evaluated == [] and list(diary.reports) == [32, 64, 96, 128, 160]
+    assert tiny.same(tiny.weights(trainer.denoiser), tiny.weights(whole[1].denoiser))
+    assert diary.reports[160]["val/loss/total"] == whole[2].reports[160]["val/loss/total"]
+    assert diary.reports[32]["loss/total"] == whole[2].reports[32]["loss/total"]
+
+
+def test_stated_figure_chooses_the_best_checkpoint(job, tmp_path):
+    def ending(best: str, folder: Path) -> tuple[Diary, CheckpointStore]:
+        config = dataclasses.replace(
+            job.config,
+            evaluate=dataclasses.replace(job.config.evaluate, best=best),
+            checkpoint=dataclasses.replace(job.config.checkpoint, keep_last=1),
+        )
+        diary = Diary()
+        run(dataclasses.replace(job, config=config), folder, diary)
+        return diary, CheckpointStore(folder, config.checkpoint)
+
+    diary, store = ending("shape/guessed", tmp_path / "figure")
+    assert set(diary.evaluated) == {48, 64, 96, 128, 144, 160}
+    best = store.best()
+    assert best is not None and best.name == f"{64:012d}" and read_state(best)["metric"] == -1
+    assert [int(path.name) for path in complete(tmp_path / "figure")] == [64, 160]
+    _, store = ending("task/restore/total", tmp_path / "loss")
+    assert {read_state(path)["figure"] for path in complete(tmp_path / "loss")} == {"task/restore/total"}
+    with pytest.raises(TrainingError, match=r"evaluate.best: unknown curve 'shape/gessed'; known: loss/"):
+        ending("shape/gessed", tmp_path / "typo")
 
 
 def test_stopped_run_saves_and_goes_on_to_the_same_end_bit_for_bit(job, whole, tmp_path):

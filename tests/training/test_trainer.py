@@ -217,6 +217,9 @@ def test_validation_is_the_same_whenever_it_is_asked_and_however_it_is_cut(job):
     trainer = trained(job, 2)[0]
     first = trainer.validate(tiny.held_out(job))
     assert first == trainer.validate(tiny.held_out(job))
+    parts = {key: value for key, value in first.items() if key.startswith("val/task/")}
+    assert {key.split("/")[2] for key in parts} == set(job.config.tasks)
+    assert "val/task/restore/l1/pixels" in parts and "val/task/restore/l2/shape" not in parts
     assert trainer.validate(tiny.held_out(job, size=6)) == pytest.approx(first, rel=1e-6)
     assert first["val/loss/total"] > 0
 
