@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from mmdiff_ray import __version__
 from mmdiff_ray.cli import (
     cluster,
+    compare,
     data,
     doctor,
     evaluate,
@@ -31,6 +32,7 @@ COMMANDS = (
     try_run,
     evaluate,
     export,
+    compare,
     experiment,
     sweep,
     submit,

@@ -28,6 +28,7 @@ from mmdiff_ray.evaluation.context import Figure, Findings
 from mmdiff_ray.evaluation.gallery import free_folder
 from mmdiff_ray.evaluation.requests import SampleFn, SampleRequest, cached, run_request, sample_locally
 from mmdiff_ray.evaluation.run import check_evaluators, evaluate, joined
+from mmdiff_ray.evaluation.tallies import save_tallies
 from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.runs import describe
 from mmdiff_ray.runs import folder as runs
@@ -252,14 +253,17 @@ def _record(folder: Path, place: Path, config: Config, findings: Findings) -> No
     tracker.close(timeout_s=30)
     if (mirror := runs.mirror_of(folder)) is not None:
         made = [f"pictures/{name}.png" for name in findings.pictures]
-        mirror.send(*([*made, "evaluation.json"] if own else [place.relative_to(folder).as_posix()]))
+        mirror.send(
+            *([*made, "evaluation.npz", "evaluation.json"] if own else [place.relative_to(folder).as_posix()])
+        )
 
 
 def _write(place: Path, seen: int, findings: Findings) -> None:
-    """Write `evaluation.json` and pictures into a folder."""
+    """Write `evaluation.json`, the tallies of its figures, and pictures into a folder."""
     write_json(
         place / "evaluation.json", {"samples_seen": seen, "figures": [plain(f) for f in findings.figures]}
     )
+    save_tallies(place / "evaluation.npz", findings.figures)
     (place / "pictures").mkdir(exist_ok=True)
     for name, image in findings.pictures.items():
         (place / "pictures" / f"{name}.png").write_bytes(to_png(image))

@@ -3,15 +3,12 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import Config, ConfigError
-from mmdiff_ray.evaluation.context import Figure
-from mmdiff_ray.evaluation.statistics import Tally
+from mmdiff_ray.evaluation.tallies import save_tallies
 from mmdiff_ray.experiments.digest import digest, training_digest
 from mmdiff_ray.experiments.spec import Cell, Experiment, Measure, Method
 from mmdiff_ray.training.checkpoint import write_json
@@ -95,26 +92,3 @@ def measure_cell(experiment: Experiment, cell: Cell, runs: Path, say: Say) -> No
         figures = [plain(figure) for figure in findings.figures]
         write_json(one.file, {"digest": one.digest, "seconds": seconds, "figures": figures})
         say(f"{one.method.name}: {one.measure.name} measured in {seconds:.0f} s")
-
-
-def save_tallies(file: Path, figures: Sequence[Figure]) -> None:
-    """Write the tallies of figures for `load_tally`; figures of the same rows share one array of ids."""
-    arrays: dict[str, np.ndarray] = {}
-    names: dict[bytes, str] = {}
-    for figure in figures:
-        for rule, tally in figure.tallies.items():
-            for part in ("numerator", "denominator"):
-                arrays[f"{figure.key}|{rule}|{part}"] = getattr(tally, part).astype(np.float32)
-        ids = figure.tallies["model"].ids if figure.tallies else None
-        if ids is not None:
-            name = names.setdefault(ids.tobytes(), f"ids {len(names)}")
-            arrays |= {name: ids, f"{figure.key}|ids": np.array(name)}
-    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-
-def load_tally(arrays: Mapping[str, np.ndarray], key: str, rule: str) -> Tally | None:
-    """Return a saved tally, None if the figure has none. Cells measured by early releases have no ids."""
-    if f"{key}|{rule}|numerator" not in arrays:
-        return None
-    ids = arrays[str(arrays[f"{key}|ids"])] if f"{key}|ids" in arrays else None
-    return Tally(arrays[f"{key}|{rule}|numerator"], arrays[f"{key}|{rule}|denominator"], ids)

@@ -24,7 +24,8 @@ from mmdiff_ray.evaluation.statistics import (
     interval,
     over_seeds,
 )
-from mmdiff_ray.experiments.measurement import is_measured, load_tally, measurements_of
+from mmdiff_ray.evaluation.tallies import load_tally
+from mmdiff_ray.experiments.measurement import is_measured, measurements_of
 from mmdiff_ray.experiments.spec import Best, Cell, Experiment, Goal
 from mmdiff_ray.experiments.watch import read
 from mmdiff_ray.models.cost import forward_flops

@@ -25,7 +25,7 @@ from mmdiff_ray.evaluation.run import (
 )
 from mmdiff_ray.evaluation.segmentation import boundary_f
 from mmdiff_ray.evaluation.statistics import by_row
-from mmdiff_ray.experiments.measurement import load_tally, save_tallies
+from mmdiff_ray.evaluation.tallies import load_tally, save_tallies
 from mmdiff_ray.sampling.generator import Generator
 from tests import sprites as tiny
 
