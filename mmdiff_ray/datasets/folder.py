@@ -18,6 +18,7 @@ from mmdiff_ray.datasets.maps import find_maps, folders_of
 from mmdiff_ray.datasets.masks import find_masks
 from mmdiff_ray.datasets.pictured import Pictured, PictureOptions
 from mmdiff_ray.datasets.pictures import SUFFIXES, UNREADABLE, is_transparent, open_picture
+from mmdiff_ray.datasets.raw import RawFiles
 from mmdiff_ray.modalities.audio import checked_sound
 from mmdiff_ray.modalities.image import to_png
 
@@ -33,27 +34,28 @@ READ_BY = dict.fromkeys(("masks", "maps", "metadata", "csv"), "plain") | {
 class FolderOptions(PictureOptions):
     """What is read.
 
-    source: the folder of pictures, needed; a .wav or .flac file beside a picture with the same name becomes
-    the column sound. masks: a folder of masks that repeats the pictures' relative
-    names, or alpha, none, or auto: alpha if any picture has a transparent pixel. mask_suffix: what a mask's
-    name has behind its picture's, such as _mask; auto finds it. palette: a text file with a colour and a name
-    per line (#ff0000 car), the classes of masks in colour in their order; other colours are void. ignore: the
-    mask value of pixels that are neither learned nor measured, such as 255; auto takes 255 where it lies
-    apart from all classes; none. maps: folders of real-valued maps in .npy files or 16-bit pictures that
-    repeat the pictures' relative names: COLUMN=FOLDER, several separated by commas. map_range: LOW:HIGH;
-    values outside are unknown; by default that of all files. metadata: a table (.csv, .tsv, .jsonl, .parquet)
-    with the columns file, label and caption, which then lists the rows; metadata.csv and the like in the
-    source is found without it. Without a table the top-level folders' names are the labels, and train, val
-    and test are splits. csv: the former name of metadata. labels_column: the table's column with several
-    labels per row, the column labels; an empty cell is the empty set. vector_columns: the table's columns of
-    numbers that make the column vector, separated by commas. weight_column: the table's column of numbers
-    that makes the column weight, for data.weight. caption_lines: which lines of the text file beside a
-    picture are captions: all or first. split_column: the table's column with each row's split. group_by: the
-    table's column with what rows of one split share, such as a patient. val_source: a folder with the
-    pictures of the validation split. layout: plain, any folder; coco, the pictures that annotations lists,
-    with a class of masks per category; or cityscapes, the folder with leftImg8bit and gtFine, 19 classes and
-    unlabelled, labels from the cities; the last two take neither masks nor metadata. annotations: the COCO
-    file of instances, for layout=coco. captions: the COCO file of captions, for layout=coco.
+    source: the folder of pictures, needed; like all files and folders here a path or a URI
+    (s3://bucket/photos). A .wav or .flac file beside a picture with the same name becomes the column sound.
+    masks: a folder of masks that repeats the pictures' relative names, or alpha, none, or auto: alpha if any
+    picture has a transparent pixel. mask_suffix: what a mask's name has behind its picture's, such as _mask;
+    auto finds it. palette: a text file with a colour and a name per line (#ff0000 car), the classes of masks
+    in colour in their order; other colours are void. ignore: the mask value of pixels that are neither
+    learned nor measured, such as 255; auto takes 255 where it lies apart from all classes; none. maps:
+    folders of real-valued maps in .npy files or 16-bit pictures that repeat the pictures' relative names:
+    COLUMN=FOLDER, several separated by commas. map_range: LOW:HIGH; values outside are unknown; by default
+    that of all files. metadata: a table (.csv, .tsv, .jsonl, .parquet) with the columns file, label and
+    caption, which then lists the rows; metadata.csv and the like in the source is found without it. Without a
+    table the top-level folders' names are the labels, and train, val and test are splits. csv: the former
+    name of metadata. labels_column: the table's column with several labels per row, the column labels; an
+    empty cell is the empty set. vector_columns: the table's columns of numbers that make the column vector,
+    separated by commas. weight_column: the table's column of numbers that makes the column weight, for
+    data.weight. caption_lines: which lines of the text file beside a picture are captions: all or first.
+    split_column: the table's column with each row's split. group_by: the table's column with what rows of one
+    split share, such as a patient. val_source: a folder with the pictures of the validation split. layout:
+    plain, any folder; coco, the pictures that annotations lists, with a class of masks per category; or
+    cityscapes, the folder with leftImg8bit and gtFine, 19 classes and unlabelled, labels from the cities; the
+    last two take neither masks nor metadata. annotations: the COCO file of instances, for layout=coco.
+    captions: the COCO file of captions, for layout=coco.
     """
 
     masks: str = "auto"
@@ -85,14 +87,16 @@ class Folder(Pictured):
         super().__init__(options)
         if options.caption_lines not in ("all", "first"):
             raise ConfigError(f"caption_lines: got {options.caption_lines!r}, want all or first")
-        self.source = Path(options.source).expanduser().resolve()
+        self.raw = RawFiles()
+        self.source = self.raw.place(options.source)
         if not self.source.is_dir():
             raise ConfigError(f"source: no folder {self.source}")
         self.remarks: list[str] = []
+        self.map_folders = folders_of(options.maps, self.raw.place)
         self.entries, drawn = self._listed()
         self.has_alpha = any(is_transparent(self.source / entry.file) for entry in self.entries)
         self.masks = drawn or self._masks()
-        self.maps = find_maps(options.maps, [entry.mask for entry in self.entries], self.stated)
+        self.maps = find_maps(self.map_folders, [entry.mask for entry in self.entries], self.stated)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what workers need; each item brings its own entry."""
@@ -108,7 +112,7 @@ class Folder(Pictured):
     @property
     def _mask_folder(self) -> Path | None:
         choice = self.options.masks
-        return None if choice in ("auto", "alpha") or is_off(choice) else Path(choice).expanduser().resolve()
+        return None if choice in ("auto", "alpha") or is_off(choice) else self.raw.place(choice)
 
     def _listed(self) -> tuple[list[Entry], Masks | None]:
         """Return the pictures, and their masks where the layout has them."""
@@ -124,14 +128,14 @@ class Folder(Pictured):
             return self._entries(), None
         if options.annotations is None:
             raise ConfigError("annotations is missing; name the COCO file of instances: annotations=FILE")
-        words = Path(options.captions).expanduser() if options.captions else None
-        entries, masks, self.remarks = read_coco(Path(options.annotations).expanduser(), self.source, words)
+        words = self.raw.place(options.captions) if options.captions else None
+        entries, masks, self.remarks = read_coco(self.raw.place(options.annotations), self.source, words)
         return entries, masks
 
     def _entries(self) -> list[Entry]:
         options, held_out = self.options, []
         if options.val_source:
-            folder = Path(options.val_source).expanduser().resolve()
+            folder = self.raw.place(options.val_source)
             held_out = [
                 entry._replace(file=os.path.relpath(folder / entry.file, self.source), split="val")
                 for entry in self._walked(folder)
@@ -167,12 +171,11 @@ class Folder(Pictured):
     def _table(self) -> Path | None:
         """Return the table of the pictures: the named one, or one that lies beside them."""
         if named := self.options.metadata or self.options.csv:
-            return Path(named).expanduser()
+            return self.raw.place(named)
         return next((self.source / name for name in NAMES if (self.source / name).is_file()), None)
 
     def _walked(self, folder: Path) -> list[Entry]:
-        beside = folders_of(self.options.maps)
-        without = [*beside, *([self._mask_folder] if self._mask_folder else [])]
+        without = [*self.map_folders.values(), *([self._mask_folder] if self._mask_folder else [])]
         entries, skipped = walk(folder, without, 1 if self.options.caption_lines == "first" else None)
         if skipped:
             counts = ", ".join(f"{count:,} {what}" for what, count in sorted(skipped.items()))
@@ -185,7 +188,7 @@ class Folder(Pictured):
             raise ConfigError(f"masks=alpha, but no picture in {self.source} has a transparent pixel")
         if not folder:
             return None
-        palette = Path(options.palette).expanduser() if options.palette else None
+        palette = self.raw.place(options.palette) if options.palette else None
         stems = [entry.mask for entry in self.entries]
         return find_masks(folder, stems, options.mask_suffix, options.ignore, palette)
 
@@ -221,6 +224,7 @@ class Folder(Pictured):
         return [Item(entry.file, entry, entry.group, entry.split) for entry in self.entries]
 
     def row(self, item: Item) -> dict[str, Any]:
+        self.raw.copy_here()
         entry: Entry = item.source
         texts = list(entry.captions) if len(entry.captions) > 1 else next(iter(entry.captions), None)
         words = {"label": entry.label or None, "text": texts}

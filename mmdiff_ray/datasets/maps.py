@@ -1,7 +1,7 @@
 """Maps beside pictures: which file belongs to which picture, and which of its values are known."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from mmdiff_ray.datasets.pictures import UNREADABLE
 from mmdiff_ray.modalities.map import CONTENTS, checked_range, known_within, read_map, resized
 
 SUFFIXES = (".npy", ".png", ".tif", ".tiff")
-TAKEN = ("pixels", "alpha", "mask", "label", "labels", "vector", "weight", "text", "look", "caption")
+TAKEN = ("pixels", "alpha", "mask", "label", "labels", "vector", "weight", "text", "sound", "look", "caption")
 """Columns of a folder that no map can be called."""
 
 
@@ -65,20 +65,16 @@ class MapFolder:
     format: MapFormat
 
 
-def find_maps(folders: str, stems: Sequence[str], stated: Stated) -> dict[str, MapFolder]:
+def find_maps(folders: Mapping[str, Path], stems: Sequence[str], stated: Stated) -> dict[str, MapFolder]:
     """Return column -> the maps of the pictures with these relative stems (their paths without suffix).
 
-    folders: COLUMN=FOLDER, several separated by commas. A file is called like its picture, or has _COLUMN
-    behind the name. A range that is not stated is that of all files. Raises ConfigError if a folder has no
-    map of a picture, or for a wrong option.
+    folders: column -> the folder of its maps. A file is called like its picture, or has _COLUMN behind the
+    name. A range that is not stated is that of all files. Raises ConfigError if a folder has no map of a
+    picture, or for a wrong option.
     """
-    places = _by_column("maps", folders, ())
-    for column in places:
-        if column in TAKEN:
-            raise ConfigError(f"maps: a map cannot be called {column}; taken are: {', '.join(TAKEN)}")
     found = {}
-    for column, form in formats(places, stated).items():
-        folder = Path(places[column]).expanduser().resolve()
+    for column, form in formats(folders, stated).items():
+        folder = folders[column]
         ends = ("", f"_{column}", f"-{column}")
         files = match_files("maps", folder, stems, SUFFIXES, ends)
         if form.limits is None:
@@ -104,9 +100,16 @@ def formats(columns: Collection[str], stated: Stated) -> dict[str, MapFormat]:
     return found
 
 
-def folders_of(text: str) -> list[Path]:
-    """Return the folders that the option `maps` names."""
-    return [Path(place).expanduser().resolve() for place in _by_column("maps", text, ()).values()]
+def folders_of(text: str, place: Callable[[str], Path]) -> dict[str, Path]:
+    """Return column -> the folder that the option `maps` names: COLUMN=FOLDER, several separated by commas.
+
+    place: text -> a path. Raises ConfigError for other text, or a column that is taken.
+    """
+    named = _by_column("maps", text, ())
+    for column in named:
+        if column in TAKEN:
+            raise ConfigError(f"maps: a map cannot be called {column}; taken are: {', '.join(TAKEN)}")
+    return {column: place(folder) for column, folder in named.items()}
 
 
 def _by_column(key: str, text: str, columns: Collection[str]) -> dict[str, str]:

@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import os
+import pickle
+import shutil
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +15,11 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.datasets.base import bad_limit
+from mmdiff_ray.datasets.base import bad_limit, build, make_pipeline, render
 from mmdiff_ray.datasets.embedders import make_embedder
 from mmdiff_ray.modalities.image import ImageModality, ImageOptions
-from tests.datasets.reading import decode, keys_of
+from mmdiff_ray.storage.filesystem import filesystem, write_atomic
+from tests.datasets.reading import decode, keys_of, read_rows
 from tests.datasets.test_folder import BLUE, GREEN, RED, make, save
 
 
@@ -201,6 +205,40 @@ def test_a_share_of_unreadable_files_is_tolerated_whatever_the_number():
     for wrong in ("-1", "1.5", "many", "101%"):
         with pytest.raises(ConfigError, match=r"bad_limit: got .* want a number"):
             bad_limit(wrong, 100)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_folders_are_read_from_an_object_store(bucket, ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("MMDIFF_CACHE", str(tmp_path / "cache"))
+    mask = np.zeros((20, 20), np.uint8)
+    mask[4:9] = 1
+    (tmp_path / "masks" / "x").mkdir(parents=True)
+    (tmp_path / "depth" / "x").mkdir(parents=True)
+    for index, name in enumerate("abc"):
+        save(tmp_path / "in" / "x" / f"{name}.png", color=(index, 2, 3))
+        Image.fromarray(mask).save(tmp_path / "masks" / "x" / f"{name}.png")
+        np.save(tmp_path / "depth" / "x" / f"{name}.npy", mask * 2.0)
+    (tmp_path / "list.csv").write_text("file,label\nx/a.png,one\nx/b.png,two\n")
+    for file in filter(Path.is_file, tmp_path.rglob("*.*")):
+        fs, path = filesystem(bucket.uri(f"raw/{file.relative_to(tmp_path).as_posix()}"))
+        write_atomic(fs, path, file.read_bytes())
+
+    def built(place, out: str, workers: int):
+        options = {"masks": place("masks"), "maps": f"depth={place('depth')}", "metadata": place("list.csv")}
+        options |= {"source": place("in"), "size": 16}
+        build("folder", str(tmp_path / out), options, workers=workers, progress=False)
+        return read_rows(str(tmp_path / out))
+
+    here = built(lambda name: str(tmp_path / name), "set", 0)
+    assert set(here) == {"x/a.png", "x/b.png"} and here["x/a.png"]["depth"] and here["x/a.png"]["mask"]
+    assert built(lambda name: bucket.uri(f"raw/{name}"), "far", 1) == here
+    pipeline = make_pipeline("folder", {"source": bucket.uri("raw/in")})
+    sent = pickle.loads(pickle.dumps(pipeline))
+    shutil.rmtree(tmp_path / "cache")  # as on another machine
+    assert len(render(sent, pipeline.items()).rows) == 3
+    with pytest.raises(ConfigError, match="source: there is nothing at s3://toys/raw/no"):
+        make_pipeline("folder", {"source": bucket.uri("raw/no")})
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
