@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.datasets.base import bad_limit, build, make_pipeline, render
@@ -319,18 +319,21 @@ def beside(folder, mask, name="a.png", picture_size=None, **options) -> None:
     Image.fromarray(np.asarray(mask)).save(folder / "masks" / name, **options)
 
 
-def test_a_mask_is_turned_like_its_picture(tmp_path):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_is_turned_like_its_picture(tmp_path, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     picture = np.zeros((16, 24, 3), np.uint8)
-    picture[:, :12] = RED
+    picture[:4, :12] = RED
     (tmp_path / "in").mkdir()
     Image.fromarray(picture).save(tmp_path / "in" / "a.jpg", exif=exif, quality=95)
     (tmp_path / "masks").mkdir()
     Image.fromarray((picture[..., 0] > 0).astype(np.uint8)).save(tmp_path / "masks" / "a.png")
     _, rows = make(tmp_path / "in", tmp_path / "set", masks=str(tmp_path / "masks"))
     pixels, mask = decode(rows["a.jpg"]["pixels"]), decode(rows["a.jpg"]["mask"])
-    assert ((pixels[..., 0] > 127) == (mask == 1)).mean() > 0.9
+    assert ((pixels[..., 0] > 127) == (mask == 1)).mean() > 0.9 and mask.any()
+    upright = ImageOps.fit(ImageOps.exif_transpose(Image.open(tmp_path / "in" / "a.jpg")), (16, 16))
+    assert abs(np.asarray(upright).astype(int) - pixels).mean() < 6
 
 
 def test_a_mask_that_inflates_beyond_measure_costs_its_row_alone(tmp_path):
