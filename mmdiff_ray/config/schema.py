@@ -1,7 +1,7 @@
 """The sections of a configuration: frozen dataclasses, their keys and defaults."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class ModalityConfig:
     channels: "own", or the name of a modality whose channels the code overlaps.
     weights: signal weights.
     """
+
+    folders: ClassVar[tuple[str, ...]] = ()
+    """Keys that name a folder which a model of this type cannot do without."""
 
     type: str = "???"
     channels: str = "own"

@@ -36,6 +36,8 @@ class LatentOptions(ModalityConfig):
         the channel.
     """
 
+    folders = ("codec",)
+
     column: str | None = None
     codec: str | None = None
     digest: str | None = None

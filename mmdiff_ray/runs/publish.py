@@ -1,6 +1,7 @@
 """Publish a trained model: a folder for others, with a model card."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,10 @@ def publish(
                 (partial / name).write_text(code, encoding="utf8")
             about = {"_class_name": "MMDiffDenoiser", **about}
         save_file(tensors, str(weights), {"format": "pt"})
+        for name, options in config.modalities.items():
+            for key in filter(lambda key: getattr(options, key), options.folders):
+                about["config"]["modalities"][name][key] = f"{name}_{key}"
+                shutil.copytree(getattr(options, key), saved.parent / f"{name}_{key}")
         saved.write_text(json.dumps(about, indent=1), encoding="utf8")
         (partial / "README.md").write_text(card, encoding="utf8")
     return out

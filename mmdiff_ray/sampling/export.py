@@ -1,5 +1,6 @@
 """Write a trained model for use, and load it."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -116,7 +117,13 @@ def _opened(file: str) -> Iterator[Any]:
 
 def read_config(where: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Return the configuration of an exported model, with overrides. Raises ConfigError if there is none."""
-    return configuration.load_saved(need_export(where)[0], overrides)
+    file = need_export(where)[0]
+    config, modalities = configuration.load_saved(file, overrides), {}
+    for name, options in config.modalities.items():  # published models hold the folders that they need
+        held = {key: getattr(options, key) for key in options.folders if getattr(options, key)}
+        found = {key: str(file.parent / folder) for key, folder in held.items()}
+        modalities[name] = dataclasses.replace(options, **found)
+    return dataclasses.replace(config, modalities=modalities)
 
 
 def load_export(folder: str | Path, device: str = "cpu", config: Config | None = None) -> Generator:
@@ -125,8 +132,7 @@ def load_export(folder: str | Path, device: str = "cpu", config: Config | None =
     config: in place of its own, one that differs in nothing that the weights depend on. Raises ConfigError
     where there is no exported model.
     """
-    saved, weights = need_export(folder)
-    config = config or configuration.load_saved(saved)
+    config = config or read_config(folder)
     denoiser = build_denoiser(config)
-    denoiser.load_state_dict(tensors_in(str(weights)))
+    denoiser.load_state_dict(tensors_in(str(need_export(folder)[1])))
     return Generator(config, denoiser.to(device))

@@ -300,6 +300,8 @@ class Generator:
         )
 
     def _plain(self, name: str, data: Tensor) -> list[Any]:
+        if (pixels := self.denoiser.modalities[name].pixels(data)) is not None:
+            return list(pixels.numpy())
         shown = self.denoiser.modalities[name].picture(data)
         is_text = isinstance(shown, list) and not data.is_floating_point()
         return shown if is_text else list(data.numpy())

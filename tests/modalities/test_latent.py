@@ -1,5 +1,6 @@
 """Latents: encoded once by a build, trained as the anchor, given and shown as pictures."""
 
+import io
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from mmdiff_ray.evaluation.weights import convolutions
 from mmdiff_ray.modalities.base import RowContext
 from mmdiff_ray.modalities.latent import LatentModality, LatentOptions
 from mmdiff_ray.runs import job as jobs
+from mmdiff_ray.runs.find import Model
+from mmdiff_ray.runs.publish import publish
+from mmdiff_ray.sampling.export import load_export, save_export
 from mmdiff_ray.sampling.generator import Generator
 from tests import sprites
 from tests.codecs.tiny import save_codec
@@ -81,6 +85,17 @@ def test_a_build_encodes_every_picture_and_its_mirror_image(data, codec, entry):
     torch.testing.assert_close(code.mean((0, 2, 3)), torch.zeros(3), atol=1e-3, rtol=0)
     torch.testing.assert_close(code.square().mean((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
     assert draw_rows(data).width > 100
+
+
+@pytest.mark.ray
+def test_ray_actors_encode_what_this_process_encodes(ray_cluster, data, codec, tmp_path):
+    options = {"count": 60, "size": 16, "latent": codec}
+    build("sprites", str(tmp_path / "set"), options, workers=1, progress=False)
+    here, there = read_rows(data), read_rows(str(tmp_path / "set"))
+    assert list(here) == list(there)
+    for key, row in here.items():
+        latents = [np.load(io.BytesIO(one["latent"])).astype(float) for one in (row, there[key])]
+        np.testing.assert_allclose(*latents, atol=1e-3)
 
 
 def test_transparent_pictures_are_encoded_over_white(codec, tmp_path):
@@ -147,6 +162,22 @@ def test_pictures_and_files_are_decoded_and_given_ones_encoded(entry, codec, tmp
     torch.testing.assert_close(torch.from_numpy(made.parse(str(path))), load_codec(codec).encode(shown)[1])
     with pytest.raises(ConfigError, match="latent: no file"):
         made.parse(str(tmp_path / "absent.png"))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "diffusers"])
+def test_a_published_model_holds_its_codec(data, codec, tmp_path, form):
+    job = jobs.prepare(
+        configuration.load(base=PLAIN, overrides=[f"data.sources=[{{uri: {data}}}]"]), tmp_path
+    )
+    save_export(tmp_path / "run", job.config, job.denoiser(), {})
+    publish(Model(str(tmp_path / "run"), "toy"), tmp_path / "out", form)
+    moved = shutil.move(tmp_path / "out", tmp_path / "moved")
+    model = load_export(moved)
+    assert Path(model.modality("latent").options.codec).is_relative_to(moved)
+    assert codec not in next(file for file in moved.rglob("config.json")).read_text()
+    (image, _) = model.sample({}, 2, steps=2)["latent"]
+    drawn = model.draw({}, 2, steps=2).data["latent"]
+    assert np.array_equal(image, load_codec(codec).decode(drawn)[0]) and image.shape == (3, 16, 16)
 
 
 def test_likelihood_is_the_gaussian_on_the_code(entry):
