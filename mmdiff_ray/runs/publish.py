@@ -52,7 +52,7 @@ def publish(
         name: value.to(DTYPES[dtype]) if name in names else value
         for name, value in tensors_in(str(need_export(model.where)[1])).items()
     }
-    about = {
+    about: dict[str, Any] = {
         "mmdiff_ray": __version__,
         "name": model.name,
         "samples_seen": model.samples_seen,
