@@ -19,6 +19,8 @@ from tests import sprites as tiny
 BATCH, SAVED, END = 20, 60, 120
 """Rows of a step, of which three workers get 6, 7 and 7; the samples at which checkpoints are written; those
 at which runs end."""
+ALONE = ("dit", "dit_tokens", "bfloat16", "text")
+"""Jobs that also run in one process, to be compared with."""
 WRITTEN = ("ddp on 1", "ddp on 2", "fsdp on 2", "fsdp on 3")
 LOADED = ("ddp on 1", "ddp on 2", "fsdp on 2", "ddp on 3", "fsdp on 3")
 
@@ -38,7 +40,7 @@ def work(rank: int, jobs: dict[str, Job], folder: Path) -> None:
 
 
 def begin_on_two(jobs: dict[str, Job], folder: Path) -> dict[str, Any]:
-    seen = {name: trained(jobs[name]) for name in ("micro", "dit", "dit_tokens", "bfloat16")}
+    seen = {name: trained(jobs[name]) for name in ("micro", *ALONE)}
     seen |= {f"{name} on 2": trained(jobs[name], folder / f"{name} on 2") for name in ("ddp", "fsdp")}
     return {**seen, "held": held(jobs["fsdp"])}
 

@@ -18,6 +18,11 @@ CHANGES = (
     "train.changes=[{at: 48, values: {loss.coefficients.l2: 0.5, modalities.shape.weights.scale: 0.1}}, "
     "{at: 96, values: {train.learning_rate: 0.001}}]"
 )
+TEXT = (
+    "modalities.words={type: text, column: name, length: 8, context_channels: 8}",
+    "tasks.joint.roles.words=generated",
+    "tasks.prompt.roles.words=given",
+)
 DIT = {"preset": "nano", "options": {"width": 16, "depth": 2, "embedding_channels": 16, "head_channels": 8}}
 
 
@@ -39,6 +44,7 @@ def jobs(sprites) -> dict[str, Job]:
         "dit": made(fsdp, model={**DIT, "backbone": "dit"}),
         "dit_tokens": made(fsdp, model={**DIT, "backbone": "dit_tokens"}),
         "bfloat16": made(fsdp, "train.precision=bfloat16"),
+        "text": made(fsdp, *TEXT),
     }
 
 
@@ -46,7 +52,7 @@ def jobs(sprites) -> dict[str, Job]:
 def seen(jobs, tmp_path_factory) -> dict[str, Any]:
     """Return what every run saw: in this process, then in two and three others."""
     folder = tmp_path_factory.mktemp("sharing")
-    found = {f"{name} on 1": sharing.trained(jobs[name]) for name in ("dit", "dit_tokens", "bfloat16")}
+    found = {f"{name} on 1": sharing.trained(jobs[name]) for name in sharing.ALONE}
     found["ddp on 1"] = sharing.trained(jobs["ddp"], folder / "ddp on 1")
     torch.multiprocessing.spawn(sharing.work, (jobs, folder), nprocs=3)
     found |= torch.load(folder / "0.pt")
@@ -77,6 +83,7 @@ def assert_same_end(run: dict[str, Any], other: dict[str, Any]) -> None:
         ("micro", "ddp on 1"),
         ("dit", "dit on 1"),
         ("dit_tokens", "dit_tokens on 1"),
+        ("text", "text on 1"),
     ],
 )
 def test_losses_weights_and_averages_are_those_of_one_process(seen, run, alone):
