@@ -49,7 +49,8 @@ def evaluate_judge(context: Context) -> Findings:
         return findings
     judge = load_export(settings.judge, str(context.model.device))
     drawn = context.sampled(*condition).data
-    of_samples, of_real = judged(judge, drawn[anchor]), judged(judge, context.truth(anchor))
+    pixels = context.denoiser.modalities[anchor].pixels
+    of_samples, of_real = judged(judge, pixels(drawn[anchor])), judged(judge, pixels(context.truth(anchor)))
     for kind, (plural, agreement) in KINDS.items():
         for name, modality in context.instances(kind).items():
             rows = context.rows_with(name, anchor, *condition)

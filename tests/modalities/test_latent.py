@@ -20,6 +20,7 @@ from mmdiff_ray.datasets.embedders import over_white
 from mmdiff_ray.datasets.inspect import draw_rows
 from mmdiff_ray.evaluation.fidelity import frechet_distance, shuffled_pixels
 from mmdiff_ray.evaluation.gallery import parse_given, write_gallery
+from mmdiff_ray.evaluation.judge import judged
 from mmdiff_ray.evaluation.lpips import Lpips
 from mmdiff_ray.evaluation.run import evaluate
 from mmdiff_ray.evaluation.weights import convolutions
@@ -162,6 +163,28 @@ def test_pictures_and_files_are_decoded_and_given_ones_encoded(entry, codec, tmp
     torch.testing.assert_close(torch.from_numpy(made.parse(str(path))), load_codec(codec).encode(shown)[1])
     with pytest.raises(ConfigError, match="latent: no file"):
         made.parse(str(tmp_path / "absent.png"))
+
+
+def test_a_judge_of_images_sees_decoded_latents(data, tmp_path):
+    sources = f"data.sources=[{{uri: {data}}}]"
+    space = ["space.height=16", "space.width=16", "evaluate.evaluators=[]"]
+    judge = jobs.prepare(configuration.load(base=sprites.PLAIN, overrides=[sources, *space]), tmp_path)
+    save_export(tmp_path / "judge", judge.config, judge.denoiser(), {})
+    overrides = [
+        sources,
+        "evaluate.evaluators=[judge]",
+        "evaluate.steps=2",
+        f"evaluate.judge={tmp_path / 'judge'}",
+    ]
+    job = jobs.prepare(configuration.load(base=PLAIN, overrides=overrides), tmp_path)
+    splits = [manifest.splits["train"] for manifest in job.manifests]
+    batches = list(split_batches(job.reader(job.denoiser()), splits, 8, 8))
+    model = Generator(job.config, job.denoiser())
+    found = {one.key: one.value for one in evaluate(model, batches, job.columns).figures}
+    pixels = model.modality("latent").pixels(batches[0].data["latent"])
+    predicted = judged(load_export(tmp_path / "judge"), pixels)["shape"]
+    right = (predicted == batches[0].data["shape"].numpy()).mean()
+    assert found["shape/judged_real"] == pytest.approx(right) and "shape/judged" in found
 
 
 @pytest.mark.parametrize("form", ["safetensors", "diffusers"])
