@@ -181,19 +181,22 @@ class Generator:
         seed: int = 0,
         batch: int = 64,
         likely: bool | None = None,
+        ids: Sequence[int] | None = None,
     ) -> Samples:
         """Return num samples. given: instance -> one row's data, or one for each of num rows.
 
         What a given masked image shows stands unchanged in the image it was made from, if that is sampled.
-        steps, sampler: as the configuration says where they are None; likely: as the task's `readout` says
-        (`is_likely`). Raises ConfigError for an instance the model does not have, data of another shape or
-        kind, an unknown sampler, and numbers below 1.
+        ids: of the samples, by default 0, 1, ...; with the seed they key the noise, so that a sample does not
+        depend on what it is drawn with. steps, sampler: as the configuration says where they are None;
+        likely: as the task's `readout` says (`is_likely`). Raises ConfigError for an instance the model does
+        not have, data of another shape or kind, an unknown sampler, and numbers below 1.
         """
         likely = self.is_likely(list(given)) if likely is None else likely
         steps = self.steps(likely) if steps is None else steps
         sampler = self.config.evaluate.sampler if sampler is None else sampler
         _check_settings(num, steps, sampler)
         rows = {name: self._rows(name, value, num) for name, value in given.items()}
+        numbers = torch.tensor(range(num) if ids is None else ids, device=self.device)
         parts = []
         for start in range(0, num, batch):
             stop = min(num, start + batch)
@@ -202,7 +205,7 @@ class Generator:
                     self.denoiser,
                     self.roles_for(list(given), stop - start),
                     {name: value[start:stop] for name, value in rows.items()},
-                    ids=torch.arange(start, stop, device=self.device),
+                    ids=numbers[start:stop],
                     seed=seed,
                     steps=steps,
                     sampler=sampler,
@@ -279,6 +282,7 @@ class Generator:
         guidance: float = 1.0,
         seed: int = 0,
         likely: bool | None = None,
+        ids: Sequence[int] | None = None,
     ) -> dict[str, list[Any]]:
         """Return num samples as plain values: labels by name, all else as arrays.
 
@@ -289,7 +293,7 @@ class Generator:
             name: np.stack([self._row(name, value) for value in values]) for name, values in given.items()
         }
         drawn = self.draw(
-            rows, num, steps=steps, sampler=sampler, guidance=guidance, seed=seed, likely=likely
+            rows, num, steps=steps, sampler=sampler, guidance=guidance, seed=seed, likely=likely, ids=ids
         )
         return {name: self._plain(name, value.cpu()) for name, value in drawn.data.items()}
 
