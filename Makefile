@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA := data/openmoji
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-faults fuzz ui cluster cluster-down docs bench lint lock audit clean
+.PHONY: help install demo test test-fast test-faults fuzz images-check ui cluster cluster-down docs bench lint lock audit clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | column -t -s '	'
@@ -37,6 +37,9 @@ test-faults: install ## long runs whose workers, drivers and nodes are killed
 
 fuzz: install ## 10,000 generated inputs: each is refused in one line or taken whole
 	@FUZZ_CASES=10000 $(BIN)/python -m pytest tests/fuzz
+
+images-check: install ## build the CPU and MLflow images with buildah, as root, and run them
+	@$(BIN)/python -m tests.cluster.images
 
 ui: install ## open MLflow on the runs of this folder
 	@$(BIN)/mmdiff ui

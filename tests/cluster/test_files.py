@@ -57,7 +57,8 @@ def test_every_service_is_watched_restarted_and_keeps_its_data_in_a_named_volume
         assert service["healthcheck"]["test"][0] == "CMD" and service["restart"] == "unless-stopped"
         assert ":" in service["image"] and not service["image"].endswith(":latest")
         volumes = {volume.split(":")[0] for volume in service.get("volumes", [])}
-        assert volumes == ({name} & kept)
+        assert volumes == ({name} & kept or {"scratch"})
+    assert services["mlflow"]["read_only"] and services["mlflow"]["volumes"] == ["scratch:/tmp"]
     waits = services["mlflow"]["depends_on"]
     assert waits == {name: {"condition": "service_healthy"} for name in ("postgres", "store")}
 
