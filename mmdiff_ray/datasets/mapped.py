@@ -1,8 +1,8 @@
 """What streamed sources share: which of their fields becomes which column, and how."""
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,7 @@ class Mapped(Pictured, Streamed):
     """A streamed source whose fields become columns by `options.map`."""
 
     Options = MappedOptions
+    fields: dict[str, Field]
 
     def __init__(self, options: MappedOptions) -> None:
         super().__init__(options)
@@ -67,12 +68,24 @@ class Mapped(Pictured, Streamed):
         if options.annotated != 1 or options.part != "all":
             raise ConfigError("annotated and part: a streamed source has no list of rows to choose from")
 
-    def fields_of(self, known: Mapping[str, str], guess: Mapping[str, str]) -> dict[str, Field]:
-        """Return column -> field by the map, else by a guess.
+    def choose_fields(
+        self, known: Mapping[str, str], guess: Mapping[str, str], names: Mapping[str, list[str]]
+    ) -> None:
+        """Set `fields`, column -> field with its facts, by the map, else by a guess.
 
-        known: the source's fields -> their kind, "" for any; guess: column -> field. Raises ConfigError for a
-        map that names no field of the source.
+        known: the source's fields -> their kind, "" for any; guess: column -> field; names: field -> its
+        classes, where the source lists them. Raises ConfigError for a map that names no field of the source.
         """
+        self.fields = {
+            column: replace(field, facts=self._facts(field, names.get(field.name)))
+            for column, field in self._chosen(known, guess).items()
+        }
+
+    def values_of(self, field: Field) -> Iterable[Any]:
+        """Return what the source holds in a field: every label, and of other kinds some value or None."""
+        raise NotImplementedError
+
+    def _chosen(self, known: Mapping[str, str], guess: Mapping[str, str]) -> dict[str, Field]:
         words = self.options.map.replace(",", " ").split()
         chosen, kinds = dict(guess) if not words else {}, dict[str, str]()
         for word in words:
@@ -105,11 +118,15 @@ class Mapped(Pictured, Streamed):
             raise ConfigError(f"map: no field becomes pixels; want pixels=FIELD, of {', '.join(known)}")
         return found
 
-    def class_facts(
-        self, kind: str, names: Iterable[str] | None, values: Callable[[], Iterable[Any]]
-    ) -> dict[str, Any]:
-        """Return the manifest's entry of a label, labels or a mask. names: where the source lists them;
-        values: else what a label holds."""
+    def _facts(self, field: Field, names: Iterable[str] | None) -> Mapping[str, Any]:
+        """Return the manifest's entry of a field."""
+        kind = field.kind
+        if kind in ("embedding", "vector"):
+            vector = next((value for value in self.values_of(field) if value is not None), ())
+            codec = {"codec": f"{field.name} of the source"} if kind == "embedding" else {}
+            return {"kind": kind, "dim": int(np.size(vector)), **codec}
+        if kind not in ("label", "labels", "mask"):
+            return field.facts
         stated = self.options.mask_classes if kind == "mask" else self.options.classes
         if stated:
             named = [name.strip() for name in stated.split(",")]
@@ -117,7 +134,8 @@ class Mapped(Pictured, Streamed):
         if names is None:
             if kind == "mask":
                 raise ConfigError("mask_classes is missing; name the classes of the mask, or their number")
-            held = {one for value in values() if value is not None for one in self._members(kind, value)}
+            values = (value for value in self.values_of(field) if value is not None)
+            held = {one for value in values for one in self._members(kind, value)}
             if all(isinstance(value, int) for value in held):
                 names = list(map(str, range(max(held, default=-1) + 1)))
             else:
@@ -138,14 +156,11 @@ class Mapped(Pictured, Streamed):
         found = np.atleast_1d(np.asarray(value, dtype=object)).ravel()
         return [one for one in found if not isinstance(one, str) or clean(one)]
 
-    def columns_of(self, fields: Mapping[str, Field]) -> dict[str, dict[str, Any]]:
-        """Return the manifest's entries of the fields."""
+    def columns(self) -> dict[str, dict[str, Any]]:
         plain: dict[str, Any] = {"image": {"kind": "image", "channels": 3}, "audio": {"kind": "audio"}}
-        return {column: dict(field.facts) or plain[field.kind] for column, field in fields.items()}
+        return {column: dict(field.facts) or plain[field.kind] for column, field in self.fields.items()}
 
-    def converted(
-        self, fields: Mapping[str, Field], values: Mapping[str, Any], name: str = ""
-    ) -> dict[str, Any] | BadRow:
+    def converted(self, values: Mapping[str, Any], name: str = "") -> dict[str, Any] | BadRow:
         """Return a row of field -> value as the columns' values, or what is wrong with it.
 
         name: of the picture's file, where it is known.
@@ -153,10 +168,10 @@ class Mapped(Pictured, Streamed):
         row: dict[str, Any] = {"file": name} if name else {}
         column = "pixels"
         try:
-            if (value := values.get(fields[column].name)) is None:
+            if (value := values.get(self.fields[column].name)) is None:
                 return BadRow("no picture")
             picture = open_picture(io.BytesIO(_encoded(value)), self.options.depth)
-            for column, field in fields.items():
+            for column, field in self.fields.items():
                 value = values.get(field.name)
                 row[column] = None if value is None else self._column(field, value, picture)
         except UNREADABLE as error:
@@ -225,9 +240,3 @@ def _label(value: Any, names: Sequence[str]) -> Any:
     if label is not None and label not in (range(len(names)) if isinstance(label, int) else names):
         raise ValueError(f"got {label!r}, which is none of the {len(names)} classes")
     return label
-
-
-def vector_facts(field: Field, dim: int) -> dict[str, Any]:
-    """Return the manifest's entry of an embedding or vector."""
-    codec = {"codec": f"{field.name} of the source"} if field.kind == "embedding" else {}
-    return {"kind": field.kind, "dim": dim, **codec}

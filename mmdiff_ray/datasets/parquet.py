@@ -1,17 +1,14 @@
 """Parquet: files of rows with encoded pictures, as the Hugging Face Hub serves them."""
 
-import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
-
-import numpy as np
 
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.foreign import distinct, look_into, read_group
 from mmdiff_ray.datasets.base import BadRow, Item
-from mmdiff_ray.datasets.mapped import Field, Mapped, MappedOptions, vector_facts
+from mmdiff_ray.datasets.mapped import Field, Mapped, MappedOptions
 from mmdiff_ray.storage.filesystem import is_uri, listed
 
 SPLIT = re.compile(r"(?:^|[/_.-])(train|validation|valid|val|test)(?=[/_.-])")
@@ -31,30 +28,16 @@ class Parquet(Mapped):
         if not self.files:
             raise ConfigError(f"source: {options.source} holds no .parquet file")
         first = look_into(self.files[0])
-        self.fields = self.fields_of(first.kinds, _guessed(first.kinds, first.names))
-        for column, field in self.fields.items():
-            if facts := self._facts(field, first.names.get(field.name)):
-                self.fields[column] = dataclasses.replace(field, facts=facts)
+        self.choose_fields(first.kinds, _guessed(first.kinds, first.names), first.names)
 
-    def _facts(self, field: Field, names: list[str] | None) -> dict[str, Any]:
-        if field.kind in ("label", "labels", "mask"):
-
-            def values() -> set[Any]:
-                return set().union(*(distinct(file, field.name) for file in self.files))
-
-            return self.class_facts(field.kind, names, values)
-        if field.kind in ("embedding", "vector"):
-            held = (row[field.name] for row in read_group(self.files[0], 0, [field.name]))
-            vector = next((value for value in held if value is not None), ())
-            return vector_facts(field, int(np.size(vector)))
-        return {}
+    def values_of(self, field: Field) -> Iterable[Any]:
+        if field.kind in ("label", "labels"):
+            return set().union(*(distinct(file, field.name) for file in self.files))
+        return (row[field.name] for row in read_group(self.files[0], 0, [field.name]))
 
     @property
     def description(self) -> str:
         return f"The rows of {len(self.files)} Parquet files."
-
-    def columns(self) -> dict[str, dict[str, Any]]:
-        return self.columns_of(self.fields)
 
     def items(self) -> list[Item]:
         items = []
@@ -71,7 +54,7 @@ class Parquet(Mapped):
         wanted = list(dict.fromkeys(field.name for field in self.fields.values()))
         for values in read_group(file, group, wanted):
             pixels = values[self.fields["pixels"].name]
-            yield self.converted(self.fields, values, (isinstance(pixels, dict) and pixels.get("path")) or "")
+            yield self.converted(values, (isinstance(pixels, dict) and pixels.get("path")) or "")
 
 
 def _guessed(kinds: dict[str, str], names: dict[str, list[str]]) -> dict[str, str]:

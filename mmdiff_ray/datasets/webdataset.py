@@ -1,10 +1,9 @@
 """WebDataset: tar files of samples, each a group of files with one stem; img2dataset writes them."""
 
-import dataclasses
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError, decoding
 from mmdiff_ray.datasets.base import BadRow, Item
-from mmdiff_ray.datasets.mapped import Field, Mapped, MappedOptions, vector_facts
+from mmdiff_ray.datasets.mapped import Field, Mapped, MappedOptions
 from mmdiff_ray.storage.filesystem import filesystem, listed
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -42,36 +41,21 @@ class WebDataset(Mapped):
         }
         if not known:
             raise ConfigError(f"source: {names[0]} holds no sample")
-        self.fields = self.fields_of(known, _guessed(known))
-        for column, field in self.fields.items():
-            if facts := self._facts(field):
-                self.fields[column] = dataclasses.replace(field, facts=facts)
+        self.choose_fields(known, _guessed(known), {})
 
-    def _facts(self, field: Field) -> dict[str, Any]:
-        if field.kind in ("label", "labels", "mask"):
-
-            def values() -> Iterator[Any]:
-                return (one.get(field.name) for file in self.files for one in self._samples(file))
-
-            return self.class_facts(field.kind, None, values)
-        if field.kind in ("embedding", "vector"):
-            value = next((s[field.name] for s in self._samples(self.files[0]) if field.name in s), ())
-            return vector_facts(field, int(np.size(value)))
-        return {}
+    def values_of(self, field: Field) -> Iterable[Any]:
+        return (one.get(field.name) for file in self.files for one in self._samples(file))
 
     @property
     def description(self) -> str:
         return f"The samples of {len(self.files)} tar files."
-
-    def columns(self) -> dict[str, dict[str, Any]]:
-        return self.columns_of(self.fields)
 
     def items(self) -> list[Item]:
         return [Item(f"{number:05d}", file) for number, file in enumerate(self.files)]
 
     def rows(self, item: Item) -> Iterator[dict[str, Any] | BadRow]:
         for sample in self._samples(item.source):
-            yield self.converted(self.fields, sample, f"{sample[KEY]}.{self.fields['pixels'].name}")
+            yield self.converted(sample, f"{sample[KEY]}.{self.fields['pixels'].name}")
 
     def _samples(self, uri: str) -> Iterator[dict[str, Any]]:
         """Yield the samples of a tar file, field -> value, in its order; KEY -> its name."""
