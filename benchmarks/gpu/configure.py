@@ -52,9 +52,11 @@ EMBEDDINGS = {"look": {"kind": "embedding", "dim": 1280}, "caption": {"kind": "e
 """What the manifest of the whole OpenMoji data set says of the columns that `rows/` lacks."""
 LATENT = {
     "name": "latent",
-    "plugins": ["benchmarks.gpu.latent"],
     "space": {"height": 32, "width": 32, "anchor": "latent"},
-    "modalities": {"latent": {"type": "latent"}, "kind": {"type": "label", "classes": 1000}},
+    "modalities": {
+        "latent": {"type": "latent", "mean": [0.0] * 4, "deviation": [1.0] * 4},
+        "kind": {"type": "label", "classes": 1000},
+    },
     "tasks": {"draw": {"roles": {"kind": "given", "latent": "generated"}, "drop": 0.1}},
     "train": {
         "samples": 100_000_000,
