@@ -27,8 +27,8 @@ from mmdiff_ray import load_pipeline
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.modalities.image import to_png
 
-PLAIN = ("label", "labels", "scalar", "vector", "text")
-"""Types given as text. All other types take files, and clients must not name those of this machine."""
+TEXTS, NUMBERS = ("label", "labels", "text"), ("scalar", "vector")
+"""Types given as text or numbers. All others take files, and clients must not name those of this machine."""
 MOST = 64
 """Samples per request."""
 
@@ -58,7 +58,10 @@ class Model:
         """Return what a client gives of a modality. Raises ConfigError or ValueError."""
         modality = self.model.modality(name)
         if not isinstance(value, dict):
-            if modality.options.type not in PLAIN:
+            if modality.options.type in NUMBERS:
+                numbers = value if isinstance(value, list) else [value]
+                return modality.parse(",".join(str(float(number)) for number in numbers))
+            if modality.options.type not in TEXTS:
                 raise ConfigError(f"given {name}: want a file, {{'file': BASE64, 'name': 'x.png'}}")
             return modality.parse(str(value))
         suffix = Path(str(value.get("name", "x.png"))).suffix
