@@ -192,7 +192,7 @@ def test_a_published_model_holds_its_codec(data, codec, tmp_path, form):
     job = jobs.prepare(
         configuration.load(base=PLAIN, overrides=[f"data.sources=[{{uri: {data}}}]"]), tmp_path
     )
-    save_export(tmp_path / "run", job.config, job.denoiser(), {})
+    save_export(tmp_path / "run", job.config, job.denoiser(), {"progress": {"samples_seen": 0}})
     publish(Model(str(tmp_path / "run"), "toy"), tmp_path / "out", form)
     moved = shutil.move(tmp_path / "out", tmp_path / "moved")
     model = load_export(moved)
