@@ -256,7 +256,7 @@ def test_training_that_fails_exits_with_1_and_says_so_everywhere(capsys, config_
     assert facts["state"] == "failed"
     assert store.client(facts["tracking_uri"]).get_run(facts["run_id"]).info.status == "FAILED"
     code, _, errors = run(capsys, "evaluate", str(folder))
-    assert code == 2 and "tiny has no trained model yet; go on with: mmdiff train --resume" in errors
+    assert code == 2 and "tiny has no trained model yet; resume training: mmdiff train --resume" in errors
 
 
 def test_finished_run_can_be_made_longer(capsys, config_file):

@@ -1,1 +1,1 @@
-"""Everything that runs on Ray: the cluster, the stream of rows, workers, the launch and its display."""
+"""The code that needs Ray: clusters, data streaming, training workers, launch and progress display."""

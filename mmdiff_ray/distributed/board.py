@@ -1,12 +1,17 @@
-"""What driver and workers tell each other. The actor's process imports nothing but this."""
+"""Messages between driver and workers.
+
+This module imports no torch, so that the actor's process stays small.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 class Board:
-    """The actor between driver and workers: events one way, the wish to stop the other, and why no restart
-    would help."""
+    """Pass events from workers to the driver, and stop requests and fatal errors to workers (a Ray actor).
+
+    bad_rows: unreadable rows that the run already knows, place -> reason.
+    """
 
     def __init__(self, bad_rows: Mapping[str, str] | None = None) -> None:
         self._bad_rows = dict(bad_rows or {})
@@ -16,7 +21,7 @@ class Board:
         self._failure: Exception | None = None
 
     def post(self, event: dict[str, Any]) -> None:
-        """Take an event from a worker. A new checkpoint is progress: failures are counted anew."""
+        """Store an event of a worker. A new checkpoint resets the count of failures in a row."""
         if event["kind"] == "saved":
             self._failures = 0
         self._events.append(event)
@@ -27,32 +32,35 @@ class Board:
         return events
 
     def bad_rows(self, rows: Mapping[str, str]) -> dict[str, str]:
-        """Take rows that a worker could not read, place -> why; return those of all workers."""
+        """Add rows that a worker could not read (place -> reason); return those of all workers."""
         if not rows.keys() <= self._bad_rows.keys():
-            self._bad_rows |= {place: why for place, why in rows.items() if place not in self._bad_rows}
+            self._bad_rows |= {place: reason for place, reason in rows.items() if place not in self._bad_rows}
             self._events.append({"kind": "bad_rows", "rows": self._bad_rows})
         return self._bad_rows
 
     def fail(self, failure: Exception) -> None:
-        """Note a failure that a restart would only repeat; the first one counts."""
+        """Record an error that a restart would repeat. The first one is kept."""
         self._failure = self._failure or failure
 
     def failed(self, failure: Exception, most: int) -> bool:
-        """Count a failure of the workers; return whether the run ends: it is one of more than `most` in a row
-        with no new checkpoint between, or a restart would only repeat it."""
+        """Count a failure of the workers and return whether the run must end.
+
+        It ends after more than `most` failures in a row with no new checkpoint between them, or if a worker
+        has recorded an error with `fail`.
+        """
         self._failures += 1
         if self._failures > most:
             self.fail(failure)
         return self._failure is not None
 
     def failure(self) -> Exception | None:
-        """Return the failure that ends the run, if there was one."""
+        """Return the error that ends the run, if any."""
         return self._failure
 
-    def ask_to_stop(self) -> None:
-        """Ask the workers to save and end."""
+    def request_stop(self) -> None:
+        """Request that the workers save a checkpoint and end."""
         self._stop = True
 
-    def stop_asked(self) -> bool:
-        """Return whether the workers should end."""
+    def stop_requested(self) -> bool:
+        """Return whether the driver has requested a stop."""
         return self._stop

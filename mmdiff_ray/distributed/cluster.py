@@ -1,4 +1,4 @@
-"""The Ray cluster a command runs on: the one at an address, or a quiet local one for as long as it lasts."""
+"""Connect to a Ray cluster, or start a local one for one command, and check its resources."""
 
 import logging
 import math
@@ -21,11 +21,10 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def cluster(cpus: int = 4) -> Iterator[None]:
-    """Provide Ray for the block: the one in use, the one at RAY_ADDRESS, or a local one with at least `cpus`
-    CPUs.
+    """Provide Ray for the block: the current connection, the cluster at RAY_ADDRESS, or a local cluster.
 
-    A local cluster counts CPUs by what is asked of it, so that two workers and their readers fit on a laptop.
-    Workers' output stays in Ray's log files, whose folder `log_folder` names.
+    A local cluster declares at least `cpus` CPUs even on a smaller machine, so that two workers and their
+    data workers fit on a laptop. Workers' output goes to Ray's log files only (`log_folder`).
     """
     import ray
 
@@ -35,8 +34,8 @@ def cluster(cpus: int = 4) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if address and address.startswith(("http://", "https://")):
         raise ConfigError(
-            f"RAY_ADDRESS ({without_passwords(address)}) is the address of a dashboard; want that of the "
-            "cluster itself, HEAD:6379, or none. Where `mmdiff submit` sends jobs is RAY_API_SERVER_ADDRESS"
+            f"RAY_ADDRESS ({without_passwords(address)}) is a dashboard; set the cluster's own address, "
+            "HEAD:6379, or unset it (`mmdiff submit` reads RAY_API_SERVER_ADDRESS)"
         )
     if not address:
         check_ray_folder()
@@ -57,7 +56,7 @@ def cluster(cpus: int = 4) -> Iterator[None]:
             if not address:
                 raise
             raise ConfigError(f"RAY_ADDRESS ({address}): {error}; want HEAD:6379, or none") from None
-    _keep_messages_off_the_terminal()
+    _log_instead_of_print()
     try:
         with _sigterm_as_interrupt():
             yield
@@ -67,9 +66,9 @@ def cluster(cpus: int = 4) -> Iterator[None]:
 
 @contextmanager
 def resources(workers: WorkersConfig) -> Iterator[None]:
-    """Provide a cluster that can hold the workers and their readers; nothing where there are none.
+    """Provide a cluster with room for the workers and their data workers; with workers.count=0, nothing.
 
-    Raises ConfigError where it cannot.
+    Raises ConfigError if the cluster is too small.
     """
     if workers.count == 0:
         yield
@@ -81,7 +80,7 @@ def resources(workers: WorkersConfig) -> Iterator[None]:
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does; Ray's own answer on a driver is to abort with a trace."""
+    """Raise KeyboardInterrupt on SIGTERM: Ray's own handler on a driver aborts with a stack trace."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -92,41 +91,39 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _keep_messages_off_the_terminal() -> None:
-    """Send what the cluster prints on its drivers (worker deaths, retries) to the log instead."""
+def _log_instead_of_print() -> None:
+    """Log what Ray prints on a driver's terminal (worker deaths, retries)."""
     try:
         from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
-    except ImportError:  # a private name: without it the messages show, nothing breaks
+    except ImportError:  # private API: without it Ray prints its messages
         return
     dispatcher.remove_handler("ray_print_logs")
     dispatcher.add_handler("mmdiff", lambda data: _log.info("%s", "\n".join(map(str, data.get("lines", [])))))
 
 
 def split_records(store: str, runs: str) -> str:
-    """Return the warning where every machine of the cluster would record into an SQLite file of its own.
+    """Return a warning if each machine of the cluster would write an SQLite file of its own; else "".
 
-    store: MLflow's address. runs: where runs are kept; a folder, and so the file beside it, is of all nodes.
+    store: tracking URI. runs: where runs are stored; a folder, and the SQLite file in it, is shared by all
+    nodes, object storage is not.
     """
     if not (store.startswith("sqlite:") and is_uri(runs) and len(machines()) > 1):
         return ""
     return (
-        f"tracking.uri: {store} is a file, and the cluster has {len(machines())} machines: unless they "
-        "share it, each records into one of its own, and figures are missing or trials fail; name a server "
-        "(`mlflow server`)"
+        f"tracking.uri: {store} is a file, and the cluster has {len(machines())} machines; unless they share "
+        "it, metrics are lost or trials fail. Set it to an MLflow server"
     )
 
 
 def cpus_needed(workers: WorkersConfig) -> int:
-    """Return the CPUs that training with these workers takes: theirs, their readers', and one for the
-    rest."""
+    """Return the CPUs that training needs: those of workers and data workers, plus one for the driver."""
     return int(workers.count * (workers.cpus + workers.data_workers)) + 1
 
 
 def check_resources(workers: WorkersConfig) -> None:
-    """Raise ConfigError if the cluster has too little for the workers and their readers, before they are
-    asked for.
+    """Raise ConfigError if the cluster is too small for the workers and their data workers.
 
-    Where an autoscaler can start the nodes that are lacking, print so and wait for them.
+    If an autoscaler can start the missing nodes, print a line and wait for them.
     """
     count = workers.least or workers.count
     readers = count * workers.data_workers
@@ -145,23 +142,23 @@ def check_resources(workers: WorkersConfig) -> None:
         for key, resource, amount, where in wanted
         if (where or "labels" not in key) and (lack := _lack(resource, amount, where))
     ]
-    if not lacks and (held := places(workers.asks, workers.labels)) < count:
-        asked = " and ".join(amount_of(name, amount) for name, amount in workers.asks.items())
-        each = "each, " if count > 1 else "at one place, "
-        room = f"the nodes have room for {held}" if held else "no node has so much"
-        lacks = [(_keys(workers.asks), f"{asked} {each}{room}")]
+    if not lacks and (room := places(workers.asks, workers.labels)) < count:
+        amounts = " and ".join(amount_of(name, amount) for name, amount in workers.asks.items())
+        each = "each, " if count > 1 else "on one node, "
+        found = f"the nodes have room for {room}" if room else "no node has that many"
+        lacks = [(_keys(workers.asks), f"{amounts} {each}{found}")]
     need = f"{count} workers need " if count > 1 else "1 worker needs "
     if lacks and not start_nodes(bundles, labels, need + "; ".join(lack for _, lack in lacks)):
         key, lack = lacks[0]
-        more = ", and can start no nodes for them" if autoscales() else ""
+        more = ", and its autoscaler cannot start enough nodes" if autoscales() else ""
         advice = f"; try fewer workers (workers.count={count // 2})" if count > 1 else ""
         raise ConfigError(f"{key}: {need}{lack}{more}{advice}")
 
 
 def check_labels(labels: Labels) -> None:
-    """Raise ConfigError if no node has these labels, and no autoscaler could start one."""
+    """Raise ConfigError if no node has these labels and no autoscaler could start one."""
     if labels and not fitting(labels) and not autoscales():
-        told = ", ".join(
+        known = ", ".join(
             sorted(
                 {
                     f"{key}={value}"
@@ -171,23 +168,23 @@ def check_labels(labels: Labels) -> None:
                 }
             )
         )
-        raise ConfigError(f"--label: no node of the cluster has all of {dict(labels)}; there are {told}")
+        raise ConfigError(f"--label: no node of the cluster has all of {dict(labels)}; there are {known}")
 
 
 def _lack(resource: str, amount: float, labels: Labels) -> str:
-    """Return in words what the nodes with some labels lack of a resource; nothing where they have enough."""
+    """Return a message if the nodes with some labels have too little of a resource, else ""."""
     there = sum(node["Resources"].get(resource, 0.0) for node in fitting(labels))
     if amount <= there:
         return ""
     needed = amount_of(resource, amount)
     if not labels:
         return f"{needed}, the cluster has {there:g}"
-    told = ", ".join(f"{name}={value}" for name, value in labels.items())
-    return f"{needed} on nodes with the labels {told}, the cluster has {there:g} there"
+    selector = ", ".join(f"{name}={value}" for name, value in labels.items())
+    return f"{needed} on nodes with the labels {selector}, the cluster has {there:g} there"
 
 
 def places(asks: Mapping[str, float], labels: Labels = MappingProxyType({})) -> int:
-    """Return how many workers the nodes with some labels hold that are up now, each whole on one node."""
+    """Return how many workers fit on the live nodes with some labels; a worker cannot span two nodes."""
     return sum(
         math.floor(min(node["Resources"].get(name, 0.0) / amount for name, amount in asks.items()) + 1e-6)
         for node in fitting(labels)
@@ -195,20 +192,20 @@ def places(asks: Mapping[str, float], labels: Labels = MappingProxyType({})) -> 
 
 
 def _keys(asks: Mapping[str, float]) -> str:
-    """Return the keys of a configuration that say what a worker asks for."""
+    """Return the configuration keys that set a worker's resources."""
     keys = {"CPU": "workers.cpus", "GPU": "workers.gpus"}
     return ", ".join(dict.fromkeys(keys.get(name, "workers.resources") for name in asks))
 
 
 def amount_of(resource: str, amount: float) -> str:
-    """Return an amount of one of Ray's resources in words: "2 CPUs", "2 of `fast_disk`"."""
+    """Format an amount of a Ray resource: "2 CPUs", "2 of `fast_disk`"."""
     if resource in ("CPU", "GPU"):
         return f"{amount:g} {resource}{'' if amount == 1 else 's'}"
     return f"{amount:g} of `{resource}`"
 
 
 def log_folder() -> str:
-    """Return where Ray keeps the log files of this cluster on this machine."""
+    """Return the folder of Ray's log files on this machine."""
     import ray
 
     node = ray._private.worker._global_node
@@ -216,7 +213,7 @@ def log_folder() -> str:
 
 
 def this_node() -> dict[str, str]:
-    """Return the label by which Ray places an actor on the node of this process."""
+    """Return the label selector that places an actor on the node of this process."""
     import ray
 
     return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}

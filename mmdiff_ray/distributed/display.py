@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one calm line, and what it comes to at the end."""
+"""Progress output on the terminal: one line per run, and progress bars."""
 
 import os
 import time
@@ -13,17 +13,17 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 LINE_EVERY_S = 15.0
-"""Where output is no terminal (a log file), a line this often."""
+"""Seconds between progress lines if output is not a terminal."""
 
 
 def make_console() -> Console:
-    """Return the console of a command. Output that is no terminal gets 120 columns, not 80."""
+    """Return the console of a command. Redirected output gets 120 columns, not rich's 80."""
     console = Console(highlight=False, markup=False)
     return console if console.is_terminal else Console(highlight=False, markup=False, width=120)
 
 
 class Display:
-    """Show a run's progress: samples, speed, time left, losses, the share of time spent waiting for data."""
+    """Show a run's progress: samples, speed, time left, losses and the fraction of time waiting for data."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, markup=False)
@@ -42,11 +42,11 @@ class Display:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line above the progress line."""
         self.console.print(text, soft_wrap=True)
 
     def show(self, event: dict[str, Any]) -> None:
-        """Show a progress event of the first worker."""
+        """Update the progress line from a progress event of rank 0."""
         progress, metrics = event["progress"], event["metrics"]
         self._losses.update({k: v for k, v in metrics.items() if k.startswith(("loss/", "val/loss/total"))})
         line = progress_line(progress, metrics, self._losses)
@@ -61,7 +61,7 @@ class Display:
 
 
 def progress_line(progress: dict[str, Any], metrics: dict[str, float], losses: dict[str, float]) -> str:
-    """Return progress in one line."""
+    """Format progress as one line."""
     seen, total, rate = (
         progress["samples_seen"],
         progress["total_samples"],
@@ -70,7 +70,7 @@ def progress_line(progress: dict[str, Any], metrics: dict[str, float], losses: d
     left = (total - seen) / rate if rate else float("nan")
     parts = [f"{seen:,} of {total:,} samples", f"{rate:.0f}/s", f"{duration(left)} left"]
     if "loss/total" in losses:
-        parts.append(f"loss {losses['loss/total']:.3f} ({_by_term(losses)})")
+        parts.append(f"loss {losses['loss/total']:.3f} ({_loss_terms(losses)})")
     if "val/loss/total" in losses:
         parts.append(f"held out {losses['val/loss/total']:.3f}")
     if "train/data_wait_share" in metrics:
@@ -79,7 +79,7 @@ def progress_line(progress: dict[str, Any], metrics: dict[str, float], losses: d
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a person says them: 45 s, 3 min 20 s, 2 h 05 min."""
+    """Format seconds: 45 s, 3 min 20 s, 2 h 05 min."""
     if seconds != seconds:
         return "?"
     whole = round(seconds)
@@ -90,8 +90,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _by_term(losses: dict[str, float]) -> str:
-    """Return L0 to L3 added over modalities, without their coefficients."""
+def _loss_terms(losses: dict[str, float]) -> str:
+    """Format the losses L1 to L3, each summed over modalities without coefficients."""
     sums: dict[str, float] = {}
     for key, value in losses.items():
         part = key.split("/")
@@ -102,9 +102,9 @@ def _by_term(losses: dict[str, float]) -> str:
 
 @contextmanager
 def show_progress(title: str, total: int, visible: bool) -> Iterator[Callable[[int], None]]:
-    """Show one calm bar on standard error while the block runs; yield the function that advances it.
+    """Show a progress bar on standard error during the block; yield the function that advances it.
 
-    The bar has its own way to the terminal, which stays open while Ray's noise is caught.
+    The bar writes to a copy of file descriptor 2, since `flow.quiet_stderr` captures the descriptor itself.
     """
     parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with open(os.dup(2), "w") as terminal:

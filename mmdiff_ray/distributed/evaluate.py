@@ -1,5 +1,4 @@
-"""Evaluate a finished run: all evaluators on held-out rows, as a Ray task or in this process, recorded in
-MLflow."""
+"""Evaluate a trained model on held-out rows, in this process or on Ray, and record the results in MLflow."""
 
 import dataclasses
 import hashlib
@@ -23,7 +22,7 @@ from mmdiff_ray.data.parquet import Tables
 from mmdiff_ray.distributed import flow
 from mmdiff_ray.distributed.cluster import check_resources, cluster, cpus_needed
 from mmdiff_ray.distributed.display import show_progress
-from mmdiff_ray.distributed.worker import go_to
+from mmdiff_ray.distributed.worker import enter_folder
 from mmdiff_ray.evaluation.context import Figure, Findings
 from mmdiff_ray.evaluation.gallery import free_folder
 from mmdiff_ray.evaluation.requests import SampleFn, SampleRequest, cached, run_request, sample_locally
@@ -51,20 +50,24 @@ LOADER = "mmdiff_ray.sampling.export:load_export"
 def evaluate_run(
     folder: Path, overrides: Sequence[str] = (), on_ray: bool = False, pool: int = 0, progress: bool = False
 ) -> tuple[Findings, Path]:
-    """Evaluate the exported model of a run and record what was found: `evaluation.json`, pictures, MLflow.
+    """Evaluate the exported model of a run; return the findings and the folder they were written to.
 
-    With overrides it is another evaluation than the run's own: it is kept in a folder of its own under
-    `evaluations/`, and in MLflow as artifacts alone. overrides: of `evaluate.*`, `data.*` and `train.device`.
-    on_ray: as a task that asks for what one training worker has. pool: else, how many actors that hold the
-    model draw the samples, as a Ray Data program; 0 samples in this process. What was drawn is kept until the
-    evaluation is written: after a kill it goes on. progress: whether it is shown. Returns what was found, and
-    the folder it is in. Raises ConfigError where there is no model yet, or for any other override.
+    Writes `evaluation.json` and pictures, and records them in MLflow. With overrides, the results go to a new
+    folder under `evaluations/`, and MLflow gets artifacts but no metrics. Samples are cached until the
+    evaluation is written, so a killed evaluation resumes.
+
+    overrides: of `evaluate.*`, `data.*` and `train.device`.
+    on_ray: evaluate in a Ray task with the resources of one training worker.
+    pool: number of Ray actors that draw the samples; 0: draw them in this process. Not with on_ray.
+    progress: show a progress bar.
+
+    Raises ConfigError if the run has no model yet, or for any other override.
     """
     fetched(join(runs.address(folder), "export"))
     file = folder / "export" / "config.yaml"
     if not file.is_file():
         raise ConfigError(
-            f"{folder.name} has no trained model yet; go on with: mmdiff train --resume {folder}"
+            f"{folder.name} has no trained model yet; resume training: mmdiff train --resume {folder}"
         )
     config = configuration.load_saved(file, list(overrides))
     jobs.check_kept(configuration.load_saved(file), config, MAY_CHANGE, "an evaluation")
@@ -74,10 +77,10 @@ def evaluate_run(
             check_resources(config.workers)
             findings = measure_on_ray(folder, config)
     else:
-        kept = folder / "evaluations" / f"unfinished-{_mark(folder, config)}"
+        cache = folder / "evaluations" / f"unfinished-{_cache_key(folder, config)}"
         with cluster() if pool else nullcontext():
             sample_fn = pooled(folder, config, pool) if pool else None
-            findings = measure(folder, config, sample_fn, kept, progress)
+            findings = measure(folder, config, sample_fn, cache, progress)
     place = folder
     if overrides:
         place = free_folder(folder / "evaluations" / "evaluation", _evaluations(folder))
@@ -85,14 +88,14 @@ def evaluate_run(
         (place / "config.yaml").write_text(configuration.to_yaml(config), encoding="utf8")
     _record(folder, place, config, findings)
     if not on_ray:
-        shutil.rmtree(kept, ignore_errors=True)
+        shutil.rmtree(cache, ignore_errors=True)
     return findings, place
 
 
 def evaluate_model(model: Model, overrides: Sequence[str]) -> tuple[Findings, Path]:
-    """Evaluate a published model, or a checkpoint's; write what was found to a new folder in `evaluations/`.
+    """Evaluate a published model or a checkpoint; write the results to a new folder under `evaluations/`.
 
-    Returns as `evaluate_run`. Raises ConfigError without `data.sources` among the overrides.
+    Returns what `evaluate_run` returns. Raises ConfigError if the overrides set no `data.sources`.
     """
     config = read_config(model.where, list(overrides))
     if not config.data.sources:
@@ -109,33 +112,33 @@ def measure(
     folder: Path,
     config: Config,
     sample_fn: SampleFn | None = None,
-    kept: Path | None = None,
+    cache: Path | None = None,
     progress: bool = False,
     tables: Tables | None = None,
 ) -> Findings:
-    """Return what the configured evaluators find for the exported model.
+    """Run the configured evaluators on the exported model.
 
-    sample_fn: how samples are drawn; by default in this process. kept: cache folder for the samples.
-    progress: whether to show a progress bar. tables: as of `Job`.
+    sample_fn: draws the samples; by default in this process. cache: folder that caches the samples.
+    progress: show a progress bar. tables: as in `Job`.
     """
     model = load_export(folder / "export", str(choose_device(config.train)), config)
     sample_fn = sample_fn or sample_locally(model)
-    if kept is not None:
-        sample_fn = cached(kept, sample_fn)
+    if cache is not None:
+        sample_fn = cached(cache, sample_fn)
     if progress:
         sample_fn = with_progress(sample_fn)
     return measure_model(model, sample_fn, tables)
 
 
 def measure_model(model: Generator, sample_fn: SampleFn, tables: Tables | None = None) -> Findings:
-    """Return what the evaluators find for a loaded model on the data that its configuration names."""
+    """Run the evaluators on a loaded model, with the data of its configuration."""
     config = model.config
     manifests = read_sources(config)
     resolve_modalities(config, manifests)
     reader = jobs.make_reader(config, model.denoiser, tables)
     splits = [manifest.splits[config.evaluate.split] for manifest in manifests]
-    wanted = config.evaluate
-    batches = split_batches(reader, splits, wanted.rows, min(64, wanted.rows), wanted.visits)
+    settings = config.evaluate
+    batches = split_batches(reader, splits, settings.rows, min(64, settings.rows), settings.visits)
 
     def training(rows: int) -> Batch:
         train = [manifest.splits["train"] for manifest in manifests]
@@ -145,7 +148,7 @@ def measure_model(model: Generator, sample_fn: SampleFn, tables: Tables | None =
 
 
 class ModelStage:
-    """The exported model of a run in an actor, which answers sample requests."""
+    """Draw samples with the exported model of a run, in a Ray actor."""
 
     def __init__(self, export: str, config: Config) -> None:
         self.export, self.config = export, config
@@ -155,16 +158,16 @@ class ModelStage:
 
     @cached_property
     def model(self) -> Generator:
-        """Return the model, on a GPU where this actor has one."""
+        """Return the model, on a GPU if this actor has one."""
         return load_export(self.export, str(choose_device(self.config.train)), self.config)
 
     def __call__(self, request: SampleRequest) -> Samples:
-        """Return the samples of a request."""
+        """Draw the samples of a request."""
         return run_request(self.model, request)
 
 
 def pooled(folder: Path, config: Config, workers: int) -> SampleFn:
-    """Return a function that samples with a pool of actors, as a Ray Data program."""
+    """Return a function that samples with a pool of Ray Data actors."""
     stage = ModelStage(join(runs.address(folder.absolute()), "export"), config)
 
     def sample_pooled(name: str, requests: Sequence[SampleRequest]) -> Iterator[Samples]:
@@ -175,7 +178,7 @@ def pooled(folder: Path, config: Config, workers: int) -> SampleFn:
 
 
 def with_progress(sample_fn: SampleFn) -> SampleFn:
-    """Return a function that samples as `sample_fn` does and shows a progress bar."""
+    """Wrap `sample_fn` so that it shows a progress bar."""
 
     def sample_shown(name: str, requests: Sequence[SampleRequest]) -> Iterator[Samples]:
         total = sum(request.rows for request in requests)
@@ -187,24 +190,24 @@ def with_progress(sample_fn: SampleFn) -> SampleFn:
     return sample_shown
 
 
-def _mark(folder: Path, config: Config) -> str:
-    """Return a short name for an evaluation that changes with its settings and with the model."""
+def _cache_key(folder: Path, config: Config) -> str:
+    """Return a hash of an evaluation's settings and of the model file's size and time."""
     weights = (folder / "export" / "model.safetensors").stat()
-    words = f"{configuration.to_yaml(config)}{weights.st_size}{weights.st_mtime_ns}"
-    return hashlib.sha256(words.encode()).hexdigest()[:12]
+    text = f"{configuration.to_yaml(config)}{weights.st_size}{weights.st_mtime_ns}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def measure_on_ray(
     folder: Path, config: Config, tables: Tables | None = None, facts: Mapping[str, Any] | None = None
 ) -> Findings:
-    """Return what `measure` finds, as a task that asks for what one training worker has.
+    """Run `measure` in a Ray task with the resources of one training worker.
 
-    facts: the model's; raises OutageError where the task's machine sees another model.
+    facts: the model's `facts.json`. Raises OutageError if the task's machine sees a different model.
     """
     import ray
 
     workers = config.workers
-    # Outside of the placement group of a sweep's trial, which holds its driver alone.
+    # DEFAULT: outside the placement group of a sweep's trial, which has room for the trial's driver only.
     options: dict[str, Any] = {"num_cpus": workers.cpus, "num_gpus": workers.gpus}
     options |= {"resources": workers.resources} if workers.resources else {}
     options |= {"label_selector": workers.labels} if workers.labels else {}
@@ -218,22 +221,25 @@ def measure_on_ray(
 def _with_all_threads(
     where: str, config: Config, working_folder: str, tables: Tables | None, facts: Mapping[str, Any] | None
 ) -> Findings:
-    go_to(working_folder)
+    enter_folder(working_folder)
     torch.set_num_threads(os.cpu_count() or 1)
     folder = fetched(join(where, "export")).parent
     if facts is not None and export_facts(folder) != facts:
-        raise OutageError(f"{where} has another model than the one to judge, which did not get there")
+        raise OutageError(f"{where} has an older model: the one to evaluate was not uploaded")
     return measure(folder, config, tables=tables)
 
 
 def export_facts(folder: Path) -> dict[str, Any]:
-    """Return what is known of a run's exported model; nothing where there is none here."""
+    """Return the `facts.json` of a run's exported model; empty if the run has none."""
     file = folder / "export" / "facts.json"
     return json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
 
 
 def _record(folder: Path, place: Path, config: Config, findings: Findings) -> None:
-    """Write what was found into a folder, the run's own or another, and record it in MLflow."""
+    """Write the findings of an evaluation to a folder and record them in MLflow.
+
+    place: the run's own folder, or one for an evaluation with overrides, which logs no metrics.
+    """
     run, seen, own = jobs.read_run(folder), _samples_seen(folder), place == folder
     pictures, where = place / "pictures", "evaluation" if own else f"evaluations/{place.name}"
     _write(place, seen, findings)
@@ -248,18 +254,18 @@ def _record(folder: Path, place: Path, config: Config, findings: Findings) -> No
         tracker.artifact(place / "config.yaml", where)
     for name, image in findings.pictures.items():
         if own:
-            tracker.image(f"samples/{name}", to_png(image), seen)  # the last of those drawn while it trained
+            tracker.image(f"samples/{name}", to_png(image), seen)  # ends the series drawn during training
         tracker.artifact(pictures / f"{name}.png", where)
     tracker.close(timeout_s=30)
     if (mirror := runs.mirror_of(folder)) is not None:
-        made = [f"pictures/{name}.png" for name in findings.pictures]
+        drawn = [f"pictures/{name}.png" for name in findings.pictures]
         mirror.send(
-            *([*made, "evaluation.npz", "evaluation.json"] if own else [place.relative_to(folder).as_posix()])
+            *([*drawn, "evaluation.npz", "evaluation.json"] if own else [place.relative_to(folder).as_posix()])
         )
 
 
 def _write(place: Path, seen: int, findings: Findings) -> None:
-    """Write `evaluation.json`, the tallies of its figures, and pictures into a folder."""
+    """Write `evaluation.json`, the tallies of its figures, and pictures to a folder."""
     write_json(
         place / "evaluation.json", {"samples_seen": seen, "figures": [plain(f) for f in findings.figures]}
     )
@@ -270,16 +276,16 @@ def _write(place: Path, seen: int, findings: Findings) -> None:
 
 
 def _evaluations(folder: Path) -> list[str]:
-    """Return the names of the evaluations that a run has in storage."""
+    """Return the names of a run's evaluations in object storage."""
     mirror = runs.mirror_of(folder)
     try:
         return [] if mirror is None else [name.partition("/")[0] for name in mirror.files("evaluations")]
     except OSError as error:
-        raise RunError(f"cannot look into {runs.address(folder)}: {error}") from None
+        raise RunError(f"cannot list {runs.address(folder)}: {error}") from None
 
 
 def record_model(folder: Path) -> None:
-    """Record the exported model of a run in MLflow, to be loaded by `mlflow.pyfunc.load_model`."""
+    """Log the exported model of a run to MLflow, for `mlflow.pyfunc.load_model`."""
     run = jobs.read_run(folder)
     tracker = Tracker(run["tracking_uri"], run["run_id"], folder / "tracking")
     log_model(tracker, folder / "export", LOADER, _samples_seen(folder))
@@ -287,7 +293,7 @@ def record_model(folder: Path) -> None:
 
 
 def plain(figure: Figure) -> dict[str, Any]:
-    """Return a figure as plain values, without its tallies."""
+    """Convert a figure to a dict for JSON, without its tallies."""
     values: Mapping[str, Any] = dataclasses.asdict(dataclasses.replace(figure, tallies={}))
     return {key: value for key, value in values.items() if key != "tallies"}
 

@@ -1,4 +1,4 @@
-"""When a run gives up: after failures of its workers in a row, with no progress between."""
+"""Limit on worker failures in a row; Ray Train counts only those of the whole run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,10 +10,10 @@ from mmdiff_ray.config import OutageError, RunError
 
 
 class FailureLimit(UserCallback):
-    """Ends a run after more than `most` failures with no new checkpoint between. Ray Train's controller calls
-    it where a worker failed; a change of the number of workers is no failure.
+    """End a run after more than `most` failures with no new checkpoint between them.
 
-    board: counts, and hears of new checkpoints.
+    Ray Train's controller calls it if a worker fails, but not if the number of workers changes.
+    board: the actor that counts failures and receives the events of new checkpoints.
     """
 
     def __init__(self, board: Any, most: int) -> None:
@@ -21,21 +21,23 @@ class FailureLimit(UserCallback):
         self.most = most
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        """Count a failure, and end the run by raising it where it is one too many."""
+        """Count a failure; raise it, which ends the run, if it exceeds the limit."""
         if any(map(_preempted, worker_exceptions.values())):
-            return  # the node was reclaimed with notice, which says nothing of the run
-        failure = in_words(worker_exceptions)
+            return  # the cloud reclaimed the node: no fault of the run
+        failure = root_cause(worker_exceptions)
         try:
             ends = ray.get(self.board.failed.remote(failure, self.most))
-        except ray.exceptions.RayActorError:  # nobody listens to the run any more
+        except ray.exceptions.RayActorError:  # the driver is gone
             ends = True
         if ends:
             raise failure
 
 
-def in_words(failures: Mapping[int, Exception]) -> RunError:
-    """Return what the first of the failed workers raised, by rank, without Ray's layers around it; an outage
-    of storage that one had, since the others failed because that one did."""
+def root_cause(failures: Mapping[int, Exception]) -> RunError:
+    """Return the error of the first failed worker by rank, without Ray's wrappers.
+
+    An OutageError of any worker comes first: the other workers failed because of it.
+    """
     causes = {rank: getattr(cause, "cause", None) or cause for rank, cause in failures.items()}
     for cause in causes.values():
         if isinstance(cause, OutageError):

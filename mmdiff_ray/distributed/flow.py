@@ -1,4 +1,4 @@
-"""Run chunks of work through steps in order: as a Ray Data program, or one after another in this process."""
+"""Pass chunks of work through a pipeline of steps, on Ray Data or in this process, in order."""
 
 import logging
 import math
@@ -15,7 +15,7 @@ from mmdiff_ray.distributed.cluster import amount_of, check_labels, cluster
 from mmdiff_ray.distributed.nodes import fitting, start_nodes
 
 Step = Callable[[Any], Any]
-"""A function from a chunk to a chunk; what travels must be picklable."""
+"""A picklable function from chunk to chunk."""
 
 MOST_BLOCKS = 1000
 
@@ -27,14 +27,15 @@ def run(
     workers: int,
     labels: Mapping[str, str] | None = None,
 ) -> Generator[Any, None, None]:
-    """Yield what each chunk becomes, in order.
+    """Pass every chunk through `first` and `stages`; yield the results in order.
 
-    first: a cheap step, many tasks at a time, if any. stages: steps that hold a model; each gets `workers`
-    Ray actors of its own. workers = 0 runs everything in this process, without Ray. labels: of the nodes that
-    all of it runs on. Raises ConfigError where there are none.
+    first: optional cheap step, run as Ray tasks.
+    stages: steps that hold a model; each gets its own `workers` Ray actors.
+    workers: 0 runs everything in this process, without Ray.
+    labels: run on nodes with these labels only. Raises ConfigError if there are none.
     """
     if workers > 0 and chunks:
-        with caught_noise(), cluster(), ordered_and_silent(labels):
+        with quiet_stderr(), cluster(), ordered_quiet_data(labels):
             check_labels(labels or {})
             yield from _run_on_ray(first, stages, chunks, workers, labels or {})
         return
@@ -46,7 +47,7 @@ def run(
 
 
 class StageActor:
-    """A Ray actor that holds one stage, and so one model."""
+    """A Ray actor that holds one stage with its model."""
 
     def __init__(self, stage: Step) -> None:
         self.stage = stage
@@ -62,12 +63,12 @@ def _run_on_ray(
     workers: int,
     labels: Mapping[str, str],
 ) -> Iterator[Any]:
-    """Yield the chunks of a Ray Data program. A chunk travels as one pickled value, whatever it holds."""
+    """Run the steps on Ray Data. Each chunk is one pickled value, so any picklable type works."""
     import ray
 
     packed = [{"chunk": pickle.dumps(chunk)} for chunk in chunks]
     dataset: Any = ray.data.from_items(packed, override_num_blocks=min(len(packed), MOST_BLOCKS))
-    task, actor = _shares(workers * len(stages), labels)
+    task, actor = _resources_per_call(workers * len(stages), labels)
     if first is not None:
         dataset = dataset.map(lambda row: {"chunk": _apply(first, row["chunk"])}, **task)
     for stage in stages:
@@ -82,7 +83,7 @@ def _run_on_ray(
 
 
 def _apply(step: Step, packed: bytes) -> bytes:
-    """Return the packed chunk after a step. A ConfigError travels on in its place: Ray would garble it."""
+    """Apply a step to a pickled chunk. A ConfigError is passed on as a chunk: Ray would wrap its message."""
     chunk = pickle.loads(packed)
     if isinstance(chunk, ConfigError):
         return packed
@@ -92,12 +93,14 @@ def _apply(step: Step, packed: bytes) -> bytes:
         return pickle.dumps(error)
 
 
-def shares(cpus: float, gpus: float, nodes: int, actors: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what a task and what an actor asks for, in a cluster of so many CPUs, GPUs and nodes.
+def resources_per_call(
+    cpus: float, gpus: float, nodes: int, actors: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the resources of one task and of one actor, given the cluster's CPUs, GPUs and nodes.
 
-    All actors together take half of the CPUs at most. So, however they are spread over the nodes, some node
-    has room for a task: what feeds the actors never waits for them. Where there is no CPU yet, each asks for
-    a whole one: what asks for none would run on the head, and no node would be started for it.
+    All actors together take at most half of the CPUs. Some node then always has room for a task, so the
+    tasks that feed the actors cannot deadlock with them. A cluster without CPUs yet gets requests of one
+    whole CPU: a request of zero would run on the head and start no node.
     """
     if not cpus:
         return {"num_cpus": 1.0}, {"num_cpus": 1.0}
@@ -108,19 +111,19 @@ def shares(cpus: float, gpus: float, nodes: int, actors: int) -> tuple[dict[str,
     return task, actor
 
 
-def _shares(actors: int, labels: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what a task and an actor asks for of the nodes with these labels, of which one is waited for."""
+def _resources_per_call(actors: int, labels: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the resources of one task and one actor, after waiting for a first node with CPUs."""
     nodes = _with_cpus(labels)
     if not nodes:
         for count in dict.fromkeys((actors + 1, 1)):
-            why = f"the work asks for {amount_of('CPU', count)}, the cluster has 0"
+            why = f"the work needs {amount_of('CPU', count)}, the cluster has 0"
             if start_nodes([{"CPU": 1.0}] * count, [labels] * count, why):
                 break
         else:
-            print(f"{why}; it begins when a node with CPUs comes", flush=True)
+            print(f"{why}; it starts when a node with CPUs joins", flush=True)
         nodes = _with_cpus(labels)
     cpus, gpus = (sum(resources.get(kind, 0) for resources in nodes) for kind in ("CPU", "GPU"))
-    return shares(cpus, gpus, len(nodes), actors)
+    return resources_per_call(cpus, gpus, len(nodes), actors)
 
 
 def _with_cpus(labels: Mapping[str, str]) -> list[dict[str, float]]:
@@ -130,29 +133,28 @@ def _with_cpus(labels: Mapping[str, str]) -> list[dict[str, float]]:
 
 
 @contextmanager
-def ordered_and_silent(labels: Mapping[str, str] | None) -> Iterator[None]:
-    """Make Ray Data keep the order of its rows, run on nodes with these labels, and draw no progress bars of
-    its own, for the block."""
+def ordered_quiet_data(labels: Mapping[str, str] | None) -> Iterator[None]:
+    """Configure Ray Data for the block: ordered rows, nodes with these labels only, no progress bars."""
     from ray.data import DataContext
 
     logger, context = logging.getLogger("ray.data"), DataContext.get_current()
     options = context.execution_options
-    kept = logger.level, context.enable_progress_bars, options.preserve_order, options.label_selector
+    before = logger.level, context.enable_progress_bars, options.preserve_order, options.label_selector
     logger.setLevel(logging.ERROR)
     context.enable_progress_bars, options.preserve_order = False, True
     options.label_selector = dict(labels) if labels else None
     try:
         yield
     finally:
-        logger.setLevel(kept[0])
-        context.enable_progress_bars, options.preserve_order, options.label_selector = kept[1:]
+        logger.setLevel(before[0])
+        context.enable_progress_bars, options.preserve_order, options.label_selector = before[1:]
 
 
 @contextmanager
-def caught_noise() -> Iterator[None]:
-    """Keep what is written to standard error, also by C++ code, off the terminal unless the block fails.
+def quiet_stderr() -> Iterator[None]:
+    """Capture standard error, including that of C++ code, and print it only if the block fails.
 
-    Ray writes lines there that tell a user nothing. An error of the user's own making needs none of them.
+    Ray prints warnings there that do not concern the user. A ConfigError prints none of them either.
     """
     with open(os.dup(2), "wb", buffering=0) as terminal, tempfile.TemporaryFile() as noise:
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The jobs of a Ray cluster: list them, show one, follow its output, stop it."""
+"""Jobs of a Ray cluster: list, show, follow, stop."""
 
 import logging
 import os
@@ -25,10 +25,10 @@ from mmdiff_ray.tracking.store import ui_link
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 HOW_TO_TOKEN = "set RAY_AUTH_TOKEN_PATH to the file of the cluster's token, or RAY_AUTH_TOKEN to the token"
 COMMAND_KEY, TRACKING_KEY, PAGE_KEY = "mmdiff.command", "mmdiff.tracking_uri", "mmdiff.mlflow"
-"""Metadata of a job: its command, the MLflow store of its runs, their page there."""
+"""Metadata keys of a job: its command, the tracking URI of its runs, their MLflow page."""
 STOP_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"
 STOP_S = 120
-"""How long a stopped job may take to save a checkpoint before Ray kills it. Ray's default is 3 s."""
+"""Time for a stopped job to save a checkpoint before Ray kills it. Ray's default is 3 s."""
 POLL_S, MAX_POLL_S = 1.0, 10.0
 SPARE_S = 30.0
 EXIT_CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 130}
@@ -37,7 +37,7 @@ SECRET = re.compile(r"KEY|SECRET|TOKEN|PASS|CREDENTIAL", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Server:
-    """The job server of a cluster. source: what named it. local: the cluster, if it is this folder's."""
+    """The job server of a cluster. source: what set its address. local: set if this folder started it."""
 
     url: str
     source: str
@@ -48,7 +48,7 @@ class Server:
 
 
 def find_server(address: str | None) -> Server:
-    """Return the job server of `--address`, else of the environment, else of this folder's cluster."""
+    """Return the job server at `--address`, else from the environment, else of this folder's cluster."""
     local = local_cluster.read()
     named = [("--address", address), *((name, os.environ.get(name)) for name in ADDRESSES)]
     named += [(str(local_cluster.STATE), local.address)] if local else []
@@ -68,7 +68,7 @@ def find_server(address: str | None) -> Server:
 
 
 def connect(server: Server) -> Any:
-    """Return Ray's client of a job server. Raises ConfigError if it does not answer or refuses the token."""
+    """Connect to a job server. Raises ConfigError if it does not answer or refuses the token."""
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)
@@ -76,7 +76,7 @@ def connect(server: Server) -> Any:
     token = _token(server)
     headers = {"Authorization": f"Bearer {token}"} if token else None
     before = os.environ.get(ADDRESSES[0])
-    os.environ[ADDRESSES[0]] = server.url  # Ray's client prefers this variable to its argument
+    os.environ[ADDRESSES[0]] = server.url  # Ray's client ignores its argument if this is set
     try:
         with server_errors(server):
             return JobSubmissionClient(server.url, headers=headers)
@@ -87,7 +87,7 @@ def connect(server: Server) -> Any:
 
 
 def _token(server: Server) -> str | None:
-    """Return the local cluster's token or that of the environment. Ray itself reads ~/.ray/auth_token."""
+    """Return the token of the local cluster or of the environment. Ray itself reads ~/.ray/auth_token."""
     if server.local is None and (token := os.environ.get("RAY_AUTH_TOKEN")):
         return token.strip()
     path = server.local.token_path if server.local else os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -99,7 +99,7 @@ def _token(server: Server) -> str | None:
 
 @contextmanager
 def server_errors(server: Server, job_id: str = "") -> Iterator[None]:
-    """Raise ConfigError, in one line, for the errors of Ray's client in the block."""
+    """Turn errors of Ray's client in the block into ConfigErrors of one line."""
     import requests
     from ray.exceptions import AuthenticationError
 
@@ -109,7 +109,7 @@ def server_errors(server: Server, job_id: str = "") -> Iterator[None]:
         reason = "it requires a token" if "required" in str(error) else "it has another token"
         raise ConfigError(f"the cluster at {server} refused: {reason}; {HOW_TO_TOKEN}") from None
     except (ConnectionError, requests.exceptions.RequestException):
-        fix = "mmdiff cluster up" if server.local else "is its dashboard reachable from here?"
+        fix = "start it: mmdiff cluster up" if server.local else "is its dashboard reachable from here?"
         raise ConfigError(f"no cluster answers at {server}; {fix}") from None
     except RuntimeError as error:
         if job_id and "does not exist" in str(error):
@@ -119,7 +119,7 @@ def server_errors(server: Server, job_id: str = "") -> Iterator[None]:
 
 
 def list_jobs(address: str | None, console: Console) -> int:
-    """Print all jobs that were submitted to a cluster, the newest first."""
+    """Print the submitted jobs of a cluster, newest first."""
     server = find_server(address)
     client = connect(server)
     with server_errors(server):
@@ -137,7 +137,7 @@ def list_jobs(address: str | None, console: Console) -> int:
 
 
 def show_job(address: str | None, job_id: str, console: Console) -> int:
-    """Print a job's status and its runs in MLflow, if that answers."""
+    """Print a job's status and, if MLflow answers, its runs."""
     server = find_server(address)
     job = _info(connect(server), server, job_id)
     lines = {"job": job_id, "status": job.status.value, "started": _started(job), "duration": _duration(job)}
@@ -156,40 +156,40 @@ def show_job(address: str | None, job_id: str, console: Console) -> int:
 
 
 def show_logs(address: str | None, job_id: str, follow: bool, console: Console) -> int:
-    """Print a job's output. With `follow`, until the job ends; the exit code then is the job's outcome.
+    """Print a job's output. With `follow`, print until the job ends and return its exit code.
 
-    Ctrl-C ends the following, not the job.
+    Ctrl-C stops printing; the job continues.
     """
     server = find_server(address)
-    client, shown = connect(server), 0
+    client, printed = connect(server), 0
     try:
         while True:
-            asked = time.monotonic()
-            job = _info(client, server, job_id)  # before the output, which is complete if the job has ended
+            polled_at = time.monotonic()
+            job = _info(client, server, job_id)  # status first: if the job has ended, the output is complete
             with server_errors(server, job_id):
                 text = client.get_job_logs(job_id)
-            console.out(without_secrets(text[shown:], job), end="", highlight=False)
-            shown = len(text)
+            console.out(without_secrets(text[printed:], job), end="", highlight=False)
+            printed = len(text)
             if not follow:
                 return 0
             if job.status.is_terminal():
                 break
-            pause_s = 5 * (time.monotonic() - asked)  # every answer holds the whole output
+            pause_s = 5 * (time.monotonic() - polled_at)  # every reply contains the whole output
             time.sleep(min(max(pause_s, POLL_S), MAX_POLL_S))
     except KeyboardInterrupt:
         console.print(f"\nthe job continues; stop it with: mmdiff jobs stop {job_id}")
         return 130
     except ConfigError as error:
-        if not shown:
+        if not printed:
             raise
         again = f"mmdiff jobs logs --follow {job_id}"
-        raise RunError(f"{error}; the job continues if its cluster does, see: {again}") from None
+        raise RunError(f"{error}; the job continues if its cluster runs, see: {again}") from None
     console.print(f"{job_id}: {job.status.value} after {_duration(job)}")
     return EXIT_CODES[job.status.value]
 
 
 def stop_job(address: str | None, job_id: str, wait: bool, console: Console) -> int:
-    """Ask a job to save a checkpoint and end; with `wait`, return once it has."""
+    """Request that a job saves a checkpoint and ends; with `wait`, wait until it has ended."""
     server = find_server(address)
     client = connect(server)
     job = _info(client, server, job_id)
@@ -210,7 +210,7 @@ def stop_job(address: str | None, job_id: str, wait: bool, console: Console) -> 
 
 
 def stop_all(cluster: LocalCluster, console: Console) -> None:
-    """Stop every job of a local cluster and wait until each has saved its checkpoint."""
+    """Stop every job of a local cluster and wait until each has ended."""
     server = Server(cluster.address, str(local_cluster.STATE), cluster)
     client = connect(server)
     with server_errors(server):
@@ -220,7 +220,7 @@ def stop_all(cluster: LocalCluster, console: Console) -> None:
 
 
 def without_secrets(text: str, job: Any) -> str:
-    """Return a text without the secrets among a job's variables, which Ray's errors may quote."""
+    """Mask the secrets among a job's environment variables in a text: Ray's errors may quote them."""
     secrets = [value for name, value in _variables(job).items() if value and SECRET.search(name)]
     for value in sorted(secrets, key=len, reverse=True):
         text = text.replace(value, "***")

@@ -1,5 +1,4 @@
-"""Launch training from the driver: check, begin the MLflow run, start the workers, show what happens, end
-it all."""
+"""Run training from the driver: start the MLflow run and the workers, show progress, end the run."""
 
 import dataclasses
 import os
@@ -30,23 +29,23 @@ from mmdiff_ray.tracking.store import tracking_uri
 
 POLL_S = 0.3
 BOARD_RESTARTS = 3
-"""How often the actor between driver and workers may die; a restart forgets events and wishes alone."""
+"""Restarts of the board actor. A restart loses only unread events and stop requests."""
 ENDING_S = 60.0
-"""How long the driver waits for workers to end when that actor is gone."""
+"""Time for the workers to end after the board actor is gone."""
 GROW_S = 30.0
-"""How often a run with `workers.least` looks for room for more workers."""
+"""How often a run with `workers.least` tries to add workers."""
 
 STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-"""How a run ended -> what MLflow calls it."""
+"""How a run ended -> MLflow's status."""
 
 
 def train(job: Job, display: Display) -> Path:
-    """Train a new run to its end and return its folder. Raises ConfigError before anything is started."""
+    """Train a new run and return its folder. Raises ConfigError before anything starts."""
     with resources(job.config.workers):
         job = begin(job, job.config.tracking.required)
         if run_life.is_local(job.run_id):
             store = without_passwords(job.tracking_uri)
-            display.say(f"MLflow at {store} does not answer; records wait in {job.spool}")
+            display.say(f"MLflow at {store} does not answer; records are kept in {job.spool}")
         if job.config.workers.count and (warning := split_records(job.tracking_uri, job.config.runs)):
             display.say(warning)
         with runs.lock_run(job.folder, display.say):
@@ -54,17 +53,17 @@ def train(job: Job, display: Display) -> Path:
 
 
 def resume(job: Job, display: Display, new_mlflow_run: bool = False) -> Path:
-    """Resume an existing run from its last checkpoint, in the same MLflow run or in a new one.
+    """Resume a run from its last checkpoint, in the same MLflow run or in a new one.
 
-    Raises ConfigError where another process trains it, or its MLflow run was deleted.
+    Raises ConfigError if another process trains it or its MLflow run was deleted.
     """
     with runs.lock_run(job.folder, display.say), resources(job.config.workers):
-        if not new_mlflow_run:  # once the lock is held: who holds it may be writing to the store
+        if not new_mlflow_run:  # after taking the lock: its owner may write to the store
             otherwise = "record it in a new MLflow run: --new-mlflow-run"
             run_life.check_run(job.tracking_uri, job.run_id, otherwise)
         records.take(job.folder, job.mirror)
         if new_mlflow_run:
-            lineage = job.lineage or (job.run_id if job.uri else "")  # its checkpoints bear the old id
+            lineage = job.lineage or (job.run_id if job.uri else "")  # its checkpoints carry the old id
             run_id = _start_run(job, job.tracking_uri, required=False)
             job = dataclasses.replace(job, run_id=run_id, lineage=lineage)
         else:
@@ -74,15 +73,15 @@ def resume(job: Job, display: Display, new_mlflow_run: bool = False) -> Path:
 
 
 def check_tracking(job: Job) -> None:
-    """Raise ConfigError where a new run needs MLflow and it does not answer, before anything is started."""
+    """Raise ConfigError if a new run requires MLflow and MLflow does not answer."""
     if job.config.tracking.required:
         run_life.check_store(tracking_uri(job.config.tracking.uri, job.config.runs))
 
 
 def begin(job: Job, required: bool, tags: Mapping[str, Any] | None = None) -> Job:
-    """Return the job with its folder and its MLflow run; where that cannot be, nothing is left behind.
+    """Create the folder and the MLflow run of a job. If the MLflow run fails, the folder is removed.
 
-    required: whether MLflow must answer.
+    required: raise ConfigError if MLflow does not answer; else record locally until it does.
     """
     uri = tracking_uri(job.config.tracking.uri, job.config.runs)
     job = _with_folder(job)
@@ -97,7 +96,7 @@ def begin(job: Job, required: bool, tags: Mapping[str, Any] | None = None) -> Jo
 
 
 def _start_run(job: Job, uri: str, required: bool, tags: Mapping[str, Any] | None = None) -> str:
-    """Begin the MLflow run of a job and return its id. required: whether MLflow must answer."""
+    """Start the MLflow run of a job and return its id. required: as in `begin`."""
     address = job.uri or str(job.folder)
     known = {"mmdiff.run_folder": address, DESCRIPTION_TAG: description(job.config, address)}
     return run_life.start_run(
@@ -114,7 +113,7 @@ def _start_run(job: Job, uri: str, required: bool, tags: Mapping[str, Any] | Non
 
 
 def _with_folder(job: Job) -> Job:
-    """Return a job with its folder made; where runs are kept in storage, its name is reserved there."""
+    """Create the folder of a job. If `runs` is object storage, reserve its name there."""
     if is_uri(job.config.runs):
         uri = join(job.config.runs, job.folder.name)
         runs.claim(uri)
@@ -122,20 +121,20 @@ def _with_folder(job: Job) -> Job:
     try:
         job.folder.mkdir(parents=True)
     except OSError as error:
-        raise ConfigError(f"runs: {job.folder} cannot be made: {error.strerror}") from None
+        raise ConfigError(f"runs: cannot create {job.folder}: {error.strerror}") from None
     return job
 
 
 def run(job: Job, display: Display) -> Path:
-    """Run a prepared job, in this process or on Ray, and end its MLflow run whatever happens."""
+    """Run a prepared job, in this process or on Ray, and always end its MLflow run."""
     state = "failed"
     try:
         with display:
             state = work(job, display)
         return job.folder
     except OutageError as error:
-        raise RunError(f"{error}; {_goes_on(job)}") from None
-    except (KeyboardInterrupt, SystemExit):  # the latter: SIGTERM while Ray's own handler takes it
+        raise RunError(f"{error}; {_resume_hint(job)}") from None
+    except (KeyboardInterrupt, SystemExit):  # SystemExit: SIGTERM while Ray's handler is active
         state = "stopped"
         raise
     finally:
@@ -146,12 +145,12 @@ def run(job: Job, display: Display) -> Path:
             records.keep(job.folder, job.mirror)
             display.say(records.advice(job.folder, left))
         unsent = job.mirror.flush() if job.mirror is not None else []
-        if unsent and state != "finished":  # what follows a finished run tries again, and tells
+        if unsent and state != "finished":  # after a finished run the caller uploads again and warns
             display.say(runs.not_sent(job.uri, job.folder, unsent))
 
 
 def work(job: Job, display: Display) -> str:
-    """Train a job whose MLflow run is open, in this process or on Ray; return "finished" or "stopped"."""
+    """Train a job whose MLflow run has started; return "finished" or "stopped"."""
     return _run_local(job, display) if job.config.workers.count == 0 else _run_on_ray(job, display)
 
 
@@ -175,10 +174,10 @@ def _run_on_ray(job: Job, display: Display) -> str:
         thread.start()
         try:
             ended = _listen(job, board, thread, stopped, display)
-        except ray.exceptions.RayError as error:  # its node ran out of memory, or it is gone
-            thread.join(ENDING_S)  # the workers miss the board as well, and end
+        except ray.exceptions.RayError as error:  # the board's node ran out of memory or is gone
+            thread.join(ENDING_S)  # the workers lose the board too, and end
             what = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise RunError(f"the run lost its cluster: {what}. {_goes_on(job)}") from None
+            raise RunError(f"the run lost its cluster: {what}; {_resume_hint(job)}") from None
     raised = done.get()
     failure = ray.get(board.failure.remote()) or raised
     if failure is not None:
@@ -186,12 +185,12 @@ def _run_on_ray(job: Job, display: Display) -> str:
     return ended
 
 
-def _goes_on(job: Job) -> str:
-    return f"mmdiff train --resume {runs.address(job.folder)} goes on from the last checkpoint"
+def _resume_hint(job: Job) -> str:
+    return f"resume with: mmdiff train --resume {runs.address(job.folder)}"
 
 
 def _fit(job: Job, board: Any, done: queue.Queue) -> None:
-    """Run Ray Train to its end; in a thread, so that the driver can listen and stop."""
+    """Run Ray Train; called in a thread, so that the driver can show events and request a stop."""
     try:
         make_trainer(job, board).fit()
         done.put(None)
@@ -200,8 +199,10 @@ def _fit(job: Job, board: Any, done: queue.Queue) -> None:
 
 
 def make_trainer(job: Job, board: Any) -> Any:
-    """Return Ray Train's trainer of a job: our loop on every worker, restarted after failures, and with
-    `workers.least` on as many workers as there is room for."""
+    """Build Ray Train's trainer of a job.
+
+    It restarts the workers after failures. With `workers.least`, it runs as many workers as the cluster fits.
+    """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -212,7 +213,7 @@ def make_trainer(job: Job, board: Any) -> Any:
     asks = workers.asks
     size: dict[str, Any] = {"num_workers": workers.count}
     if workers.least is not None:
-        # Ray counts how many workers fit by what these ask for: readers' CPUs must be among it.
+        # Ray computes how many workers fit from this dict, so it must include the data workers' CPUs.
         asks["CPU"] = workers.cpus + workers.data_workers
         size = {"num_workers": (workers.least, workers.count), "elastic_resize_monitor_interval_s": GROW_S}
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
@@ -229,14 +230,14 @@ def make_trainer(job: Job, board: Any) -> Any:
         run_config=RunConfig(
             name="train",
             storage_path=str(job.folder / "ray" if not job.uri else _session_folder(job)),
-            failure_config=FailureConfig(max_failures=-1),  # Ray counts those of the whole run
+            failure_config=FailureConfig(max_failures=-1),  # FailureLimit counts instead
             callbacks=[FailureLimit(board, workers.max_failures)],  # type: ignore[list-item]
         ),
     )
 
 
 def _session_folder(job: Job) -> Path:
-    """Return a folder for Ray Train's own notes: below Ray's, which is at the same place on every machine."""
+    """Return a folder for Ray Train's state, in Ray's session folder: its path is equal on all machines."""
     return Path(log_folder()).parent / "mmdiff" / f"{job.folder.name}-{secrets.token_hex(4)}"
 
 
@@ -246,7 +247,7 @@ def _listen(
     """Show events until the training thread ends; return how the run ended."""
     import ray
 
-    ended, told = "finished", False
+    ended, announced = "finished", False
     while True:
         alive = thread.is_alive()
         for event in ray.get(board.take.remote()):
@@ -254,9 +255,9 @@ def _listen(
                 ended = event["state"]
             _show(event, job, display)
         if stopped():
-            board.ask_to_stop.remote()  # each time: a board that was restarted does not know
-            if not told:
-                told = True
+            board.request_stop.remote()  # repeated: a restarted board has lost the request
+            if not announced:
+                announced = True
                 display.say("stopping: the workers save a checkpoint and end")
         if not alive:
             return ended
@@ -280,20 +281,20 @@ def _show(event: dict[str, Any], job: Job, display: Display) -> None:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a wish to stop, for the block; a second one ends at once."""
-    asked = threading.Event()
+    """Turn the first SIGINT or SIGTERM in the block into a stop request; a second one interrupts."""
+    requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield requested.is_set
         return
 
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
+    def handle(number: int, frame: Any) -> None:
+        if requested.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        requested.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield requested.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine: a head and workers by `ray start`, with ports and a token of their own."""
+"""A Ray cluster on this machine (`mmdiff cluster up`): head and worker nodes, own ports, own token."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from mmdiff_ray.distributed import processes
 FOLDER = Path(".cluster")
 STATE, TOKEN = FOLDER / "cluster.json", FOLDER / "token"
 MARK = "MMDIFF_CLUSTER"
-"""The variable that all processes of a cluster inherit: the cluster's name and the node's."""
+"""Environment variable of all processes of a cluster: CLUSTER/NODE. Used to find and end them."""
 HOST = "127.0.0.1"
 NOT_INHERITED = ("RAY_", "MLFLOW_", "AWS_", "PYTHONPATH")
 UP_S = 120.0
@@ -33,7 +33,7 @@ STORE_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """How to reach a cluster. address: of dashboard and job server; gcs: of Ray; temp: of Ray's sessions."""
+    """A cluster. address: dashboard and job server; gcs: Ray's address; temp: folder of Ray's sessions."""
 
     name: str
     address: str
@@ -44,7 +44,7 @@ class LocalCluster:
 
 
 def read() -> LocalCluster | None:
-    """Return the cluster of this folder, which may have ended since; None if there is none."""
+    """Return this folder's cluster, or None. It may have ended without `down`."""
     try:
         state = json.loads(STATE.read_text(encoding="utf8"))
         return LocalCluster(**{field.name: state[field.name] for field in dataclasses.fields(LocalCluster)})
@@ -53,10 +53,10 @@ def read() -> LocalCluster | None:
 
 
 def up(workers: int, cpus: int) -> LocalCluster:
-    """Start a cluster and return it. Files of one that has ended are removed.
+    """Start a cluster with `workers` nodes of `cpus` CPUs each, besides a head without CPUs.
 
-    Raises ConfigError if one runs. Raises RunError with Ray's last line of output if it does not start, and
-    then leaves nothing running.
+    Raises ConfigError if this folder's cluster runs. If the cluster does not start, ends its processes and
+    raises RunError with Ray's last line of output.
     """
     if workers < 1 or cpus < 1:
         raise ConfigError(f"--workers ({workers}) and --cpus ({cpus}) must be at least 1")
@@ -87,7 +87,7 @@ def up(workers: int, cpus: int) -> LocalCluster:
     try:
         _start(cluster, "head", head, 1)
         for number in range(1, workers + 1):
-            # A folder of its own: Ray unpacks a job's code on every node, over the code that others run.
+            # One temp folder per node: each unpacks a job's code there and would overwrite files in use.
             options = [
                 f"--address={cluster.gcs}",
                 f"--num-cpus={cpus}",
@@ -101,7 +101,7 @@ def up(workers: int, cpus: int) -> LocalCluster:
 
 
 def down() -> LocalCluster | None:
-    """End the cluster of this folder with all its processes, and return it; None if there is none."""
+    """End this folder's cluster with all its processes and return it, or None."""
     cluster = read()
     if cluster is not None:
         processes.end(processes.marked(MARK, f"{cluster.name}/"), END_S)
@@ -112,7 +112,7 @@ def down() -> LocalCluster | None:
 
 
 def nodes(cluster: LocalCluster) -> int:
-    """Return how many nodes the cluster reports as alive; 0 if it does not answer."""
+    """Return how many nodes of the cluster are alive; 0 if the cluster does not answer."""
     try:
         token = Path(cluster.token_path).read_text(encoding="utf8")
         request = urllib.request.Request(
@@ -127,7 +127,7 @@ def nodes(cluster: LocalCluster) -> int:
 
 
 def describe(cluster: LocalCluster) -> str:
-    """Return where a cluster is and what to do next."""
+    """Describe a new cluster: its dashboard and the next commands."""
     return f"""dashboard  {cluster.address} (token: {cluster.token_path})
 next       mmdiff submit -- train pipelines/configs/demo.yaml
            mmdiff jobs list
@@ -136,10 +136,10 @@ next       mmdiff submit -- train pipelines/configs/demo.yaml
 
 
 def _start(cluster: LocalCluster, node: str, options: Sequence[str], count: int) -> None:
-    """Start a node and wait until the cluster has so many.
+    """Start a node and wait until the cluster has `count` nodes.
 
-    Ray gives up on a node that takes 30 s to start, which happens on a busy machine, so there are several
-    attempts. Raises RunError after the last one.
+    Retries, because Ray gives up on a node that takes 30 s to start, as on a busy machine. Raises RunError
+    after the last attempt.
     """
     common = [f"--node-ip-address={HOST}", f"--object-store-memory={STORE_BYTES}", "--block"]
     common += [
@@ -170,9 +170,9 @@ def _start(cluster: LocalCluster, node: str, options: Sequence[str], count: int)
 
 
 def _environment(cluster: LocalCluster, node: str) -> dict[str, str]:
-    """Return this process's environment without what leads to another Ray and what each job brings along."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(NOT_INHERITED)}
-    return kept | {
+    """Return this process's environment without variables of another Ray cluster or of a job."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(NOT_INHERITED)}
+    return inherited | {
         MARK: f"{cluster.name}/{node}",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "RAY_AUTH_MODE": "token",
@@ -182,7 +182,7 @@ def _environment(cluster: LocalCluster, node: str) -> dict[str, str]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on, all different."""
+    """Return distinct free ports."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:

@@ -1,4 +1,4 @@
-"""What Ray needs of this machine to start a cluster here: a folder with short paths, and shared memory."""
+"""Checks that this machine can start a Ray cluster: a short session path and enough shared memory."""
 
 import os
 import pwd
@@ -9,13 +9,13 @@ from pathlib import Path
 from mmdiff_ray.config import ConfigError
 
 SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
-"""Longest path of a Unix socket."""
+"""Longest path of a Unix socket, in bytes."""
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_GIB = 1.0
 
 
 def ray_folder() -> tuple[str, Path]:
-    """Return the variable that says where Ray keeps its sessions ("" for the default), and the folder."""
+    """Return Ray's session folder and the environment variable that sets it ("" for the default)."""
     for name in ("RAY_TMPDIR", "TMPDIR") if sys.platform.startswith("linux") else ("RAY_TMPDIR",):
         if name in os.environ:
             return name, Path(os.environ[name], "ray").absolute()
@@ -23,8 +23,7 @@ def ray_folder() -> tuple[str, Path]:
 
 
 def check_ray_folder() -> Path:
-    """Return the folder of Ray's sessions. Raises ConfigError where its sockets' paths would be too long, or
-    it cannot be written to."""
+    """Return Ray's session folder. Raises ConfigError if it is not writable or its socket paths too long."""
     variable, folder = ray_folder()
     session = f"session_2026-01-01_00-00-00_000000_{os.getpid()}"
     excess = len(os.fsencode(folder / session / "sockets" / "plasma_store")) - SOCKET_BYTES
@@ -33,27 +32,27 @@ def check_ray_folder() -> Path:
             f"{variable} ({folder.parent}) is {excess} bytes too long for Ray's sockets, whose paths have at "
             f"most {SOCKET_BYTES}; set RAY_TMPDIR to a shorter folder, such as /tmp"
         )
-    made = folder
-    while not os.path.lexists(made):
-        made = made.parent
-    if not made.is_dir() or not os.access(made, os.W_OK | os.X_OK):
+    existing = folder
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"{made}, where Ray keeps its sessions, cannot be written to: it is {_owner(made)}'s; set "
+            f"{existing}, Ray's session folder, is not writable: it belongs to {_owner(existing)}; set "
             f"RAY_TMPDIR to a folder of yours, such as /tmp/{os.getuid()}"
         )
     return folder
 
 
 def lack_of_shared_memory() -> str:
-    """Return what is wrong with the memory that Ray's processes share; nothing where it is well."""
+    """Return a message if shared memory is too small for Ray, else ""."""
     if not SHARED_MEMORY.is_dir():
         return ""
     free = shutil.disk_usage(SHARED_MEMORY).free / 2**30
     if free > LEAST_SHARED_GIB:
         return ""
     return (
-        f"{free:.1f} GiB free in {SHARED_MEMORY}: Ray keeps batches on disk and is slow; give the container "
-        "more, e.g. docker run --shm-size=4g"
+        f"{free:.1f} GiB free in {SHARED_MEMORY}: Ray stores batches on disk, which is slow; give the "
+        "container more, e.g. docker run --shm-size=4g"
     )
 
 

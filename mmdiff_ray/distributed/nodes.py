@@ -1,20 +1,20 @@
-"""The nodes of a cluster: those that an autoscaler could still start, and those with certain labels."""
+"""Nodes of a Ray cluster: find them by label, and have an autoscaler start more."""
 
 from collections.abc import Mapping, Sequence
 
-ASK_S = 5.0
-"""Seconds between two questions to the autoscaler; a wait for nodes takes minutes."""
+POLL_S = 5.0
+"""Seconds between requests to the autoscaler; nodes take minutes to start."""
 GROUP_LABEL = "ray.io/node-group"
-"""The label by which a node says which kind of node it was started as, by an autoscaler or by KubeRay."""
+"""Label that autoscalers and KubeRay set on the nodes that they start: the node type."""
 
 Labels = Mapping[str, str]
 
 
 def start_nodes(bundles: Sequence[Mapping[str, float]], labels: Sequence[Labels], why: str) -> bool:
-    """Return whether the cluster can hold bundles of resources all at once; first wait for nodes to start.
+    """Wait until the autoscaler has started nodes for all bundles at once; return False if it cannot.
 
-    The autoscaler itself is asked, which knows its limits, and not waited for where it cannot start them.
-    labels: of the node that each bundle is on. why: what is lacking, printed before the wait.
+    The autoscaler decides, since only it knows its limits. labels: label selector per bundle. why: what the
+    cluster lacks, printed before the wait.
     """
     if not autoscales():
         return False
@@ -25,8 +25,8 @@ def start_nodes(bundles: Sequence[Mapping[str, float]], labels: Sequence[Labels]
         [dict(bundle) for bundle in bundles], bundle_label_selector=[dict(label) for label in labels]
     )
     try:
-        while not group.wait(ASK_S):
-            if _cannot_be_held(group.id.hex()):
+        while not group.wait(POLL_S):
+            if _infeasible(group.id.hex()):
                 return False
     finally:
         remove_placement_group(group)
@@ -34,7 +34,7 @@ def start_nodes(bundles: Sequence[Mapping[str, float]], labels: Sequence[Labels]
 
 
 def autoscales() -> bool:
-    """Return whether the cluster has an autoscaler that can be asked for nodes (Ray's second version)."""
+    """Return whether the cluster has an autoscaler, version 2."""
     import ray
 
     if not any(node["Labels"].get(GROUP_LABEL) for node in alive()):
@@ -43,29 +43,34 @@ def autoscales() -> bool:
         from ray.autoscaler.v2.utils import is_autoscaler_v2
 
         return is_autoscaler_v2(fetch_from_server=True)
-    except (ImportError, TypeError, AssertionError, ray.exceptions.RayError):  # no public name: do without
+    except (
+        ImportError,
+        TypeError,
+        AssertionError,
+        ray.exceptions.RayError,
+    ):  # private API: assume no autoscaler
         return False
 
 
 def alive() -> list[dict]:
-    """Return what Ray tells of the nodes that are up now."""
+    """Return Ray's records of the live nodes."""
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def machines() -> set[str]:
-    """Return the addresses of the machines that nodes are up on now."""
+    """Return the addresses of the machines with live nodes."""
     return {node["NodeManagerAddress"] for node in alive()}
 
 
 def fitting(labels: Labels) -> list[dict]:
-    """Return the nodes with these labels that are up now."""
+    """Return the live nodes with these labels."""
     return [node for node in alive() if labels.items() <= node["Labels"].items()]
 
 
-def _cannot_be_held(group: str) -> bool:
-    """Return whether the autoscaler says that no nodes it may start could hold a placement group."""
+def _infeasible(group: str) -> bool:
+    """Return whether the autoscaler reports that it cannot start nodes for a placement group."""
     import ray
 
     try:
@@ -76,6 +81,6 @@ def _cannot_be_held(group: str) -> bool:
         address = ray.get_runtime_context().gcs_address
         reply.ParseFromString(GcsClient(address).get_cluster_status(timeout_s=10))
         refused = reply.autoscaling_state.infeasible_gang_resource_requests
-    except Exception:  # no public name: without it the wait goes on
+    except Exception:  # private API: without it, keep waiting
         return False
     return any(group in request.details for request in refused)

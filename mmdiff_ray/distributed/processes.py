@@ -1,4 +1,4 @@
-"""Processes that another command started: find them again, and end them."""
+"""Find and end processes that an earlier command started."""
 
 import contextlib
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import psutil
 
 
 def marked(variable: str, prefix: str) -> list[psutil.Process]:
-    """Return the processes with a variable whose value begins so, without those that one of them started."""
+    """Return the processes whose environment variable starts with `prefix`, without their children."""
     found = {
         process.pid: process
         for process in psutil.process_iter(["environ", "ppid"])
@@ -16,8 +16,8 @@ def marked(variable: str, prefix: str) -> list[psutil.Process]:
     return [process for process in found.values() if process.info["ppid"] not in found]
 
 
-def end(processes: Sequence[psutil.Process], patience_s: float) -> None:
-    """Send processes SIGTERM, and after a while SIGKILL to what is left of them and their descendants."""
+def end(processes: Sequence[psutil.Process], grace_s: float) -> None:
+    """Send processes SIGTERM; after at most `grace_s`, SIGKILL them and their descendants."""
     family = list(processes)
     for process in processes:
         with contextlib.suppress(psutil.Error):
@@ -25,8 +25,8 @@ def end(processes: Sequence[psutil.Process], patience_s: float) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.terminate()
-    psutil.wait_procs(processes, timeout=patience_s)
+    psutil.wait_procs(processes, timeout=grace_s)
     for process in family:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(family, timeout=patience_s)
+    psutil.wait_procs(family, timeout=grace_s)

@@ -1,5 +1,4 @@
-"""Stream rows to a rank: Ray Data reads, decodes and augments windows of rows on CPU workers, in the
-plan's order."""
+"""Stream a rank's rows in the plan's order; Ray Data reads, decodes and augments them on data workers."""
 
 import itertools
 import logging
@@ -21,27 +20,25 @@ from mmdiff_ray.data.reader import Arrays, RowReader
 from mmdiff_ray.distributed.cluster import this_node
 
 SEGMENT_WINDOWS = 1024
-"""Windows handed to Ray Data at once: what the driver of a stream holds does not grow with the run."""
+"""Windows per Ray Data dataset. Bounds the memory of the process that drives the stream."""
 
-
-PAUSE = 0.02
-"""Seconds between two looks of Ray Data at its tasks."""
+PAUSE_S = 0.02
+"""Seconds between steps of Ray Data's scheduling loop."""
 
 
 class Pause(ExecutionCallback):
-    """Rest between the steps of Ray Data's scheduling loop.
+    """Sleep between steps of Ray Data's scheduling loop.
 
-    The loop runs in a thread of the training process. Once it has read far enough ahead it has no task to
-    wait for, and would spin on the interpreter lock that the training step needs too.
+    The loop runs in a thread of the training process. Once enough rows are prefetched it has nothing to wait
+    for, and it would spin while holding the GIL, which slows the training step.
     """
 
     def on_execution_step(self, executor: Any) -> None:
-        """Sleep."""
-        time.sleep(PAUSE)
+        time.sleep(PAUSE_S)
 
 
 class WindowReader:
-    """Read windows in a data worker: one reader per actor, kept between windows."""
+    """Read windows in a data worker. Each actor keeps one reader."""
 
     def __init__(self, reader: RowReader) -> None:
         import torch
@@ -55,7 +52,7 @@ class WindowReader:
         return {"number": batch["number"], "arrays": arrays}
 
     def _read(self, window: Window) -> Arrays | OutageError:
-        """Return the rows of a window. An OutageError travels in their place: Ray would garble it."""
+        """Read a window. An OutageError is returned, not raised: Ray would wrap its message."""
         try:
             return self.reader.read(window)
         except OutageError as error:
@@ -76,9 +73,9 @@ def stream_batches(
 ) -> Iterator[Batch]:
     """Yield a rank's rows of global batches start_batch to stop_batch, decoded by `data_workers` Ray actors.
 
-    beside: the actors run on this node with CPUs that their worker has asked for, else wherever CPUs are.
-    Every rank runs its own stream over its own list of windows, so what it gets depends on the plan alone.
-    labels: of the nodes that the actors run on.
+    Every rank runs its own stream over its own windows, so its batches depend on the plan only.
+    beside: run the actors on this node, with the CPUs that the worker reserved; else on any node.
+    labels: run the actors on nodes with these labels.
     """
     context = ray.data.DataContext.get_current()
     context.execution_options.label_selector = dict(labels) if labels else None
@@ -100,10 +97,10 @@ def _decoded(
 ) -> Iterator[tuple[int, Window, Arrays]]:
     """Yield (lane, window, its rows) for every (lane, window), in order.
 
-    About `rows` rows are kept ready, and a window per lane. Left alone, Ray Data would read ahead until its
-    object store is full, with cores that training needs.
+    Prefetch about `rows` rows, and at least one window per lane. Without a limit, Ray Data would fill its
+    object store, on cores that training needs.
     """
-    asked: dict[str, Any] = {"num_cpus": 0, "label_selector": this_node()} if beside else {"num_cpus": 1}
+    resources: dict[str, Any] = {"num_cpus": 0, "label_selector": this_node()} if beside else {"num_cpus": 1}
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
@@ -112,7 +109,7 @@ def _decoded(
     while segment := list(itertools.islice(windows, SEGMENT_WINDOWS)):
         largest = max(len(window) for _, window in segment)
         ahead = max(rows, lanes * largest) + 2 * data_workers * largest
-        # An operator may use half of the limit for what it has put out and nobody has taken.
+        # Ray Data lets an operator fill half of the limit with output that is not consumed yet.
         context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
             object_store_memory=2 * ahead * reader.row_bytes
         )
@@ -123,7 +120,7 @@ def _decoded(
             batch_size=1,
             batch_format="numpy",
             concurrency=data_workers,
-            **asked,
+            **resources,
         )
         for row in dataset.iter_rows():
             arrays = pickle.loads(row["arrays"])

@@ -1,4 +1,4 @@
-"""Functions run as Ray tasks, as many at once as the cluster holds."""
+"""Run functions as Ray tasks, as many at once as the cluster fits."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +18,10 @@ def run_tasks(
 ) -> Iterator[tuple[str, Any] | None]:
     """Run `function(*arguments)` for every call; yield (key, what it returned or raised) as they end.
 
-    Between ends None is yielded every `poll_s` seconds. calls: key -> arguments; first: keys that have to end
-    before any other starts. A task whose worker dies is tried once more. Raises ConfigError where the cluster
-    is too small for one of them.
+    Yields None every `poll_s` seconds while no task ends. A task whose worker dies is retried once.
+
+    calls: key -> arguments. first: keys whose tasks must end before any other starts.
+    Raises ConfigError if the cluster is too small for one task.
     """
     import ray
 
@@ -29,7 +30,7 @@ def run_tasks(
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)(_called)
         folder = os.getcwd()
         waiting = {task.remote(folder, function, calls[key]): key for key in first}
-        before = list(waiting)  # what a task is given, it waits for
+        before = list(waiting)  # Ray starts a task after its arguments are ready
         waiting |= {
             task.remote(folder, function, arguments, *before): key
             for key, arguments in calls.items()
@@ -44,7 +45,7 @@ def run_tasks(
 
 
 def _called(folder: str, function: Callable[..., Any], arguments: Sequence[Any], *before: Any) -> Any:
-    """Call a function where its driver is; a failure is an outcome, so that others do not wait in vain."""
+    """Call a function in the driver's folder. Returns its error: tasks that wait for this one must run."""
     os.chdir(folder)
     try:
         return function(*arguments)

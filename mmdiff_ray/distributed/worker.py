@@ -1,4 +1,4 @@
-"""What one training worker does, in this process or under Ray Train: build, stream, fit, record."""
+"""One training worker, in this process or under Ray Train: build the model, stream rows, fit, record."""
 
 import contextlib
 import logging
@@ -35,14 +35,14 @@ from mmdiff_ray.training.trainer import Trainer, TrainingError
 _log = logging.getLogger(__name__)
 
 HAND_OVER_S = 10.0
-"""How long a worker waits for MLflow that takes nothing before it leaves its records to the driver."""
+"""How long a worker retries an MLflow that does not answer before it leaves its records to the driver."""
 
 Emit = Callable[[dict[str, Any]], None]
-"""Takes an event for the driver's display; must not block."""
+"""Send an event to the driver; must not block."""
 
 
 class WorkerHooks:
-    """Tell the tracker and the driver's display; only the first worker speaks."""
+    """Report to the tracker and to the driver's display, from rank 0 only."""
 
     def __init__(self, job: Job, validation: list[Batch], emit: Emit, stopped: Callable[[], bool]) -> None:
         self.job = job
@@ -77,7 +77,7 @@ class WorkerHooks:
             if pictures:
                 self._draw(generator, seen)
             found = evaluate(generator, self.validation, self.job.columns, only=periodic(trainer.config))
-        except Exception:  # they are not worth a run
+        except Exception:  # a failed evaluation must not end the run
             _log.exception("no pictures and figures at %d samples", seen)
             return {}
         return {f"val/{figure.key}": (figure.value, figure.better) for figure in found.figures}
@@ -106,8 +106,8 @@ class WorkerHooks:
             self._close_tracker(self.tracker)
 
     def _close_tracker(self, tracker: Tracker) -> None:
-        """Leave what MLflow does not take to the driver, which waits for it: in a folder that it sees, or in
-        the run's storage."""
+        """Send the remaining records. What MLflow does not accept goes to the driver, which retries longer:
+        through the run's folder or, if the driver may not see it, through object storage."""
         if not self.job.uri:
             tracker.close(timeout_s=5)
         elif tracker.finish(HAND_OVER_S, self._note) and (unsent := keep(self.job.folder, self.job.mirror)):
@@ -123,7 +123,7 @@ class WorkerHooks:
 
 
 Stream = Callable[[Job, Any, int, int, int, BadRows], Iterator[Batch]]
-"""(job, reader, rank, world, finished global batches, rows that cannot be read) -> this rank's batches."""
+"""(job, reader, rank, world size, finished global batches, unreadable rows) -> this rank's batches."""
 
 
 def train_worker(
@@ -131,15 +131,14 @@ def train_worker(
     stream: Stream,
     emit: Emit,
     stopped: Callable[[], bool],
-    tell: Callable[[Rows], Rows] | None = None,
+    share_bad_rows: Callable[[Rows], Rows] | None = None,
 ) -> str:
-    """Train as one of `world()` workers and return "finished" or "stopped". The first worker writes the
-    export.
+    """Train as one of `world()` workers and return "finished" or "stopped". Rank 0 writes the export.
 
-    tell: adds rows that this worker could not read to the run's, and returns all of these; by default in the
-    run's folder, for one worker alone.
+    share_bad_rows: adds this worker's unreadable rows to those of the run and returns all of them. The
+    default writes them to the run's folder and supports one worker only.
     """
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is one by intent
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
     rank, count = world()
     config = job.config
     if config.workers.threads or count > 1:
@@ -148,9 +147,9 @@ def train_worker(
     denoiser, store = job.denoiser(), _store(job, emit)
     if store.latest() is None:
         job.initialize(denoiser)
-    reader = job.reader(job.denoiser())  # of its own: data workers have no GPU, where the model may go
+    reader = job.reader(job.denoiser())  # a second, CPU copy: data workers have no GPU
     trainer = Trainer(config, denoiser, device)
-    bad_rows = BadRows(config.data.bad_row_limit, tell or job.add_bad_rows)
+    bad_rows = BadRows(config.data.bad_row_limit, share_bad_rows or job.add_bad_rows)
     validation = _validation(job, reader, bad_rows)
     hooks = WorkerHooks(job, validation, emit, stopped)
     facts = {"config": configuration.to_plain(config), "version": __version__, "torch": torch.__version__}
@@ -168,7 +167,7 @@ def train_worker(
             known = {"progress": vars(trainer.progress), "version": __version__, "state": ended}
             known |= {"lineage": job.lineage} if job.lineage else {}
             save_export(job.export, trainer.config, model, known)
-            _bring(job, store.unsent, emit)
+            _upload_export(job, store.unsent, emit)
         bad_rows.ask()
         return ended
     finally:
@@ -176,7 +175,7 @@ def train_worker(
 
 
 def _store(job: Job, emit: Emit) -> CheckpointStore:
-    """Return the run's checkpoints; the first worker tells of each that is complete, and of trouble."""
+    """Open the run's checkpoints. Emits an event for each complete one and, on rank 0, upload warnings."""
 
     def completed() -> None:
         emit({"kind": "saved"})
@@ -191,8 +190,8 @@ def _store(job: Job, emit: Emit) -> CheckpointStore:
     return CheckpointStore(job.checkpoints, job.config.checkpoint, remote=remote)
 
 
-def _bring(job: Job, unsent: list[str], emit: Emit) -> None:
-    """Bring the export to storage, and tell what of the run is not there."""
+def _upload_export(job: Job, unsent: list[str], emit: Emit) -> None:
+    """Upload the export to object storage; emit a note for each file that is not there."""
     if job.mirror is not None:
         if unsent:
             emit({"kind": "note", "text": not_sent(job.uri, job.folder, unsent, "training that goes on")})
@@ -202,8 +201,7 @@ def _bring(job: Job, unsent: list[str], emit: Emit) -> None:
 
 
 def _validation(job: Job, reader: Any, bad_rows: BadRows) -> list[Batch]:
-    """Return the held-out rows that losses and pictures are measured on; kept, since there are few of
-    them."""
+    """Load the held-out rows for validation losses and pictures; few enough to keep in memory."""
     splits = [manifest.splits[job.config.evaluate.split] for manifest in job.manifests]
     if not any(split.rows for split in splits):
         return []
@@ -214,7 +212,7 @@ def _validation(job: Job, reader: Any, bad_rows: BadRows) -> list[Batch]:
 def local_stream(
     job: Job, reader: Any, rank: int, world: int, start: int, bad_rows: BadRows
 ) -> Iterator[Batch]:
-    """Stream rows read by threads of this process."""
+    """Stream rows that threads of this process read."""
     threads = max(1, job.config.workers.data_workers)
     return local_batches(job.plan(), reader, rank, world, start, threads=threads, bad_rows=bad_rows)
 
@@ -222,7 +220,7 @@ def local_stream(
 def ray_stream(
     job: Job, reader: Any, rank: int, world: int, start: int, bad_rows: BadRows
 ) -> Iterator[Batch]:
-    """Stream rows read by Ray Data's workers."""
+    """Stream rows that Ray Data's workers read."""
     from mmdiff_ray.distributed.stream import stream_batches
 
     stop = -(-job.config.train.samples // job.config.train.global_batch)
@@ -241,43 +239,43 @@ def ray_stream(
     )
 
 
-def go_to(folder: str) -> None:
-    """Work in the driver's working folder where this machine has it, so that relative paths mean the same."""
+def enter_folder(folder: str) -> None:
+    """Change to the driver's working folder, if this machine has it, so that relative paths mean the same."""
     with contextlib.suppress(FileNotFoundError):
         os.chdir(folder)
 
 
 def ray_train_loop(settings: dict[str, Any]) -> None:
-    """Be one worker of Ray Train. settings: the job, and the actor that the driver listens to."""
+    """Run one worker of Ray Train. settings: job, board actor, working folder of the driver."""
     import ray
 
     job, board = settings["job"].here(), settings["board"]
     if ray.get(board.failure.remote()) is not None:
-        return  # a worker of an earlier attempt met what no restart mends
+        return  # a worker failed for a reason that restarting cannot fix
     logging.basicConfig(level=logging.WARNING)
-    go_to(settings["working_folder"])
-    asked: list[Any] = []
+    enter_folder(settings["working_folder"])
+    pending: list[Any] = []
 
     def stopped() -> bool:
-        """Return the answer to the last question, and ask again: a step never waits for it."""
-        answer = bool(ray.get(asked.pop())) if asked else False
-        asked.append(board.stop_asked.remote())
+        """Return the reply to the previous request and send the next, so that a step need not wait."""
+        answer = bool(ray.get(pending.pop())) if pending else False
+        pending.append(board.stop_requested.remote())
         return answer
 
     board.post.remote({"kind": "worker", "rank": world()[0], "pid": os.getpid(), "logs": log_folder()})
 
-    def tell(rows: Rows) -> Rows:
+    def share_bad_rows(rows: Rows) -> Rows:
         return ray.get(board.bad_rows.remote(rows))
 
     try:
-        ended = train_worker(job, ray_stream, lambda event: board.post.remote(event), stopped, tell)
-    except OutageError as error:  # a restart, which goes on from the last checkpoint, may find storage back
+        ended = train_worker(job, ray_stream, lambda event: board.post.remote(event), stopped, share_bad_rows)
+    except OutageError as error:  # storage may be back after a restart
         ray.get(board.post.remote({"kind": "note", "text": str(error)}))
         raise
     except (ConfigError, RunError) as error:
         ray.get(board.fail.remote(error))
         if isinstance(error, TrainingError):
-            return  # raised on every worker alike; any other error has the others wait, and Ray must end them
+            return  # all workers raise it and end; for any other error Ray must end the others
         raise
     if world()[0] == 0:
         ray.get(board.post.remote({"kind": "ended", "state": ended}))

@@ -24,8 +24,8 @@ def test_training_in_this_process_asks_for_no_cluster():
 @pytest.mark.parametrize(
     "address, message",
     [
-        ("http://head:8265", "is the address of a dashboard; want that of the cluster itself, HEAD:6379"),
-        ("https://me:hidden@head", r"\(https://head\) is the address of a dashboard"),
+        ("http://head:8265", "is a dashboard; set the cluster's own address, HEAD:6379"),
+        ("https://me:hidden@head", r"\(https://head\) is a dashboard"),
         ("nonsense", "Invalid address: nonsense; want HEAD:6379, or none"),
     ],
 )

@@ -471,9 +471,7 @@ def test_run_that_has_lost_that_actor_for_good_ends_with_its_workers(ray_cluster
     display = Watching(160, lambda: (left.append(workers()[-1]), kill_board()))
     with pytest.raises(RunError, match=r"^the run lost its cluster: \w") as caught:
         launch.train(job, display)
-    assert str(caught.value).endswith(
-        f"task. mmdiff train --resume {job.folder} goes on from the last checkpoint"
-    )
+    assert str(caught.value).endswith(f"task; resume with: mmdiff train --resume {job.folder}")
     assert Ended(job.folder, display).status == "FAILED"
     assert not [thread for thread in threading.enumerate() if "_fit" in thread.name]
     assert left and not psutil.wait_procs(left, timeout=30)[1]
@@ -523,9 +521,9 @@ def test_events_and_wishes_cross_the_board():
     board = Board()
     board.post({"kind": "progress"})
     assert board.take() == [{"kind": "progress"}] and board.take() == []
-    assert not board.stop_asked()
-    board.ask_to_stop()
-    assert board.stop_asked()
+    assert not board.stop_requested()
+    board.request_stop()
+    assert board.stop_requested()
     assert board.failure() is None
     board.fail(RunError("first"))
     board.fail(RunError("second"))

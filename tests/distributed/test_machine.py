@@ -62,9 +62,7 @@ def test_folder_of_another_user_is_told(monkeypatch, short):
     (short / "ray").mkdir()
     monkeypatch.setenv("RAY_TMPDIR", str(short))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # what a user who is not root sees
-    words = (
-        rf"^{short}/ray, where Ray keeps its sessions, cannot be written to: it is \w+'s; set RAY_TMPDIR to"
-    )
+    words = rf"^{short}/ray, Ray's session folder, is not writable: it belongs to \w+; set RAY_TMPDIR to"
     with pytest.raises(ConfigError, match=words):
         check_ray_folder()
 

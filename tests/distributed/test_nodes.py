@@ -125,7 +125,7 @@ def test_workers_share_a_node_only_as_far_as_it_has_the_resource_that_they_ask_f
     [
         (
             ["workers.count=1", "workers.cpus=5"],
-            "workers.cpus: 1 worker needs 5 CPUs at one place, no node has so much",
+            "workers.cpus: 1 worker needs 5 CPUs on one node, no node has that many",
         ),
         (
             [

@@ -297,7 +297,7 @@ def test_a_sweep_whose_cluster_died_goes_on_on_another_that_shares_nothing_but_s
     assert {f"trials/{n:04d}/checkpoints/{64:012d}/state.json" for n in range(4)} <= there
     assert not any(name.startswith("ray/") for name in there)
     assert f"report    {join(address, 'report', 'report.html')}" in out
-    assert "is a file, and the cluster has 2 machines: unless they share it, each records into" in out
+    assert "is a file, and the cluster has 2 machines; unless they share it, metrics are lost" in out
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     assert main(["sweep", "report", "tiny", "--runs", where]) == 0

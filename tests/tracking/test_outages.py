@@ -106,7 +106,9 @@ def test_run_begun_without_its_server_arrives_as_one_run_by_sync(
     with caplog.at_level(logging.ERROR):
         folder = launch.train(job, display)
     assert jobs.read_run(folder)["state"] == "finished"
-    assert f"MLflow at {network.url} does not answer; records wait in {folder / 'tracking'}" in display.said
+    assert (
+        f"MLflow at {network.url} does not answer; records are kept in {folder / 'tracking'}" in display.said
+    )
     assert not any("Retrying" in line for line in display.said), "the end does not wait"
     assert display.said[-1].endswith(f"records wait for MLflow; send them with: mmdiff sync {folder}")
     assert main(["sync", str(folder)]) == 1

@@ -1,4 +1,4 @@
-"""A callback of Ray Tune: shows the progress of a sweep's trials and closes each that ends."""
+"""A Ray Tune callback that shows the progress of trials and closes those that end."""
 
 import time
 from collections.abc import Callable
@@ -17,14 +17,14 @@ Say = Callable[[str], None]
 
 
 class ProgressCallback(Callback):
-    """Shows what happens to trials, closes their journals and runs, and updates the searcher."""
+    """Show the progress of trials, close their journals and runs, and update the searcher."""
 
     def __init__(
         self, sweep: Sweep, where: str, searcher: SpaceSearcher, say: Say, stopped: Callable[[], bool]
     ) -> None:
         self.sweep, self.where, self.searcher, self.say = sweep, where, searcher, say
         self.stopped = stopped
-        self.begun = time.monotonic()
+        self.started = time.monotonic()
         known = [report["figures"] for trial in read_trials(where) for report in trial.reports]
         self.best = max((sweep.sign * figures[sweep.main] for figures in known), default=None)
 
@@ -32,7 +32,7 @@ class ProgressCallback(Callback):
         return {}  # Tune saves a copy, but a sweep resumes from its journals
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-        """Show a report."""
+        """Print a trial's report."""
         if SCORE not in result:
             return
         value = result[SCORE]
@@ -56,14 +56,14 @@ class ProgressCallback(Callback):
         number = number_of(self.where, tune_trial.trial_id, config["number"])
         trial = read_trial(self.where, number)
         if trial is None:
-            trial = Trial(number, dict(config["values"]), why="it died before it began")
+            trial = Trial(number, dict(config["values"]), why="it died before it started")
         if trial.outcome is None and error is None and self.stopped():
-            return  # `close` says so
+            return  # `close` reports it as interrupted
         if trial.outcome is None:
             end_early(self.where, trial, "failed" if error else "stopped", _last_line(error or ""))
         self.searcher.note(trial)
-        why = f": {trial.why}" if trial.why else ""
-        self.say(f"trial {number}: {trial.outcome} at {trial.samples:,} samples{why}")
+        reason = f": {trial.why}" if trial.why else ""
+        self.say(f"trial {number}: {trial.outcome} at {trial.samples:,} samples{reason}")
 
     def close(self) -> None:
         """Close the runs of interrupted trials and show a summary."""
@@ -74,7 +74,7 @@ class ProgressCallback(Callback):
                 self.say(f"trial {trial.number}: interrupted at {trial.samples:,} samples")
         ended = [trial.outcome or "interrupted" for trial in trials]
         counts = ", ".join(f"{ended.count(kind)} {kind}" for kind in dict.fromkeys(ended))
-        self.say(f"{len(ended)} trials in {duration(time.monotonic() - self.begun)}: {counts}")
+        self.say(f"{len(ended)} trials in {duration(time.monotonic() - self.started)}: {counts}")
 
 
 def _last_line(error: str) -> str:

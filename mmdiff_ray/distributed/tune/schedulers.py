@@ -1,4 +1,4 @@
-"""Which trials of a sweep continue: Ray Tune's schedulers with the reports of earlier drivers' trials."""
+"""Schedulers of a sweep: Ray Tune's, with the reports of earlier drivers replayed."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from mmdiff_ray.sweeps.spec import Sweep
 
 
 def make_scheduler(sweep: Sweep, make: Make, known: list[Trial]) -> Any:
-    """Return Ray Tune's scheduler of a sweep. known: earlier trials, whose reports it replays."""
+    """Return Ray Tune's scheduler of a sweep. known: earlier trials, whose reports are replayed."""
     from ray.tune import schedulers
 
     options, period, total = sweep.scheduler, sweep.period, sweep.budget.samples
@@ -37,7 +37,7 @@ def make_scheduler(sweep: Sweep, make: Make, known: list[Trial]) -> Any:
     if options.name == "asha":
         made: Any = schedulers.ASHAScheduler(
             time_attr="samples_seen",
-            max_t=10 * total,  # a trial ends by itself
+            max_t=10 * total,  # never reached: trials end on their own
             grace_period=grace,
             reduction_factor=options.reduction,
         )
@@ -47,7 +47,7 @@ def make_scheduler(sweep: Sweep, make: Make, known: list[Trial]) -> Any:
         )
     made.set_search_properties(SCORE, "max")
     replay(made, sweep, known)
-    made.set_search_properties = lambda metric, mode, **spec: True  # Tune tells it once more
+    made.set_search_properties = lambda metric, mode, **spec: True  # Tune would set them again, which fails
     return _keep_baseline(made, sweep)
 
 
@@ -59,7 +59,7 @@ def _keep_baseline(scheduler: Any, sweep: Sweep) -> Any:
         decision = decide(controller, trial, result)
         if not sweep.is_baseline(result["number"]):
             return decision
-        getattr(scheduler, "_stopped_trials", set()).discard(trial)  # where the median rule would go by it
+        getattr(scheduler, "_stopped_trials", set()).discard(trial)  # else the median rule would exclude it
         return scheduler.CONTINUE
 
     scheduler.on_trial_result = on_trial_result
@@ -67,7 +67,7 @@ def _keep_baseline(scheduler: Any, sweep: Sweep) -> Any:
 
 
 def replay(scheduler: Any, sweep: Sweep, known: list[Trial]) -> None:
-    """Replay the reports of ended trials, so that a scheduler's rungs outlive the driver."""
+    """Replay the reports of ended trials, so that a scheduler's rungs survive a restart of the driver."""
     for trial in known:
         if trial.outcome in (None, "failed", "diverged"):
             continue
@@ -98,7 +98,7 @@ def _mutation(dimension: Any) -> Any:
 
 
 class Deadline(Stopper):
-    """Stops trials at their next report, after the deadline or a request to stop."""
+    """Stop trials at their next report after the deadline or a stop request."""
 
     def __init__(self, deadline: float | None, stopped: Callable[[], bool]) -> None:
         self.deadline, self.stopped = deadline, stopped
@@ -111,5 +111,5 @@ class Deadline(Stopper):
         return self.stopped() or (self.deadline is not None and time.time() > self.deadline)
 
     def stop_all(self) -> bool:
-        """Return whether everything ends now."""
+        """Return whether all trials end now."""
         return self.stopped()

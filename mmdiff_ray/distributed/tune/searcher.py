@@ -1,4 +1,4 @@
-"""How a sweep chooses configurations: Optuna's samplers over our spaces."""
+"""The searcher of a sweep: Optuna's samplers over the sweep's space."""
 
 import contextlib
 import random
@@ -19,10 +19,10 @@ TRIES = 200
 
 
 class SpaceSearcher(Searcher):
-    """Suggests trials: first the unfinished ones of earlier drivers, then new ones.
+    """Suggest trials: first unfinished ones of earlier drivers, then new ones.
 
-    make: values -> the configuration. known: trials of earlier drivers. deadline: seconds since the epoch,
-    after which no trial starts.
+    make: values -> configuration. known: trials of earlier drivers. deadline: Unix time after which no trial
+    starts.
     """
 
     def __init__(self, sweep: Sweep, make: Make, known: list[Trial], deadline: float | None = None) -> None:
@@ -36,8 +36,8 @@ class SpaceSearcher(Searcher):
             if trial.outcome is not None and not sweep.is_baseline(trial.number):
                 self.study.add_trial(as_frozen(sweep, trial))
         self.points = combinations(sweep.space) if sweep.searcher.name == "grid" else None
-        begun = {trial.number for trial in known}
-        lost = [number for number in range(self.next) if number not in begun]  # died before their journals
+        started = {trial.number for trial in known}
+        lost = [number for number in range(self.next) if number not in started]  # died before their journals
         self.waiting += [Trial(n, self._fixed(n)) for n in lost if self.points or sweep.is_baseline(n)]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,44 +64,44 @@ class SpaceSearcher(Searcher):
         return {"number": number, "values": values}
 
     def _fixed(self, number: int) -> dict[str, Any]:
-        """Return the point of a trial that is not drawn: the baseline's, or one of a grid."""
+        """Return the point of a trial that is not sampled: the baseline's or a grid's."""
         if self.sweep.is_baseline(number):
             return {}
         assert self.points is not None
         return self.points[number - self.sweep.baseline]
 
     def _draw(self) -> dict[str, Any]:
-        """Return a valid point. Raises RunError after TRIES invalid ones."""
-        why = ""
+        """Sample a valid point. Raises RunError after TRIES invalid ones."""
+        reason = ""
         for _ in range(TRIES):
-            asked = self.study.ask()
+            optuna_trial = self.study.ask()
             values: dict[str, Any] = {}
             for key, dimension in self.sweep.space.items():
                 if dimension.applies(values):
-                    values[key] = _suggested(asked, dimension)
+                    values[key] = _suggested(optuna_trial, dimension)
             try:
                 check_point(self.make(values), sizes_network(self.sweep.space))
             except ConfigError as error:
-                self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
-                why = str(error)
+                self.study.tell(optuna_trial, state=optuna.trial.TrialState.FAIL)
+                reason = str(error)
                 continue
-            self.running[self.next] = asked
+            self.running[self.next] = optuna_trial
             return values
-        raise RunError(f"space: {TRIES} points in a row were refused; narrow the space; the last: {why}")
+        raise RunError(f"space: {TRIES} points in a row are invalid; narrow the space; last error: {reason}")
 
     def note(self, trial: Trial) -> None:
-        """Add an ended trial to the study; the baseline is no point of the space."""
+        """Add an ended trial to the study, unless it is the baseline, which is no point of the space."""
         if self.sweep.is_baseline(trial.number):
             return
-        asked = self.running.pop(trial.number, None)
+        optuna_trial = self.running.pop(trial.number, None)
         frozen = as_frozen(self.sweep, trial)
-        if asked is None:
+        if optuna_trial is None:
             self.study.add_trial(frozen)
             return
         for step, value in frozen.intermediate_values.items():
             if len(self.sweep.metrics) == 1:
-                asked.report(value, step)
-        self.study.tell(asked, frozen.values, state=frozen.state)
+                optuna_trial.report(value, step)
+        self.study.tell(optuna_trial, frozen.values, state=frozen.state)
 
     def _ignored(self, *_: Any, **__: Any) -> None:
         """Do nothing: a sweep resumes from its journals, and `note` adds ended trials."""
@@ -109,19 +109,19 @@ class SpaceSearcher(Searcher):
     on_trial_complete = save = restore = _ignored
 
 
-def _suggested(asked: optuna.Trial, dimension: Dimension) -> Any:
+def _suggested(optuna_trial: optuna.Trial, dimension: Dimension) -> Any:
     if dimension.values:
         names = [hashable(value) for value in dimension.values]
-        return dimension.values[names.index(asked.suggest_categorical(dimension.key, names))]
+        return dimension.values[names.index(optuna_trial.suggest_categorical(dimension.key, names))]
     if dimension.kind == "randint":
-        return asked.suggest_int(dimension.key, int(dimension.low), int(dimension.high))
-    return asked.suggest_float(
+        return optuna_trial.suggest_int(dimension.key, int(dimension.low), int(dimension.high))
+    return optuna_trial.suggest_float(
         dimension.key, dimension.low, dimension.high, log=dimension.kind == "loguniform"
     )
 
 
 def explored(sweep: Sweep, make: Make, config: dict[str, Any], seed: int = 0) -> dict[str, Any]:
-    """Clip the values of population based training to the space; draw a new point if they are invalid."""
+    """Clip the values of population-based training to the space; sample a new point if they are invalid."""
     rng = random.Random(f"{seed} {config}")
     values = {}
     for key, value in config["values"].items():
@@ -129,7 +129,7 @@ def explored(sweep: Sweep, make: Make, config: dict[str, Any], seed: int = 0) ->
         values[key] = value if dimension.values else dimension.clip(value)
     try:
         check_point(make(values))
-    except ConfigError:  # e.g. a profile that leaves the prior
+    except ConfigError:  # e.g. a profile that breaks the prior
         for _ in range(TRIES):
             values = drawn(sweep.space, rng)
             with contextlib.suppress(ConfigError):

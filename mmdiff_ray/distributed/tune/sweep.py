@@ -1,4 +1,4 @@
-"""Run a sweep: Ray Tune over trials, recorded as child runs of one MLflow run, gone on with after any end."""
+"""Run a sweep on Ray Tune. Trials are child runs of one MLflow run; an interrupted sweep resumes."""
 
 import dataclasses
 import json
@@ -45,39 +45,36 @@ from mmdiff_ray.training.checkpoint import write_json
 
 Say = Callable[[str], None]
 FACTS, TEXT = runs.SWEEP, "sweep.yaml"
-"""What a sweep has beside its trials: where it is recorded, and what it is."""
+"""Files of a sweep: its MLflow run, and its YAML."""
 FEW = 16
-"""Rows that an untrained model is judged on, to see which figures there are."""
+"""Rows on which `check_sweep` evaluates an untrained model, to learn which metrics exist."""
 DRIVER_CPUS = 0.05
-"""What a trial asks for that only leads the workers of its own Ray Train run."""
+"""CPUs of a trial that only drives the workers of its own Ray Train run."""
 
 
 def make_configs(sweep: Sweep) -> Make:
-    """Return what makes a point of the space a configuration, with what only the data know filled in."""
+    """Return a function from a point of the space to a configuration resolved against the data."""
     manifests = read_sources(sweep.config({}))
     return lambda values: resolve_modalities(sweep.config(values), manifests)
 
 
 def check_sweep(sweep: Sweep) -> tuple[SpaceCheck, Job]:
-    """Return what the space holds, and the job of a point in it.
+    """Check a sweep before it starts; return the result and the job of a point in the space.
 
-    Raises ConfigError for what would fail later.
-
-    Looks at the corners of the space, at dimensions that change nothing, at the data, and at whether the
-    evaluators find the metrics: an untrained model is judged on a few rows.
+    Checks the corners of the space, dimensions without effect, the data, and that the evaluators produce the
+    metrics, by evaluating an untrained model on a few rows. Raises ConfigError for what would fail later.
     """
     workers = sweep.config({}).workers
     if workers.labels and workers.count < 2:
         raise ConfigError(
-            "workers.labels: Ray Tune places trials of one worker on any node; leave it out, or let trials "
-            "have two workers"
+            "workers.labels: Ray Tune places one-worker trials on any node; remove it or set workers.count=2"
         )
     batch = sweep.config({}).train.global_batch
     if sweep.period < batch:
         raise ConfigError(
             f"budget.reports ({sweep.budget.reports}): {sweep.budget.samples} samples are "
-            f"{-(-sweep.budget.samples // batch)} steps of {batch} rows (train.global_batch), and a trial is "
-            "judged after whole steps; ask for fewer reports, or more samples"
+            f"{-(-sweep.budget.samples // batch)} steps of {batch} rows (train.global_batch), fewer than "
+            "reports; lower budget.reports or raise budget.samples"
         )
     make = make_configs(sweep)
     seen = check_space(sweep.space, make)
@@ -103,27 +100,27 @@ def check_sweep(sweep: Sweep) -> tuple[SpaceCheck, Job]:
 
 
 def sweeps_in(where: str) -> str:
-    """Return where the sweeps are of a folder or storage of runs."""
+    """Return the address of the sweeps below `where`, a folder or storage of runs."""
     return join(where if is_uri(where) else str(Path(where).absolute()), "sweeps")
 
 
 def sweep_folder(name: str, where: str = "runs") -> Path:
-    """Return the folder of this machine for a sweep, as `find_run`."""
+    """Return a sweep's folder on this machine; errors as in `find_run`."""
     return find_run(name, join(where, "sweeps"), FACTS, (FACTS, TEXT))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Return what a sweep's `sweep.json` says: the address of MLflow, the id of its run, when it began."""
+    """Read a sweep's `sweep.json`: tracking URI, run id, start time."""
     return json.loads((folder / FACTS).read_text(encoding="utf8"))
 
 
 def write_text(folder: Path, text: str) -> None:
-    """Write a sweep's YAML beside it. Raises RunError where storage does not take it."""
+    """Write a sweep's YAML to its folder. Raises RunError if the upload fails."""
     (folder / TEXT).write_text(text, encoding="utf8")
-    _bring(folder, TEXT)
+    _upload(folder, TEXT)
 
 
-def _bring(folder: Path, *names: str) -> None:
+def _upload(folder: Path, *names: str) -> None:
     mirror = runs.mirror_of(folder)
     if mirror is not None:
         mirror.send(*names)
@@ -132,10 +129,10 @@ def _bring(folder: Path, *names: str) -> None:
 
 
 def begin_sweep(sweep: Sweep, seen: SpaceCheck, text: str, command: str, where: str) -> Path:
-    """Return the folder of a new sweep, with its run in MLflow begun.
+    """Create the folder and the MLflow run of a new sweep; return the folder.
 
-    seen: what `check_sweep` found; text: the sweep's YAML, overrides applied; command: what was typed; where:
-    of all runs.
+    seen: the result of `check_sweep`. text: the sweep's YAML with overrides applied. command: the user's
+    command line. where: folder or storage of all runs.
     """
     first = sweep.config(seen.good or {})
     uri = tracking_uri(first.tracking.uri, where if is_uri(where) else Path(where).absolute())
@@ -180,7 +177,7 @@ def begin_sweep(sweep: Sweep, seen: SpaceCheck, text: str, command: str, where: 
         write_json(
             folder / FACTS, {"tracking_uri": without_passwords(uri), "run_id": run_id, "begun": time.time()}
         )
-        _bring(folder, FACTS)
+        _upload(folder, FACTS)
     except BaseException:
         runs.release(address)
         raise
@@ -188,10 +185,9 @@ def begin_sweep(sweep: Sweep, seen: SpaceCheck, text: str, command: str, where: 
 
 
 def run_sweep(sweep: Sweep, folder: Path, say: Say) -> str:
-    """Run the trials that a sweep still lacks; return "finished" or "stopped" (Ctrl-C, SIGTERM).
+    """Run the remaining trials of a sweep; return "finished" or "stopped" (Ctrl-C, SIGTERM).
 
-    Every trial is closed in MLflow whatever happens to it, or to the sweep; what was known before is not done
-    again.
+    Every trial's MLflow run is ended, however the trial or the sweep ends.
     """
     facts = read_facts(folder)
     with sweep_cluster(sweep), stop_requests() as stopped:
@@ -204,7 +200,7 @@ def run_sweep(sweep: Sweep, folder: Path, say: Say) -> str:
 
 def _tune(sweep: Sweep, where: str, facts: Mapping[str, Any], say: Say, stopped: Callable[[], bool]) -> str:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # ours says what is left open
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # our handler reports interrupted trials
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that diverges ends without a score
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
@@ -231,7 +227,7 @@ def _tune(sweep: Sweep, where: str, facts: Mapping[str, Any], say: Say, stopped:
     )
     pbt = sweep.scheduler.name == "pbt"
     if pbt:
-        random.seed(sweep.seed + len(known))  # a population's draws are Ray's, from Python's own generator
+        random.seed(sweep.seed + len(known))  # Ray's PBT draws from Python's global generator
     fs, root = filesystem(where)
     chosen: dict[str, Any] = {"num_samples": -1, "search_alg": searcher, "max_concurrent_trials": at_once}
     tuner = tune.Tuner(
@@ -241,7 +237,7 @@ def _tune(sweep: Sweep, where: str, facts: Mapping[str, Any], say: Say, stopped:
             metric=SCORE,
             mode="max",
             scheduler=make_scheduler(sweep, make, known),
-            reuse_actors=not pbt,  # a member that copies another has to begin anew
+            reuse_actors=not pbt,  # a member that copies another must start a new process
             **({} if pbt else chosen),
         ),
         run_config=tune.RunConfig(
@@ -259,7 +255,7 @@ def _tune(sweep: Sweep, where: str, facts: Mapping[str, Any], say: Say, stopped:
             tuner.fit()
     finally:
         watch.close()
-        if is_uri(where):  # Tune's own notes, which nothing is restored from
+        if is_uri(where):  # Tune's own state: sweeps resume from journals
             with suppress(OSError):
                 fs.delete_dir(f"{root}/ray")
     say("data: " + describe(cache))
@@ -267,7 +263,7 @@ def _tune(sweep: Sweep, where: str, facts: Mapping[str, Any], say: Say, stopped:
 
 
 def _population(searcher: SpaceSearcher) -> dict[str, Any]:
-    """Return the trials of a population as Ray Tune takes them, which knows no searcher there."""
+    """Return the trials of a population as a Tune search space: Ray's PBT supports no searcher."""
     from ray import tune
 
     points: dict[int, dict[str, Any]] = {}
@@ -280,12 +276,12 @@ def _population(searcher: SpaceSearcher) -> dict[str, Any]:
 
 
 def resources_of(sweep: Sweep, config: Config) -> tuple[dict[str, float], int]:
-    """Return what a trial asks Ray Tune for, and how many trials may be under way at once.
+    """Return the resources of a trial in Ray Tune, and how many trials may run at once.
 
-    A trial of one worker is that worker. A larger one asks for next to nothing and starts a Ray Train run of
-    its own; only as many as fit at once may begin, or they would wait for each other for ever. Where not even
-    one fits, nodes that an autoscaler can start are waited for. Raises ConfigError where none fits then, or
-    not all of a population.
+    A trial of one worker trains in the trial's own process. A trial of several workers reserves `DRIVER_CPUS`
+    and starts a Ray Train run; no more such trials may start than fit at once, or they would deadlock. If not
+    even one fits, waits for an autoscaler to start nodes. Raises ConfigError if one still does not fit, or if
+    a population does not fit.
     """
     workers = config.workers
     nested = workers.count > 1
@@ -293,22 +289,22 @@ def resources_of(sweep: Sweep, config: Config) -> tuple[dict[str, float], int]:
     needs = {name: count * each for name, each in workers.asks.items()}
     needs["CPU"] = count * (workers.cpus + workers.data_workers * nested) + DRIVER_CPUS * nested
     check_resources(workers if nested else dataclasses.replace(workers, count=1, data_workers=0))
-    held = _held(needs) if nested else places(workers.asks)
-    if held < 1:
-        said = ", ".join(amount_of(name, need) for name, need in needs.items())
-        raise ConfigError(f"workers: a trial needs {said}; the cluster has less")
-    if nested and sweep.scheduler.name == "pbt" and held < sweep.budget.trials:
+    room = _room(needs) if nested else places(workers.asks)
+    if room < 1:
+        amounts = ", ".join(amount_of(name, need) for name, need in needs.items())
+        raise ConfigError(f"workers: a trial needs {amounts}; the cluster has less")
+    if nested and sweep.scheduler.name == "pbt" and room < sweep.budget.trials:
         raise ConfigError(
-            f"budget.trials ({sweep.budget.trials}): a population of trials with several workers each has to "
-            f"fit into the cluster, which holds {held}"
+            f"budget.trials ({sweep.budget.trials}): a population of trials with several workers must run at "
+            f"once, and the cluster fits {room}; set budget.trials={room}"
         )
     asks = {"cpu": DRIVER_CPUS} if nested else {"cpu": workers.cpus, "gpu": workers.gpus, **workers.resources}
-    wanted = sweep.budget.concurrent or held
-    return asks, wanted if autoscales() and not nested else min(held, wanted)
+    wanted = sweep.budget.concurrent or room
+    return asks, wanted if autoscales() and not nested else min(room, wanted)
 
 
-def _held(needs: Mapping[str, float]) -> int:
-    """Return how many trials with such needs fit into the nodes that are up now."""
+def _room(needs: Mapping[str, float]) -> int:
+    """Return how many trials with these needs fit on the live nodes."""
     import ray
 
     total = ray.cluster_resources()
@@ -316,7 +312,7 @@ def _held(needs: Mapping[str, float]) -> int:
 
 
 def sweep_cluster(sweep: Sweep) -> AbstractContextManager[None]:
-    """Provide a Ray cluster: the one in use or at RAY_ADDRESS, or a local one that holds a trial."""
+    """Provide a Ray cluster, as `cluster`; a local one fits at least one trial."""
     workers = sweep.config({}).workers
     count = max(1, workers.count)
     return cluster(max(2, int(count * (workers.cpus + workers.data_workers * (count > 1))) + 1))
@@ -324,7 +320,7 @@ def sweep_cluster(sweep: Sweep) -> AbstractContextManager[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Ray Tune's own lines off the terminal."""
+    """Silence the loggers and warnings of Ray Tune in the block."""
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

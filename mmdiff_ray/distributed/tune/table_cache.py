@@ -12,7 +12,7 @@ from mmdiff_ray.data.parquet import read_table
 _log = logging.getLogger(__name__)
 
 SHARE = 0.3
-"""The largest part of a node's object store that a cache fills."""
+"""Fraction of a node's object store that the cache may fill."""
 READERS = 4
 Key = tuple[str, RowGroup, tuple[str, ...]]
 
@@ -20,14 +20,14 @@ Key = tuple[str, RowGroup, tuple[str, ...]]
 class TableCache:
     """The actor that reads row groups and caches those that fit, without eviction.
 
-    limit: in bytes; None: a part of the object store of its node. Every epoch reads all row groups, so
-    evicting the oldest would keep none until its next use.
+    Every epoch reads all row groups, so an LRU cache would evict each before its next use.
+    limit: in bytes; None: `SHARE` of the node's object store.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = int(SHARE * _store_bytes()) if limit is None else limit
         self.bytes = self.reads = 0
-        self._kept: dict[Key, Future] = {}
+        self._futures: dict[Key, Future] = {}
         self._lock = threading.Lock()
 
     def table(self, key: Key) -> list[Any]:
@@ -36,17 +36,17 @@ class TableCache:
         A list, because Ray would resolve a bare reference.
         """
         with self._lock:
-            mine = key not in self._kept
-            found = self._kept.setdefault(key, Future())
+            first = key not in self._futures
+            future = self._futures.setdefault(key, Future())
             full = self.bytes >= self.limit
-        if mine:
+        if first:
             try:
-                found.set_result(None if full else self._put(read_table(*key)))
+                future.set_result(None if full else self._put(read_table(*key)))
             except Exception as error:
-                found.set_exception(error)
+                future.set_exception(error)
                 with self._lock:
-                    del self._kept[key]
-        return [found.result()]
+                    del self._futures[key]
+        return [future.result()]
 
     def _put(self, table: Any) -> Any:
         import ray
@@ -59,14 +59,14 @@ class TableCache:
         return ray.put(table)
 
     def facts(self) -> dict[str, int]:
-        """Return how many row groups were read from storage, and how many bytes are kept."""
+        """Return how many row groups were read from storage, and how many bytes are cached."""
         return {"reads": self.reads, "bytes": self.bytes}
 
 
 class SharedTables:
-    """Reads row groups through the cache; `RowReader` takes it in place of `read_table`.
+    """Read row groups through the cache; passed to `RowReader` in place of `read_table`.
 
-    Reads from storage where the cache is full, cannot read, or has died.
+    Falls back to storage if the cache is full, fails or has died.
     """
 
     def __init__(self, cache: Any) -> None:
@@ -86,7 +86,7 @@ class SharedTables:
                 (self._known[key],) = ray.get(self.cache.table.remote(key))
             if self._known[key] is not None:
                 return ray.get(self._known[key])
-        except Exception as error:  # corrupt data too, which the caller reports
+        except Exception as error:  # also corrupt data: read_table below raises it again
             _log.info("%s is read from storage: %s", row_group.path, error)
         return read_table(uri, row_group, columns)
 
@@ -95,20 +95,20 @@ def start_cache(limit: int | None = None) -> Any:
     """Start a cache that lives as long as its handle. limit: as in `TableCache`."""
     import ray
 
-    made: Any = ray.remote(TableCache)
-    return made.options(num_cpus=0, max_concurrency=READERS).remote(limit)
+    actor: Any = ray.remote(TableCache)
+    return actor.options(num_cpus=0, max_concurrency=READERS).remote(limit)
 
 
 def describe(cache: Any) -> str:
-    """Return a summary of what a cache has read."""
+    """Summarize the reads of a cache in one line."""
     import ray
 
     try:
         facts = ray.get(cache.facts.remote())
     except ray.exceptions.RayError:
-        return "the actor that shared it between trials is gone"
+        return "the cache shared by the trials has died"
     return (
-        f"{facts['reads']} row groups read from storage for all trials ({facts['bytes'] / 1e6:.3g} MB kept)"
+        f"{facts['reads']} row groups read from storage for all trials ({facts['bytes'] / 1e6:.3g} MB cached)"
     )
 
 

@@ -1,4 +1,4 @@
-"""One trial of a sweep: a training run in segments, judged after each, under Ray Tune's control."""
+"""One trial of a sweep: a training run in segments, evaluated after each, under Ray Tune's control."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ from mmdiff_ray.data.parquet import Tables
 from mmdiff_ray.distributed import launch
 from mmdiff_ray.distributed.display import Display
 from mmdiff_ray.distributed.evaluate import export_facts, measure, measure_on_ray
-from mmdiff_ray.distributed.worker import go_to
+from mmdiff_ray.distributed.worker import enter_folder
 from mmdiff_ray.evaluation.run import metrics_of
 from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.runs import folder as runs
@@ -52,7 +52,7 @@ SCORE = "score"
 
 
 def score(sweep: Sweep, figures: Mapping[str, float]) -> float:
-    """Return the leading metric so that larger is better. Raises ConfigError where no evaluator found it."""
+    """Return the leading metric, signed so that larger is better. Raises ConfigError if one is missing."""
     missing = [metric for metric in sweep.metrics if metric not in figures]
     if missing:
         known = sorted(key for key in figures if "/floor/" not in key)
@@ -71,30 +71,31 @@ def run_trial(
 ) -> None:
     """Run a trial in Ray Tune: train, evaluate and report until its last sample or until Tune stops it.
 
-    config: `number` and `values`. where: the sweep's address. parent: the sweep's run in MLflow. store:
-    MLflow's address with its password, which no file holds. working_folder: the driver's. tables: the cache
-    of row groups. Resumes from the trial's last checkpoint, or from another trial's checkpoint that
-    population based training copies.
+    Resumes from the trial's last checkpoint, or copies another trial's (population-based training).
+
+    config: `number` and `values`. where: the sweep's address. parent: the sweep's MLflow run.
+    store: tracking URI with its password, which no file contains. working_folder: the driver's.
+    tables: reads row groups through the cache.
     """
     from ray import tune
 
-    go_to(working_folder)
+    enter_folder(working_folder)
     os.environ["MLFLOW_TRACKING_URI"] = store
     number = number_of(where, tune.get_context().get_trial_id(), config["number"])
     trial = read_trial(where, number) or Trial(number, dict(config["values"]))
     fresh = tune.get_checkpoint() is None
     if trial.outcome is not None and not fresh:
-        return  # a member of a population that had finished before Tune made it copy another
+        return  # a finished member of a population that Tune chose to copy another
     try:
         if not fresh:
             pointer = {**_pointer(tune.get_checkpoint()), "values": config["values"]}
-            if pointer["number"] != trial.number:  # else it was paused, or lost, and goes on
+            if pointer["number"] != trial.number:  # else the trial was paused or lost, and resumes
                 _adopt(sweep, where, trial, pointer)
         job = _job(sweep, where, trial, parent, store, tables)
         if fresh:
-            # Tune has no reports of earlier drivers. A population acts on each, so it gets the last one only.
+            # Replay reports of earlier drivers. PBT acts on every report, so it gets the last one only.
             for report in trial.reports[-1:] if sweep.scheduler.name == "pbt" else list(trial.reports):
-                _tell(sweep, trial, report)
+                _report(sweep, trial, report)
         while trial.outcome is None:
             report = _segment(sweep, job, trial)
             trial.reports.append(report)
@@ -103,19 +104,19 @@ def run_trial(
             write_trial(where, trial)
             if trial.outcome:
                 close_run(where, trial, "finished")
-            _tell(sweep, trial, report)
+            _report(sweep, trial, report)
     except UnreachableError:
         raise
-    except (TrainingError, ConfigError) as error:  # to try again would end in the same way
+    except (TrainingError, ConfigError) as error:  # a retry would fail in the same way
         end_early(where, trial, "diverged" if isinstance(error, TrainingError) else "failed", str(error))
 
 
 def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables: Tables) -> Job:
-    """Return the trial's job with a new or resumed run in MLflow, rewound to its last report.
+    """Return the trial's job with a new or resumed MLflow run, rewound to its last report.
 
-    Raises OutageError where storage does not answer, or does not take what a new run begins with.
+    Raises OutageError if storage does not answer, or does not accept the first files of a new run.
     """
-    if trial.copying is not None:  # the sweep ended in the middle of it
+    if trial.copying is not None:  # the sweep ended during the copy
         _adopt(sweep, where, trial, trial.copying)
     address = trial_address(where, trial.number)
     config = trial_config(sweep, trial, where, store)
@@ -142,9 +143,9 @@ def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables
         "mmdiff.values": json.dumps(trial.values),
     }
 
-    # The sweep's own run has begun: a trial does not wait for MLflow.
+    # required=False: MLflow answered when the sweep started; a trial does not fail if it is away now.
     def begin() -> Job:
-        runs.clear(address)  # of a trial that died before its run had begun
+        runs.clear(address)  # left by an attempt that died before its run started
         return launch.begin(job, required=False, tags=tags)
 
     job = retry(begin, f"begin {address}")
@@ -152,13 +153,13 @@ def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables
     if job.mirror is not None and (left := job.mirror.flush(OUTAGE_S)):
         run_life.end_run(job.tracking_uri, job.run_id, launch.STATUS["failed"], job.spool)
         raise OutageError(f"{address} does not take {', '.join(left)}")
-    trial.run_id = job.run_id  # from here on, all machines find the run where it lies
+    trial.run_id = job.run_id  # other machines now find the run at its address
     write_trial(where, trial)
     return job
 
 
 def _open(where: str, trial: Trial) -> Path:
-    """Return the folder of this machine for a trial's run, with what is small of it in storage."""
+    """Return a trial's run folder on this machine, with the run's small files downloaded."""
     address = trial_address(where, trial.number)
     if not is_uri(address):
         return Path(address)
@@ -166,14 +167,14 @@ def _open(where: str, trial: Trial) -> Path:
 
 
 def trial_config(sweep: Sweep, trial: Trial, where: str, store: str) -> Config:
-    """Return the configuration that a trial trains with; a single worker trains in the trial's process."""
+    """Return a trial's configuration; a single worker trains in the trial's process (workers.count=0)."""
     config = sweep.config(trial.values)
     changes = [ChangeConfig(change["at"], change["values"]) for change in trial.changes]
     workers = config.workers
     if workers.count <= 1:
         threads = workers.threads or max(1, int(workers.cpus))
         workers = dataclasses.replace(workers, count=0, threads=threads)
-    # Of a population, another trial may want to copy any checkpoint.
+    # In a population, another trial may copy any checkpoint.
     keep = sweep.budget.reports + 1 if sweep.scheduler.name == "pbt" else 1
     return dataclasses.replace(
         config,
@@ -194,13 +195,13 @@ def trial_config(sweep: Sweep, trial: Trial, where: str, store: str) -> Config:
 
 def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
     """Train to the next report, evaluate the model, and return the report."""
-    begun, total = time.monotonic(), job.config.train.samples
+    started, total = time.monotonic(), job.config.train.samples
     pause = min(total, (trial.samples // sweep.period + 1) * sweep.period)
     launch.work(dataclasses.replace(job, pause_at=pause), Display(Console(quiet=True)))
     model, seen = _exported(job, trial)
-    now = in_force(job.config, seen)  # a model is asked with the weights that it was trained with last
-    judge = partial(measure_on_ray, facts=model) if job.config.workers.count else measure
-    findings = retry(lambda: judge(job.folder, now, tables=job.tables), f"judge {job.folder.name}")
+    now = in_force(job.config, seen)  # after changes: evaluate with the last values in training
+    evaluate = partial(measure_on_ray, facts=model) if job.config.workers.count else measure
+    findings = retry(lambda: evaluate(job.folder, now, tables=job.tables), f"evaluate {job.folder.name}")
     figures = {key.removeprefix("eval/"): value for key, value in metrics_of(findings.figures).items()}
     for metric in sweep.metrics:
         if not math.isfinite(figures.get(metric, 0.0)):
@@ -211,30 +212,30 @@ def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
         tracker.tags({"mmdiff.changes": json.dumps(trial.changes), "mmdiff.values": json.dumps(trial.values)})
     if seen >= total:
         tracker.tags({"mmdiff.outcome": "finished"})
-    for name, picture in findings.pictures.items():  # of every report: who knows which is a trial's last?
+    for name, picture in findings.pictures.items():  # at every report: any may be the last
         tracker.image(f"evaluation/{name}", to_png(picture), seen)
     tracker.close(timeout_s=5)
     records.keep(job.folder, job.mirror)
-    return {"samples": seen, "figures": figures, "seconds": time.monotonic() - begun}
+    return {"samples": seen, "figures": figures, "seconds": time.monotonic() - started}
 
 
 def _exported(job: Job, trial: Trial) -> tuple[dict[str, Any], int]:
-    """Return what is known of the model that a worker has exported now, perhaps on another machine, and the
-    samples that it has seen. Raises OutageError where the worker could not bring it to storage."""
+    """Return the facts of the model that a worker exported in this segment, and its samples seen.
+
+    The worker may run on another machine. Raises OutageError if its upload failed.
+    """
     where = runs.address(job.folder)
     if job.config.workers.count:
-        retry(lambda: fetched(join(where, "export")), f"bring the model of {where}")
+        retry(lambda: fetched(join(where, "export")), f"download the model of {where}")
     model = export_facts(job.folder)
     seen = model.get("progress", {}).get("samples_seen", 0)
     if seen <= trial.samples or model.get("lineage") != job.lineage:
-        raise OutageError(
-            f"{where} has no model of later than {trial.samples:,} samples; it did not get there"
-        )
+        raise OutageError(f"{where} has no model newer than {trial.samples:,} samples; its upload failed")
     return model, seen
 
 
-def _tell(sweep: Sweep, trial: Trial, report: Mapping[str, Any]) -> None:
-    """Report to Tune, with a pointer to the checkpoint that the trial's own folder keeps."""
+def _report(sweep: Sweep, trial: Trial, report: Mapping[str, Any]) -> None:
+    """Report to Tune, with a pointer to the checkpoint, which stays in the trial's own folder."""
     from ray import tune
 
     metrics = {
@@ -254,10 +255,10 @@ def _pointer(checkpoint: Any) -> dict[str, int]:
 
 
 def _adopt(sweep: Sweep, where: str, trial: Trial, pointer: Mapping[str, Any]) -> None:
-    """Copy the state that Tune points at into a trial, and note which values change from there on.
+    """Copy another trial's checkpoint, reports and changes into a trial (population-based training).
 
-    pointer: another trial's `number`, `samples`, and the `values` to go on with. A trial goes on as it is
-    where nothing would follow a copy, the donor being at its end, or where the donor itself copies another.
+    pointer: the donor's `number`, `samples`, and the `values` to continue with. Does nothing if the donor is
+    at its last sample; keeps the trial's own state if the donor's checkpoint is gone.
     """
     at, values = pointer["samples"], pointer["values"]
     if at >= sweep.budget.samples:
@@ -287,9 +288,9 @@ def end_early(where: str, trial: Trial, outcome: str, why: str = "") -> None:
 
 
 def close_run(where: str, trial: Trial, state: str, tags: Mapping[str, str] | None = None) -> None:
-    """End a trial's run in MLflow, with more tags, and where it lies. state: finished, stopped or failed."""
+    """End a trial's run in MLflow and in its `run.json`. state: finished, stopped or failed."""
     if not trial.run_id or not ((place := _open(where, trial)) / runs.RUN).is_file():
-        return  # its run has not begun, or somebody has removed it
+        return  # its run has not started or was removed
     facts, spool = jobs.read_run(place), records.root(place)
     write_json(place / runs.RUN, {**facts, "state": state, "lineage": trial.lineage})
     if tags:
