@@ -1,16 +1,16 @@
-"""The log of one run: an append-only JSONL file that any process of the run writes and one at a time sends.
+"""The log of one run: an append-only JSONL file. All processes of the run append; one at a time sends.
 
 tracking/
     log.jsonl         one record per line, oldest first; the file stays after sending
     sent.json         the offset in log.jsonl up to which MLflow has every record
     target.json       the MLflow run of the records: {"uri", "run_id"}
     files/<id>/       the files of a record, written before its line, removed after sending
-    refused.jsonl     records that MLflow can never take, each with the reason
+    refused.jsonl     records that MLflow rejects for good, each with the reason
     sending.lock      flock of the process that sends
     <digits>-*/       records of another machine or of mmdiff_ray 0.1, merged when the log is opened
 
-Lines go to the operating system without fsync: they survive the process, not a power cut. Lines that a full
-disk refuses stay in memory and are sent from there.
+Lines are written without fsync: they survive the process, not a power cut. If the disk is full, lines stay
+in memory and are sent from there.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ from pathlib import Path
 from typing import Any
 
 MEMORY_RECORDS = 10_000
-"""How many records memory holds while the disk is full; beyond that the oldest is dropped."""
+"""Limit of records in memory while the disk is full; beyond it, the oldest is dropped."""
 KINDS = ("start", "params", "tags", "metrics", "datasets", "image", "artifact", "model", "status")
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Record:
-    """A line of the log and the offset after it, 0 in memory. An invalid line has a problem but no id."""
+    """A line of the log. end: offset after it; 0 if it is in memory. An invalid line has a problem, no id."""
 
     line: bytes
     end: int
@@ -49,10 +49,10 @@ class Record:
 
 
 class Log:
-    """The log in a folder. Any thread and process may append. No method raises because the disk is full."""
+    """The log in a folder. Any thread or process may append. A full disk raises no error."""
 
     def __init__(self, root: str | Path, target: dict[str, str] | None = None):
-        """Open the log, which need not exist. target: the MLflow run of its records from now on."""
+        """Open the log, which need not exist. target: the MLflow run of later records."""
         self.root = Path(root)
         self.dropped = 0
         self._file = self.root / "log.jsonl"
@@ -70,18 +70,18 @@ class Log:
 
     @property
     def target(self) -> dict[str, str]:
-        """The MLflow run of the records; empty where it is unknown."""
+        """The MLflow run of the records; empty if unknown."""
         return _read_json(self.root / "target.json", {})
 
     @property
     def sent(self) -> int:
-        """The offset up to which this process or another has sent every record."""
+        """The offset up to which all records are sent, by any process."""
         self._sent = max(self._sent, _read_json(self.root / "sent.json", {}).get("offset", 0))
         return self._sent
 
     @property
     def all_sent(self) -> bool:
-        """Whether no record waits; unlike `waiting`, it reads one line at most."""
+        """Whether no record is unsent. Reads at most one line, unlike `waiting`."""
         return not self._memory and next(_lines(self._file, self.sent), None) is None
 
     @property
@@ -91,7 +91,7 @@ class Log:
 
     @property
     def refused(self) -> int:
-        """The number of records that MLflow can never take."""
+        """The number of records that MLflow rejected for good."""
         return sum(1 for _ in _lines(self.root / "refused.jsonl"))
 
     def files(self, record_id: str) -> Path:
@@ -99,7 +99,7 @@ class Log:
         return self.root / "files" / record_id
 
     def append(self, kind: str, body: dict[str, Any], write: Callable[[Path], Any] | None = None) -> None:
-        """Append a record. write: puts its files into a folder; a full disk drops the record."""
+        """Append a record. write: writes its files to a folder; a full disk drops the record."""
         record_id = str(uuid.uuid4())
         record = {"id": record_id, "kind": kind, "time_ms": time.time_ns() // 1_000_000, "body": body}
         if write is not None:
@@ -116,7 +116,7 @@ class Log:
         self.extend([json.dumps(record, allow_nan=False).encode() + b"\n"])
 
     def extend(self, lines: Sequence[bytes]) -> bool:
-        """Append lines; return whether all are on disk. Lines that the disk refuses stay in memory."""
+        """Append lines; return whether all are on disk. If the disk is full, the rest stays in memory."""
         with self._writing:
             self._memory.extend(lines)
             try:
@@ -150,19 +150,19 @@ class Log:
                 shutil.rmtree(self.files(record.id), ignore_errors=True)
 
     def refuse(self, record: Record, reason: str) -> None:
-        """Keep a record that MLflow can never take, with the reason."""
+        """Write a record that MLflow rejected for good to `refused.jsonl`, with the reason."""
         line = record.line.decode(errors="replace")
         known = {**json.loads(line), "body": record.body} if record.id else {"line": line}
-        _log.warning("MLflow cannot take a record, see %s/refused.jsonl: %s", self.root, reason)
+        _log.warning("MLflow rejected a record, see %s/refused.jsonl: %s", self.root, reason)
         with contextlib.suppress(OSError):
             _append(self.root / "refused.jsonl", json.dumps({"reason": reason, **known}).encode() + b"\n")
 
     def sending(self) -> contextlib.AbstractContextManager[bool]:
-        """Hold the sender's lock for the block; yields False where another process or thread has it."""
+        """Hold the sender's lock for the block; yield False if another process or thread holds it."""
         return _locked(self.root / "sending.lock")
 
     def move_unsent(self, folder: Path) -> bool:
-        """Move unsent records to a folder that another machine's log merges; False while another sends."""
+        """Move unsent records to a folder for another machine's log; False if another process is sending."""
         with self.sending() as locked:
             if locked and (records := [_parse(*line) for line in _lines(self._file, self.sent)]):
                 folder.mkdir(parents=True)
@@ -178,8 +178,8 @@ class Log:
         if records:
             self._file.rename(self.root / f"log-{self.target.get('run_id', 'before')}.jsonl")
         self.remove(files=False)
-        kept = [one for one in records if one.id and (one.kind == "metrics" or self.files(one.id).is_dir())]
-        return [record.line for record in kept]
+        unsent = [one for one in records if one.id and (one.kind == "metrics" or self.files(one.id).is_dir())]
+        return [record.line for record in unsent]
 
     def remove(self, files: bool = True) -> None:
         """Delete the log."""
@@ -192,7 +192,7 @@ class Log:
     def _merge(self, folder: Path) -> None:
         """Append the records of a folder that `move_unsent` or mmdiff_ray 0.1 wrote, and delete it."""
         with _locked(folder / "lock") as locked:
-            if not locked:  # by a live process of 0.1, which sends them
+            if not locked:  # a running process of 0.1 sends them
                 return
             segment, offset = _read_json(folder / "sent.json", [0, 0])
             lines = [
@@ -215,7 +215,7 @@ class Log:
             with temporary.open("w") as stream:
                 json.dump(content, stream)
                 stream.flush()
-                os.fsync(stream.fileno())  # an empty file after a power cut would lose the offset or the run
+                os.fsync(stream.fileno())  # after a power cut, an empty file would lose the offset or the run
             temporary.replace(self.root / name)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -237,7 +237,7 @@ def _parse(line: bytes, end: int) -> Record:
 
 
 def _move(folders: Iterable[Path], to: Path) -> None:
-    """Move folders into another one. Skips missing folders and those that are already there."""
+    """Move folders into another folder. Skips missing ones and those already moved."""
     for folder in folders:
         if folder.is_dir() and not (to / folder.name).exists():
             to.mkdir(parents=True, exist_ok=True)
@@ -245,9 +245,9 @@ def _move(folders: Iterable[Path], to: Path) -> None:
 
 
 def _append(path: Path, data: bytes) -> None:
-    """Append complete lines or nothing. Ends the torn last line of a killed process first."""
+    """Append all lines or none. First ends a partial last line of a killed process."""
     with path.open("ab+", buffering=0) as file:
-        with contextlib.suppress(OSError):  # a file system without locks
+        with contextlib.suppress(OSError):  # some file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         size = os.fstat(file.fileno()).st_size
         if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
@@ -262,7 +262,7 @@ def _append(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Hold a lock file for the block; yield False where another process or thread holds it."""
+    """Hold a lock file for the block; yield False if another process or thread holds it."""
     with contextlib.ExitStack() as stack:
         held = True
         try:
@@ -276,7 +276,7 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def _lines(file: Path, offset: int = 0) -> Iterator[tuple[bytes, int]]:
-    """Yield the complete lines of a file from an offset on, each with the offset after it."""
+    """Yield the complete lines of a file from an offset, each with the offset after it."""
     with contextlib.suppress(FileNotFoundError), file.open("rb") as stream:
         stream.seek(offset)
         for line in stream:
@@ -287,7 +287,7 @@ def _lines(file: Path, offset: int = 0) -> Iterator[tuple[bytes, int]]:
 
 
 def _read_json(file: Path, default: Any) -> Any:
-    """Return the content of a small JSON file; `default` where it is missing or torn by a power cut."""
+    """Read a small JSON file; return `default` if it is missing or truncated by a power cut."""
     try:
         return json.loads(file.read_text())
     except (FileNotFoundError, ValueError):

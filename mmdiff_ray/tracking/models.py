@@ -1,12 +1,12 @@
 """A trained model as an MLflow model: `mlflow.pyfunc.load_model(uri).predict(rows)` draws samples.
 
-The model holds the exported folder and the name of the function that opens it, no pickled code: loading it
-needs this package.
+The model contains the exported folder and the name of the function that opens it, but no pickled code, so
+loading it requires this package.
 
-Input: a data frame or a list of dictionaries, one row per request and one column per given instance. Images
-and masks are PNGs, as bytes or base64 text; labels names or numbers; embeddings lists of numbers. An empty
-frame asks for joint samples. Output: `num` rows per input row, one column per instance, images and masks as
-PNG bytes.
+Input: a data frame or a list of dictionaries, with one row per request and one column per given instance.
+Images and masks are PNGs (bytes or base64), labels are names or numbers, embeddings are lists of numbers. An
+empty frame draws joint samples. Output: `num` rows per input row and one column per instance, with images and
+masks as PNG bytes.
 """
 
 import base64
@@ -31,7 +31,7 @@ PARAMS: dict[str, Any] = {
     "seed": 0,
     "readout": "",
 }
-"""Parameters of `predict` and their defaults; 0 and "" mean the value of the model's own configuration."""
+"""Parameters of `predict` and their defaults; 0 and "" select the value in the model's configuration."""
 REQUIREMENTS = ("mmdiff-ray", "torch", "numpy")
 PNG_MAGIC, PNG_BASE64 = b"\x89PNG", "iVBORw0KGgo"
 
@@ -54,7 +54,7 @@ class Sampler(Protocol):
 
 
 def log_model(recorder: Recorder, export: str | Path, loader: str, step: int, name: str = "model") -> None:
-    """Record an exported folder as a model of the run, `runs:/<run id>/<name>`; needs no store.
+    """Record an exported folder as the run's model, `runs:/<run id>/<name>`; works offline.
 
     loader: "module:function" that opens the folder as a Sampler.
     """
@@ -72,7 +72,9 @@ def save_model(folder: Path, export: str | Path, loader: str) -> None:
     kinds, versions = {int: "long", float: "double", str: "string"}, provenance.versions()
     params = [ParamSpec(name, kinds[type(value)], value) for name, value in PARAMS.items()]
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*input example was not")  # checking one would draw samples
+        warnings.filterwarnings(
+            "ignore", ".*input example was not"
+        )  # validating an example would draw samples
         mlflow.pyfunc.save_model(
             folder,
             loader_module=__name__,
@@ -98,8 +100,8 @@ class SamplerModel:
     def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
         """Return samples as a data frame.
 
-        params: num (samples per row), steps, sampler, guidance, seed, readout (sample or likely). Raises
-        ValueError for rows that do not all give the same instances, and for an unknown readout.
+        params: num (samples per row), steps, sampler, guidance, seed, readout (sample or likely).
+        Raises ValueError if rows give different instances, or for an unknown readout.
         """
         import pandas as pd
 
@@ -118,7 +120,7 @@ class SamplerModel:
 
 
 def _from_png(value: Any) -> Any:
-    """Return a PNG as uint8 (C, H, W), or (H, W) if it has one channel; other values unchanged."""
+    """Decode a PNG to uint8 (C, H, W), or (H, W) if it has one channel; return other values unchanged."""
     from PIL import Image
 
     if isinstance(value, str) and value.startswith(PNG_BASE64):
@@ -130,7 +132,7 @@ def _from_png(value: Any) -> Any:
 
 
 def _to_png(value: Any) -> Any:
-    """Return an image or a mask as PNG bytes, another array as a list, other values unchanged."""
+    """Encode an image or mask as PNG bytes and other arrays as lists; return other values unchanged."""
     from PIL import Image
 
     if not isinstance(value, np.ndarray):

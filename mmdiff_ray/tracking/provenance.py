@@ -13,13 +13,13 @@ import mmdiff_ray
 PACKAGES = ("mmdiff-ray", "torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow")
 JOB_TAG = "mmdiff.job_id"
 JOB_VARIABLE = "MMDIFF_JOB_ID"
-"""The job's id, in the environment of its processes."""
+"""Environment variable with the id of the submitted job."""
 REVISION_VARIABLE = "MMDIFF_REVISION"
-"""The commit of a submitted job's code and how many files differ from it."""
+"""Environment variable with the commit of a submitted job's code and the number of changed files."""
 
 
 def tags(git_folder: str | Path | None = None) -> dict[str, str]:
-    """Return a run's tags with its origin. git_folder: of the code, else this package's."""
+    """Return the tags for a run's origin. git_folder: folder of the code; by default this package's."""
     found = {f"version.{name}": version for name, version in versions().items()}
     found |= {"mlflow.source.name": "mmdiff", "mlflow.user": _user()}
     # A submitted job's code lies outside any checkout on the cluster.
@@ -35,7 +35,7 @@ def tags(git_folder: str | Path | None = None) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages that decide a run's result."""
+    """Return the versions of Python and of the packages that affect a run's result."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -56,14 +56,14 @@ def git_revision(folder: str | Path) -> tuple[str, int] | None:
 
 def _git(folder: str | Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout if done.returncode == 0 else None
+    return result.stdout if result.returncode == 0 else None
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # a user id without a name, in a container
         return "unknown"

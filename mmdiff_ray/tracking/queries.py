@@ -1,4 +1,4 @@
-"""Read runs back from MLflow: find one, its children, artifacts and metrics, and the runs of a job."""
+"""Read from MLflow: runs by name or job, their children, artifacts and metrics."""
 
 import contextlib
 from pathlib import Path, PurePosixPath
@@ -10,11 +10,11 @@ from mmdiff_ray.tracking.provenance import JOB_TAG
 from mmdiff_ray.tracking.sender import LOCAL_PREFIX, Sender
 
 Run = Any
-"""MLflow's run: `info` and `data`."""
+"""mlflow.entities.Run"""
 
 
 def find_run(uri: str, reference: str) -> Run:
-    """Return the run of an id or local id, or the newest run of a name or of a folder of that name.
+    """Return the run with an id or local id, or the newest run with a name or a run folder's name.
 
     Raises ConfigError with the newest top-level runs if there is none.
     """
@@ -30,7 +30,7 @@ def find_run(uri: str, reference: str) -> Run:
 
 
 def children(uri: str, parent: Run) -> list[Run]:
-    """Return the child runs of a run, the oldest first."""
+    """Return the child runs of a run, oldest first."""
     client, found, token = store.client(uri), [], None
     condition = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     while token != "":
@@ -42,7 +42,7 @@ def children(uri: str, parent: Run) -> list[Run]:
 
 
 def artifact(uri: str, run_id: str, path: str, place: Path) -> Path | None:
-    """Download an artifact of a run into a folder of its own; return None where there is none."""
+    """Download an artifact of a run to `place/<run id>`; return None if the run lacks it."""
     client, folder = store.client(uri), str(PurePosixPath(path).parent)
     if path not in [file.path for file in client.list_artifacts(run_id, "" if folder == "." else folder)]:
         return None
@@ -52,17 +52,16 @@ def artifact(uri: str, run_id: str, path: str, place: Path) -> Path | None:
 
 
 def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
-    """Return a metric as (step, value), in order. A step recorded twice, before and after a resume, counts as
-    the later one."""
+    """Return a metric as sorted (step, value); of a step recorded twice, after a resume, the later value."""
     points = store.client(uri).get_metric_history(run_id, key)
     ordered = sorted(points, key=lambda point: (point.step, point.timestamp))
     return sorted({point.step: point.value for point in ordered}.items())
 
 
 def runs_of_job(uri: str, job: str) -> list[Run]:
-    """Return the runs of a submitted job, the newest first; none if the store does not answer this user.
+    """Return the runs of a submitted job, newest first; none if the store does not answer this user.
 
-    uri: as in the job's metadata, without the password, which MLFLOW_TRACKING_URI may have.
+    uri: as in the job's metadata, without the password; MLFLOW_TRACKING_URI may contain it.
     """
     server = store.is_server(uri)
     if not (store.reachable(uri) if server else uri and store.sqlite_file(uri).is_file()):
@@ -95,7 +94,7 @@ def page_of_job(uri: str, experiment: str, job: str) -> str:
 
 
 def _search(uri: str, condition: str = "") -> list[Run]:
-    """Return up to 1,000 matching runs of all experiments, the newest first."""
+    """Return up to 1,000 matching runs of all experiments, newest first."""
     client = store.client(uri)
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     return list(client.search_runs(experiments, condition, order_by=["start_time DESC"]))

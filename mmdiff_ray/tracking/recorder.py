@@ -1,4 +1,4 @@
-"""What a run records in its log: metrics, parameters, tags, files, models and the load of the machine."""
+"""Record metrics, parameters, tags, files, models and system metrics in a run's log."""
 
 import contextlib
 import importlib
@@ -16,15 +16,15 @@ from typing import Any
 from mmdiff_ray.tracking.log import Log
 
 MAX_METRICS, MAX_VALUES = 1000, 100  # MLflow's limits per request: metrics, and parameters or tags
-MAX_PARAM_CHARS = 6000  # MLflow cuts longer ones silently
+MAX_PARAM_CHARS = 6000  # MLflow silently truncates longer values
 MAX_KEY_CHARS = 250
 DESCRIPTION_TAG = "mlflow.note.content"
-"""Holds a run's description as Markdown."""
+"""MLflow's tag for a run's description, in Markdown."""
 
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """A dataset as MLflow shows it: name, address, digest of its manifest, rows by split."""
+    """A dataset as logged to MLflow. digest: of its manifest. rows: split -> count."""
 
     name: str
     uri: str
@@ -33,7 +33,7 @@ class DatasetFacts:
 
 
 class Recorder:
-    """Append what is known about a run to its log. No call raises because of a server or a full disk."""
+    """Append to a run's log. An unreachable server or a full disk raises no error."""
 
     def __init__(self, log: Log):
         self._log = log
@@ -41,8 +41,8 @@ class Recorder:
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Record metrics at a step (samples seen).
 
-        MLflow stores infinity as 1.8e308. A value that is not finite becomes the metric `nonfinite/<key>` = 1
-        and a tag `nonfinite/<key>` with the value.
+        A non-finite value becomes the metric `nonfinite/<key>` = 1 and a tag with the value, because MLflow
+        stores infinity as 1.8e308.
         """
         numbers = {safe_key(key): float(value) for key, value in values.items()}
         odd = {f"nonfinite/{key}": value for key, value in numbers.items() if not math.isfinite(value)}
@@ -53,7 +53,7 @@ class Recorder:
             self.tags({key: f"{value} at step {step}" for key, value in odd.items()})
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Record parameters, which cannot change afterwards. Leaves out values too long for MLflow."""
+        """Record parameters, which cannot change later. Omits values too long for MLflow."""
         texts = {
             safe_key(key): json.dumps(value) if isinstance(value, dict | list) else str(value)
             for key, value in values.items()
@@ -63,23 +63,23 @@ class Recorder:
             self._log.append("params", {"values": part})
 
     def tags(self, values: Mapping[str, Any]) -> None:
-        """Record tags, which later ones replace. MLflow cuts them at 8,000 characters."""
+        """Record tags; a later value replaces an earlier one. MLflow truncates them at 8,000 characters."""
         for part in _parts({safe_key(key): str(value) for key, value in values.items()}, MAX_VALUES):
             self._log.append("tags", {"values": part})
 
     def image(self, key: str, png: bytes, step: int) -> None:
-        """Record an image at a step. MLflow shows the images of one key with a slider over the steps."""
+        """Record an image at a step. MLflow shows images of one key with a slider over steps."""
         body = {"key": safe_key(key), "step": int(step)}
         self._log.append("image", body, lambda files: (files / "image.png").write_bytes(png))
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
-        """Record a copy of a file or a folder under its own name, in a folder of the run's artifacts."""
+        """Record a copy of a file or folder under its name, in `folder` of the run's artifacts."""
         path, body = Path(path), {"name": Path(path).name, "folder": folder}
         copy = shutil.copytree if path.is_dir() else shutil.copyfile
         self._log.append("artifact", body, lambda files: copy(path, files / path.name))
 
     def text(self, text: str, path: str) -> None:
-        """Record a text as an artifact; its path may contain folders."""
+        """Record a text as an artifact at `path`."""
         folder, name = str(PurePosixPath(path).parent), PurePosixPath(path).name
         body = {"name": name, "folder": "" if folder == "." else folder}
         self._log.append("artifact", body, lambda files: (files / name).write_text(text))
@@ -102,12 +102,12 @@ class Recorder:
 class SystemMonitor:
     """Record `system/...` metrics every few seconds in a daemon thread.
 
-    MLflow's own monitor stops at the first request that fails, so this uses only its gauges: processors,
-    memory, disk, network, and GPUs where `nvidia-ml-py` or `pyrsmi` is installed.
+    MLflow's own monitor stops at the first failed request, so this class uses only its gauges: CPU, memory,
+    disk, network, and GPU if `nvidia-ml-py` or `pyrsmi` is installed.
     """
 
     def __init__(self, recorder: Recorder, step: Callable[[], int], node: str = "", interval_s: float = 10.0):
-        """Start. step: returns the samples seen so far. node: goes into the keys of multi-node runs."""
+        """Start. step: returns the samples seen so far. node: part of the metric names of multi-node runs."""
         self._recorder, self._step, self._interval_s = recorder, step, interval_s
         self._prefix = f"system/{node}/" if node else "system/"
         self._gauges = _gauges()
@@ -116,12 +116,12 @@ class SystemMonitor:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop; the tracker may be closed afterwards."""
+        """Stop the thread. Call before closing the tracker."""
         self._stopped.set()
         self._thread.join(self._interval_s)
 
     def _work(self) -> None:
-        self._read()  # the first reading counts from an unknown moment
+        self._read()  # discard the first reading: its interval is unknown
         while not self._stopped.wait(self._interval_s):
             self._recorder.metrics(self._read(), self._step())
 
@@ -139,13 +139,13 @@ def _gauges() -> list[Any]:
     gauges = []
     for device in ("CPU", "Disk", "Network", "GPU", "ROCM"):
         module = importlib.import_module(f"mlflow.system_metrics.metrics.{device.lower()}_monitor")
-        with contextlib.suppress(Exception):  # whatever a missing device or driver raises
+        with contextlib.suppress(Exception):  # no such device or driver
             gauges.append(getattr(module, f"{device}Monitor")())
     return gauges
 
 
 def safe_key(key: str) -> str:
-    """Return a name that MLflow takes: letters, digits and `_-. /`, no empty path parts, 250 characters."""
+    """Make a valid MLflow name: letters, digits and `_-. /`, no empty path parts, at most 250 characters."""
     plain = re.sub(r"[^A-Za-z0-9_\-. /]", "_", key)
     parts = [part for part in plain.split("/") if part not in ("", ".", "..")]
     return "/".join(parts)[:MAX_KEY_CHARS].rstrip("/") or "_"

@@ -1,4 +1,4 @@
-"""Start, resume and end the one MLflow run of a job; the driver calls these functions."""
+"""Start, resume and end the MLflow run of a job, from the driver."""
 
 import logging
 import uuid
@@ -33,12 +33,14 @@ def start_run(
     required: bool = True,
     timeout_s: float = 60.0,
 ) -> str:
-    """Start a run and return its id, which stays the same through all restarts.
+    """Start a run and return its id, which all restarts reuse.
 
-    root: the folder of the log; metrics of an earlier MLflow run in it are recorded again. settings: the
-    resolved configuration as dotted keys. config_yaml: the same as YAML. texts: more artifacts, name -> text.
-    If the store does not answer: raises ConfigError, or, if it is not required, returns a local id that every
-    function here takes like MLflow's; the run appears in MLflow once its log is sent.
+    If the store does not answer, raises ConfigError, or, with required=False, returns a local id, which all
+    functions here accept. The run appears in MLflow when its log is sent.
+
+    root: folder of the log. Metrics that an earlier MLflow run left in it are recorded again in this run.
+    settings: the resolved configuration as dotted keys. config_yaml: the same as YAML.
+    texts: more artifacts, name -> text.
     """
     local_id = f"{LOCAL_PREFIX}{uuid.uuid4().hex}"
     earlier = Log(root).rotate()
@@ -61,28 +63,28 @@ def start_run(
 
 
 def check_store(uri: str) -> None:
-    """Raise ConfigError for a server that does not answer; takes seconds and records nothing."""
+    """Raise ConfigError if the MLflow server does not answer. Records nothing."""
     if store.is_server(uri) and not store.reachable(uri, CHECK_S):
         raise _unrecorded(uri, "no server answers")
 
 
 def is_local(run_id: str) -> bool:
-    """Return whether a run started without its store."""
+    """Return whether a run id is local: the run started while its store did not answer."""
     return run_id.startswith(LOCAL_PREFIX)
 
 
 def check_run(uri: str, run_id: str, alternative: str = "") -> None:
-    """Raise ConfigError if the run was deleted in MLflow or never was there.
+    """Raise ConfigError if the run was deleted in MLflow or never existed there.
 
-    alternative: what the user can do instead of restoring it. A store that does not answer, and a run that
-    started offline and is not there yet, are no errors: records wait.
+    Passes if the store does not answer, or if the run started offline and was not sent yet.
+    alternative: what the user can do instead of restoring the run, for the message.
     """
     if store.is_server(uri) and not store.reachable(uri):
         return
     place, other = without_passwords(uri), f", or {alternative}" if alternative else ""
     try:
         deleted = Sender(uri, run_id).deleted
-    except Exception as error:  # a locked database raises what its driver raises
+    except Exception as error:  # a locked database raises its driver's errors
         if not is_missing(error):
             return
         raise ConfigError(
@@ -96,7 +98,7 @@ def check_run(uri: str, run_id: str, alternative: str = "") -> None:
 
 
 def resume_run(uri: str, run_id: str, root: str | Path, timeout_s: float = 30.0) -> int:
-    """Set a run to RUNNING, tag it with the current versions, and return how many records wait.
+    """Set a run to RUNNING, tag it with the current versions, and return the number of unsent records.
 
     Raises ConfigError as `check_run`.
     """
@@ -116,10 +118,10 @@ def end_run(
     timeout_s: float | None = None,
     say: Say = _log.warning,
 ) -> int:
-    """Send what the run's processes left, set its final status, and return how many records still wait.
+    """Set a run's final status, send all records, and return the number of unsent ones.
 
-    status: FINISHED, FAILED or KILLED. timeout_s, say: as of `Tracker.finish`; shorter for a run that did not
-    finish.
+    status: FINISHED, FAILED or KILLED. timeout_s, say: as in `Tracker.finish`; the default timeout is shorter
+    for a run that did not finish.
     """
     if status not in STATUSES:
         raise ValueError(f"status ({status}) must be one of {', '.join(STATUSES)}")
@@ -131,7 +133,7 @@ def end_run(
 
 
 def run_page(uri: str, run_id: str) -> str:
-    """Return the link to a run, or to the experiments while the store is away, or the command to open it."""
+    """Return a link to a run (or to the experiments if MLflow does not answer), or the UI's command."""
     if not store.is_server(uri) or not store.reachable(uri):
         return store.ui_link(uri)
     from mlflow.exceptions import MlflowException
@@ -146,8 +148,7 @@ def run_page(uri: str, run_id: str) -> str:
 def _unrecorded(uri: str, why: str) -> ConfigError:
     return ConfigError(
         f"tracking.uri ({without_passwords(uri)}): the run cannot be recorded there: {why}; start that "
-        "server, name another store, or train without it for now: tracking.required=false (records wait on "
-        "disk)"
+        "server, set another tracking.uri, or record on disk for now: tracking.required=false"
     )
 
 

@@ -2,8 +2,8 @@
 
 A process can die between sending records and marking them as sent, so every record may be sent twice. MLflow
 ignores a metric with the same key, step, time and value and replaces equal parameters and tags. File names
-contain the record's id. Runs and models are looked up by a tag before they are created; if a lost answer made
-MLflow's client create two, the second is deleted.
+contain the record's id. Runs and models are looked up by a tag before they are created; if MLflow's client
+retried a request and created two, the second is deleted.
 """
 
 import json
@@ -23,7 +23,7 @@ LOCAL_PREFIX = "local-"
 LOCAL_TAG = "mmdiff.local_id"
 RECORD_TAG = "mmdiff.record_id"
 PERMANENT_ERRORS = ("INVALID_PARAMETER_VALUE", "MALFORMED_REQUEST", "REQUEST_LIMIT_EXCEEDED")
-"""MLflow's error codes for a request that it will never take."""
+"""MLflow's error codes for requests that no retry can fix."""
 ACTIVE_ONLY, DELETED_ONLY = 1, 2  # mlflow.entities.ViewType
 READ_LINES = 200
 THUMBNAIL_SIZE = 256
@@ -39,7 +39,7 @@ class InvalidRecord(RuntimeError):
 
 @dataclass(frozen=True)
 class Replayed:
-    """What `replay` did: records sent, still waiting, and refused. error: why records wait."""
+    """Result of `replay`: records sent, unsent (`waiting`) and refused. error: why records are unsent."""
 
     root: Path
     sent: int
@@ -55,9 +55,9 @@ class Replayed:
 
 
 def replay(root: str | Path, uri: str | None = None) -> Replayed:
-    """Send the unsent records of a run; stop at the first error and return it.
+    """Send the unsent records of a run; stop at the first error and return it in the result.
 
-    uri: the store, if it has moved. Does nothing while another process sends.
+    uri: the store's new URI, if it has moved. Does nothing while another process sends.
     """
     log, sent, error = Log(root), 0, None
     refused = log.refused
@@ -73,14 +73,14 @@ def replay(root: str | Path, uri: str | None = None) -> Replayed:
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of an error, or the cause of a failed request, or the error's type."""
+    """Describe an error in one line: a failed request's cause, else the first line, else the type."""
     line = str(error).split("\n")[0]
     cause = line.rpartition("Caused by ")[2].rpartition(": ")[2].strip("\"')")
     return (cause if "Caused by " in line else line)[:300] or type(error).__name__
 
 
 def is_missing(error: Exception | None) -> bool:
-    """Return whether an error says that the store does not have the run."""
+    """Return whether an error means that the store does not have the run."""
     return isinstance(error, RunMissing) or getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
 
 
@@ -90,17 +90,17 @@ class Sender:
     def __init__(self, uri: str, run_id: str):
         self.uri = uri
         self._id = run_id
-        # MLflow's id; None while a run that started offline was not seen in the store.
+        # MLflow's id; None until a run that started offline is found in the store.
         self.found: str | None = None if run_id.startswith(LOCAL_PREFIX) else run_id
 
     @cached_property
     def client(self) -> Any:
-        """MLflow's client, made at the first use because this takes seconds."""
+        """MLflow's client, created at first use because this takes seconds."""
         return store.client(self.uri)
 
     @property
     def run_id(self) -> str:
-        """The id of the run in MLflow. Raises RunMissing while a run that started offline is not there."""
+        """The run's id in MLflow. Raises RunMissing if a run that started offline was not sent yet."""
         self.found = self.found or next(iter(self._local_runs()), None)
         if self.found is None:
             raise RunMissing(f"the start of run {self._id} is not in {without_passwords(self.uri)} yet")
@@ -108,13 +108,13 @@ class Sender:
 
     @property
     def deleted(self) -> bool:
-        """Whether the run was deleted in MLflow; a run that started offline may not be there yet."""
+        """Whether the run was deleted in MLflow; False if it started offline and was not sent yet."""
         if self.found:
             return self.client.get_run(self.found).info.lifecycle_stage == "deleted"
         return not self._local_runs() and bool(self._local_runs(view=DELETED_ONLY))
 
     def send_next(self, log: Log) -> int:
-        """Send the oldest records of a log and return how many. Raises what the store raised."""
+        """Send the oldest records of a log and return their number. Raises the store's errors."""
         records = log.read(READ_LINES)
         for group in _requests(records):
             self._send(group, log)
@@ -122,7 +122,7 @@ class Sender:
         return len(records)
 
     def _send(self, records: Sequence[Record], log: Log) -> None:
-        """Send records. If MLflow refuses the request, split it to refuse as few values as possible."""
+        """Send records. If MLflow rejects the request, split it to lose as few values as possible."""
         first = records[0]
         try:
             self._request(records, log.files(first.id))
@@ -140,7 +140,7 @@ class Sender:
                 log.refuse(first, reason(error))
 
     def _is_permanent(self, error: Exception) -> bool:
-        """Return whether MLflow will never take the request. Raises RunMissing if the run was deleted."""
+        """Return whether no retry can fix a request. Raises RunMissing if the run was deleted."""
         if getattr(error, "error_code", None) not in PERMANENT_ERRORS:
             return isinstance(error, InvalidRecord)
         if self.found and self.deleted:
@@ -184,13 +184,13 @@ class Sender:
         _create_once(self._local_runs, lambda: self.client.create_run(*start), self.client.delete_run)
 
     def _local_runs(self, view: int = ACTIVE_ONLY) -> list[str]:
-        """Return the sorted ids of the runs with this local id."""
+        """Return the sorted MLflow ids of the runs with this local id."""
         experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
         found = self.client.search_runs(experiments, f"tags.`{LOCAL_TAG}` = '{self._id}'", view)
         return sorted(run.info.run_id for run in found)
 
     def _image(self, record: Record, files: Path) -> None:
-        """Send an image and its thumbnail under the names from which MLflow's UI reads step and time."""
+        """Send an image and its thumbnail; MLflow's UI reads step and time from the file names."""
         from PIL import Image, UnidentifiedImageError
 
         key, step = record.body["key"].replace("/", "~"), record.body["step"]
@@ -202,7 +202,7 @@ class Sender:
             with Image.open(full) as image:
                 image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
                 image.save(small)
-        except UnidentifiedImageError:  # torn by a power cut
+        except UnidentifiedImageError:  # truncated by a power cut
             raise InvalidRecord("its image is corrupt") from None
         for file in (full, small):
             self.client.log_artifact(self.run_id, str(file), "images")
@@ -235,7 +235,7 @@ class Sender:
 def _create_once(
     find: Callable[[], list[str]], create: Callable[[], Any], delete: Callable[[str], Any]
 ) -> str:
-    """Return the id of what `find` finds, created if missing. Deletes duplicates of a retried request."""
+    """Return the id that `find` finds; create it if missing; delete duplicates of a retried request."""
     if not find():
         create()
     first, *duplicates = find()
@@ -245,7 +245,7 @@ def _create_once(
 
 
 def _requests(records: Sequence[Record]) -> Iterator[list[Record]]:
-    """Group the records in order: metrics up to MLflow's limit share a request, others get one each."""
+    """Group records in order: metrics share a request, up to MLflow's limit; others get one each."""
     group: list[Record] = []
     size = 0
     for record in records:

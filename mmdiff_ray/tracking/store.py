@@ -1,4 +1,4 @@
-"""The MLflow store of the runs: its address, client, experiments, and the links into its UI."""
+"""The MLflow store: its URI, client, experiments and UI links."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 from mmdiff_ray.config import ConfigError, without_passwords
 
 CLIENT_SETTINGS = {
-    # The tracker retries by itself, so a request must end soon. (MLflow's defaults: 120 s and 7 retries.)
+    # The tracker retries itself, so requests must fail fast. (MLflow's defaults: 120 s and 7 retries.)
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -22,16 +22,16 @@ CLIENT_SETTINGS = {
 }
 SQLITE = "sqlite:///"
 TRAINING_VIEW = {"workflowType": "machine_learning"}
-"""Opens the UI's view of training runs; without it MLflow 3 opens its GenAI view."""
+"""Query of the UI's view of training runs; without it, MLflow 3 opens its GenAI view."""
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 HEALTH_S = 5.0
 
 
 def tracking_uri(explicit: str | None, runs: str | Path) -> str:
-    """Return the store's address: the explicit one, else MLFLOW_TRACKING_URI, else SQLite in the runs folder.
+    """Return the tracking URI: the explicit one, else MLFLOW_TRACKING_URI, else SQLite in the runs folder.
 
-    The path of an SQLite file becomes absolute, because workers have their own working folders.
-    Raises ConfigError for a plain folder, and for runs in storage (s3://...) without a store.
+    The path of an SQLite file becomes absolute, because workers run in other working folders.
+    Raises ConfigError for a plain folder, or if runs are in object storage and no URI is set.
     """
     given = explicit or os.environ.get("MLFLOW_TRACKING_URI")
     if not given and "://" in str(runs):
@@ -49,20 +49,20 @@ def tracking_uri(explicit: str | None, runs: str | Path) -> str:
 
 
 def sqlite_file(uri: str) -> Path:
-    """Return the absolute path of the file of an SQLite address."""
+    """Return the absolute path of an SQLite URI's file."""
     return Path(uri.removeprefix(SQLITE)).absolute()
 
 
 def with_credentials(uri: str, *known: str) -> str:
-    """Return an address with the user and password of a known address, or of MLFLOW_TRACKING_URI."""
+    """Add the user and password of a known URI, or of MLFLOW_TRACKING_URI, to the same URI without them."""
     candidates = [*known, os.environ.get("MLFLOW_TRACKING_URI", "")]
     return next((one for one in candidates if one and without_passwords(one) == uri), uri)
 
 
 def prepare(uri: str) -> None:
-    """Import MLflow and set its request limits, where the environment does not set its own.
+    """Import MLflow and set its request limits, unless the environment sets them.
 
-    Call it before a thread uses MLflow: two threads that import its modules at the same time both fail.
+    Call this before any thread uses MLflow: two threads that import its modules at once both fail.
     """
     for name, value in CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -73,19 +73,23 @@ def prepare(uri: str) -> None:
 
 
 def client(uri: str) -> Any:
-    """Return MLflow's client of a store. Creates a missing SQLite file, which takes seconds."""
+    """Return an MLflow client. Creates a missing SQLite file, which takes seconds."""
     prepare(uri)
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils", "urllib3.connectionpool"):  # a line per table, per retry
+    for name in (
+        "alembic",
+        "mlflow.store.db.utils",
+        "urllib3.connectionpool",
+    ):  # they log a line per table or retry
         logging.getLogger(name).setLevel(logging.ERROR)
     return MlflowClient(with_credentials(uri))
 
 
 def get_or_create_experiment(uri: str, name: str) -> str:
-    """Return the id of an experiment. Raises ConfigError where it was deleted.
+    """Return the id of an experiment. Raises ConfigError if it was deleted.
 
-    The artifacts of an SQLite store lie beside its file in `mlartifacts`; a server chooses the place itself.
+    An SQLite store keeps artifacts in `mlartifacts` beside its file; a server chooses their location itself.
     """
     from mlflow.exceptions import MlflowException
 
@@ -107,12 +111,12 @@ def get_or_create_experiment(uri: str, name: str) -> str:
 
 
 def is_server(uri: str) -> bool:
-    """Return whether a store is an MLflow server, which has a UI to link to."""
+    """Return whether a URI is an MLflow server, not an SQLite file."""
     return uri.startswith(("http://", "https://"))
 
 
 def reachable(uri: str, timeout_s: float = HEALTH_S) -> bool:
-    """Return whether a server answers soon. MLflow's own client would wait for minutes."""
+    """Return whether a server answers in time. MLflow's own client would wait for minutes."""
     try:
         with urllib.request.urlopen(f"{without_passwords(uri).rstrip('/')}/health", timeout=timeout_s):
             return True
@@ -125,8 +129,8 @@ def reachable(uri: str, timeout_s: float = HEALTH_S) -> bool:
 def ui_link(uri: str, experiment: str = "", run: str = "", search: str = "") -> str:
     """Return a link into the UI of a server, or the command that opens the UI of an SQLite file.
 
-    experiment, run: ids; without them the link opens the list of experiments, without a run the experiment's
-    runs. search: a filter for those runs in MLflow's search syntax.
+    experiment, run: ids. Without both, the link opens the list of experiments; without run, the experiment's
+    runs. search: filter for those runs, in MLflow's search syntax.
     """
     uri = without_passwords(uri)
     if not is_server(uri):

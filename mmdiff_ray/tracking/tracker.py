@@ -1,4 +1,4 @@
-"""Send a run's log to MLflow while it trains: a call appends to the log and returns, a thread sends."""
+"""Send a run's log to MLflow during training. Calls append to the log and return; a thread sends."""
 
 import logging
 import math
@@ -14,28 +14,28 @@ from mmdiff_ray.tracking.recorder import Recorder
 from mmdiff_ray.tracking.sender import Sender, is_missing, reason
 
 GIVE_UP_FAILURES = 3
-"""Failed attempts in a row after which `close` no longer waits."""
+"""Failed attempts in a row after which `close` stops waiting."""
 END_WAIT_S = 180.0
-"""How long `finish` waits for a store that takes nothing."""
+"""How long `finish` waits without progress."""
 SHORT_WAIT_S = 10.0
-"""The same if the store was never there for this run, or an earlier run of this process waited in vain."""
+"""The same if the store never answered for this run, or not for an earlier run of this process."""
 _log = logging.getLogger(__name__)
 _unreachable: set[str] = set()
-"""The stores that `finish` gave up on in this process, until they answer again."""
+"""Stores that `finish` gave up on in this process; removed once they answer."""
 
 Say = Callable[[str], None]
-"""Shows a message to the user."""
+"""Show a message to the user."""
 
 
 class Tracker(Recorder):
     """A recorder with a daemon thread that sends the log to one MLflow run.
 
-    While the store is away, the thread retries with growing pauses. What is unsent when the process ends is
-    sent by the run's next tracker, in any process, or by `replay`.
+    If the store does not answer, the thread retries with growing pauses. Records that are unsent when the
+    process ends are sent by the run's next tracker, in any process, or by `replay`.
     """
 
     def __init__(self, uri: str, run_id: str, root: str | Path):
-        """Start the thread. root: the folder of the run's log, on a disk that outlives the process."""
+        """Start the thread. root: folder of the run's log, on a disk that outlives the process."""
         store.prepare(uri)
         super().__init__(Log(root, {"uri": without_passwords(uri), "run_id": run_id}))
         self.problem: Exception | None = None
@@ -48,19 +48,19 @@ class Tracker(Recorder):
 
     @property
     def run_id(self) -> str:
-        """The id of the run in MLflow; requests it from the store if the run started offline."""
+        """The run's id in MLflow. Queries the store if the run started offline."""
         return self._sender.run_id
 
     @property
     def error(self) -> str | None:
-        """Why the last attempt to send failed, in one line."""
+        """The error of the last failed attempt, in one line, or None."""
         return None if self.problem is None else reason(self.problem)
 
     def flush(self, timeout_s: float, failures: float = GIVE_UP_FAILURES, say: Say | None = None) -> int:
-        """Wait until everything is sent, and return how many records are not.
+        """Wait until all records are sent; return the number of unsent ones.
 
-        Gives up when nothing was sent for `timeout_s` or after so many failures in a row (3 if the store does
-        not have the run). say: shows the user once that it waits for a store that is away.
+        Gives up after `timeout_s` without progress, or after `failures` failures in a row (at most 3 if the
+        store does not have the run). say: called once if the store does not answer.
         """
         uri = without_passwords(self._sender.uri)
         with self._changed:
@@ -74,7 +74,7 @@ class Tracker(Recorder):
                     until = time.strftime("%H:%M:%S", time.localtime(time.time() + left_s))
                     say(
                         f"MLflow at {uri}: {self.error}; {self._log.waiting} records wait. Retrying until "
-                        f"{until}; Ctrl-C stops that, and they stay in {self._log.root}"
+                        f"{until}; Ctrl-C stops retrying and keeps them in {self._log.root}"
                     )
                     say = None
                 self._changed.wait(left_s)
@@ -82,14 +82,14 @@ class Tracker(Recorder):
         return self._log.waiting
 
     def close(self, timeout_s: float = 10.0) -> int:
-        """Flush, stop, and return how many records stay on disk for the process that calls `finish`."""
+        """Flush and stop; return the number of records left to the process that calls `finish`."""
         self.flush(timeout_s)
         return self._stop()
 
     def finish(self, timeout_s: float | None = None, say: Say = _log.warning) -> int:
-        """Flush as the last process of the run, stop, and return how many records stay on disk.
+        """Flush and stop as the last process of the run; return the number of unsent records, kept on disk.
 
-        timeout_s: END_WAIT_S or SHORT_WAIT_S if None. KeyboardInterrupt ends the wait.
+        timeout_s: None means END_WAIT_S or SHORT_WAIT_S. KeyboardInterrupt ends the wait.
         """
         if timeout_s is None:
             short = self._sender.found is None or self._sender.uri in _unreachable
@@ -110,13 +110,13 @@ class Tracker(Recorder):
         self._log.remove()
 
     def _stop(self) -> int:
-        """Stop the thread, which may end its last request later; return how many records stay on disk."""
+        """Stop the thread, which may finish its last request later; return the number of unsent records."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join(1.0)
         if left := self._log.waiting:
-            _log.warning("%d records wait in %s for MLflow (%s)", left, self._log.root, self.error)
+            _log.warning("%d records unsent to MLflow, kept in %s (%s)", left, self._log.root, self.error)
         if self._log.dropped:
             _log.warning("%d records are lost: %s is full", self._log.dropped, self._log.root)
         return left
@@ -139,12 +139,12 @@ class Tracker(Recorder):
             self._changed.wait_for(lambda: self._closing or self._flushing > flushing, pause_s)
 
     def _note(self, problem: Exception | None) -> None:
-        """Note the result of an attempt to send, and progress of this process or another."""
+        """Update the state after an attempt to send. Progress by another process counts, too."""
         uri, root = without_passwords(self._sender.uri), self._log.root
         with self._changed:
             if problem and not self.problem:
                 why = reason(problem)
-                _log.warning("MLflow at %s: %s; the run continues, records wait in %s", uri, why, root)
+                _log.warning("MLflow at %s: %s; the run continues, records are kept in %s", uri, why, root)
             elif self.problem and not problem:
                 _log.info("MLflow at %s answers again", uri)
             if self._log.sent > self._sent_before:
@@ -155,7 +155,7 @@ class Tracker(Recorder):
 
 
 def retry_pause_s(failures: int, flushing: bool) -> float:
-    """Return the pause before the next attempt, which doubles with every failure in a row."""
+    """Return the pause before the next attempt; doubles with each failure in a row, up to a limit."""
     doubled = 2.0 ** min(failures, 10)
     if flushing:
         return min(5.0, doubled / 4) if failures else 0.01

@@ -91,8 +91,7 @@ def test_run_that_needs_its_server_starts_nothing_while_it_is_away(
     said = capsys.readouterr().err
     assert said == (
         f"mmdiff: tracking.uri ({network.url}): the run cannot be recorded there: no server answers; start "
-        "that server, name another store, or train without it for now: tracking.required=false (records wait "
-        "on disk)\n"
+        "that server, set another tracking.uri, or record on disk for now: tracking.required=false\n"
     )
     assert not (tmp_path / "runs").exists()
 
