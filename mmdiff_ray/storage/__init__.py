@@ -1,1 +1,1 @@
-"""Files in a folder or an object store: reading, atomic writes, retries, uploads."""
+"""Files in local folders and object stores: reads, atomic writes, retries, uploads, locks."""

@@ -1,4 +1,4 @@
-"""Open files by URI: a local path, or what pyarrow's file systems take (file://, s3://, gs://, hdfs://)."""
+"""Open files by local path or URI, with pyarrow's file systems (file://, s3://, gs://, hdfs://)."""
 
 import contextlib
 import functools
@@ -24,8 +24,8 @@ PART = ".part"
 def filesystem(uri: str) -> tuple[FileSystem, str]:
     """Return the file system of a URI and the path inside it.
 
-    An s3:// URI may carry options, as in `s3://bucket/folder?endpoint_override=host:9000&scheme=http`.
-    Raises ConfigError for a scheme or option that pyarrow does not know, and for a key in it.
+    An s3:// URI may have options, as in `s3://bucket/folder?endpoint_override=host:9000&scheme=http`.
+    Raises ConfigError for an unknown scheme or option, and for a URI that contains a secret key.
     """
     if is_uri(uri):
         return _remote(uri)
@@ -40,23 +40,23 @@ def _remote(uri: str) -> tuple[FileSystem, str]:
     except (pa.ArrowException, OSError) as error:
         kind = UnreachableError if isinstance(error, OSError) else ConfigError
         raise kind(f"cannot open {uri}: {error}; want a path or file://, s3://, gs:// or hdfs://") from None
-    if isinstance(fs, S3FileSystem):  # by default it holds a whole file in memory while it writes
+    if isinstance(fs, S3FileSystem):  # by default it buffers the whole file while writing
         fs = S3FileSystem(**{**fs.__reduce__()[1][0], "background_writes": False})
     return fs, path.rstrip("/")
 
 
 def is_uri(place: str) -> bool:
-    """Return whether a place is a URI rather than a path of this machine."""
+    """Return whether a place is a URI, not a local path."""
     return "://" in place
 
 
 def absolute(place: str) -> str:
-    """Return a path or URI that means the same in a process with another working directory."""
+    """Make a path absolute, for processes with other working directories. A URI is unchanged."""
     return place if is_uri(place) else os.path.abspath(os.path.expanduser(place))
 
 
 def join(place: str, *names: str) -> str:
-    """Return the path or URI of something inside a place; a URI keeps its options."""
+    """Join names to a path or URI. A URI keeps its options."""
     if not is_uri(place):
         return os.path.join(place, *names)
     parts = urlsplit(place)
@@ -64,23 +64,23 @@ def join(place: str, *names: str) -> str:
 
 
 def is_inside(name: str) -> bool:
-    """Return whether a relative name leads to something inside the folder that it is relative to."""
+    """Return whether a relative path stays inside its folder."""
     parts = name.replace("\\", "/").split("/")
     return "\0" not in name and not any(part in ("", ".", "..") for part in parts)
 
 
 def parent(uri: str) -> tuple[str, str]:
-    """Return the URI of the folder that something lies in, and its name there."""
+    """Split a URI into the URI of its parent folder and its name there."""
     parts = urlsplit(uri)
     above, _, name = parts.path.rstrip("/").rpartition("/")
     return parts._replace(path=above).geturl(), name
 
 
 def read_bytes(fs: FileSystem, path: str) -> bytes:
-    """Return the bytes of one version of a file. Raises FileNotFoundError or OSError.
+    """Read a file that may be replaced meanwhile, in one version. Raises FileNotFoundError or OSError.
 
-    pyarrow asks an object store for the size first. If a longer file replaces this one in between, it reads
-    only the beginning, so compare sizes and read again.
+    pyarrow first requests the size. If a longer file then replaces this one, it reads only the beginning, so
+    compare sizes and read again.
     """
     while True:
         with fs.open_input_file(path) as file:
@@ -97,9 +97,9 @@ def read_chunks(fs: FileSystem, path: str) -> Iterator[bytes]:
 
 
 def write_atomic(fs: FileSystem, path: str, data: bytes | Iterable[bytes]) -> None:
-    """Write a file, given as bytes or in chunks, so that no reader ever sees a part of it.
+    """Write a file so that readers never see a partial one. data: bytes or chunks.
 
-    A local file is written under a temporary name and renamed; an object store shows complete objects only.
+    A local file is written under a temporary name and renamed. Object stores publish only complete objects.
     """
     is_local = isinstance(fs, LocalFileSystem)
     if is_local:
@@ -112,14 +112,14 @@ def write_atomic(fs: FileSystem, path: str, data: bytes | Iterable[bytes]) -> No
 
 
 def version(info: FileInfo) -> str:
-    """Return what differs between two versions of a file."""
+    """Return a string that identifies this version of a file: its time and size."""
     return f"{info.mtime_ns} {info.size}"
 
 
 def download(fs: FileSystem, path: str, file: Path, size: int | None = None) -> None:
-    """Copy a file to this machine, whole or not at all; start over if it is replaced meanwhile.
+    """Download a file atomically; start over if it is replaced meanwhile.
 
-    size: in bytes, if known. Raises OSError, also for a file of another size.
+    size: expected bytes, if known. Raises OSError, also for a different size.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{secrets.token_hex(4)}{PART}")
@@ -136,7 +136,7 @@ def download(fs: FileSystem, path: str, file: Path, size: int | None = None) -> 
 
 
 def remove(fs: FileSystem, path: str) -> None:
-    """Remove a file, and what an interrupted write of it left, if they exist."""
+    """Delete a file and the temporary file of an interrupted write, if they exist."""
     for name in (path, path + PART):
         if exists(fs, name):
             fs.delete_file(name)
@@ -148,14 +148,14 @@ def exists(fs: FileSystem, path: str) -> bool:
 
 
 def list_files(fs: FileSystem, folder: str, recursive: bool = True) -> dict[str, FileInfo]:
-    """Return the files in a folder: path inside it -> info, sorted; none if there is no such folder."""
+    """Return the files in a folder, sorted: relative path -> info. Empty if the folder does not exist."""
     found = fs.get_file_info(FileSelector(folder, recursive=recursive, allow_not_found=True))
     files = {info.path[len(folder) + 1 :]: info for info in found if info.type == FileType.File}
     return dict(sorted(files.items()))
 
 
 def folders_in(fs: FileSystem, path: str) -> list[str]:
-    """Return the names of the folders in a folder, sorted; none if there is no such folder."""
+    """Return the sorted names of the folders in a folder. Empty if the folder does not exist."""
     found = fs.get_file_info(FileSelector(path, allow_not_found=True))
     return sorted(info.base_name for info in found if info.type == FileType.Directory)
 
@@ -170,9 +170,9 @@ def checksum(fs: FileSystem, path: str) -> tuple[int, str]:
 
 
 def check_writable(uri: str) -> None:
-    """Raise ConfigError unless files can be written into the local folder of a URI; leave nothing behind.
+    """Raise ConfigError if a local folder is not writable; leave nothing behind.
 
-    Does nothing for other file systems, where only a real write can tell.
+    Does nothing for other file systems: they show it only on a real write.
     """
     fs, root = filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
@@ -186,22 +186,20 @@ def check_writable(uri: str) -> None:
     except OSError as error:
         raise cannot_write(uri, error) from None
     finally:
-        for path in missing:  # the deepest first
+        for path in missing:  # deepest first
             with contextlib.suppress(OSError):
                 path.rmdir()
 
 
 def cannot_write(uri: str, error: OSError) -> ConfigError:
-    """Return the error for a URI that cannot be written to."""
-    return ConfigError(
-        f"out: cannot write to {uri}: {error.strerror or error}; want a folder that can be written to"
-    )
+    """Return the error for an output folder that is not writable."""
+    return ConfigError(f"out: cannot write to {uri}: {error.strerror or error}; want a writable folder")
 
 
 def listed(pattern: str) -> list[str]:
-    """Return the files of a path or URI with * in it (a path: ? too), sorted; a folder's are all below it.
+    """Return the sorted files that match a path or URI with * (in a path also ?), or all files in a folder.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if no file matches.
     """
     place, mark, options = pattern.partition("?") if is_uri(pattern) else (pattern, "", "")
     options = mark + options

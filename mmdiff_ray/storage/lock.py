@@ -1,10 +1,9 @@
-"""Locks: one process at a time in a folder (flock), and one driver at a time of a run in storage (a lease).
+"""Locks: one process at a time in a local folder (flock), one driver at a time per run in storage (a lease).
 
-Not every store that pyarrow opens can create an object only if it is absent. So a driver first writes a lease
-of its own and then lists all leases: of two that begin together, at least one sees the other and gives up. It
-renews its lease and removes it at the end. A lease that is older than `EXPIRY_S`, or whose process is seen to
-have ended, is removed by the next driver: its process has died; or it is asleep or cut off from storage, and
-ends when it finds its lease missing.
+Some object stores cannot create an object only if it is absent. So a driver writes its own lease and then
+lists all leases: of two drivers that start together, at least one sees the other and gives up. It renews its
+lease and removes it at the end. The next driver removes a lease that is older than `EXPIRY_S` or whose
+process has ended. If that process was only asleep or cut off from storage, it ends when it misses its lease.
 """
 
 import fcntl
@@ -34,10 +33,10 @@ from mmdiff_ray.storage.filesystem import (
 from mmdiff_ray.storage.retry import retry, with_timeout
 
 DRIVERS = "drivers"
-"""The folder of the leases of a run."""
+"""Subfolder of a run that contains its leases."""
 RENEW_S = 20.0
 EXPIRY_S = 120.0
-"""The age of a lease, by the clock of the storage, whose driver counts as dead."""
+"""Age after which a lease's driver counts as dead, by the clock of the storage."""
 POLL_S = 2.0
 ANSWER_S = 20.0
 SAME_PROCESS_S = 1.0
@@ -47,10 +46,10 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def lock_folder(folder: Path, timeout_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock of a folder; the system releases it however the process ends.
+    """Hold the lock of a folder. The operating system releases it when the process ends.
 
-    timeout_s: how long to wait for another holder. Raises ConfigError with that process's id after that. File
-    systems without locks have none.
+    timeout_s: how long to wait for another process; then raises ConfigError with its id. Does nothing on file
+    systems without locks.
     """
     try:
         file = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o666)
@@ -62,7 +61,7 @@ def lock_folder(folder: Path, timeout_s: float = 0.0) -> Iterator[None]:
             if time.monotonic() >= deadline:
                 raise _held(str(folder), os.pread(file, 1000, 0).decode() or "another process")
             time.sleep(0.2)
-        with suppress(OSError):  # for the message above only
+        with suppress(OSError):  # used only in the message above
             os.ftruncate(file, 0)
             os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
@@ -75,7 +74,7 @@ def _try_lock(file: int) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # no locks here
+    except OSError:  # no locks on this file system
         return True
     return True
 
@@ -85,10 +84,10 @@ def _held(where: str, holder: str) -> ConfigError:
 
 
 class Lease:
-    """The lease of this process on a run or sweep at a URI, as a context manager.
+    """This process's lease on a run or sweep at a URI, as a context manager.
 
-    say: takes lines for the user. Entering raises ConfigError, naming the process, while another driver is
-    alive; OutageError where storage does not answer.
+    say: prints a line for the user. On entry, raises ConfigError with the other process if another driver is
+    alive, and OutageError if storage does not answer.
     """
 
     def __init__(self, uri: str, say: Callable[[str], None]) -> None:
@@ -104,20 +103,20 @@ class Lease:
     def __enter__(self) -> None:
         first: dict[str, Driver] = {}
         try:
-            while others := retry(self._others, f"look into {self.uri}"):
+            while others := retry(self._others, f"list {self.uri}"):
                 for name, driver in others.items():
                     seen = first.setdefault(name, driver)
                     if driver.is_alive or driver.renewed > seen.renewed:
                         raise _held(self.uri, driver.label)
                     if driver is seen:
                         self._say(
-                            f"{driver.label} drove {self.uri} {driver.age_s:.0f} s ago and may be gone; "
-                            f"waiting for up to {EXPIRY_S - driver.age_s:.0f} s to see whether it is"
+                            f"{driver.label} used {self.uri} {driver.age_s:.0f} s ago and may have died; "
+                            f"waiting up to {EXPIRY_S - driver.age_s:.0f} s for its lease to expire"
                         )
                 time.sleep(POLL_S)
         except BaseException as error:
             self._remove(self._path)
-            if isinstance(error, OSError):  # a permanent one
+            if isinstance(error, OSError):  # permanent, not an outage
                 raise ConfigError(f"{self.uri}: cannot be locked: {error}") from None
             raise
         self._thread.start()
@@ -129,16 +128,16 @@ class Lease:
             with_timeout(ANSWER_S, lambda: self._remove(self._path), f"{self.uri} does not answer")
 
     def _write(self) -> None:
-        begun = time.time()
+        started = time.time()
         write_atomic(self._fs, self._path, json.dumps(_this_process()).encode())
-        self._renewed = begun
+        self._renewed = started
 
     def _remove(self, path: str) -> None:
-        with suppress(OSError):  # it expires
+        with suppress(OSError):  # else it expires
             remove(self._fs, path)
 
     def _list(self) -> dict[str, float]:
-        """Return the leases: name -> when it was renewed, in seconds by the clock of the storage."""
+        """Return the leases: name -> time of renewal in seconds, by the clock of the storage."""
         files = list_files(self._fs, self._folder, recursive=False)
         return {
             name: info.mtime_ns / 1e9
@@ -147,7 +146,7 @@ class Lease:
         }
 
     def _others(self) -> "dict[str, Driver]":
-        """Renew the own lease; return other drivers that may be alive, and remove the leases of the rest."""
+        """Renew our lease and remove the leases of dead drivers; return the other drivers."""
         self._write()
         renewed, found = self._list(), {}
         now = renewed.pop(self._name)
@@ -162,16 +161,16 @@ class Lease:
         return found
 
     def _keep(self) -> None:
-        """Renew the lease until the end; if another driver has taken over, end this process."""
+        """Renew the lease until exit; if another driver has taken over, end this process."""
         while not self._ended.wait(RENEW_S):
             try:
                 if self._is_lost():
                     self._end_process()
-            except Exception as error:  # a run outlives an outage of storage
-                _log.info("the lease of %s is not renewed: %s", self.uri, error)
+            except Exception as error:  # the run continues through an outage of storage
+                _log.info("cannot renew the lease of %s: %s", self.uri, error)
 
     def _is_lost(self) -> bool:
-        """Renew the lease; return whether another driver has removed it, or may have missed the renewal."""
+        """Renew the lease; return whether another driver has removed it or may have taken over."""
         if not exists(self._fs, self._path):
             return not self._ended.is_set()
         was_late = time.time() - self._renewed > EXPIRY_S  # the monotonic clock stops while a machine sleeps
@@ -179,19 +178,19 @@ class Lease:
         return was_late and bool(self._list().keys() - {self._name}) and not self._ended.is_set()
 
     def _end_process(self) -> None:
-        """End at once: this process would overwrite what the other driver writes."""
-        line = f"another process has taken {self.uri} over, which this one did not reach; this one ends"
-        saying = threading.Thread(target=self._say, args=(line,), daemon=True)
+        """End at once: this process would overwrite the other driver's files."""
+        line = f"another process has taken over {self.uri} while this one could not reach it; exiting"
+        thread = threading.Thread(target=self._say, args=(line,), daemon=True)
         try:
-            saying.start()
-            saying.join(1.0)
+            thread.start()
+            thread.join(1.0)  # `say` may block
         finally:
             os._exit(1)
 
 
 @dataclass(frozen=True)
 class Driver:
-    """The process of a lease. renewed: when, by the clock of the storage. is_alive: None if unknown."""
+    """The process of a lease. renewed: time, by the clock of the storage. is_alive: None if unknown."""
 
     label: str
     renewed: float
@@ -201,7 +200,7 @@ class Driver:
 
 def _read_driver(lease: bytes, renewed: float, age_s: float) -> Driver:
     label, is_alive = "another process", None
-    with suppress(ValueError, KeyError, TypeError):  # a lease that cannot be read counts until it expires
+    with suppress(ValueError, KeyError, TypeError):  # an unreadable lease is valid until it expires
         facts = json.loads(lease)
         pid, begun = facts["process"]
         label = f"process {pid} on {facts['host']}"
@@ -211,8 +210,8 @@ def _read_driver(lease: bytes, renewed: float, age_s: float) -> Driver:
 
 
 def _is_running(pid: int, begun: float) -> bool:
-    """Return whether a process runs that began at this time: its id alone may have been used again."""
-    import psutil  # the jobs of an experiment do without it
+    """Return whether the process runs. Compares start times, since the id may be reused."""
+    import psutil  # not installed for the jobs of an experiment
 
     try:
         process = psutil.Process(pid)
@@ -223,9 +222,9 @@ def _is_running(pid: int, begun: float) -> bool:
 
 
 def _this_process() -> dict[str, Any]:
-    """Return what identifies this process among those of all machines.
+    """Return a dict that identifies this process among all machines.
 
-    process: its id and when it began. host: for people. system: equal for processes that see each other.
+    process: id and start time. host: for messages. system: equal for processes that can see each other.
     """
     import psutil
 

@@ -1,4 +1,4 @@
-"""Retry and time out actions on storage: an outage of a minute costs a minute, not a run."""
+"""Retries and timeouts for storage, so that a run survives a short outage."""
 
 import errno
 import logging
@@ -11,7 +11,7 @@ from typing import TypeVar
 from mmdiff_ray.config import OutageError, UnreachableError
 
 OUTAGE_S = 180.0
-"""How long an action on storage that does not answer is retried."""
+"""How long to retry while storage does not answer."""
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 PERMANENT = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -29,11 +29,11 @@ def retry(
     cancelled: threading.Event | None = None,
     timeout_s: float | None = None,
 ) -> T:
-    """Return what an action returns; while it fails with an OSError, retry it with growing pauses.
+    """Call an action; if it raises an OSError, retry it with growing pauses. Returns its result.
 
-    what: describes the action for the user, as in "read s3://...". cancelled: ends the retries early.
-    timeout_s: `OUTAGE_S` by default. Raises OutageError after that; a permanent OSError, and any other
-    exception, at once.
+    what: the action, for messages, as in "read s3://...". cancelled: set it to end the retries early.
+    timeout_s: `OUTAGE_S` by default; then raises OutageError. A permanent OSError or any other exception is
+    raised at once.
     """
     timeout_s = OUTAGE_S if timeout_s is None else timeout_s
     failed_at, pause = 0.0, FIRST_PAUSE_S
@@ -44,7 +44,7 @@ def retry(
             if isinstance(error, PERMANENT) or getattr(error, "errno", None) in PERMANENT_ERRNOS:
                 raise
             failed_at = failed_at or time.monotonic()
-            if what not in _warned:  # once, however many threads meet the outage
+            if what not in _warned:  # once for all threads
                 _warned.add(what)
                 _log.warning("cannot %s, retrying for %g s: %s", what, timeout_s, error)
             is_over = time.monotonic() - failed_at >= timeout_s
@@ -58,7 +58,7 @@ def retry(
 
 
 def with_timeout(seconds: float, function: Callable[[], T], message: str) -> T:
-    """Return what a function returns or raise what it raises; UnreachableError if that takes too long."""
+    """Call a function in a thread; raise UnreachableError if it takes longer than `seconds`."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -71,6 +71,6 @@ def with_timeout(seconds: float, function: Callable[[], T], message: str) -> T:
     try:
         return future.result(seconds)
     except TimeoutError:
-        if future.done():  # the function's own
+        if future.done():  # raised by the function itself
             raise
         raise UnreachableError(f"{message} within {seconds:g} s") from None

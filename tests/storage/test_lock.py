@@ -125,7 +125,7 @@ def test_another_driver_is_refused_while_one_is_alive_and_let_in_when_it_has_end
     time.sleep(1.5 * EXPIRY_S)  # longer than a lease that nobody renews
     with pytest.raises(ConfigError, match=rf": process {first.process.pid} on \S+ works on it; wait"):
         runs.lock_run(folder, said.append).__enter__()
-    seen = rf"process {first.process.pid} on \S+ drove {re.escape(where)} \d s ago and may be gone"
+    seen = rf"process {first.process.pid} on \S+ used {re.escape(where)} \d s ago and may have died"
     assert [bool(re.match(seen, line)) for line in said] == [True] * elsewhere
     assert len(leases(where)) == 1
     first.send(signal.SIGINT)
@@ -156,7 +156,7 @@ def test_a_driver_that_is_out_of_reach_is_waited_for_and_ends_if_it_comes_back(b
             stack.close()
         first.send(signal.SIGCONT)
         assert first.line() == (
-            f"another process has taken {where} over, which this one did not reach; this one ends\n"
+            f"another process has taken over {where} while this one could not reach it; exiting\n"
         )
         assert first.process.wait(20) == 1 and first.line() == ""
         assert len(leases(where)) == (0 if ends else 1)
@@ -194,7 +194,7 @@ def test_a_lease_that_cannot_be_read_counts_until_it_expires(where, left):
     begun = time.monotonic()
     with runs.lock_run(runs.make_cache(where), said.append):
         assert time.monotonic() - begun > 0.7 * EXPIRY_S and len(leases(where)) == 1
-    assert len(said) == 1 and said[0].startswith(f"another process drove {where} ")
+    assert len(said) == 1 and said[0].startswith(f"another process used {where} ")
 
 
 def test_storage_that_refuses_is_reported_at_once(tmp_path):
@@ -220,7 +220,7 @@ def test_storage_that_is_away_ends_no_driver_and_lets_none_begin(bucket, tmp_pat
                 time.sleep(0.1)
         assert leases(where) == []
         network.down = True
-        with pytest.raises(OutageError, match=r"^cannot look into s3://toys/away/run"):
+        with pytest.raises(OutageError, match=r"^cannot list s3://toys/away/run"):
             runs.lock_run(folder, pytest.fail).__enter__()
 
 

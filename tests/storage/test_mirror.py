@@ -128,7 +128,7 @@ def test_an_incomplete_folder_is_not_fetched(pair: tuple[Mirror, Mirror]) -> Non
     one.send("export")
     one.flush(10)
     older = json.dumps({"mark": "older", "files": {"weights": 3}}).encode()
-    with pytest.raises(RunError, match="changed while it was read"):
+    with pytest.raises(RunError, match="changed during the download"):
         two._download_folder("export", older)
     write_atomic(one.fs, one.path("export/weights"), b"ab")
     with pytest.raises(UnreachableError, match=r"cannot read from file://.*has 2 bytes, expected 3"):
