@@ -1,7 +1,7 @@
-"""Choose the files that a job gets, and pack them into the zip that Ray uploads as its working directory.
+"""Select the files of a job and pack them into the zip that Ray uploads as its working directory.
 
-Ray can pack a folder itself. It then follows symbolic links out of the folder, sends keys, and ignores the
-`.gitignore` files above it; and `excludes` would also apply to `py_modules`: `/data` to `mmdiff_ray/data`.
+Ray's own packing follows symbolic links out of the folder, uploads keys, ignores `.gitignore` files of parent
+folders, and applies `excludes` to `py_modules` too (`/data` would exclude `mmdiff_ray/data`).
 """
 
 import argparse
@@ -30,26 +30,26 @@ NOT_AT_TOP = (
     "build",
     "dist",
 )
-"""Folders of the working folder that no job needs."""
+"""Top-level folders that no job needs."""
 NOWHERE = (".*", "__pycache__", "node_modules", "*.pyc", "*.egg-info")
 KEYS = (
     *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.env"),
     *("credentials", "credentials.json", "*_credentials.json", "service[-_]account*.json"),
 )
-"""Names of files with keys and passwords."""
+"""Patterns of files with keys and passwords."""
 LIMIT_BYTES = 50 * 2**20
 
 
 def code_folder() -> Path:
-    """Return the folder that this package is imported from."""
+    """Return the folder that contains the imported package."""
     return Path(mmdiff_ray.__file__).parents[1]
 
 
 def select(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Return the files to send, as name in the package -> file, and the files held back as keys.
+    """Return the files to send (name in the package -> file), and those withheld because they may be keys.
 
-    Sends the code that runs here and the files of a folder that git does not ignore (all, without git).
-    Leaves out hidden files, data, runs, virtual environments, and links to folders.
+    Sends the imported code and the folder's files that git does not ignore (without git: all files). Omits
+    hidden files, data, runs, virtual environments, and links to folders.
     """
     names = [*(_listed_by_git(folder) or _walk(folder, NOT_AT_TOP))]
     names = [name for name in names if name.split("/")[0] not in NOT_AT_TOP]
@@ -70,10 +70,10 @@ def select(folder: Path) -> tuple[dict[str, Path], list[str]]:
 def with_named_files(
     words: Sequence[str], known: argparse.Namespace, folder: str | None, stage: Path
 ) -> tuple[str, dict[str, Path]]:
-    """Return a job's shell command, and the files that it names, as name in the package -> file.
+    """Return a job's shell command and the files that it refers to (name in the package -> file).
 
-    The job starts in the package and changes to the folder. `exec` leaves no shell between Ray and the
-    process that gets its SIGTERM. stage: a folder for files that must be rewritten.
+    The job starts in the package and changes to `folder`. `exec` replaces the shell, so that Ray's SIGTERM
+    reaches the process. stage: a folder for files that must be rewritten.
     """
     shell, sent = [], {}
     for number, word in enumerate(words):
@@ -91,17 +91,17 @@ def with_named_files(
         path = Path(os.path.abspath(file))
         inside = path.is_relative_to(Path.cwd())
         place = path.relative_to(Path.cwd()).as_posix() if inside else f".sent/{number}/{path.name}"
-        if known.command == "sweep":  # it may name other files, relative to this folder
+        if known.command == "sweep":  # it may refer to files relative to this folder
             path = stage / "sweep.yaml"
             path.write_text(whole_text(file), encoding="utf8")
         sent[place] = path
         shell.append(f'{shlex.quote(prefix) if prefix else ""}"$PWD"/{shlex.quote(place)}')
-    go = ["-C", shlex.quote(folder)] if folder else []
-    return " ".join(["exec python -m mmdiff_ray.cli", *go, *shell]), sent
+    change_folder = ["-C", shlex.quote(folder)] if folder else []
+    return " ".join(["exec python -m mmdiff_ray.cli", *change_folder, *shell]), sent
 
 
 def pack(files: Mapping[str, Path], target: Path) -> int:
-    """Write files into a zip and return their bytes. Raises ConfigError if these are too many."""
+    """Write files to a zip and return their total size in bytes. Raises ConfigError above LIMIT_BYTES."""
     sizes = {name: file.stat().st_size for name, file in files.items()}
     total = sum(sizes.values())
     if total > LIMIT_BYTES:
@@ -118,17 +118,17 @@ def pack(files: Mapping[str, Path], target: Path) -> int:
 
 
 def _listed_by_git(folder: Path) -> list[str]:
-    """Return the files that git tracks or would add; none outside a repository."""
+    """Return the files that git tracks or would add; empty outside a repository."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, timeout=60)
+        result = subprocess.run(command, cwd=folder, capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return [os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
+    return [os.fsdecode(name) for name in result.stdout.split(b"\0") if name]
 
 
 def _walk(root: Path, skip: Collection[str] = ()) -> Iterator[str]:
-    """Yield the files of a folder by their relative paths. skip: folders at its top, which can be huge."""
+    """Yield the relative paths of a folder's files. skip: top-level folders to skip; they can be huge."""
     for path, folders, names in os.walk(root):
         unwanted = (*NOWHERE, *skip) if Path(path) == root else NOWHERE
         folders[:] = [name for name in folders if not _matches(name, unwanted)]

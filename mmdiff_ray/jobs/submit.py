@@ -1,4 +1,4 @@
-"""Submit a command to a Ray cluster: check it here, pack the code, hand both to the job server."""
+"""Submit a command to a Ray cluster: check it on this machine, pack the code, send both to the job server."""
 
 import argparse
 import dataclasses
@@ -50,8 +50,8 @@ OF_THIS_MACHINE = (
     *("AWS_PROFILE", "AWS_ROLE_", "AWS_SHARED_CREDENTIALS_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE"),
     *("MLFLOW_TRACKING_CLIENT_CERT_PATH", "MLFLOW_TRACKING_SERVER_CERT_PATH"),
 )
-"""Prefixes of variables that name files or roles of this machine. On other machines they would hide the
-credentials there, so another cluster gets them only by `--env`."""
+"""Prefixes of variables that refer to files or roles of this machine. On another cluster they would override
+its own credentials, so they are sent there only by `--env`."""
 
 
 def submit(
@@ -59,15 +59,15 @@ def submit(
 ) -> str:
     """Submit a command and return the job's id.
 
-    given: the arguments of `mmdiff submit`; words: the command; known: the command's own arguments. Raises
-    ConfigError, before anything is uploaded, if the command cannot run.
+    given: arguments of `mmdiff submit`. words: the command. known: the command's parsed arguments.
+    Raises ConfigError, before any upload, if the command cannot run.
     """
 
     def say(label: str, text: str) -> None:
         console.print(f"{label:10}{text}", soft_wrap=True)
 
     words = _with_workers(words, known, given.num_workers)
-    _refuse(words, known)
+    _check_command(words, known)
     server = jobs.find_server(given.address)
     here = server.local is not None
     config = None
@@ -98,7 +98,7 @@ def submit(
         runtime["working_dir"] = str(Path(stage) / "package.zip")
         entrypoint, sent = package.with_named_files(words, known, folder, Path(stage))
         if keys := [key for key in keys if key not in sent]:
-            say("note", f"not sent, because their names are those of keys: {', '.join(keys)}")
+            say("note", f"not sent, because they look like keys: {', '.join(keys)}")
         size = package.pack(files | sent, Path(runtime["working_dir"]))
         client.submit_job(
             entrypoint=entrypoint,
@@ -116,23 +116,23 @@ def _with_workers(words: Sequence[str], known: argparse.Namespace, count: int | 
     if count is None:
         return list(words)
     if known.command != "train":
-        raise ConfigError("--num-workers is for train; other commands have --workers of their own")
+        raise ConfigError("--num-workers is for train; other commands have --workers")
     known.overrides = [*known.overrides, f"workers.count={count}"]
     return [*words, f"workers.count={count}"]
 
 
-def _refuse(words: Sequence[str], known: argparse.Namespace) -> None:
-    """Raise ConfigError for a command that is not for clusters, or that would show a password to everyone."""
+def _check_command(words: Sequence[str], known: argparse.Namespace) -> None:
+    """Raise ConfigError for a command that clusters cannot run, or that contains a password."""
     if known.command not in COMMANDS:
         names = ", ".join(COMMANDS)
         raise ConfigError(f"submit runs one of {names}; got {' '.join(words[:2])}")
-    for word in words:  # Ray shows a job's command to everyone, and so does `ps` on its machines
+    for word in words:  # Ray's dashboard and `ps` show a job's command to everyone
         with named("submit"):
             refuse_password(word, IN_TRACKING if word.startswith("tracking.") else IN_STORAGE)
 
 
 def check_paths(folder: str | None, config: Config | None, known: argparse.Namespace) -> None:
-    """Raise ConfigError for a relative path if there is no folder of the cluster that it could start from."""
+    """Raise ConfigError for a relative path, unless a folder on the cluster is given to resolve it."""
     paths: list[tuple[str, Any]]
     if folder is not None:
         if not Path(folder).is_absolute():
@@ -149,15 +149,15 @@ def check_paths(folder: str | None, config: Config | None, known: argparse.Names
     for name, path in paths:
         if path is not None and not is_uri(str(path)) and not Path(path).is_absolute():
             raise ConfigError(
-                f"{name} ({path}) is a relative path, which means nothing on another machine; give --folder "
-                "DIR, the folder on the cluster's shared disk that it starts from, or an absolute path or URI"
+                f"{name} ({path}) is a relative path, which means nothing on another machine; use an "
+                "absolute path or URI, or set --folder DIR to a folder on the cluster's shared disk"
             )
 
 
 def check_ahead(config: Config | None, known: argparse.Namespace, here: bool) -> list[tuple[str, str]]:
-    """Check what a command needs, as far as this machine can, and return what to print, as (label, text).
+    """Check a command as far as this machine can; return lines to print, as (label, text).
 
-    here: paths on the cluster are those of this machine. Raises ConfigError for what cannot run.
+    here: whether the cluster's paths are valid on this machine. Raises ConfigError if the command cannot run.
     """
     notes: list[tuple[str, str]] = []
 
@@ -187,17 +187,17 @@ def check_ahead(config: Config | None, known: argparse.Namespace, here: bool) ->
 
 
 def _manifests(config: Config) -> list[Manifest]:
-    """Return the manifests of data for another cluster. Raises UnreachableError if they are only there."""
+    """Return the manifests of a job's data. Raises UnreachableError if they are on the cluster only."""
     for uri in (source.uri for source in config.data.sources):
         if not is_uri(uri) and not (Path(uri).is_absolute() and Path(uri).exists()):
-            raise UnreachableError(f"{uri} is a folder of the cluster")
+            raise UnreachableError(f"{uri} is a folder on the cluster")
     return job.read_sources(config)
 
 
 def environment(given: Sequence[str], here: bool, around: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the variables that a job gets: MLFLOW_*, AWS_*, and those of --env, which override the others.
+    """Return the environment variables of a job: MLFLOW_*, AWS_*, overridden by those of --env.
 
-    given: NAME=VALUE, or NAME for the value on this machine. here: whether the cluster is this machine.
+    given: NAME=VALUE, or NAME for this machine's value. here: whether the cluster is this machine.
     """
     found = {
         name: value
@@ -222,19 +222,19 @@ def environment(given: Sequence[str], here: bool, around: Mapping[str, str] = os
 
 
 def loopback_warning(config: Config | None, variables: Mapping[str, str]) -> str | None:
-    """Return a warning if the nodes of another cluster would look for MLflow on themselves."""
+    """Return a warning if MLflow's address is localhost, which on the cluster is the node itself."""
     uri = (config.tracking.uri if config else None) or variables.get("MLFLOW_TRACKING_URI") or ""
     host = urlsplit(uri).hostname or ""
     if host not in ("localhost", "::1") and not host.startswith("127."):
         return None
     return (
-        f"MLflow at {without_passwords(uri)}: on the cluster that address leads each node to itself. Set "
-        "MLFLOW_TRACKING_URI to MLflow's address there, or leave it out (env -u MLFLOW_TRACKING_URI)"
+        f"MLflow at {without_passwords(uri)}: on the cluster, that address is each node itself. Set "
+        "MLFLOW_TRACKING_URI to MLflow's address there, or unset it (env -u MLFLOW_TRACKING_URI)"
     )
 
 
 def lock_file() -> Path:
-    """Return the requirements that `--pip` installs: this folder's, or those of the code that runs here."""
+    """Return the lock file that `--pip` installs: in this folder, else beside the imported code."""
     for folder in (Path.cwd(), package.code_folder()):
         if (folder / LOCK).is_file():
             return folder / LOCK
@@ -251,9 +251,9 @@ def _job_variables(job_id: str) -> dict[str, str]:
 def _store(
     known: argparse.Namespace, config: Config | None, variables: Mapping[str, str], folder: str | None
 ) -> str:
-    """Return where the job's runs will be recorded; "" if only the cluster knows.
+    """Return the tracking URI of the job's runs; "" if only the cluster knows it.
 
-    folder: where relative paths start, on this machine's cluster.
+    folder: base of relative paths, if the cluster is this machine.
     """
     uri = (config.tracking.uri if config else None) or variables.get("MLFLOW_TRACKING_URI")
     where = str(config.runs if config else getattr(known, "runs", "runs"))
