@@ -270,7 +270,7 @@ def test_finished_run_can_be_made_longer(capsys, config_file):
     assert code == 0 and "is finished at 128 samples; to go on from there" in out
     assert (runs / "tiny" / "evaluation.json").stat().st_mtime_ns == written
     code, _, errors = run(capsys, "train", "--resume", str(runs / "tiny"), "seed=5")
-    assert code == 2 and "seed: a run that goes on keeps 0, got 5" in errors
+    assert code == 2 and "seed: a resumed run keeps 0, got 5" in errors
 
 
 def test_command_with_continue_begins_its_run_and_goes_on_with_it_as_often_as_it_is_given(
@@ -290,7 +290,7 @@ def test_command_with_continue_begins_its_run_and_goes_on_with_it_as_often_as_it
     assert json.loads((runs / "tiny" / "run.json").read_text())["run_id"] == first["run_id"]
     assert len(list(runs.glob("*/run.json"))) == 1
     code, _, errors = run(capsys, *words, "seed=5")
-    assert code == 2 and "seed: a run that goes on keeps 0, got 5" in errors
+    assert code == 2 and "seed: a resumed run keeps 0, got 5" in errors
 
 
 @pytest.mark.slow
@@ -322,7 +322,7 @@ def test_continue_takes_no_folder_for_a_run_that_holds_anything_else(capsys, con
     other = config_file.parent / "runs" / "tiny" / "checkpoints"
     other.mkdir(parents=True)
     code, _, errors = run(capsys, "train", str(config_file), "--continue")
-    assert code == 2 and "tiny exists and is no run; choose another name" in errors and other.is_dir()
+    assert code == 2 and "tiny exists but is not a run; choose another name" in errors and other.is_dir()
     code, _, errors = run(capsys, "train", str(config_file), "--continue", "--dry-run")
     assert code == 2 and "--continue" in errors
 

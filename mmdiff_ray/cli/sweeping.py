@@ -76,7 +76,7 @@ def resume(name: str, where: str, overrides: Sequence[str]) -> int:
     spec = load_sweep(folder / TEXT, overrides)
     with runs.lock_run(folder, _say), sweep_cluster(spec):
         resources_of(spec, spec.config({}))
-        records.take(folder, runs.mirror_of(folder))
+        records.fetch_unsent(folder, runs.mirror_of(folder))
         run_life.resume_run(facts["tracking_uri"], facts["run_id"], records.root(folder))
         write_text(folder, whole_text(folder / TEXT, overrides))
         return _run(spec, folder)
@@ -102,7 +102,7 @@ def _run(spec: Sweep, folder: Path) -> int:
     except (RunError, UnreachableError) as unmade:
         console.print(str(unmade), soft_wrap=True)
         error = error or unmade
-    records.keep(folder, runs.mirror_of(folder))
+    records.store_unsent(folder, runs.mirror_of(folder))
     if waiting:
         console.print(
             f"{waiting} records of trials wait for MLflow and are not in this report; later: "

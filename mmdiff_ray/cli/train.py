@@ -55,11 +55,11 @@ def _check(given: argparse.Namespace) -> None:
 
 def _run(given: argparse.Namespace) -> int:
     from mmdiff_ray.cli.training import dry_run, train_and_evaluate
-    from mmdiff_ray.runs.job import begun
+    from mmdiff_ray.runs.job import existing_run
 
     if given.resume:
         return train_and_evaluate(None, given.resume, given.runs, given.overrides, given.new_mlflow_run)
     config = configuration.load([given.config], given.overrides, {"name": Path(given.config).stem})
-    if given.go_on and (folder := begun(config)):
+    if given.go_on and (folder := existing_run(config)):
         return train_and_evaluate(None, str(folder), config.runs, given.overrides)
     return dry_run(config) if given.dry_run else train_and_evaluate(config, None, config.runs, [])

@@ -61,7 +61,7 @@ def resume(job: Job, display: Display, new_mlflow_run: bool = False) -> Path:
         if not new_mlflow_run:  # after taking the lock: its owner may write to the store
             otherwise = "record it in a new MLflow run: --new-mlflow-run"
             run_life.check_run(job.tracking_uri, job.run_id, otherwise)
-        records.take(job.folder, job.mirror)
+        records.fetch_unsent(job.folder, job.mirror)
         if new_mlflow_run:
             lineage = job.lineage or (job.run_id if job.uri else "")  # its checkpoints carry the old id
             run_id = _start_run(job, job.tracking_uri, required=False)
@@ -139,10 +139,10 @@ def run(job: Job, display: Display) -> Path:
         raise
     finally:
         jobs.write_run(job, state=state)
-        records.take(job.folder, job.mirror)
+        records.fetch_unsent(job.folder, job.mirror)
         left = run_life.end_run(job.tracking_uri, job.run_id, STATUS[state], job.spool, say=display.say)
         if left:
-            records.keep(job.folder, job.mirror)
+            records.store_unsent(job.folder, job.mirror)
             display.say(records.advice(job.folder, left))
         unsent = job.mirror.flush() if job.mirror is not None else []
         if unsent and state != "finished":  # after a finished run the caller uploads again and warns

@@ -20,7 +20,7 @@ from mmdiff_ray.evaluation.run import evaluate, periodic, sample_pictures
 from mmdiff_ray.modalities.image import to_png
 from mmdiff_ray.runs.folder import not_sent
 from mmdiff_ray.runs.job import Job
-from mmdiff_ray.runs.records import keep
+from mmdiff_ray.runs.records import store_unsent
 from mmdiff_ray.sampling.export import save_export
 from mmdiff_ray.sampling.generator import Generator
 from mmdiff_ray.tracking.recorder import SystemMonitor
@@ -110,7 +110,9 @@ class WorkerHooks:
         through the run's folder or, if the driver may not see it, through object storage."""
         if not self.job.uri:
             tracker.close(timeout_s=5)
-        elif tracker.finish(HAND_OVER_S, self._note) and (unsent := keep(self.job.folder, self.job.mirror)):
+        elif tracker.finish(HAND_OVER_S, self._note) and (
+            unsent := store_unsent(self.job.folder, self.job.mirror)
+        ):
             self._note(not_sent(self.job.uri, self.job.folder, unsent))
 
     def _note(self, text: str) -> None:
@@ -194,7 +196,7 @@ def _upload_export(job: Job, unsent: list[str], emit: Emit) -> None:
     """Upload the export to object storage; emit a note for each file that is not there."""
     if job.mirror is not None:
         if unsent:
-            emit({"kind": "note", "text": not_sent(job.uri, job.folder, unsent, "training that goes on")})
+            emit({"kind": "note", "text": not_sent(job.uri, job.folder, unsent, "resuming the run")})
         job.mirror.send(job.export.name)
         if left := job.mirror.flush():
             emit({"kind": "note", "text": not_sent(job.uri, job.folder, left)})

@@ -169,7 +169,7 @@ def check_ahead(config: Config | None, known: argparse.Namespace, here: bool) ->
 
     where = str(config.runs if config else getattr(known, "runs", ""))
     if is_uri(where):
-        answer(f"runs: {where}", lambda: runs.opened(where))
+        answer(f"runs: {where}", lambda: runs.open_storage(where))
     if config is None:
         return notes
     if here:

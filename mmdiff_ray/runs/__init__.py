@@ -1,1 +1,1 @@
-"""What a run is: its folder, its lock, its checkpoints in storage, its records."""
+"""Training runs: the job, its folder and lock, its MLflow records and description."""

@@ -1,4 +1,4 @@
-"""What MLflow's page shows of a run: its description, its headline metrics, and the table of all figures."""
+"""The MLflow page of a run: description, headline metrics, and the table of all figures."""
 
 import shlex
 from collections.abc import Iterable, Sequence
@@ -8,12 +8,12 @@ from mmdiff_ray.config import Config
 from mmdiff_ray.evaluation.context import Figure
 
 HEADLINES = ("frechet_lpips_alex", "iou", "miou", "accuracy", "cosine", "lpips_hole")
-"""Metrics that say the most about an instance; where it has none, its first figure with a baseline does."""
+"""Headline metrics of a modality; if it has none of them, its first figure with a baseline."""
 COLUMNS = ("figure", "model", "baseline", "rule", "better", "rows")
 
 
 def headlines(figures: Iterable[Figure]) -> list[Figure]:
-    """Return the figures, about one for each instance, that become metrics and stand in the description."""
+    """Return the figures, about one per modality, that become metrics and appear in the description."""
     groups: dict[str, list[Figure]] = {}
     for figure in figures:
         groups.setdefault(figure.key.partition("/")[0], []).append(figure)
@@ -25,7 +25,7 @@ def headlines(figures: Iterable[Figure]) -> list[Figure]:
 
 
 def rows_of(figures: Iterable[Figure]) -> list[list[Any]]:
-    """Return all figures as the rows of a table with the columns COLUMNS, a row for every baseline.
+    """Return all figures as table rows with the columns COLUMNS, one row per baseline.
 
     Figures with a baseline come first, the terms of the bound last.
     """
@@ -44,7 +44,7 @@ def _rounded(value: float) -> float:
 def description(config: Config, address: str, seen: int = 0, figures: Sequence[Figure] = ()) -> str:
     """Return the description of a run as Markdown.
 
-    address: where the run lies. seen, figures: samples seen and what they led to, once it is evaluated.
+    address: the run's path or URI. seen, figures: samples seen and results, once the run is evaluated.
     """
     kinds = ", ".join(f"{name} ({modality.type})" for name, modality in config.modalities.items())
     data = ", ".join(source.uri.rstrip("/").rpartition("/")[2] for source in config.data.sources)
@@ -71,6 +71,6 @@ def _beside_baseline(figure: Figure) -> str:
 def metrics(figures: Iterable[Figure]) -> dict[str, float]:
     """Return the headline figures as metrics, `eval/INSTANCE.METRIC`.
 
-    MLflow's page makes a section of what stands before the last slash, and sorts them: this one is the first.
+    MLflow groups metrics by the part before the last slash and sorts the groups, so `eval` comes first.
     """
     return {f"eval/{figure.key.replace('/', '.')}": figure.value for figure in headlines(figures)}

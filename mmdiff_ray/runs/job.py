@@ -1,4 +1,4 @@
-"""A training job: everything that a worker needs, checked and made ready on the driver."""
+"""A training job: all inputs of a worker, checked and prepared on the driver."""
 
 import dataclasses
 import json
@@ -33,8 +33,8 @@ from mmdiff_ray.training.init import Match, load_matching, match
 from mmdiff_ray.training.parallel import bfloat16_is_fast, check_strategy, choose_device
 
 CALIBRATION_ROWS = 512
-CUT_SHORT = {"tracking", "config.yaml", "run.json.partial"}
-"""What a run has in its folder before its run.json."""
+INCOMPLETE = {"tracking", "config.yaml", "run.json.partial"}
+"""Files in a run's folder before its run.json is written."""
 MAY_CHANGE = (
     "train.samples",
     "train.max_minutes",
@@ -62,20 +62,21 @@ MAY_CHANGE = (
     "tracking.log_model",
     "tracking.system_metrics",
 )
-"""Keys that may differ where a run goes on: neither the model nor which row is read when depends on them."""
+"""Keys that may change when a run resumes: they affect neither the model nor the order of rows."""
 
 
 @dataclass(frozen=True)
 class Job:
     """One training run.
 
-    folder: where everything of the run lies. calibration: the modalities' fixed scales. pause_at: where
-    training ends for now, with a checkpoint, at the first report after so many samples; None: at its end.
-    tables: who reads row groups from storage, else every reader for itself.
-    uri: of a run in storage; the folder is then of this machine alone. lineage: whose checkpoints and model
-    count, of a run that may have taken another's; else the run's own do. stored_only: whether of one in
-    storage only checkpoints count that are there, since other machines go on with it, too. frequencies: of
-    the rows of each data set, where they are weighed.
+    folder: the run's folder on this machine. uri: set for a run in object storage.
+    calibration: fixed scales of the modalities.
+    pause_at: save a checkpoint and stop at the first report after so many samples; None: train to the end.
+    tables: shared reader of row groups; None: each reader reads from storage itself.
+    lineage: id that checkpoints and model must carry, for a run that may have copied another's checkpoint;
+    "": the run's own id.
+    stored_only: for a run in storage, resume only from checkpoints there, since other machines resume it too.
+    frequencies: of the rows of each data set, if rows are weighted.
     """
 
     config: Config
@@ -93,11 +94,11 @@ class Job:
 
     @property
     def mirror(self) -> Mirror | None:
-        """Return what brings the folder to storage, if the run is kept there."""
+        """The mirror that uploads the folder, for a run in object storage."""
         return mirror(self.uri, self.folder) if self.uri else None
 
     def here(self) -> "Job":
-        """Return the job with its folder on the machine that asks."""
+        """Return the job with its folder on this machine."""
         return dataclasses.replace(self, folder=runs.make_cache(self.uri)) if self.uri else self
 
     @property
@@ -114,28 +115,28 @@ class Job:
 
     @property
     def bad_rows(self) -> dict[str, str]:
-        """Return the rows that the run could not read so far, place -> why."""
+        """The unreadable rows so far, place -> reason."""
         file = self.folder / runs.BAD_ROWS
         return json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
 
     def add_bad_rows(self, rows: Mapping[str, str]) -> dict[str, str]:
-        """Note rows that the run could not read beside it, and return all of them."""
+        """Add unreadable rows to those in the run's folder and return all of them."""
         known = self.bad_rows
         if not rows.keys() <= known.keys():
-            known |= {place: why for place, why in rows.items() if place not in known}
+            known |= {place: reason for place, reason in rows.items() if place not in known}
             write_json(self.folder / runs.BAD_ROWS, known)
             if self.mirror is not None:
                 self.mirror.send(runs.BAD_ROWS)
         return known
 
     def denoiser(self) -> Denoiser:
-        """Return the untrained model with its codes' scales set."""
+        """Return the untrained model with calibrated scales."""
         denoiser = build_denoiser(self.config)
         denoiser.modalities.load_state_dict(self.calibration, strict=False)
         return denoiser
 
     def initialize(self, denoiser: Denoiser) -> None:
-        """Give a model the weights of `train.init`, where it is set."""
+        """Load the weights of `train.init`, if it is set."""
         if self.config.train.init:
             load_matching(denoiser, tensors_in(self.config.train.init))
 
@@ -153,23 +154,23 @@ class Job:
 
     @property
     def columns(self) -> Mapping[str, Mapping[str, Any]]:
-        """Return what the first data set's manifest says of its columns."""
+        """The columns in the first data set's manifest."""
         return self.manifests[0].columns
 
 
 def make_reader(config: Config, denoiser: Denoiser, tables: Tables | None = None) -> RowReader:
-    """Return the reader of a configuration's data sets."""
+    """Create the reader of a configuration's data sets."""
     uris = [source.uri for source in config.data.sources]
     return RowReader(dict(denoiser.modalities.items()), uris, config.data, config.seed, tables)
 
 
 def prepare(config: Config, folder: Path, tables: Tables | None = None, resumed: bool = False) -> Job:
-    """Check a configuration against its data and return the job; nothing is started or written.
+    """Check a configuration against its data and return the job; start and write nothing.
 
-    resumed: whether the run exists and needs `train.init` no more. Raises ConfigError.
+    resumed: the run exists, so `train.init` is ignored. Raises ConfigError.
     """
     if config.evaluate.evaluators != [] or config.evaluate.periodic:
-        from mmdiff_ray.evaluation.run import check_evaluators  # what it draws and measures with is large
+        from mmdiff_ray.evaluation.run import check_evaluators  # slow import: metrics and plots
 
         check_evaluators(config)
     if config.workers.count == 0:
@@ -188,7 +189,7 @@ def prepare(config: Config, folder: Path, tables: Tables | None = None, resumed:
 
 
 def _with_init(config: Config, denoiser: Denoiser) -> Config:
-    """Return the configuration with the full address of `train.init`. Raises ConfigError if nothing fits."""
+    """Resolve `train.init` to a full address. Raises ConfigError if no tensor fits."""
     init = str(config.train.init)
     with named("train.init"):
         if init.startswith(PRETRAINED):
@@ -199,12 +200,12 @@ def _with_init(config: Config, denoiser: Denoiser) -> Config:
         elif not is_uri(init):
             init = str(Path(init).absolute())
         if not match(denoiser, shapes_in(init)).same:
-            raise ConfigError(f"no tensor in {init} has the name and shape of one of this model's")
+            raise ConfigError(f"no tensor in {init} matches this model by name and shape")
     return dataclasses.replace(config, train=dataclasses.replace(config.train, init=init))
 
 
 def init_tags(job: Job) -> dict[str, str]:
-    """Return the tags of a run that starts from another's weights: from where, and that run's id if known."""
+    """Return the tags for `train.init`: its address and, if known, the id of that run."""
     init = job.config.train.init
     if not init:
         return {}
@@ -214,12 +215,12 @@ def init_tags(job: Job) -> dict[str, str]:
 
 
 def init_match(job: Job) -> Match:
-    """Return which of a model's parameters start from `train.init`."""
+    """Return which of the model's parameters `train.init` sets."""
     return match(job.denoiser(), shapes_in(str(job.config.train.init)))
 
 
 def with_precision(config: Config) -> Config:
-    """Return the configuration with `train.precision` decided, where it is auto."""
+    """Resolve `train.precision: auto` for this machine."""
     if config.train.precision != "auto":
         return config
     gpu = config.workers.gpus > 0 if config.workers.count else choose_device(config.train).type == "cuda"
@@ -229,13 +230,14 @@ def with_precision(config: Config) -> Config:
 
 
 def fit(config: Config, manifests: list[Manifest]) -> tuple[Config, Denoiser]:
-    """Return the configuration with all that the data's manifests decide, and its model. Raises ConfigError
-    where they do not go together; no row is read."""
+    """Resolve a configuration against the manifests of its data and build its model. Reads no rows.
+
+    Raises ConfigError if they do not fit together.
+    """
     if config.evaluate.evaluators != [] and not sum(m.splits[config.evaluate.split].rows for m in manifests):
         raise ConfigError(
-            f"evaluate.split: the data have no rows in {config.evaluate.split}; build them with a larger "
-            f"{'test' if config.evaluate.split == 'test' else 'val'}_share, or train without evaluation: "
-            "evaluate.evaluators=[]"
+            f"evaluate.split: the data have no rows in {config.evaluate.split}; rebuild them with a larger "
+            f"{'test' if config.evaluate.split == 'test' else 'val'}_share, or set evaluate.evaluators=[]"
         )
     config = resolve_modalities(config, manifests)
     denoiser = build_denoiser(config)
@@ -243,12 +245,12 @@ def fit(config: Config, manifests: list[Manifest]) -> tuple[Config, Denoiser]:
     _check_phases(config)
     cutout = config.train.cutout
     if cutout is not None and denoiser.modalities[cutout].made_from is None:
-        raise ConfigError(f"train.cutout ({cutout}) hides nothing; name an instance with holes")
+        raise ConfigError(f"train.cutout ({cutout}) hides nothing; set it to a modality with holes")
     return _with_scales(_with_sizes(config, denoiser), denoiser), denoiser
 
 
 def _check_phases(config: Config) -> None:
-    """Raise ConfigError for a change of weights on the way that leaves the prior."""
+    """Raise ConfigError if the weights after a change of `train.changes` are invalid."""
     for index, change in enumerate(config.train.changes):
         later = in_force(config, change.at)
         try:
@@ -258,7 +260,7 @@ def _check_phases(config: Config) -> None:
 
 
 def _with_sizes(config: Config, denoiser: Denoiser) -> Config:
-    """Return the configuration with all sizes of the backbone written out, so that it outlives its preset."""
+    """Write out all sizes of the backbone, so that a later change of its preset does not matter."""
     sizes = getattr(denoiser.backbone, "options", None)
     if not dataclasses.is_dataclass(sizes):
         return config
@@ -269,7 +271,7 @@ def _with_sizes(config: Config, denoiser: Denoiser) -> Config:
 
 
 def _with_scales(config: Config, denoiser: Denoiser) -> Config:
-    """Return the configuration with the scale of every profile that is used written out."""
+    """Write out the scale of every weight profile in use."""
     modalities = {
         name: dataclasses.replace(options, weights=denoiser.modalities[name].weights)
         if is_generated(config, name) and name != denoiser.anchor
@@ -285,9 +287,9 @@ def _fixed_scales(denoiser: Denoiser) -> dict[str, Tensor]:
 
 
 def new_folder(config: Config) -> Path:
-    """Return the folder of a new run: the configured name, or the next free one after it.
+    """Return the folder of a new run: the configured name, or the next free one (`NAME-2`, ...).
 
-    Raises ConfigError where runs are to be kept in storage and cannot, or MLflow has no store then.
+    For runs in object storage, raises ConfigError if it is not writable or no MLflow store is set.
     """
     if is_uri(config.runs):
         tracking_uri(config.tracking.uri, config.runs)
@@ -297,29 +299,29 @@ def new_folder(config: Config) -> Path:
         name = config.name if number == 1 else f"{config.name}-{number}"
         if name not in taken:
             return cached(join(config.runs, name))
-    raise ConfigError(f"name: {config.runs} is full of runs named {config.name}; choose another name")
+    raise ConfigError(f"name: {config.runs} has 9,999 runs named {config.name}; choose another name")
 
 
-def begun(config: Config) -> Path | None:
-    """Return the folder of the run of a configuration's name; None where it has not begun.
+def existing_run(config: Config) -> Path | None:
+    """Return the folder of the run with the configuration's name; None if there is none.
 
-    What a beginning that was cut short has left is removed, so that the name is free. Raises ConfigError for
-    a folder of that name that is no run's.
+    Deletes the files of a run that was killed while it started. Raises ConfigError if the folder is not a
+    run's.
     """
     if is_uri(config.runs):
-        return runs.find_begun(join(config.runs, config.name))
+        return runs.find_existing(join(config.runs, config.name))
     folder = Path(config.runs).absolute() / config.name
     if (folder / "run.json").is_file():
         return folder
     if folder.exists():
-        if not folder.is_dir() or {path.name for path in folder.iterdir()} - CUT_SHORT:
-            raise ConfigError(f"name: {folder} exists and is no run; choose another name")
+        if not folder.is_dir() or {path.name for path in folder.iterdir()} - INCOMPLETE:
+            raise ConfigError(f"name: {folder} exists but is not a run; choose another name")
         shutil.rmtree(folder)
     return None
 
 
 def write_run(job: Job, **facts: Any) -> None:
-    """Write what is known of a run beside it: its configuration, and `run.json`."""
+    """Write a run's `config.yaml` and `run.json`. facts: more entries of the latter."""
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "config.yaml").write_text(configuration.to_yaml(job.config), encoding="utf8")
     known = {
@@ -334,28 +336,25 @@ def write_run(job: Job, **facts: Any) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return what `write_run` wrote in `run.json`."""
+    """Read a run's `run.json`."""
     return json.loads((folder / "run.json").read_text(encoding="utf8"))
 
 
 def load_job(folder: Path, overrides: Sequence[str] = ()) -> Job:
     """Return the job of an existing run, with overrides.
 
-    Raises ConfigError for an override that a run cannot go on with, and where its data are other ones now.
+    Raises ConfigError for an override that a resumed run does not allow, or if the data have changed.
     """
     before = configuration.load_saved(folder / "config.yaml")
-    if any(word.startswith("train.samples=") for word in overrides):
-        overrides = [
-            "train.max_minutes=null",
-            *overrides,
-        ]  # a length asked for now outranks an old time limit
+    if any(override.startswith("train.samples=") for override in overrides):
+        # A new length overrides an old time limit.
+        overrides = ["train.max_minutes=null", *overrides]
     config = configuration.load_saved(folder / "config.yaml", overrides)
-    check_kept(before, config, MAY_CHANGE, "a run that goes on")
+    check_kept(before, config, MAY_CHANGE, "a resumed run")
     facts, job = read_run(folder), prepare(config, folder, resumed=True)
     if facts["datasets"] != [manifest.digest for manifest in job.manifests]:
         raise ConfigError(
-            f"data.sources: the data are not those that {folder.name} was trained on (their manifests "
-            "differ); start a new run on them"
+            f"data.sources: {folder.name} was trained on other data (the manifests differ); start a new run"
         )
     origin = runs.address(folder)
     uri = origin if is_uri(origin) else ""
@@ -369,7 +368,7 @@ def load_job(folder: Path, overrides: Sequence[str] = ()) -> Job:
 
 
 def check_kept(before: Config, now: Config, allowed: Sequence[str], what: str) -> None:
-    """Raise ConfigError for a value that differs, unless its key begins with one of the allowed ones."""
+    """Raise ConfigError if a value differs, unless its key starts with one of `allowed`."""
     old, new = configuration.flatten(before), configuration.flatten(now)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(tuple(allowed)):

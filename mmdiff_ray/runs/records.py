@@ -1,7 +1,7 @@
-"""Records of a run that MLflow has not got: sent at the end, counted, and kept where they are found again.
+"""MLflow records of a run that are not sent yet.
 
-The log of a run lies in its folder. If the run is kept in storage, that folder belongs to one machine, which
-may go: unsent records move to `records/` in storage, and whoever sends the run's records next fetches them.
+The log is in the run's folder. For a run in object storage, that folder is on one machine, which may go away.
+So unsent records move to `records/` in storage, and the next sender on any machine takes them from there.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ _log = logging.getLogger(__name__)
 
 
 def root(folder: Path) -> Path:
-    """Return the folder of the log of a run."""
+    """Return the folder of a run's log."""
     return folder / "tracking"
 
 
-def keep(folder: Path, mirror: Mirror | None) -> list[str]:
-    """Move a run's unsent records to its storage; return what is not there afterwards.
+def store_unsent(folder: Path, mirror: Mirror | None) -> list[str]:
+    """Move a run's unsent records to object storage; return the names of those that could not be moved.
 
-    Records that another thread or process is sending stay.
+    Does not move records while another thread or process sends them.
     """
     if mirror is None:
         return []
@@ -49,8 +49,8 @@ def keep(folder: Path, mirror: Mirror | None) -> list[str]:
     return left if is_moved else [root(folder).name, *left]
 
 
-def take(folder: Path, mirror: Mirror | None) -> None:
-    """Move the records that a run or a sweep has in storage into its log, if storage answers."""
+def fetch_unsent(folder: Path, mirror: Mirror | None) -> None:
+    """Move the records of a run or sweep from object storage to its local log, if storage answers."""
     file = next((file for name in (runs.RUN, runs.SWEEP) if (file := folder / name).is_file()), None)
     if mirror is None or file is None:
         return
@@ -59,21 +59,21 @@ def take(folder: Path, mirror: Mirror | None) -> None:
         for name in sorted({file.partition("/")[0] for file in mirror.files(RECORDS)}):
             mirror.take(f"{RECORDS}/{name}", root(folder) / name)
     except (OSError, RunError, UnreachableError) as error:
-        _log.warning("records of the run stay in %s: %s", join(mirror.uri, RECORDS), error)
+        _log.warning("records of the run remain in %s: %s", join(mirror.uri, RECORDS), error)
     Log(root(folder), {"uri": facts["tracking_uri"], "run_id": facts["run_id"]})  # merges them
 
 
 def finish(folder: Path, say: Callable[[str], None]) -> bool:
-    """Wait until MLflow has a run's records and storage its files, and report what they do not take.
+    """Send a run's records to MLflow and its files to storage, and report anything unsent.
 
-    Returns whether they have all; records of a run that began without MLflow may wait.
+    Returns whether all is sent. Unsent records of a run that started without MLflow count as sent.
     """
     mirror, run = runs.mirror_of(folder), jobs.read_run(folder)
-    take(folder, mirror)
+    fetch_unsent(folder, mirror)
     if not Log(root(folder)).all_sent:
         Tracker(run["tracking_uri"], run["run_id"], root(folder)).finish(say=say)
     if left := Log(root(folder)).waiting:
-        keep(folder, mirror)
+        store_unsent(folder, mirror)
         say(advice(folder, left))
     if unsent := mirror.flush() if mirror is not None else []:
         say(runs.not_sent(runs.address(folder), folder, unsent))
@@ -81,7 +81,7 @@ def finish(folder: Path, say: Callable[[str], None]) -> bool:
 
 
 def advice(folder: Path, left: int) -> str:
-    """Return the message about records that wait: how many, where, and the command that sends them."""
+    """Return the message about unsent records: how many, where, and the command that sends them."""
     address = runs.address(folder)
     place = join(address, RECORDS) if is_uri(address) else str(root(folder))
     sync = f"mmdiff sync {shlex.quote(address)}"
@@ -91,23 +91,23 @@ def advice(folder: Path, left: int) -> str:
 
 
 def send(where: str) -> Replayed:
-    """Send the records of a run at an address; keep what MLflow does not take."""
+    """Send the records of the run at an address; keep what MLflow does not accept."""
     if not is_uri(where):
         return replay(root(Path(where)))
     folder = runs.open_run(where, (*runs.SMALL, runs.SWEEP))
     mirror = runs.mirror_of(folder)
-    take(folder, mirror)
-    done = replay(root(folder))
-    unsent = keep(folder, mirror)
+    fetch_unsent(folder, mirror)
+    result = replay(root(folder))
+    unsent = store_unsent(folder, mirror)
     if unsent:
         print(runs.not_sent(where, folder, unsent))
-    return dataclasses.replace(done, waiting=done.waiting + len(unsent))
+    return dataclasses.replace(result, waiting=result.waiting + len(unsent))
 
 
 def sync(where: str) -> int:
-    """Send the records of a run or a sweep, or of all runs of a folder or in storage; return 1 if some wait.
+    """Send the records of a run, of a sweep, or of all runs at an address; return 1 if some are unsent.
 
-    Raises ConfigError where there is no such folder or run.
+    Raises ConfigError if there is no such folder or run.
     """
     if is_uri(where):
         addresses = runs.addresses(where)
@@ -117,9 +117,9 @@ def sync(where: str) -> int:
         raise ConfigError(f"no folder {where}; pass the folder or URI of a run or of all runs")
     waiting = 0
     for address in addresses:
-        done = send(address)
-        waiting += done.waiting
-        if done.sent or done.waiting:
-            print(f"{address}: {done}")
+        result = send(address)
+        waiting += result.waiting
+        if result.sent or result.waiting:
+            print(f"{address}: {result}")
     print(f"unsent records are kept; retry: mmdiff sync {where}" if waiting else "all records are in MLflow")
     return 1 if waiting else 0

@@ -97,11 +97,11 @@ def test_a_name_is_taken_by_a_run_in_storage_or_what_this_machine_has_not_sent(m
 
 
 def test_one_name_is_given_to_one_run(made, tmp_path):
-    with pytest.raises(ConfigError, match=r"^name: file://.*tiny was taken by another run"):
+    with pytest.raises(ConfigError, match=r"^name: file://.*tiny was just taken by another run"):
         runs.claim(made.uri)
     new = join(f"file://{tmp_path}/storage", "new")
     runs.claim(new)
-    with pytest.raises(ConfigError, match="taken by another run"):
+    with pytest.raises(ConfigError, match="just taken by another run"):
         runs.claim(new)
     runs.release(new)
     runs.claim(new)
@@ -109,15 +109,15 @@ def test_one_name_is_given_to_one_run(made, tmp_path):
 
 def test_to_continue_a_run_finds_it_or_frees_what_a_beginning_that_was_cut_short_left(made, tmp_path):
     where = f"file://{tmp_path}/storage"
-    assert runs.find_begun(join(where, "other")) is None
-    assert (runs.find_begun(made.uri) / "run.json").is_file()
+    assert runs.find_existing(join(where, "other")) is None
+    assert (runs.find_existing(made.uri) / "run.json").is_file()
     runs.claim(join(where, "other"))
-    assert runs.find_begun(join(where, "other")) is None
+    assert runs.find_existing(join(where, "other")) is None
     assert "other" not in runs.names_in(where)
     (tmp_path / "storage" / "mine").mkdir()
     (tmp_path / "storage" / "mine" / "letters.txt").touch()
-    with pytest.raises(ConfigError, match=r"^name: file://.*/mine exists and is no run"):
-        runs.find_begun(join(where, "mine"))
+    with pytest.raises(ConfigError, match=r"^name: file://.*/mine exists but is not a run"):
+        runs.find_existing(join(where, "mine"))
 
 
 def test_a_run_that_cannot_be_recorded_leaves_nothing_in_storage(sprites, tmp_path, cache):
@@ -148,7 +148,7 @@ def test_records_that_a_worker_cannot_send_reach_the_driver_on_another_machine(m
     monkeypatch.setenv("MMDIFF_CACHE", str(tmp_path / "another"))
     folder = runs.open_run(made.uri)
     for _ in range(2):
-        records.take(folder, runs.mirror_of(folder))
+        records.fetch_unsent(folder, runs.mirror_of(folder))
         log = Log(folder / "tracking")
         assert [record.kind for record in log.read(9)] == ["metrics", "artifact"]
         assert (log.files(log.read(9)[1].id) / "note.txt").read_text() == "hello"
@@ -167,10 +167,10 @@ def test_records_that_storage_does_not_take_either_are_named_with_where_they_lie
     hooks.tracker.metrics({"loss": 1}, 1)
     hooks.close()
     assert f"not in {made.uri}: records/" in notes[-1]["text"]
-    assert f"All is in {made.folder}; " in notes[-1]["text"]
+    assert f"They are in {made.folder}; " in notes[-1]["text"]
     (tmp_path / "storage" / "tiny" / "records").unlink()
     folder = runs.open_run(made.uri)
-    records.take(folder, runs.mirror_of(folder))
+    records.fetch_unsent(folder, runs.mirror_of(folder))
     assert Log(folder / "tracking").waiting == 1
 
 
@@ -251,7 +251,7 @@ def test_no_bucket_no_right_no_key_and_no_server_are_told_apart(bucket, monkeypa
             monkeypatch.delenv(name, raising=False)
     with faulty(bucket.port) as network:
         network.down = True
-        with pytest.raises(UnreachableError, match=r"^runs: cannot look into s3://toys/runs"):
+        with pytest.raises(UnreachableError, match=r"^runs: cannot list s3://toys/runs"):
             runs.names_in(bucket.uri("runs", network.port))
 
 
@@ -335,11 +335,11 @@ def test_a_server_that_dies_at_the_end_costs_an_exit_code_and_the_next_command_s
             here = cached(uri)
         assert code == 1 and said.count("cannot upload") == 1
         checkpoints = "checkpoint 000000000064, checkpoint 000000000160"
-        assert f"not in {uri}: {checkpoints}. All is in {here}; training that goes on" in said
+        assert f"not in {uri}: {checkpoints}. They are in {here}; resuming the run" in said
         left = "config.yaml, evaluation.json, export, pictures/joint.png, run.json"
         assert said.rstrip().endswith(
-            f"not in {uri}: {left}. All is in {here}; the next command that names "
-            "this run on the same machine sends it"
+            f"not in {uri}: {left}. They are in {here}; the next command on this run "
+            "on this machine uploads them"
         )
         network.down = False
         code, _, complaint = two("sample", uri, "--num", "2")

@@ -245,7 +245,7 @@ def test_the_end_waits_by_time_for_a_store_that_is_away_and_says_so_once(
     assert run_life.end_run(network.url, run_id, "FINISHED", tmp_path, say=said.append) == 0
     (line,) = said
     assert line.startswith(f"MLflow at {network.url}: ") and "; 1 records wait. Retrying until " in line
-    assert f"they stay in {tmp_path}" in line
+    assert f"keeps them in {tmp_path}" in line
     assert store.client(server.uri).get_run(run_id).info.status == "FINISHED"
 
 

@@ -215,7 +215,7 @@ def _segment(sweep: Sweep, job: Job, trial: Trial) -> dict[str, Any]:
     for name, picture in findings.pictures.items():  # at every report: any may be the last
         tracker.image(f"evaluation/{name}", to_png(picture), seen)
     tracker.close(timeout_s=5)
-    records.keep(job.folder, job.mirror)
+    records.store_unsent(job.folder, job.mirror)
     return {"samples": seen, "figures": figures, "seconds": time.monotonic() - started}
 
 
@@ -300,5 +300,5 @@ def close_run(where: str, trial: Trial, state: str, tags: Mapping[str, str] | No
     run_life.end_run(facts["tracking_uri"], facts["run_id"], launch.STATUS[state], spool, timeout_s=5)
     if (mirror := runs.mirror_of(place)) is not None:
         mirror.send(runs.RUN)
-        records.keep(place, mirror)
+        records.store_unsent(place, mirror)
         mirror.flush()
