@@ -71,4 +71,6 @@ def test_little_shared_memory_is_told(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(machine, "LEAST_SHARED_GIB", 10**6)
     monkeypatch.chdir(tmp_path)
     (line,) = broken(capsys)
-    assert "memory for Ray" in line and "GiB free in /dev/shm: Ray keeps batches on disk and is slow" in line
+    assert (
+        "memory for Ray" in line and "GiB free in /dev/shm: Ray stores batches on disk, which is slow" in line
+    )

@@ -48,7 +48,7 @@ def growing(tmp_path_factory) -> Iterator[str]:
     [
         (
             ["workers.count=4"],
-            "workers.cpus and workers.data_workers: 4 workers need 8 CPUs, the cluster has 0, and can start",
+            "workers.cpus and workers.data_workers: 4 workers need 8 CPUs, the cluster has 0, and its autoscaler",
         ),
         (
             ["workers.labels={kind: huge}"],
@@ -88,7 +88,7 @@ def test_data_are_built_on_nodes_that_are_started_for_it(tmp_path):
     with autoscaling_cluster(tmp_path, {"small": node}) as address:
         code, said, errors = mmdiff(address, *words)
     assert code == 0 and "train" in said, said + errors
-    assert "waiting for the cluster to start nodes: the work asks for 1 CPU, the cluster has 0\n" in said
+    assert "waiting for the cluster to start nodes: the work needs 1 CPU, the cluster has 0\n" in said
 
 
 @pytest.fixture(scope="module")

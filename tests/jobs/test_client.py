@@ -146,4 +146,4 @@ def test_job_whose_server_fails_is_reported_to_continue(monkeypatch, capsys):
         assert main(["jobs", "logs", "--follow", "--address", address, "demo-1"]) == 1
     printed = capsys.readouterr()
     assert printed.out == "first\n" and len(printed.err.splitlines()) == 1
-    assert "the job continues if its cluster does, see: mmdiff jobs logs --follow demo-1" in printed.err
+    assert "the job continues if its cluster runs, see: mmdiff jobs logs --follow demo-1" in printed.err

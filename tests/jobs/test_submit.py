@@ -246,7 +246,7 @@ def test_command_with_a_password_is_refused_and_not_repeated(refused, words):
         (("--", "evaluate", "x"), "--runs (runs) is a relative path"),
         (("--", "sync", "runs/x"), "--folder (runs/x) is a relative path"),
         (("--", "data", "build", "digits", "--out", "y"), "--out (y) is a relative path"),
-        (("--", "generate", "s3://b/runs/x", "--out", "y"), "give --folder DIR"),
+        (("--", "generate", "s3://b/runs/x", "--out", "y"), "set --folder DIR"),
         (("--", "experiment", "nothing"), "experiment: unknown 'nothing'"),
         (("--", "experiment", WEIGHTS, "--cells", "no-*"), "cells: unknown 'no-*'"),
         (("--", "sweep", "nothing.yaml"), "nothing.yaml"),

@@ -187,7 +187,7 @@ def test_sync_of_storage_without_a_run_is_refused(tmp_path, capsys):
         ("s3://bucket/runs?colour=red", r"^runs: cannot open s3://bucket/runs\?colour=red"),
         ("s3://me:secret@bucket/runs", r"^runs: a key in a URI would be recorded.*AWS_ACCESS_KEY_ID"),
         ("s3://secret@bucket/runs", r"^runs: a key in a URI would be recorded.*AWS_ACCESS_KEY_ID"),
-        ("file:///proc/nothing", r"^runs: cannot write to file:///proc/nothing: .*the right to write"),
+        ("file:///proc/nothing", r"^runs: cannot write to file:///proc/nothing: .*permission to write"),
     ],
 )
 def test_storage_that_cannot_be_used_is_refused_before_anything_starts(sprites, where, message):

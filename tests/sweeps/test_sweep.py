@@ -426,7 +426,10 @@ def test_what_would_fail_later_is_told_before_anything_starts(sprites, tmp_path,
         ({"base__workers": {"count": 1, "gpus": 1}}, "workers.gpus"),
         ({"space": {f"{WEIGHTS}.kappa": {"uniform": [1, 2]}}}, "no value of it changes anything"),
         ({"base__workers": {"count": 99}}, "train.global_batch (16) must have a row for each of 99"),
-        ({"base__workers": {"count": 1, "labels": {"kind": "a"}}}, "workers.labels: Ray Tune places trials"),
+        (
+            {"base__workers": {"count": 1, "labels": {"kind": "a"}}},
+            "workers.labels: Ray Tune places one-worker",
+        ),
     ):
         file = tiny.write(tmp_path, sprites, **changes)
         assert main(["sweep", str(file), "--runs", str(tmp_path / "runs")]) == 2

@@ -168,7 +168,7 @@ def test_a_trial_whose_beginning_or_model_does_not_reach_storage_begins_or_goes_
         machines.train("a", 0, 32)
         with monkeypatch.context() as bad:
             bad.setattr(launch, "work", lambda *_: "finished")  # its model stays where its worker was
-            with pytest.raises(OutageError, match=r"trials/0000.* has no model of later than 32 samples"):
+            with pytest.raises(OutageError, match=r"trials/0000.* has no model newer than 32 samples"):
                 machines.train("a", 0, 64)
         machines.train("b", 0, 64)
         assert [report["samples"] for report in read_trial(where, 0).reports] == [32, 64]
