@@ -48,7 +48,7 @@ def growing(tmp_path_factory) -> Iterator[str]:
     [
         (
             ["workers.count=4"],
-            "workers.cpus and workers.data_workers: 4 workers need 8 CPUs, the cluster has 0, and its autoscaler",
+            "workers.cpus and workers.data_workers: 4 workers need 8 CPUs, the cluster has 0, and its",
         ),
         (
             ["workers.labels={kind: huge}"],
