@@ -260,7 +260,11 @@ def _record(folder: Path, place: Path, config: Config, findings: Findings) -> No
     if (mirror := runs.mirror_of(folder)) is not None:
         drawn = [f"pictures/{name}.png" for name in findings.pictures]
         mirror.send(
-            *([*drawn, "evaluation.npz", "evaluation.json"] if own else [place.relative_to(folder).as_posix()])
+            *(
+                [*drawn, "evaluation.npz", "evaluation.json"]
+                if own
+                else [place.relative_to(folder).as_posix()]
+            )
         )
 
 
