@@ -201,7 +201,7 @@ def test_an_archive_of_cells_writes_cells_alone(name, tmp_path):
     with zipfile.ZipFile(archive_file(tmp_path / "table"), "w") as archive:
         archive.writestr(name.replace("CELL", key), "x")
         archive.writestr(f"{key}/export/facts.json", "{}")
-    with pytest.raises(ConfigError, match=r"table\.cells\.zip is no archive of cells: it holds"):
+    with pytest.raises(ConfigError, match=r"table\.cells\.zip is not an archive of cells: unexpected entry"):
         unpack(experiment, tmp_path / "runs", tmp_path / "table")
     assert not (tmp_path / "runs").exists() and not list(tmp_path.rglob("escaped*"))
 

@@ -1,7 +1,7 @@
-"""One cell of a table: train a method with a seed, then measure it. Both resume where they stopped.
+"""One cell of a table: train a method with one seed, then measure it. Both resume after an interruption.
 
-`python -m mmdiff_ray.experiments.cell FILE METHOD SEED` trains a cell in one process without Ray and MLflow,
-on any machine with torch, pyarrow, omegaconf, Pillow and safetensors.
+`python -m mmdiff_ray.experiments.cell FILE METHOD SEED` trains a cell in one process without Ray and MLflow.
+It needs torch, pyarrow, omegaconf, Pillow and safetensors.
 """
 
 import argparse
@@ -40,27 +40,27 @@ from mmdiff_ray.training.trainer import Trainer
 
 REPORT_EVERY_S = 30.0
 LOCK_WAIT_S = 60.0
-"""How long to wait for a cell's lock: the tasks of a killed runner end a little later than it."""
+"""How long to wait for a cell's lock: the tasks of a killed runner end a little later than the runner."""
 WATCH_POINTS = 8
-"""How often a cell's watched tasks are evaluated during training."""
+"""Number of evaluations of a cell's watched tasks during training."""
 
 
 def is_trained(folder: Path, config: Config) -> bool:
-    """Return whether a cell is trained. Raises ConfigError if it was trained with other settings."""
+    """Return whether a cell is trained. Raises ConfigError if its settings have changed since."""
     file = folder / "export" / "facts.json"
     if not file.is_file():
         return False
     facts = json.loads(file.read_text(encoding="utf8"))
     if facts.get("digest") != training_digest(config):
         raise ConfigError(
-            f"{folder} was trained with other settings than the experiment has now; "
+            f"{folder} was trained with settings that differ from the experiment's; "
             "move the folder away to train the cell again"
         )
     return True
 
 
 def train_cell(config: Config, folder: Path, hooks: "CellHooks", watched: Sequence[str] = ()) -> None:
-    """Train a cell in this process, from its last checkpoint if there is one, and write its export.
+    """Train a cell in this process and write its export. Resumes from the last checkpoint, if any.
 
     watched: tasks whose losses and gradients are recorded in `watched.json`.
     """
@@ -107,12 +107,12 @@ def train_cell(config: Config, folder: Path, hooks: "CellHooks", watched: Sequen
         "machine": machine(trainer.device),
         "versions": versions,
     }
-    shutil.rmtree(folder / "measured", ignore_errors=True)  # measurements of an earlier model
+    shutil.rmtree(folder / "measured", ignore_errors=True)  # they belong to an earlier model
     save_export(job.export, _with_init(config, init), trainer.ema.model, known)
 
 
 def _cell_export(cells: Path, init: str | None) -> str | None:
-    """Return the model's file of the cell named `init`, any other `train.init` as it is."""
+    """Return the weights file of the cell that `init` names; any other `train.init` unchanged."""
     file = cells / (init or "") / "export" / WEIGHTS
     return str(file) if init and file.is_file() else init
 
@@ -122,7 +122,7 @@ def _with_init(config: Config, init: str | None) -> Config:
 
 
 class CellHooks:
-    """Report progress every REPORT_EVERY_S seconds, and record metrics."""
+    """Hooks of `fit`: print progress every REPORT_EVERY_S seconds and record metrics."""
 
     def __init__(self, say: Say, record: Callable[[dict[str, float], int], None] | None = None) -> None:
         self.say, self.record = say, record
@@ -130,7 +130,7 @@ class CellHooks:
         self.watch: Watch | None = None
 
     def resumed(self, progress: Progress) -> None:
-        """Report the checkpoint that training resumes from."""
+        """Print where training resumes."""
         if progress.samples_seen:
             self.say(f"resumed at {progress.samples_seen:,} samples")
 
@@ -150,12 +150,12 @@ class CellHooks:
         return {}
 
     def should_stop(self, progress: Progress) -> bool:
-        """Return False: a killed cell resumes from its checkpoint."""
+        """Return False: a cell needs no early stop, since a killed one resumes from its checkpoint."""
         return False
 
 
 def machine(device: torch.device) -> str:
-    """Return the name of the hardware that a model was trained on."""
+    """Return the name of the GPU, or the number and type of CPU cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} of {os.cpu_count()} CPU cores ({platform.machine()})"
@@ -171,14 +171,14 @@ def lock_cell(experiment: Experiment, cell: Cell, runs: Path) -> AbstractContext
 def run_cell(
     experiment: Experiment, cell: Cell, runs: Path, measured: bool, say: Say, hooks: CellHooks | None = None
 ) -> None:
-    """Train a cell if it is not trained, and measure it if `measured`. The caller holds its lock.
+    """Train a cell unless it is trained; with `measured`, measure it too. The caller holds its lock.
 
-    A cell restored from an archive has measurements and no model; it is trained again only if something needs
-    the model. Raises ConfigError if a cell that this one needs is not trained.
+    A cell restored from an archive has measurements but no model. It is trained again only if a measurement
+    or another cell needs its model. Raises ConfigError if a cell that this one depends on is not trained.
     """
     folder = experiment.folder(runs, cell)
     config = experiment.config(cell, folder.parent)
-    if not is_trained(folder, config) or (measured and _lacks_model(experiment, cell, runs)):
+    if not is_trained(folder, config) or (measured and _is_missing_needed_model(experiment, cell, runs)):
         for first in experiment.cells_before(cell):
             if not (experiment.folder(runs, first) / "export" / WEIGHTS).is_file():
                 raise ConfigError(f"{cell.key} needs {first.key}, which is not trained; train that first")
@@ -193,10 +193,10 @@ def run_cell(
 
 
 def copy_shared_checkpoint(experiment: Experiment, cell: Cell, runs: Path, say: Say) -> None:
-    """Give a cell that has not started the newest checkpoint of a cell that trains the same steps at first.
+    """Start a new cell from the newest checkpoint that it shares with a longer or shorter cell.
 
-    With `train.decay_samples`, cells that differ in their length alone have the same steps until the first of
-    them decays, so that one run serves the others, with the same result as if each had been trained alone.
+    With `train.decay_samples`, cells that differ only in length take identical steps until the shortest one
+    starts to decay. Reusing its checkpoint gives the same result as training each cell from scratch.
     """
     config, folder = experiment.config(cell, runs), experiment.folder(runs, cell)
     if config.train.decay_samples is None or complete(folder / "checkpoints"):
@@ -213,17 +213,17 @@ def copy_shared_checkpoint(experiment: Experiment, cell: Cell, runs: Path, say: 
         target = folder / "checkpoints" / place.name
         shutil.copytree(place, target.with_name(f"{place.name}.partial"), dirs_exist_ok=True)
         target.with_name(f"{place.name}.partial").rename(target)
-        say(f"starts from the {samples:,} samples of {place.parent.parent.name}")
+        say(f"starts from the checkpoint of {place.parent.parent.name} at {samples:,} samples")
 
 
 def _prefix(config: Config) -> str:
-    """Return the digest of what the steps before the decay depend on."""
+    """Return the digest of the settings that determine the steps before the decay."""
     train = dataclasses.replace(config.train, samples=1, decay_samples=None)
     return training_digest(dataclasses.replace(config, train=train))
 
 
-def _lacks_model(experiment: Experiment, cell: Cell, runs: Path) -> bool:
-    """Return whether a trained cell has no model although its own measurements or other cells need it."""
+def _is_missing_needed_model(experiment: Experiment, cell: Cell, runs: Path) -> bool:
+    """Return whether a trained cell has no model, but its measurements or other cells need one."""
     if (experiment.folder(runs, cell) / "export" / WEIGHTS).is_file():
         return False
     if not is_measured(experiment, cell, runs):
@@ -241,7 +241,7 @@ def _lacks_model(experiment: Experiment, cell: Cell, runs: Path) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train one cell in this process; with --measure, measure it, too."""
+    """Train one cell in this process; with --measure, measure it too."""
     parser = argparse.ArgumentParser(prog="python -m mmdiff_ray.experiments.cell", description=main.__doc__)
     parser.add_argument("experiment", help="the name of a shipped experiment, or a YAML file")
     parser.add_argument("method")

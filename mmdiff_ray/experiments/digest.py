@@ -1,4 +1,4 @@
-"""Digests of settings: two cells or measurements with equal digests have the same result."""
+"""Digests of settings: cells or measurements with equal digests have the same result."""
 
 import dataclasses
 import hashlib
@@ -12,8 +12,8 @@ from mmdiff_ray.config import Config
 def training_digest(config: Config) -> str:
     """Return the digest of the settings that the trained model depends on.
 
-    Storage, evaluation, tracking, workers and logging do not count, and neither does a key at its reference
-    default (see `digest`).
+    Ignores storage, evaluation, tracking, workers and logging, and every key at its reference default (see
+    `digest`).
     """
     default = Config()
     train = {
@@ -33,16 +33,16 @@ def training_digest(config: Config) -> str:
 def digest(*values: Any) -> str:
     """Return 16 hex digits that change with any setting.
 
-    Dataclasses count by their differences from reference defaults, so that a new key with a default changes
-    no digest. A key whose default changes later keeps its first default as reference, in its field's metadata
-    (`reference`), so that cells trained before keep their digest.
+    Only differences from the reference defaults of a dataclass are hashed, so adding a key with a default
+    keeps all digests. If the default of a key changes, put the old one in the field's metadata as
+    `reference`: existing cells then keep their digest.
     """
     text = json.dumps([_essential(value) for value in values], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _essential(value: Any) -> Any:
-    """Return plain values without those at their reference defaults."""
+    """Return plain values, leaving out keys at their reference defaults."""
     if isinstance(value, Mapping):
         return {str(key): _essential(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

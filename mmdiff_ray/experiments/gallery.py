@@ -1,4 +1,4 @@
-"""A grid for an experiment's page: what is given of held-out rows, what methods answer, and the truth."""
+"""A picture grid for an experiment's page: given modalities, each method's predictions, and the truth."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +20,9 @@ ROWS = 8
 
 
 def draw_gallery(experiment: Experiment, runs: Path, out: Path) -> list[Path]:
-    """Draw the most likely answers of the experiment's `pictures` by the models of the first seed.
+    """Draw the most likely predictions for the experiment's `pictures`, with the models of the first seed.
 
-    Return the file; the one that is there, if a model is missing.
+    Return the file. If a model is missing, return the existing file unchanged, if any.
     """
     file, wanted = result_file(out, "-pictures.png"), experiment.pictures
     if wanted is None:
@@ -34,13 +34,13 @@ def draw_gallery(experiment: Experiment, runs: Path, out: Path) -> list[Path]:
     if all((folder / WEIGHTS).is_file() for folder in folders):
         contexts = [_context(experiment, wanted, *one) for one in zip(wanted.methods, folders, strict=True)]
         titles = [experiment.methods[name].title for name in wanted.methods]
-        title = f"{wanted.measure}: the most likely answers"
+        title = f"{wanted.measure}: most likely predictions"
         grid(_panels(wanted, contexts, titles), title=title, subtitle="held-out rows").save(file)
     return [file] if file.is_file() else []
 
 
 def _context(experiment: Experiment, wanted: Pictures, name: str, export: Path) -> Context:
-    """Return a method's model with the first rows that have everything that is shown."""
+    """Return a method's model with the first ROWS held-out rows in which all drawn modalities are present."""
     config = configuration.load_saved(export / "config.yaml")
     measure = experiment.measures[wanted.measure]
     config = experiment.evaluation_config(config, experiment.methods[name], measure)
@@ -53,13 +53,13 @@ def _context(experiment: Experiment, wanted: Pictures, name: str, export: Path) 
 
 
 def _panels(wanted: Pictures, contexts: Sequence[Context], titles: Sequence[str]) -> list[Panel]:
-    """Return the given instances, then of each instance every method's answer, and the truth."""
+    """Return a panel per given modality, then per drawn modality every method's prediction and the truth."""
     first = contexts[0]
     modalities = first.denoiser.modalities
     panels = [Panel.of(modalities[name], name, first.truth(name), "given") for name in first.condition]
     for name in wanted.instances:
         for title, context in zip(titles, contexts, strict=True):
-            answer = context.sampled(*context.condition, readout="likely").data[name].cpu()
-            panels.append(Panel.of(modalities[name], title, answer, name))
+            predicted = context.sampled(*context.condition, readout="likely").data[name].cpu()
+            panels.append(Panel.of(modalities[name], title, predicted, name))
         panels.append(Panel.of(modalities[name], "truth", first.truth(name), name))
     return panels

@@ -22,8 +22,8 @@ from mmdiff_ray.experiments.spec import (
 
 
 @dataclass(frozen=True)
-class _Written:
-    """The keys of an experiment's file, as `Experiment` explains them."""
+class _ExperimentFile:
+    """The keys of an experiment's YAML file; `Experiment` documents them."""
 
     name: str
     base: dict[str, Any]
@@ -46,7 +46,7 @@ class _Written:
 
 
 def load_experiment(name: str, preset: str) -> Experiment:
-    """Return an experiment by its name or file. Raises ConfigError naming the file and the key."""
+    """Load a shipped experiment by name, or any by YAML file. ConfigError names the file and the key."""
     file = shipped.find(name, shipped.EXPERIMENTS)
     if not file.is_file():
         raise ConfigError(unknown("experiment", name, shipped.names(shipped.EXPERIMENTS)))
@@ -56,14 +56,14 @@ def load_experiment(name: str, preset: str) -> Experiment:
 
 
 def _build(plain: Mapping[str, Any], preset: str) -> Experiment:
-    known = [one.name for one in dataclasses.fields(_Written)]
+    known = [one.name for one in dataclasses.fields(_ExperimentFile)]
     for key in plain:
         if key not in known:
             raise ConfigError(unknown("experiment", key, sorted(known), "key"))
     for key in ("name", "base", "presets", "methods", "measures"):
         if not plain.get(key):
             raise ConfigError(f"{key} is missing")
-    written = _make(_Written, "", {key: value for key, value in plain.items() if value is not None})
+    written = _make(_ExperimentFile, "", {key: value for key, value in plain.items() if value is not None})
     check_name("name", written.name)
     for key in ("presets", "methods", "measures", "best"):
         for name in getattr(written, key):
@@ -79,12 +79,16 @@ def _build(plain: Mapping[str, Any], preset: str) -> Experiment:
             continue
         own = _make(Method, f"methods.{name}", values, name=name)
         at_preset = chosen.methods.get(name) or {}
-        whole = {**(values or {}), **at_preset, "overrides": [*own.overrides, *_overrides(name, at_preset)]}
+        whole = {
+            **(values or {}),
+            **at_preset,
+            "overrides": [*own.overrides, *_preset_overrides(name, at_preset)],
+        }
         if whole.get("data") is not None:
             whole["data"] = _make(DataSet, f"methods.{name}.data", whole["data"])
         methods[name] = _make(Method, f"methods.{name}", whole, name=name)
     if not methods:
-        raise ConfigError(f"presets.{preset}.methods leaves no method")
+        raise ConfigError(f"presets.{preset}.methods  removes every method; keep at least one")
     data = written.data if chosen.data is None else chosen.data
     parts: dict[str, Any] = {
         "title": written.title or written.name,
@@ -114,15 +118,15 @@ def _build(plain: Mapping[str, Any], preset: str) -> Experiment:
     return experiment
 
 
-def _overrides(name: str, at_preset: Mapping[str, Any]) -> list[str]:
-    """Return what a preset appends to a method's overrides."""
+def _preset_overrides(name: str, at_preset: Mapping[str, Any]) -> list[str]:
+    """Return the overrides that a preset adds to a method."""
     if not isinstance(found := at_preset.get("overrides") or [], list):
         raise ConfigError(f"methods.{name}.overrides: got {found!r}, want a list")
     return found
 
 
 def _check_references(experiment: Experiment) -> None:
-    """Raise ConfigError for a name that nothing in the experiment has."""
+    """Raise ConfigError if a key refers to a method, measure, task or modality that does not exist."""
     one, preset = experiment, experiment.preset
     trained = [name for name, method in one.methods.items() if method.model is None]
     sections = (one.base.get(key) for key in ("modalities", "tasks"))
@@ -167,8 +171,7 @@ def _check_references(experiment: Experiment) -> None:
 
 
 def _make(kind: type, where: str, values: Any, **more: Any) -> Any:
-    """Return a dataclass from plain values. Raises ConfigError for an unknown or missing key, or a value of
-    the wrong type."""
+    """Build a dataclass from plain values. Raises ConfigError for unknown or missing keys and wrong types."""
     if not isinstance(values or {}, Mapping):
         raise ConfigError(f"{where}: got {values!r}, want a section of names and values")
     known = [one.name for one in dataclasses.fields(kind) if one.name not in more]

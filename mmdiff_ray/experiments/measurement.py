@@ -1,4 +1,4 @@
-"""Measurements of trained cells: what is evaluated, and the files of the results."""
+"""Measurements of trained cells: their settings, and the files with their figures."""
 
 import dataclasses
 import json
@@ -18,9 +18,10 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """A measure of a method, evaluated on a cell's model under `config`.
+    """One measure of one method: a cell's model evaluated with `config`.
 
-    file: its figures; their tallies and the pictures lie beside it. digest: of all settings it depends on.
+    file: JSON with the figures; tallies and pictures are saved next to it. digest: covers every setting that
+    the figures depend on.
     """
 
     method: Method
@@ -31,7 +32,7 @@ class Measurement:
 
     @property
     def is_done(self) -> bool:
-        """Whether the file holds the figures under these settings."""
+        """Whether the file has figures measured with these settings."""
         return (
             self.file.is_file() and json.loads(self.file.read_text(encoding="utf8"))["digest"] == self.digest
         )
@@ -42,10 +43,10 @@ class Measurement:
 
 
 def measurements_of(experiment: Experiment, cell: Cell, runs: Path) -> list[Measurement]:
-    """Return the measurements of a trained cell, under all methods that are evaluated on its model.
+    """Return the measurements of a trained cell, for every method that is evaluated on its model.
 
-    The digest of a judged measurement has the judge's training settings, not its weights: a judge trained
-    again on another machine may differ by floating-point noise.
+    The digest of a measurement with a judge covers the judge's training settings, not its weights: a judge
+    that is retrained on another machine may differ by floating-point noise.
     """
     folder, found = experiment.folder(runs, cell), []
     config = configuration.load_saved(folder / "export" / "config.yaml")
@@ -71,7 +72,7 @@ def is_measured(experiment: Experiment, cell: Cell, runs: Path) -> bool:
 
 
 def measure_cell(experiment: Experiment, cell: Cell, runs: Path, say: Say) -> None:
-    """Do all measurements of a trained cell that are not done. Raises ConfigError without the judge."""
+    """Do the missing measurements of a trained cell. Raises ConfigError if they need an untrained judge."""
     from mmdiff_ray.distributed.evaluate import measure, plain
 
     for one in measurements_of(experiment, cell, runs):

@@ -1,4 +1,4 @@
-"""A result as a Markdown page: what it says in a sentence, a figure and a small table; below, all of it."""
+"""A result as a Markdown page: a one-sentence summary, a figure and a small table, then all details."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,22 +19,22 @@ METHODS = {
     "/boundary_f": "Boundary F: a boundary pixel matches within 1 pixel of the other boundary, or within "
     f"{100 * TOLERANCE:.1f} % of the diagonal if that is more.",
 }
-"""Part of a figure's key -> how such figures are computed."""
+"""Part of a figure's key -> how figures with this key are computed."""
 GOALS = (
-    "Goals were stated before the results. *Better* and *within N %* are one-sided tests: met if p, after "
-    "Holm's correction for the number of tests, is below 0.025. *Not worse* is met unless the 95 % interval "
-    "shows the method to be worse; its p is that of being worse, uncorrected."
+    "Goals were stated before the results. *Better* and *within N %* are one-sided tests. They are met if p, "
+    "with Holm's correction for the number of tests, is below 0.025. *Not worse* is met unless the 95 % "
+    "interval shows that the method is worse; its p tests for that, without correction."
 )
 MOST_ROWS = 8
-"""Of the table at the top."""
+"""Most rows of the table at the top."""
 MARKS = (
-    "▲ (one seed: △): the first row is better by a 95 % interval that is paired by row and seed; ▼ (▽): it "
-    "is worse."
+    "▲ (one seed: △): the first row is better, ▼ (▽): it is worse; the 95 % interval of the difference, "
+    "paired by row and seed, excludes 0."
 )
 HALVES = (
-    "A Frechet distance grows as images get fewer: that of real images, one half against the other, compares "
-    "only with the column of half as many samples. Precision, recall, density and coverage of real images "
-    "are of these halves, too, and so only approximate."
+    "A Fréchet distance grows as the number of images falls. Compare the distance between two halves of the "
+    "real images only with the column that uses half as many samples. Precision, recall, density and "
+    "coverage of real images also compare these halves, so they are approximate."
 )
 
 
@@ -45,11 +45,11 @@ def markdown(
     pictures: Sequence[str] = (),
     overview: Sequence[Panel] = (),
 ) -> str:
-    """Return a result as a page: the headline, the main figures, a table of the overview, goals, discussion;
-    folded below them, a table for every measure, methods in rows and figures in columns.
+    """Return the page of a result: headline, main figures, overview table, goals and discussion.
 
-    main: files of the main figures, the first above the table; discussion: hand-written Markdown; pictures:
-    files of other figures; overview: the panels of the main figure.
+    A collapsed section below has one table per measure, with methods in rows and figures in columns.
+    discussion: hand-written Markdown. main: files of the main figures; the first is above the overview table.
+    pictures: files of other figures. overview: the panels of the main figure.
     """
     lines = [f"# {values['title']}", "", *_headline(values, overview), values["question"], ""]
     lines += _images(values, main[:1]) + _overview(values, overview) + _images(values, main[1:])
@@ -70,7 +70,7 @@ def markdown(
 
 
 def _headline(values: Mapping[str, Any], overview: Sequence[Panel]) -> list[str]:
-    """Return the main figure as a sentence: of the first goal that was tested, else of the overview."""
+    """Return the main result as a sentence: the first tested goal, else the first panel of the overview."""
     names = {(panel.measure, panel.figure): panel.name for panel in overview}
     found = {(line["measure"], line["figure"], line["method"]): line for line in values["figures"]}
     for goal in values.get("goals", []):
@@ -94,7 +94,7 @@ def _headline(values: Mapping[str, Any], overview: Sequence[Panel]) -> list[str]
 
 
 def _overview(values: Mapping[str, Any], overview: Sequence[Panel]) -> list[str]:
-    """Return the table of the overview's panels: the main method, those it was to beat, others, a rule."""
+    """Return the overview table: main method, baselines of its goals, other methods, best rule."""
     places = [(panel.measure, panel.figure) for panel in overview]
     found = {(line["measure"], line["figure"], line["method"]): line for line in values["figures"]}
     shown = [
@@ -129,13 +129,13 @@ def _images(values: Mapping[str, Any], files: Sequence[str]) -> list[str]:
 
 
 def _table(first: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """Return a table. first: heading of the rows' titles; rows: a title and its cells each."""
+    """Return a Markdown table. first: heading of the first column; rows: (title, cells) each."""
     lines = [f"| {first} | ".replace("|  |", "| |") + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     return [*lines, *(f"| {title} | " + " | ".join(cells) + " |" for title, cells in rows), ""]
 
 
 def _opening(values: Mapping[str, Any]) -> list[str]:
-    """Return how to read the tables, and what they lack."""
+    """Return how to read the tables, and which cells are missing."""
     seeds = sorted({cell["seed"] for cell in values["cells"]})
     main, titles = values["methods"][values["main"]], values["methods"]
     keys = {line["figure"] for line in values["figures"]}
@@ -144,11 +144,11 @@ def _opening(values: Mapping[str, Any]) -> list[str]:
     marked = sum(verdict != "no difference shown" for verdict in verdicts)
     paragraphs = [
         f"`{values['command']}`, seeds {', '.join(map(str, seeds))}{fewer}. Mean and standard deviation over "
-        f"seeds. ▲: **{main}** is better; ▼: it is worse. Marked are differences whose 95 % interval, paired "
-        "by row and by common seed, excludes 0; △ and ▽ if there is one common seed, so that another "
-        f"training may differ more. Intervals are {values.get('intervals', 'bootstrapped')}. "
-        f"{marked:,} of {len(verdicts):,} comparisons are marked, without correction for their number: one "
-        "in twenty is expected without any difference.",
+        f"seeds. ▲: **{main}** is better; ▼: it is worse. A difference is marked if its 95 % interval, "
+        "paired by row and by common seed, excludes 0. △ and ▽ mark differences with one common seed: "
+        f"another training run may differ more. Intervals are {values.get('intervals', 'bootstrapped')}. "
+        f"{marked:,} of {len(verdicts):,} comparisons are marked, without correction for their number: "
+        "expect one in twenty by chance.",
         *(sentence for part, sentence in METHODS.items() if any(part in key for key in keys)),
     ]
     if values["missing"]:
@@ -161,7 +161,7 @@ def _opening(values: Mapping[str, Any]) -> list[str]:
 
 
 def _measure(titles: Mapping[str, str], measure: str, found: Sequence[Line]) -> list[str]:
-    """Return the table of a measure: methods in rows, figures in columns; below, those of real images."""
+    """Return the table of a measure: methods in rows, figures in columns, figures of real images below."""
     keys = list(dict.fromkeys(line["figure"] for line in found if not _is_aside(line)))
     bounds = tuple(f"/l{term}_nats" for term in range(4))
     keys = keys or list(dict.fromkeys(line["figure"] for line in found if line["figure"].endswith(bounds)))
@@ -174,7 +174,7 @@ def _measure(titles: Mapping[str, str], measure: str, found: Sequence[Line]) -> 
         for method in seeds
     ]
     real = [line for line in found if "/real_" in line["figure"] or line["figure"].endswith("judged_real")]
-    real.sort(key=lambda line: len(line["seeds"]))  # equal for equally many seeds: most seeds last
+    real.sort(key=lambda line: len(line["seeds"]))  # the dict below keeps the line with the most seeds
     ceilings = {line["figure"]: line for line in real}
     halves = {key: ceilings.pop(key.replace("/half_", "/real_"), None) for key in keys if "/half_" in key}
     has_halves = any(halves.values())
@@ -189,7 +189,7 @@ def _measure(titles: Mapping[str, str], measure: str, found: Sequence[Line]) -> 
 
 
 def _weak(titles: Mapping[str, str], found: Sequence[Line]) -> list[str]:
-    """Return a warning for each precision and recall at which a rule equals or beats a method."""
+    """Return a warning for each precision or recall where a rule does at least as well as a method."""
     lines = []
     for rule in found:
         key = rule["figure"]
@@ -199,7 +199,7 @@ def _weak(titles: Mapping[str, str], found: Sequence[Line]) -> list[str]:
                 name = rule["method"].removeprefix(RULE)
                 lines += [
                     f"{key}: {name} reach {rule['mean']:.3f}, at least as much as {'; '.join(below)}. "
-                    "With so few images this figure says little.",
+                    "This figure means little with so few images.",
                     "",
                 ]
     return lines
@@ -226,7 +226,7 @@ def _goals(values: Mapping[str, Any]) -> list[str]:
 
 
 def _matrix(values: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[str]:
-    """Return a matrix of the main method: measures in rows, figures in columns, unconditional rules below."""
+    """Return the main method's matrix: measures in rows, figures in columns, unconditional rules below."""
     lines = [line for line in values["figures"] if line["method"] == values["main"]]
     found = {(line["measure"], line["figure"]): line for line in lines}
     measured = {
@@ -258,7 +258,7 @@ def _matrix(values: Mapping[str, Any], matrix: Mapping[str, Any]) -> list[str]:
 
 
 def _cost(values: Mapping[str, Any]) -> list[str]:
-    """Return the table of every method's training cost, the mean over seeds, and the cost of a sample."""
+    """Return a table of each method's training cost (mean over seeds), and the cost of sampling."""
     rows = []
     for method in dict.fromkeys(cell["method"] for cell in values["cells"]):
         same = [cell for cell in values["cells"] if cell["method"] == method]
@@ -297,12 +297,12 @@ def _cost(values: Mapping[str, Any]) -> list[str]:
 
 
 def _differ(found: Sequence[Line]) -> bool:
-    """Return whether methods differ in their number of seeds."""
+    """Return whether the number of seeds differs between methods."""
     return len({len(line["seeds"]) for line in found}) > 1
 
 
 def _is_aside(line: Line) -> bool:
-    """Return whether a figure is not in the table: terms of the bound (JSON alone), real images (below)."""
+    """Return whether the table omits a figure: terms of the bound are only in the JSON, real images below."""
     return line["figure"].endswith(("_nats", "judged_real")) or "/real_" in line["figure"]
 
 

@@ -13,13 +13,13 @@ from mmdiff_ray.plotting import POINTS, log_scale, panels, save_png
 WIDTH = 11.0
 """Width of a figure in inches."""
 TITLE, LEGEND = 26, 28
-"""Characters per line of a panel's title, and of the rules below it."""
+"""Characters per line of a panel's title, and of the legend of rules below it."""
 Line = Mapping[str, Any]
 """One figure of one method: an entry of a result's `figures`."""
 
 
 def draw_overview(values: Mapping[str, Any], overview: Sequence[Panel], out: Path) -> list[Path]:
-    """Draw the measured panels of the overview with methods as rows. Return the file, if any."""
+    """Draw the measured panels of the overview, with methods as rows; return the file, if any."""
     titles, measured = values["methods"], []
     for panel in overview:
         lines = {
@@ -52,7 +52,7 @@ def draw_overview(values: Mapping[str, Any], overview: Sequence[Panel], out: Pat
 def _draw_panel(
     axes: Any, panel: Panel, lines: Mapping[str, Line], rows: Sequence[str], known: Mapping[str, Style]
 ) -> None:
-    """Draw means with their intervals, single seeds as dots, and rules as vertical lines."""
+    """Draw means with intervals, single seeds as dots, and rules as vertical lines."""
     ends: list[float] = []
     for at, name in enumerate(rows):
         if line := lines.get(name):
@@ -85,16 +85,16 @@ def _draw_panel(
 
 
 def _interval(line: Line) -> tuple[float, float]:
-    """Return the ends of a mean's bar: its interval, else the standard deviation over seeds on each side."""
+    """Return the ends of a bar: the interval if there is one, else mean ± standard deviation over seeds."""
     spread = line["spread"] or 0.0
     low, high = line.get("interval", (line["mean"] - spread, line["mean"] + spread))
     return low, high
 
 
 def limits(ends: Sequence[float], rules: Sequence[float], log: bool) -> tuple[float, float]:
-    """Return the limits of an axis that shows all bars, and rules within as much room on each side.
+    """Return axis limits that include all bars, and each rule within one bar range of them.
 
-    ends: ends of the bars. log: whether the axis is logarithmic.
+    ends: ends of the bars. log: whether the axis is logarithmic. A distant rule would squeeze the bars.
     """
     to, back = (math.log, math.exp) if log else (float, float)
     low, high = to(min(ends)), to(max(ends))
@@ -106,7 +106,7 @@ def limits(ends: Sequence[float], rules: Sequence[float], log: bool) -> tuple[fl
 
 
 def _draw_rules(axes: Any, rules: Mapping[str, float], known: Mapping[str, Style]) -> None:
-    """Draw the rules inside the limits as vertical lines; list all of them, with their values, below."""
+    """Draw rules inside the limits as vertical lines; the legend lists all rules with their values."""
     low, high = axes.get_xlim()
     for name, value in rules.items():
         is_inside = low < value < high
@@ -121,9 +121,9 @@ def _draw_rules(axes: Any, rules: Mapping[str, float], known: Mapping[str, Style
 
 
 def draw_curves(values: Mapping[str, Any], curves: Sequence[Mapping[str, Any]], out: Path) -> list[Path]:
-    """Draw the curves of methods that are measured at two points or more; return the files.
+    """Draw a curve for each method that is measured at two or more points; return the files.
 
-    curves: each with `name`, `title`, `figure`, `x` and `y` (axis labels) and `points`: measure -> x.
+    curves: each has `name`, `title`, `figure`, the axis labels `x` and `y`, and `points`: measure -> x.
     """
     files = []
     for curve in curves:
@@ -149,7 +149,9 @@ def _draw_curve(
     methods = [name for name in known if name in points]
     step = 0.03 * (max(curve["points"].values()) - min(curve["points"].values())) / len(methods)
     for at, name in enumerate(methods):
-        x = [one + step * (at - len(methods) / 2) for one, _ in points[name]]  # intervals side by side
+        x = [
+            one + step * (at - len(methods) / 2) for one, _ in points[name]
+        ]  # shifted, so that intervals do not overlap
         y = [line["mean"] for _, line in points[name]]
         axes.plot(x, y, **known[name].drawn)
         if not name.startswith(RULE):
@@ -165,8 +167,8 @@ def _draw_curve(
 def draw_watched(values: Mapping[str, Any], titles: Mapping[str, str], out: Path) -> list[Path]:
     """Draw the watched tasks during training; return the files.
 
-    titles: task -> title. OUT-tasks.png has the loss of every compared task, OUT-conflict.png the cosine
-    between the gradients of every two tasks of the main method.
+    titles: task -> title. OUT-tasks.png shows the loss of each compared task. OUT-conflict.png shows the
+    cosine between the gradients of each pair of the main method's tasks.
     """
     watched, main = values["watched"], values["main"]
     if main not in watched:
@@ -179,10 +181,10 @@ def draw_watched(values: Mapping[str, Any], titles: Mapping[str, str], out: Path
 
 
 def compared_tasks(watched: Mapping[str, Any], main: str) -> tuple[list[str], list[str]]:
-    """Return the tasks whose losses are compared, and those whose gradients are.
+    """Return the tasks for the plot of losses, and the tasks for the plot of gradients.
 
-    Losses: tasks that another method watches, too; all if there are none. Gradients: tasks that the main
-    method alone watches, those it trains; all if there are fewer than two.
+    Losses: the tasks that other methods watch too, or all tasks if there are none. Gradients: the tasks that
+    only the main method watches, which are the ones it trains; all tasks if there are fewer than two.
     """
     tasks = list(watched[main][0]["losses"])
     elsewhere = {task for name in watched if name != main for task in watched[name][0]["losses"]}
@@ -191,7 +193,7 @@ def compared_tasks(watched: Mapping[str, Any], main: str) -> tuple[list[str], li
 
 
 def _draw_tasks(values: Mapping[str, Any], tasks: Mapping[str, str], out: Path) -> Path:
-    """Draw the loss of each task during training, a panel each, and the legend in one more."""
+    """Draw the loss of each task during training, one panel per task, with the legend in the last panel."""
     columns = min(3, len(tasks) + 1)
     figure, axes = panels(len(tasks) + 1, columns, (WIDTH / columns, 3.3))
     known, watched, handles = styles(values), values["watched"], {}
@@ -210,7 +212,7 @@ def _draw_tasks(values: Mapping[str, Any], tasks: Mapping[str, str], out: Path) 
 
 
 def _draw_conflict(points: Sequence[Mapping[str, Any]], tasks: Mapping[str, str], out: Path) -> Path:
-    """Draw the cosine between the gradients of every two tasks during training."""
+    """Draw the cosine between the gradients of each pair of tasks during training."""
     figure, (axes,) = panels(1, 1, (WIDTH, 5.5))
     pairs = [pair for pair in points[0]["cosines"] if set(pair.split("~")) <= set(tasks)]
     x, ends = [point["samples"] / 1000 for point in points], []

@@ -1,4 +1,4 @@
-"""`mmdiff experiment`: all cells of a table on Ray, as child runs of one MLflow run, and their result."""
+"""`mmdiff experiment`: run all cells of a table on Ray as child runs of one MLflow run; write the result."""
 
 import json
 import time
@@ -32,11 +32,11 @@ from mmdiff_ray.training.checkpoint import write_json
 
 
 def run_experiment(experiment: Experiment, runs: Path, out: Path, say: Say, cells: Sequence[Cell]) -> Path:
-    """Train and measure the cells that are not done, write the result beside `out`, and return its page.
+    """Train and measure the unfinished cells, write the result next to `out`, and return its page.
 
-    runs: the folder of the cells. Cells in it are done, wherever they were trained, and so are those in the
-    archive beside `out`. Raises ConfigError for a wrong configuration before any cell starts, and RunError at
-    the end if cells failed; the result has those that did not.
+    Cells that are in `runs` or in the archive next to `out` are not trained again, even if they come from
+    another machine. Raises ConfigError for a wrong configuration before any cell starts. Raises RunError at
+    the end if cells failed; the result then has the other cells.
     """
     folder, uri = experiment.folder(runs), tracking_uri(None, runs.absolute())
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,19 +64,20 @@ def run_experiment(experiment: Experiment, runs: Path, out: Path, say: Say, cell
         raise RunError(f"{len(failed)} cells failed; run the same command to retry them: {errors}")
     if left := sum(Log(place).waiting for place in folder.glob("**/tracking")):
         raise RunError(
-            f"the result is in {written[0]}; {left} records wait for MLflow; send them: mmdiff sync {folder}"
+            f"the result is in {written[0]}, but {left} records are not in MLflow yet; "
+            f"send them with: mmdiff sync {folder}"
         )
     return written[0]
 
 
 def restore(experiment: Experiment, runs: Path, out: Path, say: Say) -> None:
-    """Restore the archived cells of a result, and report how many."""
+    """Restore the archived cells of a result and print their number."""
     if found := unpack(experiment, runs, out):
         say(f"{found} of {len(experiment.cells())} cells restored from {archive_file(out)}")
 
 
 def check_cells(experiment: Experiment, runs: Path) -> None:
-    """Raise ConfigError for the first wrong configuration of a cell or measure, before any cell starts."""
+    """Check the configuration of every cell and measure. Raises ConfigError for the first wrong one."""
     refusals(experiment)
     for cell in experiment.cells():
         folder = experiment.folder(runs, cell)
@@ -86,7 +87,7 @@ def check_cells(experiment: Experiment, runs: Path) -> None:
             continue
         manifests = read_sources(config)
         if cell.seed != experiment.preset.seeds[0]:
-            continue  # other seeds differ in their data sources alone
+            continue  # other seeds differ only in their data sources
         config = resolve_modalities(config, manifests)
         for method in experiment.evaluated_on(cell.method):
             for measure in experiment.measures_of(method):
@@ -99,15 +100,16 @@ def check_cells(experiment: Experiment, runs: Path) -> None:
 
 
 def write_result(experiment: Experiment, runs: Path, out: Path, say: Say) -> list[Path]:
-    """Write the result so far and return its files, the page first: OUT.md, OUT.json, OUT.cells.zip, figures.
+    """Write the result so far: OUT.md, OUT.json, OUT.cells.zip and figures. Return the files, the page first.
 
-    A result of more cells is not replaced: this one is then written into the experiment's folder in `runs`.
+    If an existing result has more cells, it is kept, and this one is written into the experiment's folder in
+    `runs`.
     """
     values, archive = result(experiment, runs), pack(experiment, runs, out)
     table = result_file(out, ".json")
     existing = json.loads(table.read_text(encoding="utf8")) if table.is_file() else {}
     if len(existing.get("cells", [])) > len(values["cells"]):
-        say(f"{table} stays: it has {len(existing['cells'])} cells, this result has {len(values['cells'])}")
+        say(f"{table} is kept: it has {len(existing['cells'])} cells, this result has {len(values['cells'])}")
         out = experiment.folder(runs) / experiment.name
         out.parent.mkdir(parents=True, exist_ok=True)
         table = result_file(out, ".json")
@@ -122,8 +124,7 @@ def write_result(experiment: Experiment, runs: Path, out: Path, say: Say) -> lis
 def write_page(experiment: Experiment, values: Mapping[str, Any], out: Path) -> list[Path]:
     """Write the page of a result, OUT.md, and its figures; return the files, the page first.
 
-    The overview, the pictures in OUT-pictures.png, the discussion in OUT.discussion.md and the other figures
-    precede the tables.
+    The page includes OUT-pictures.png and OUT.discussion.md, if they exist.
     """
     file = result_file(out, ".discussion.md")
     discussion = file.read_text(encoding="utf8") if file.is_file() else ""
@@ -142,7 +143,7 @@ def write_page(experiment: Experiment, values: Mapping[str, Any], out: Path) -> 
 def _start_or_resume(
     uri: str, root: Path, experiment: str, name: str, settings: Mapping[str, Any], yaml: str, **options: Any
 ) -> str:
-    """Return the id of the MLflow run whose log lies in `root`, new or resumed."""
+    """Resume the MLflow run whose log is in `root`, or start a new one; return its id."""
     file = root / "run.json"
     if file.is_file():
         run_id = json.loads(file.read_text(encoding="utf8"))["run_id"]
@@ -157,7 +158,7 @@ def _start_or_resume(
 def _run_cells(
     experiment: Experiment, cells: Sequence[Cell], runs: Path, uri: str, parent: str, say: Say
 ) -> dict[str, str]:
-    """Run cells as Ray tasks and print their logs; return the error of each failed cell."""
+    """Run cells as Ray tasks and print their logs; return cell key -> error for failed cells."""
     logs = {cell.key: experiment.folder(runs) / f"{cell.key}.log" for cell in cells}
     printed = {key: log.stat().st_size if log.is_file() else 0 for key, log in logs.items()}
     calls = {cell.key: (experiment, cell, runs.absolute(), uri, parent) for cell in cells}
@@ -182,7 +183,7 @@ def _run_cells(
 
 
 def _cell_task(experiment: Experiment, cell: Cell, runs: Path, uri: str, parent: str) -> None:
-    """Run one cell in a Ray worker, recorded as a child run."""
+    """Run one cell in a Ray worker and record it as a child run."""
     torch.set_num_threads(max(1, int(experiment.preset.cpus)))
     folder, log = experiment.folder(runs, cell), experiment.folder(runs) / f"{cell.key}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +202,7 @@ def _cell_task(experiment: Experiment, cell: Cell, runs: Path, uri: str, parent:
             configuration.flatten(config),
             configuration.to_yaml(config),
             tags={"mlflow.parentRunId": parent, "method": cell.method.name, "seed": cell.seed},
-            required=False,  # the store answered for the parent run
+            required=False,  # the store was reachable when the parent run started
         )
         tracker, status = Tracker(uri, run_id, root), "FAILED"
         try:

@@ -1,4 +1,4 @@
-"""An experiment: methods, measures and presets, and the cells that they make."""
+"""An experiment: methods, measures and presets, and the cells to train."""
 
 import dataclasses
 import math
@@ -18,13 +18,16 @@ from mmdiff_ray.config.checks import one_of, unknown
 class Method:
     """A row of the table.
 
-    title: its name in the table. overrides: `key=value`, after the preset's. model: another method whose
-    trained models it is evaluated on, instead of training. init: another method, from whose model of the same
-    seed it starts (`train.init`). teacher: another method, whose model of the same seed makes the data set
-    `data` before training; `{teacher}` in its options stands for that model. share: of the preset's training
-    samples (0.5 of two tasks is equal compute), and of `train.decay_samples`. seeds: the number of the
-    preset's seeds it uses; all where None. refused: whether its configuration must raise ConfigError, as a
-    profile that breaks the prior does; the message is its result.
+    title: its name in the table. overrides: `key=value`, applied after the preset's.
+    model: evaluate the models of this method instead of training.
+    init: start from this method's model of the same seed (`train.init`).
+    teacher: this method's model of the same seed generates the data set `data` before training; `{teacher}`
+    in the options of `data` is replaced by the path of that model.
+    share: factor on the preset's training samples and on `train.decay_samples`. For example, 0.5 gives two
+    single-task methods together the compute of one.
+    seeds: use only the first n seeds of the preset; None: all.
+    refused: the configuration must raise ConfigError, like a profile that breaks the prior. The error message
+    is the result.
     """
 
     name: str
@@ -42,12 +45,12 @@ class Method:
         if not 0 < self.share < math.inf:
             raise ConfigError(f"methods.{self.name}.share ({self.share}) must be above 0")
         if (self.teacher is None) != (self.data is None):
-            raise ConfigError(f"methods.{self.name}: teacher and data need each other")
+            raise ConfigError(f"methods.{self.name}: teacher and data must be set together")
 
 
 @dataclass(frozen=True)
 class Measure:
-    """An evaluation of all methods, or of `methods`, under overrides of evaluate, data and modalities."""
+    """One evaluation of all methods, or of `methods`. overrides: of evaluate, data and modalities."""
 
     name: str
     evaluators: list[str]
@@ -57,10 +60,10 @@ class Measure:
 
 @dataclass(frozen=True)
 class Preset:
-    """A size: overrides, seeds, resources of a cell (cpus, gpus), and its measures (all where None).
+    """A size of the experiment: overrides, seeds, cpus and gpus per cell, and measures (None: all).
 
-    data: data sets in place of the experiment's. methods: method -> values in place of its own, but overrides
-    are appended; null leaves the method out.
+    data: data sets that replace the experiment's. methods: method -> values that replace its own; overrides
+    are appended instead. null removes the method.
     """
 
     name: str
@@ -74,12 +77,14 @@ class Preset:
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ConfigError(f"presets.{self.name}.seeds ({self.seeds}) must be one or more, all different")
+            raise ConfigError(
+                f"presets.{self.name}.seeds ({self.seeds}) must be one or more distinct numbers"
+            )
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel of the overview: a figure of a measure, on a logarithmic axis if `log`. name: its title."""
+    """A panel of the overview: one figure of one measure. name: its title; log: use a logarithmic axis."""
 
     name: str
     measure: str
@@ -89,9 +94,9 @@ class Panel:
 
 @dataclass(frozen=True)
 class Goal:
-    """A claim stated before the results: method a against b by one figure of a measure.
+    """A claim stated before the results: compares method a with method b in one figure of a measure.
 
-    kind: `better`, `not worse` or `within N %`, worse by less than N % of b's figure.
+    kind: `better`, `not worse` or `within N %` (worse by less than N % of b's figure).
     """
 
     name: str
@@ -107,15 +112,15 @@ class Goal:
 
     @property
     def margin(self) -> float:
-        """The share of b's figure by which a may be worse."""
+        """The fraction of b's figure by which a may be worse."""
         return float(self.kind.removeprefix("within").strip(" %")) / 100 if "%" in self.kind else 0.0
 
 
 @dataclass(frozen=True)
 class Best:
-    """A row of the table that stands for the best of several methods, chosen per seed by a figure.
+    """A row of the table with the best of several methods, selected per seed by one figure.
 
-    of: the methods. The figure should be measured on validation rows, so that the test rows judge no choice.
+    of: the methods. Select by a figure on validation rows: selection on test rows would bias the comparison.
     """
 
     name: str
@@ -127,9 +132,9 @@ class Best:
 
 @dataclass(frozen=True)
 class Pictures:
-    """A grid of held-out rows: what a measure gives, the answers of methods, and the truth.
+    """A grid of held-out rows: the modalities that `measure` gives, predictions of methods, and the truth.
 
-    instances: what is shown of the answers.
+    instances: the predicted modalities to draw.
     """
 
     measure: str
@@ -141,8 +146,8 @@ class Pictures:
 class DataSet:
     """A data set that is built if it is missing.
 
-    In uri and options, and in the cells' `data.sources`, `{seed}` stands for a cell's seed, `{fold}` for the
-    seed modulo `folds`, and `{preset}` for the preset's name.
+    Placeholders in uri, options and the cells' `data.sources`: `{seed}` is the cell's seed, `{fold}` is the
+    seed modulo `folds`, and `{preset}` is the preset's name.
     """
 
     pipeline: str
@@ -157,7 +162,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: a method with a seed. Its key names its folder."""
+    """One training run: a method with a seed. Its key is the name of its folder."""
 
     method: Method
     seed: int
@@ -171,13 +176,19 @@ class Cell:
 class Experiment:
     """A table of methods by measures.
 
-    base: the configuration that presets and methods override. main: the method that others are compared with.
-    data: the data sets of the cells. judge: the method whose model of the first seed judges the others'
-    samples (`evaluate.judge`); it is trained first. curves: plots of a `figure` over measures, `points`:
-    measure -> x. matrices: tables of figures by measure, with `rows`: measure -> title and `columns`: figure
-    -> title. watch: method -> tasks whose losses and gradients are recorded while it trains. task_words:
-    watched task -> title. overview: panels of the main figure. goals: claims to test. best: rows that stand
-    for the best of several methods. pictures: the grid of the page.
+    base: the configuration that presets and methods override.
+    main: the method that the others are compared with.
+    data: the data sets of the cells.
+    judge: the method whose model of the first seed judges all samples (`evaluate.judge`); it is trained
+    first.
+    curves: plots of one `figure` over measures, with `points`: measure -> x.
+    matrices: tables of figures by measure, with `rows`: measure -> title and `columns`: figure -> title.
+    watch: method -> tasks whose losses and gradients are recorded during training.
+    task_words: watched task -> title.
+    overview: panels of the main figure.
+    goals: claims to test.
+    best: rows with the best of several methods.
+    pictures: the picture grid of the page.
     """
 
     name: str
@@ -201,12 +212,12 @@ class Experiment:
     _loaded: dict[str, Config] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def folder(self, runs: Path, cell: Cell | None = None) -> Path:
-        """Return the folder of the experiment at this preset, or of one of its cells."""
+        """Return the folder of the experiment with this preset, or of one of its cells."""
         folder = runs.absolute() / f"{self.name}-{self.preset.name}"
         return folder if cell is None else folder / cell.key
 
     def cells(self) -> list[Cell]:
-        """Return the cells to train, the first seed of every method first."""
+        """Return the cells to train, ordered by seed: the first seed of every method comes first."""
         return [
             Cell(method, seed)
             for index, seed in enumerate(self.preset.seeds)
@@ -219,12 +230,12 @@ class Experiment:
         return Cell(self.methods[self.judge], self.preset.seeds[0]) if self.judge else None
 
     def cells_before(self, cell: Cell) -> list[Cell]:
-        """Return the cells whose models a cell starts from or learns from."""
+        """Return the cells whose models this cell needs, as `init` or `teacher`."""
         names = [name for name in (cell.method.init, cell.method.teacher) if name]
         return [Cell(self.methods[name], cell.seed) for name in names]
 
     def own_data(self, cell: Cell, runs: Path) -> DataSet | None:
-        """Return the data set that a cell's teacher makes, placeholders filled in."""
+        """Return the data set that a cell's teacher generates, placeholders filled in; None without one."""
         data, teacher = cell.method.data, cell.method.teacher
         if data is None or teacher is None:
             return None
@@ -236,12 +247,12 @@ class Experiment:
         return dataclasses.replace(data, uri=self._fill(data.uri, cell.seed), options=options)
 
     def needed_first(self) -> list[Cell]:
-        """Return the cells that others need: the judge, and those of `cells_before`."""
+        """Return the cells to train first: the judge, and every cell whose model another cell needs."""
         needed = [self.judge_cell(), *(one for cell in self.cells() for one in self.cells_before(cell))]
         return [cell for cell in self.cells() if cell in needed]
 
     def select(self, patterns: Sequence[str]) -> list[Cell]:
-        """Return the cells whose keys match any of the patterns, and those that they need.
+        """Return the cells whose keys match any of the patterns, and the cells that these need.
 
         Raises ConfigError for a pattern without a match.
         """
@@ -254,7 +265,7 @@ class Experiment:
         return [cell for cell in cells if cell in chosen or cell in needed]
 
     def evaluated_on(self, trained: Method) -> list[Method]:
-        """Return the methods that are evaluated on a trained method's models, itself first."""
+        """Return the methods that use a trained method's models for evaluation, including itself."""
         return [m for m in self.methods.values() if trained.name == (m.model or m.name)]
 
     def measures_of(self, method: Method) -> list[Measure]:
@@ -267,9 +278,9 @@ class Experiment:
         ]
 
     def config(self, cell: Cell, runs: Path) -> Config:
-        """Return the training configuration of a cell. Raises ConfigError naming the method.
+        """Return the training configuration of a cell. ConfigError names the method.
 
-        With `Method.init`, its `train.init` is the key of the cell that it starts from.
+        With `Method.init`, `train.init` is the key of the cell that provides the initial weights.
         """
         method = cell.method
         with named(f"{self.name}, method {method.name}"):
@@ -292,26 +303,26 @@ class Experiment:
     def evaluation_config(
         self, config: Config, method: Method, measure: Measure, judge: str | None = None
     ) -> Config:
-        """Return the configuration of a measure. config: the model's; judge: the judge's export."""
+        """Return the configuration of a measure. config: of the model; judge: path of the judge's export."""
         overrides = [*(method.overrides if method.model else ()), *measure.overrides]
         plain = configuration.to_plain(config)
         plain["evaluate"] |= {
             "evaluators": list(measure.evaluators),
             "judge": judge,
-            "floors": method.name == self.main,  # they are the same for all methods
+            "floors": method.name == self.main,  # floors are equal for all methods: compute them once
         }
         with named(f"{self.name}, method {method.name}, measure {measure.name}"):
             return self._with_sources(self.load(overrides, plain))
 
     def load(self, overrides: Sequence[str], plain: Mapping[str, Any]) -> Config:
-        """Return a checked configuration; cached, since tables need each many times."""
+        """Return a checked configuration. Cached: tables request each one many times."""
         key = repr((overrides, plain))
         if key not in self._loaded:
             self._loaded[key] = configuration.load((), overrides, plain)
         return self._loaded[key]
 
     def data_sets(self) -> list[DataSet]:
-        """Return the data sets of all seeds, placeholders filled in."""
+        """Return the distinct data sets of all seeds, with placeholders filled in."""
         filled = [
             dataclasses.replace(one, uri=self._fill(one.uri, seed), options=self._fill(one.options, seed))
             for one in self.data
@@ -325,7 +336,7 @@ class Experiment:
         return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
 
     def _fill(self, value: Any, seed: int) -> Any:
-        """Return plain values with `{seed}`, `{fold}` and `{preset}` filled in."""
+        """Fill in `{seed}`, `{fold}` and `{preset}` in every string of plain values."""
         if isinstance(value, Mapping):
             return {key: self._fill(inner, seed) for key, inner in value.items()}
         if not isinstance(value, str):

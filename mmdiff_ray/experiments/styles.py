@@ -13,7 +13,7 @@ COLORS = (
     "#332288", "#44AA99", "#DDAA33", "#882255", "#88CCEE", "#117733", "#AA4499", "#999933", "#4477AA",
     "#661100", "#EE8899", "#222222", "#BBCC33",
 )  # fmt: skip
-"""Colours of the other methods: Paul Tol's qualitative schemes, safe for colour-blind readers."""
+"""Colours of the other methods: Paul Tol's qualitative schemes, distinguishable for colour-blind readers."""
 MARKERS = "sD^vPX<>ph"
 DASHES = ((0, (6, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (10, 3)), (0, (3, 1, 1, 1, 1, 1)))
 
@@ -47,7 +47,8 @@ class Style:
 def styles(values: Mapping[str, Any]) -> dict[str, Style]:
     """Return the style of every method and rule of a result, by name.
 
-    The main method stands out. No two others share both colour and marker. Rules are grey and dashed.
+    The main method has a style of its own. No two methods share both colour and marker. Rules are
+    dashed grey.
     """
     main = values["main"]
     found = {main: Style(values["methods"][main], MAIN, "o", width=2.8, size=8, is_main=True)}
@@ -61,21 +62,21 @@ def styles(values: Mapping[str, Any]) -> dict[str, Style]:
 
 
 def numbered(at: int, label: str) -> Style:
-    """Return the style of a line by its number."""
+    """Return the style of the line with this index."""
     return Style(label, COLORS[at % len(COLORS)], MARKERS[at % len(MARKERS)])
 
 
 def wrapped(text: str, width: int) -> str:
-    """Wrap a text to a width in as few lines as possible, of similar length."""
+    """Wrap text at a width into as few lines as possible, of similar length."""
     count = len(textwrap.wrap(text, width))
     filled = (textwrap.wrap(text, narrow) for narrow in range(1, width + 1))
     return "\n".join(next((lines for lines in filled if len(lines) <= count), [text]))
 
 
 def label_ends(axes: Any, ends: Sequence[tuple[float, float, Style]], width: int = 44) -> None:
-    """Write the labels of lines to the right of their last points without overlaps.
+    """Label lines to the right of their last points, without overlaps.
 
-    ends: x and y of each line's last point, and its style. Call it last: it depends on the axes' limits.
+    ends: (x, y, style) of each line's last point. Call this last: positions depend on the axis limits.
     """
     axes.autoscale_view()
     ends = sorted(ends, key=lambda end: end[1])

@@ -32,12 +32,12 @@ from mmdiff_ray.models.cost import forward_flops
 from mmdiff_ray.models.denoiser import build_denoiser, inert_settings
 
 LEVEL = 0.025
-"""Level of one-sided tests: one side of a 95 % interval."""
+"""Significance level of one-sided tests, which matches one side of a 95 % interval."""
 
 
 @dataclass
 class Series:
-    """A figure of a method (or of a rule without a model) over seeds."""
+    """One figure of a method, or of a rule without a model, over seeds."""
 
     better: str = ""
     values: dict[int, float] = field(default_factory=dict)
@@ -58,7 +58,7 @@ def trained_cells(experiment: Experiment, runs: Path) -> list[Cell]:
 
 
 def collect(experiment: Experiment, runs: Path) -> Table:
-    """Return the figures of all measurements that are done under the experiment's present settings."""
+    """Return the figures of all measurements that match the experiment's current settings."""
     table: Table = {}
     for cell in trained_cells(experiment, runs):
         for one in measurements_of(experiment, cell, runs):
@@ -79,7 +79,7 @@ def collect(experiment: Experiment, runs: Path) -> Table:
 
 
 def choices(best: Best, table: Table) -> dict[int, str]:
-    """Return the best method per seed, of the seeds that all of them are measured with."""
+    """Return seed -> best method, for the seeds with which all methods are measured."""
     methods = table.get(best.measure, {}).get(best.figure, {})
     found = [methods[name] for name in best.of if name in methods]
     if len(found) < len(best.of):
@@ -90,7 +90,7 @@ def choices(best: Best, table: Table) -> dict[int, str]:
 
 
 def add_best(table: Table, best: Best) -> None:
-    """Add the row that stands for the best of several methods to every figure that they have."""
+    """Add a row with the best of several methods to each of their figures."""
     for seed, name in choices(best, table).items():
         for figures in table.values():
             for methods in figures.values():
@@ -104,7 +104,7 @@ def add_best(table: Table, best: Best) -> None:
 
 
 def summary(experiment: Experiment, table: Table) -> list[dict[str, Any]]:
-    """Return a line for every figure of every method: mean, spread over seeds, interval, and the difference
+    """Return one entry per figure and method: mean, spread over seeds, interval, and the difference
     main - method with its interval."""
     lines = []
     for measure, figures in table.items():
@@ -135,7 +135,7 @@ def _statistics(series: Series) -> dict[str, Any]:
 
 
 def _difference(main: Series, other: Series) -> dict[str, Any]:
-    """Return main - other: the mean over their common seeds, and the interval and verdict if there is one."""
+    """Return main - other: the mean over common seeds, and interval and verdict if they can be computed."""
     shared = sorted(main.values.keys() & other.values.keys())
     if not shared:
         return {}
@@ -151,7 +151,7 @@ def _difference(main: Series, other: Series) -> dict[str, Any]:
 
 
 def _paired(ours: Series, other: Series, factor: float = 1.0) -> Estimate | None:
-    """Return ours - factor * other over their common seeds; None if no interval can be computed."""
+    """Return ours - factor * other over common seeds, or None if no interval can be computed."""
     shared = sorted(ours.values.keys() & other.values.keys())
     if shared and all(seed in ours.tallies and seed in other.tallies for seed in shared):
         first, second = ([series.tallies[seed] for seed in shared] for series in (ours, other))
@@ -163,9 +163,9 @@ def _paired(ours: Series, other: Series, factor: float = 1.0) -> Estimate | None
 def evaluate_goals(goals: Sequence[Goal], table: Table) -> list[dict[str, Any]]:
     """Return the goals with difference, interval, p-value and whether each is met (None: not measured).
 
-    `better` and `within N %` are one-sided tests, met if the p-value after Holm's correction for all of them
-    is below 0.025, as for a 95 % interval. `not worse` is met unless the uncorrected interval shows a to be
-    worse, since correction would make it easier to meet; its p-value is that of a being worse.
+    `better` and `within N %` are one-sided tests. They are met if the p-value, Holm-corrected over all such
+    goals, is below 0.025. `not worse` tests whether a is worse than b, and is met unless the uncorrected 95 %
+    interval shows it: a correction would make the goal easier to meet.
     """
     found = [dataclasses.asdict(goal) | _test_goal(goal, table) for goal in goals]
     claims = [one for one in found if one["p"] is not None and one["kind"] != "not worse"]
@@ -194,7 +194,7 @@ def _test_goal(goal: Goal, table: Table) -> dict[str, Any]:
 
 
 def cell_facts(experiment: Experiment, runs: Path) -> list[dict[str, Any]]:
-    """Return the cost of every trained cell; GFLOP are of a sample's forward pass."""
+    """Return the training cost of every trained cell. gflops: forward pass of one sample."""
     found = []
     for cell in trained_cells(experiment, runs):
         export = experiment.folder(runs, cell) / "export"
@@ -216,7 +216,7 @@ def cell_facts(experiment: Experiment, runs: Path) -> list[dict[str, Any]]:
 
 
 def watched(experiment: Experiment, runs: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the recorded points of the watched tasks of trained cells, method -> means over seeds."""
+    """Return method -> the recorded points of its watched tasks, averaged over seeds."""
     found: dict[str, list[list[dict[str, Any]]]] = {}
     for cell in trained_cells(experiment, runs):
         if points := read(experiment.folder(runs, cell) / "watched.json"):
@@ -227,7 +227,7 @@ def watched(experiment: Experiment, runs: Path) -> dict[str, list[dict[str, Any]
 
 
 def mean_point(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the mean of points at the same number of samples, each value over the points that have it."""
+    """Average points at the same number of samples. Values that are missing or NaN in a point are skipped."""
     mean: dict[str, Any] = {"samples": points[0]["samples"], "seeds": len(points)}
     for kind in ("losses", "gradients", "cosines"):
         mean[kind] = {}
@@ -238,7 +238,7 @@ def mean_point(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
-    """Return the whole result of an experiment as plain values."""
+    """Return the complete result of an experiment as plain values, as saved in OUT.json."""
     table, present = collect(experiment, runs), trained_cells(experiment, runs)
     for best in experiment.best:
         add_best(table, best)
@@ -275,13 +275,13 @@ def result(experiment: Experiment, runs: Path) -> dict[str, Any]:
 
 
 def _sampling(settings: EvaluateConfig) -> dict[str, Any]:
-    """Return the sampler and its network evaluations per sample, unless a measure overrides them."""
+    """Return the default sampler and its network evaluations per sample. Measures may override both."""
     repeats = 1 if settings.inpaint == "given" else settings.repeats
     return {"sampler": settings.sampler, "predictions": (settings.steps - 1) * repeats + 1}
 
 
 def refusals(experiment: Experiment) -> dict[str, str]:
-    """Return the error messages of the methods marked `refused`. Raises ConfigError if one is accepted."""
+    """Return method -> error message for the methods marked `refused`. Raises ConfigError if one is valid."""
     found = {}
     for name, method in experiment.methods.items():
         if method.refused:
@@ -292,5 +292,8 @@ def refusals(experiment: Experiment) -> dict[str, str]:
             except ConfigError as error:
                 found[name] = str(error)
             else:
-                raise ConfigError(f"{experiment.name}, method {name}: refused is true, but it is accepted")
+                raise ConfigError(
+                    f"{experiment.name}, method {name}: "
+                    "refused is true, but the configuration is valid; remove the key"
+                )
     return found

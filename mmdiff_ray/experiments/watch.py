@@ -1,4 +1,4 @@
-"""Held-out losses and gradient conflicts of tasks, recorded while a cell trains."""
+"""Held-out losses and gradient conflicts of tasks, recorded during the training of a cell."""
 
 import dataclasses
 import itertools
@@ -20,20 +20,21 @@ DRAWS = 2
 
 
 class Watch:
-    """Record tasks of a trainer in a file, a list of points.
+    """Append a point with losses and gradients of tasks to a JSON file.
 
-    A point: `samples`; `losses`: task -> the total loss of the EMA model on held-out rows, as if it were the
-    only task; `gradients`: task -> the squared norm of its gradient in the backbone; `cosines`: `task~task`
-    -> the cosine of the two gradients. Each gradient is estimated twice, from independent draws, and only
-    products of different estimates count, so that noise biases neither norms nor cosines. A cosine is NaN if
-    an estimated squared norm is not positive.
+    A point has `samples`, the samples seen; `losses`: task -> total loss of the EMA model on held-out rows,
+    with this task only; `gradients`: task -> squared norm of its gradient in the backbone; `cosines`:
+    `task~task` -> cosine of the two gradients.
+
+    Each gradient is estimated twice, from independent draws. Norms and cosines use only products of different
+    estimates, so noise does not bias them. A cosine is NaN if an estimated squared norm is not positive.
     """
 
     def __init__(self, tasks: Sequence[str], batches: Sequence[Batch], file: Path) -> None:
         self.tasks, self.batches, self.file = list(tasks), list(batches), file
 
     def __call__(self, trainer: Trainer) -> None:
-        """Add a point; it replaces points from before a restart at as many samples or more."""
+        """Add a point. Drops points at the same or a later position, which were recorded before a restart."""
         losses, gradients = {}, {}
         batches = [batch.to(trainer.device) for batch in self.batches]
         for name in self.tasks:
@@ -54,12 +55,12 @@ class Watch:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """Return the points of a file, none if it does not exist."""
+    """Return the points of a file, or an empty list if it does not exist."""
     return json.loads(file.read_text(encoding="utf8")) if file.is_file() else []
 
 
 def single_task(trainer: Trainer, name: str) -> Tasks:
-    """Return one task of a trainer's configuration as its only task."""
+    """Return a task distribution with one task of the trainer's configuration."""
     modalities = trainer.denoiser.modalities
     given = {instance for instance, modality in modalities.items() if modality.only_given}
     task = dataclasses.replace(trainer.config.tasks[name], frequency=1)
@@ -80,7 +81,7 @@ def held_out_loss(trainer: Trainer, tasks: Tasks, batches: Sequence[Batch]) -> f
 
 
 def gradient(trainer: Trainer, tasks: Tasks, batches: Sequence[Batch], draw: int) -> Tensor:
-    """Return the gradient of the mean total loss over batches in the backbone's parameters, one vector."""
+    """Return the gradient of the mean total loss with respect to the backbone, as one flat vector."""
     trainer.optimizer.zero_grad(set_to_none=True)
     for batch in batches:
         drawn, roles, counts = _draw_roles(trainer, tasks, batch, draw)
@@ -95,13 +96,13 @@ def gradient(trainer: Trainer, tasks: Tasks, batches: Sequence[Batch], draw: int
 def _draw_roles(
     trainer: Trainer, tasks: Tasks, batch: Batch, draw: int
 ) -> tuple[Batch, dict[str, Tensor], dict[str, Tensor]]:
-    """Return a batch whose visit numbers key this draw, its roles, and the counts of its loss terms."""
+    """Return the batch with visit numbers shifted by `draw`, its roles, and the counts of its loss terms."""
     drawn = dataclasses.replace(batch, visits=batch.visits + draw)
     _, roles = tasks.draw(drawn, trainer.config.seed)
     return drawn, roles, trainer.loss.counts(drawn, roles)
 
 
 def _inner_product(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """Return the mean inner product of estimates from different draws."""
+    """Return the mean inner product over pairs of estimates from different draws."""
     pairs = list(itertools.permutations(range(DRAWS), 2))
     return sum(float(first[i].double() @ second[j].double()) for i, j in pairs) / len(pairs)

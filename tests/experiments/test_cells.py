@@ -61,7 +61,9 @@ def test_a_shorter_cell_starts_from_a_longer_one_and_ends_as_if_it_had_been_alon
     assert lines == []
     for cell in (long, half, other):
         run_cell(experiment, cell, tmp_path / "shared", False, lines.append)
-    assert [line for line in lines if "starts from" in line] == ["starts from the 64 samples of long-0"]
+    assert [line for line in lines if "starts from" in line] == [
+        "starts from the checkpoint of long-0 at 64 samples"
+    ]
     alone, shared = weights(experiment, tmp_path / "alone", 1), weights(experiment, tmp_path / "shared", 1)
     assert all(torch.equal(alone[name], shared[name]) for name in alone)
     assert any(

@@ -358,7 +358,7 @@ def test_a_table_of_fewer_cells_replaces_none_of_more(done, tmp_path, capsys):
     assert (
         main(words(done, "--table", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "result"))) == 0
     )
-    assert f"{tmp_path / 'result.json'} stays: it has 4 cells, this result has 0" in capsys.readouterr().out
+    assert f"{tmp_path / 'result.json'} is kept: it has 4 cells, this result has 0" in capsys.readouterr().out
     assert result(tmp_path) == result(done)
     assert (tmp_path / "runs" / "small-smoke" / "small.md").is_file()
 
@@ -370,4 +370,4 @@ def test_other_settings_than_those_a_cell_was_trained_with_are_refused(done, tmp
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(plain, sort_keys=False))
     runs = str(done / "runs")
     assert cells.main([str(tmp_path / "small.yaml"), "both", "0", "--preset", "smoke", "--runs", runs]) == 2
-    assert "was trained with other settings than the experiment has now" in capsys.readouterr().err
+    assert "was trained with settings that differ from the experiment's" in capsys.readouterr().err
