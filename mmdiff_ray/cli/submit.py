@@ -63,6 +63,6 @@ def check_to_send(sent: argparse.Namespace) -> None:
     if getattr(sent, "dry_run", False):
         raise ConfigError("--dry-run cannot be submitted; submit checks a command before it sends it")
     if sent.command == "sweep" and sent.file is not None and sent.file != "report":
-        from mmdiff_ray.sweeps.spec import any_config, load_sweep
+        from mmdiff_ray.sweeps.spec import first_valid_config, load_sweep
 
-        any_config(load_sweep(sent.file, sent.overrides))
+        first_valid_config(load_sweep(sent.file, sent.overrides))

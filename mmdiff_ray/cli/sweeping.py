@@ -32,7 +32,7 @@ from mmdiff_ray.storage.mirror import cached
 from mmdiff_ray.sweeps.journal import read_trials, trial_address
 from mmdiff_ray.sweeps.record import Record, read_record
 from mmdiff_ray.sweeps.report import chosen, verdict, write_report
-from mmdiff_ray.sweeps.spec import Sweep, load_sweep, whole_text
+from mmdiff_ray.sweeps.spec import Sweep, load_sweep, standalone_yaml
 from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.store import is_server, reachable, tracking_uri
 from mmdiff_ray.tracking.tracker import Tracker
@@ -50,7 +50,7 @@ def sweep(spec: Sweep, file: str, overrides: Sequence[str], where: str) -> int:
     with sweep_cluster(spec):
         resources_of(spec, job.config)
         command = shlex.join(["mmdiff", "sweep", file, *overrides])
-        folder = begin_sweep(spec, seen, whole_text(file, overrides), command, where)
+        folder = begin_sweep(spec, seen, standalone_yaml(file, overrides), command, where)
         size = f"up to {spec.trials} trials of {spec.budget.samples:,} samples"
         console.print(f"{spec.title} (sweep {folder.name}): {size}")
         if folder.name != spec.name:
@@ -78,7 +78,7 @@ def resume(name: str, where: str, overrides: Sequence[str]) -> int:
         resources_of(spec, spec.config({}))
         records.fetch_unsent(folder, runs.mirror_of(folder))
         run_life.resume_run(facts["tracking_uri"], facts["run_id"], records.root(folder))
-        write_text(folder, whole_text(folder / TEXT, overrides))
+        write_text(folder, standalone_yaml(folder / TEXT, overrides))
         return _run(spec, folder)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import mmdiff_ray
 from mmdiff_ray.config import ConfigError, shipped
-from mmdiff_ray.sweeps.spec import whole_text
+from mmdiff_ray.sweeps.spec import standalone_yaml
 
 CODE = ("mmdiff_ray", "pipelines", "sweeps")
 NOT_AT_TOP = (
@@ -93,7 +93,7 @@ def with_named_files(
         place = path.relative_to(Path.cwd()).as_posix() if inside else f".sent/{number}/{path.name}"
         if known.command == "sweep":  # it may refer to files relative to this folder
             path = stage / "sweep.yaml"
-            path.write_text(whole_text(file), encoding="utf8")
+            path.write_text(standalone_yaml(file), encoding="utf8")
         sent[place] = path
         shell.append(f'{shlex.quote(prefix) if prefix else ""}"$PWD"/{shlex.quote(place)}')
     change_folder = ["-C", shlex.quote(folder)] if folder else []

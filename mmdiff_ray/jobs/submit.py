@@ -33,7 +33,7 @@ from mmdiff_ray.runs import folder as runs
 from mmdiff_ray.runs import job
 from mmdiff_ray.storage.filesystem import is_uri
 from mmdiff_ray.storage.retry import with_timeout
-from mmdiff_ray.sweeps.spec import any_config, load_sweep
+from mmdiff_ray.sweeps.spec import first_valid_config, load_sweep
 from mmdiff_ray.tracking.provenance import JOB_VARIABLE, REVISION_VARIABLE, git_revision
 from mmdiff_ray.tracking.queries import page_of_job
 from mmdiff_ray.tracking.store import tracking_uri
@@ -139,7 +139,9 @@ def check_paths(folder: str | None, config: Config | None, known: argparse.Names
             raise ConfigError(f"--folder ({folder}) must be an absolute path on the cluster")
         return
     if known.command == "sweep" and known.file not in (None, "report"):
-        config = dataclasses.replace(any_config(load_sweep(known.file, known.overrides)), runs=known.runs)
+        config = dataclasses.replace(
+            first_valid_config(load_sweep(known.file, known.overrides)), runs=known.runs
+        )
     if config is not None:
         paths = [("runs", config.runs), *(("data.sources", source.uri) for source in config.data.sources)]
     else:

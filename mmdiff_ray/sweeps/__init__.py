@@ -1,1 +1,1 @@
-"""Sweeps: what is searched, what it is judged by, and what was found."""
+"""Sweeps: the search space, the metrics, the trials, and the report."""

@@ -1,4 +1,4 @@
-"""What a sweep found: trials ranked, the Pareto front, which dimensions matter, configurations to train."""
+"""Findings of a sweep: ranking, Pareto front, importance of dimensions, and the best configurations."""
 
 import dataclasses
 import math
@@ -18,13 +18,13 @@ from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.sweeps.study import as_frozen, plain_study
 
 RESAMPLES = 24
-"""Bootstrap resamples behind the interval of an importance."""
+"""Bootstrap resamples for the interval of an importance."""
 FEWEST = 6
-"""Trials below which importances are not computed."""
+"""Fewest trials for which importances are computed."""
 
 
 def best_first(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """Return finished trials by the leading metric, best first, then the others by samples seen."""
+    """Return all trials: finished ones by the main metric, best first, then the rest by samples seen."""
 
     def rank(trial: Trial) -> tuple[bool, int, float]:
         value = trial.figures.get(sweep.main, -sweep.sign * math.inf)
@@ -35,7 +35,7 @@ def best_first(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def finished(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """Return the finished trials that have every metric, best first by the leading one."""
+    """Return the finished trials that have every metric, best first by the main metric."""
     return [
         trial
         for trial in best_first(sweep, trials)
@@ -44,7 +44,7 @@ def finished(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def front(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """Return the Pareto front of the finished trials, best first by the leading metric.
+    """Return the Pareto front of the finished trials, best first by the main metric.
 
     A trial is on the front if no other is at least as good in every metric and better in one.
     """
@@ -60,12 +60,12 @@ def front(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def leading(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials worth training again, best first: the front of several metrics, else all finished."""
+    """Return candidates for retraining, best first: the Pareto front, or all finished for one metric."""
     return front(sweep, trials) if len(sweep.metrics) > 1 else finished(sweep, trials)
 
 
 def groups(sweep: Sweep, trials: Sequence[Trial]) -> dict[int, str]:
-    """Return trial number -> its group: best or on the front, base configuration, or its outcome."""
+    """Return trial number -> group: `best`, `on the front`, `base configuration` or the outcome."""
     found = {trial.number: trial.outcome or "unfinished" for trial in trials}
     found |= {number: "base configuration" for number in found if sweep.is_baseline(number)}
     several = len(sweep.metrics) > 1
@@ -74,14 +74,14 @@ def groups(sweep: Sweep, trials: Sequence[Trial]) -> dict[int, str]:
 
 
 def trained_config(record: Record, trial: Trial) -> Config | None:
-    """Return the configuration that repeats a trial with `mmdiff train`; None if MLflow does not hold it.
+    """Return the configuration that repeats a trial with `mmdiff train`, or None if MLflow has none.
 
-    Changes that a population made during training become `train.changes`.
+    Changes by population based training become `train.changes`.
     """
     config = record.configs.get(trial.number)
     if config is None:
         return None
-    # A member of a population that copied another started with that one's values.
+    # A copy replaces a trial's initial values with the donor's, but its recorded configuration stays.
     overrides = [configuration.override(key, value) for key, value in trial.values.items()]
     config = configuration.load((), overrides, configuration.to_plain(config))
     changes = [ChangeConfig(change["at"], change["values"]) for change in trial.changes if change["values"]]
@@ -98,9 +98,9 @@ def trained_config(record: Record, trial: Trial) -> Config | None:
 
 @dataclass(frozen=True)
 class Importance:
-    """The share of a metric's variance that a dimension explains.
+    """The fraction of a metric's variance that a dimension explains.
 
-    share: in [0, 1]; low, high: the middle 90 % over bootstrap resamples of the trials.
+    share: in [0, 1]; low, high: 90 % interval over bootstrap resamples of the trials.
     """
 
     key: str
@@ -110,10 +110,11 @@ class Importance:
 
 
 def importances(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int = 0) -> list[Importance]:
-    """Return the importance of every dimension for a metric, largest first; empty for too few trials.
+    """Return the importance of every dimension for a metric, largest first.
 
-    All trials are compared after the same number of samples. Empty for population based training, where a
-    final metric also depends on earlier values. Source: fANOVA (Hutter et al., ICML 2014) in Optuna.
+    Compares all trials at the same number of samples. Empty if there are too few trials, and for population
+    based training, because the final metric also depends on earlier values. Source: fANOVA (Hutter et al.,
+    ICML 2014) in Optuna.
     """
     if sweep.scheduler.name == "pbt":
         return []
@@ -135,7 +136,7 @@ def importances(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int = 
 
 
 def at_same_samples(trials: Sequence[Trial]) -> list[Trial]:
-    """Return trials as they were at the largest number of samples that at least half of them reached."""
+    """Cut trials at the largest number of samples that at least half of them reached."""
     reached = [{report["samples"] for report in trial.reports} for trial in trials]
     common = max(
         (n for n in set().union(*reached) if 2 * sum(n in r for r in reached) >= len(trials)), default=0
@@ -148,7 +149,7 @@ def at_same_samples(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _shares(sweep: Sweep, trials: Sequence[Trial], metric: str, seed: int) -> dict[str, float]:
-    """Return dimension -> share, for dimensions that every trial has (a limit of Optuna's fANOVA)."""
+    """Return dimension -> share. Optuna's fANOVA supports only dimensions that every trial has."""
     if len({round(trial.figures[metric], 12) for trial in trials}) < 2:
         return {}
     single = dataclasses.replace(sweep, metrics={metric: sweep.metrics[metric]})
@@ -170,7 +171,7 @@ def top(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def ranges(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, list[Any]]:
-    """Return dimension -> lowest and highest final value of some trials, or the values of a choice."""
+    """Return dimension -> [lowest, highest] final value of the trials, or all values of a choice."""
     found: dict[str, list[Any]] = {}
     for key, dimension in sweep.space.items():
         values = [trial.now[key] for trial in trials if key in trial.now]
@@ -182,10 +183,10 @@ def ranges(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, list[Any]]:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Return key -> the shortest end of it, of two parts or more, that no other key has.
+    """Return key -> its shortest unique suffix of two or more parts.
 
-    A name never starts with a section of the configuration that it is not in: `modalities.alpha`, from
-    `loss.modalities.alpha`, would read as a modality. Keys of modalities and tasks keep those names.
+    A suffix must not look like a key of another section: `modalities.alpha`, short for
+    `loss.modalities.alpha`, would read as a modality. Keys in `modalities` and `tasks` keep the section name.
     """
     sections = {field.name for field in dataclasses.fields(Config)}
     names = {}

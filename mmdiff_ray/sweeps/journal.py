@@ -1,8 +1,7 @@
-"""What a sweep keeps of every trial beside its run: values, reports, changes on the way, how it ended.
+"""The journal of every trial, saved next to its run: values, reports, changes, outcome.
 
-A sweep lies where its address says, in a folder or in storage; the journals are read and written there and
-nowhere else, so that all machines see the same. Where storage does not answer, it is asked again for minutes,
-and then all functions raise OutageError.
+Journals exist only at the sweep's address, a folder or object storage, so all machines see the same state. If
+storage is unavailable, all functions retry for minutes, then raise OutageError.
 """
 
 import json
@@ -22,12 +21,15 @@ FILE = "trial.json"
 class Trial:
     """One trial.
 
-    number: from 0. values: swept key -> value, as it began. reports: `samples` and `figures`, in order.
-    changes: `at`, `values` and `source`, the trial that the state before was copied from (population based
-    training). outcome: None while it trains; finished, with all its samples; stopped, by the scheduler or the
-    budget; diverged, not finite; failed. why: in words, where it went wrong. copied: whose the checkpoints
-    are since it copied another, a new name for every copy. copying: `number`, `samples` and `values` of what
-    a copy is made of, until it is there whole.
+    number: from 0.
+    values: swept key -> value at the start.
+    reports: each with `samples` and `figures`, in order.
+    changes: of population based training, each with `at`, `values` and `source`, the trial that was copied.
+    outcome: None during training; then `finished`, `stopped` (by scheduler or budget), `diverged` or
+    `failed`.
+    why: the error message of a diverged or failed trial.
+    copied: id of the checkpoints after a copy; every copy gets a new id.
+    copying: `number`, `samples` and `values` of a copy in progress.
     """
 
     number: int
@@ -42,7 +44,7 @@ class Trial:
 
     @property
     def lineage(self) -> str:
-        """Return whose checkpoints and model are the trial's."""
+        """Return the id that owns the trial's checkpoints and model."""
         return self.copied or self.run_id
 
     @property
@@ -57,7 +59,7 @@ class Trial:
 
     @property
     def now(self) -> dict[str, Any]:
-        """Return the swept values in force."""
+        """Return the current values of the swept keys."""
         values = dict(self.values)
         for change in self.changes:
             values |= change["values"]
@@ -65,25 +67,25 @@ class Trial:
 
 
 def trial_address(sweep: str | Path, number: int) -> str:
-    """Return where a trial lies, which is where its run does."""
+    """Return the address of a trial's run."""
     return join(str(sweep), TRIALS, f"{number:04d}")
 
 
 def read_trial(sweep: str | Path, number: int) -> Trial | None:
-    """Return a trial, or None where it has not begun."""
+    """Return a trial, or None if it has not started."""
     text = _read(join(trial_address(sweep, number), FILE))
     return None if text is None else Trial(**json.loads(text))
 
 
 def write_trial(sweep: str | Path, trial: Trial) -> None:
-    """Write a trial beside its run."""
+    """Write a trial's journal next to its run."""
     _write(join(trial_address(sweep, trial.number), FILE), asdict(trial))
 
 
 def number_of(sweep: str | Path, tune_id: str, number: int) -> int:
-    """Return the number of the trial that Ray Tune calls `tune_id`; the one given counts where it is new.
+    """Return the number of the trial with Ray Tune's id `tune_id`; `number` if the id is new.
 
-    A member of a population that copies another is told the other's configuration, number and all.
+    The id decides because Tune gives a member that copies another the other's configuration, number included.
     """
     file = join(str(sweep), "ids", tune_id)
     known = _read(file)
@@ -93,7 +95,7 @@ def number_of(sweep: str | Path, tune_id: str, number: int) -> int:
 
 
 def read_trials(sweep: str | Path) -> Iterator[Trial]:
-    """Yield the trials that have begun, by number."""
+    """Yield the trials that have started, by number."""
     fs, root = filesystem(join(str(sweep), TRIALS))
     for name in retry(lambda: folders_in(fs, root), f"look into {sweep}"):
         trial = read_trial(sweep, int(name)) if name.isdigit() else None

@@ -1,4 +1,4 @@
-"""The figures of a sweep's report. Every trial has one colour in all of them."""
+"""Figures of a sweep's report. A trial has the same colour in every figure."""
 
 import dataclasses
 import itertools
@@ -25,12 +25,12 @@ COLORS = {
 }  # fmt: skip
 """Group of a trial -> its colour."""
 PANEL = (4.0, 3.2)
-"""Inches of one of three panels in a row."""
+"""Size in inches of a panel, with three panels per row."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure of the report. name: of its PNG file; caption: how to read it."""
+    """A figure of the report. name: stem of its PNG file; caption: how to read it."""
 
     name: str
     title: str
@@ -39,7 +39,7 @@ class Plot:
 
 
 def draw(record: Record, importance: dict[str, list[Importance]]) -> list[Plot]:
-    """Return every figure that the trials allow. importance: metric -> what `importances` returned."""
+    """Draw every figure that has data. importance: metric -> result of `importances`."""
     sweep = record.sweep
     judged = [trial for trial in record.trials if trial.reports]
     if not judged:
@@ -106,7 +106,7 @@ def _curves(sweep: Sweep, trials: Sequence[Trial]) -> Plot | None:
             _line(panel, trial, group, x, y)
         panel.set(xlabel="samples seen", ylabel=_directed(sweep, metric))
     _legend(figure, group.values())
-    return Plot("trials", "Trials during training", "Trials that were stopped early end early.", figure)
+    return Plot("trials", "Trials during training", "Lines of stopped trials end early.", figure)
 
 
 def _parallel(sweep: Sweep, trials: Sequence[Trial]) -> Plot:
@@ -163,7 +163,7 @@ def _unit_scale(column: Sequence[Any], log: bool) -> tuple[list[float], dict[flo
 
 
 def _slices(sweep: Sweep, trials: Sequence[Trial], metric: str) -> Plot | None:
-    """Draw a metric over each swept key, a point per trial, with the base configuration as a line."""
+    """Draw a metric over each swept key, one point per trial; a line shows the base configuration."""
     known = [key for key in sweep.space if any(key in trial.now for trial in trials)]
     if not known:
         return None
@@ -189,13 +189,13 @@ def _slices(sweep: Sweep, trials: Sequence[Trial], metric: str) -> Plot | None:
     figure.supylabel(_directed(sweep, metric), fontsize=10)
     _legend(figure, [group[one.number] for one in trials if one in bases or one.now])
     at_end = " Values are those at the end of training." if any(trial.changes for trial in trials) else ""
-    caption = f"A point is a trial{'; dashed: the base configuration' if bases else ''}.{at_end}"
+    caption = f"One point per trial{'; dashed: the base configuration' if bases else ''}.{at_end}"
     file = "".join(letter if letter.isalnum() else "_" for letter in metric)
     return Plot(f"slices-{file}", f"{metric} over each key", caption, figure)
 
 
 def _weights(record: Record) -> Plot | None:
-    """Draw b(t) and w_t of every modality whose weights are swept, of the base and of the best trial."""
+    """Draw b(t) and w_t of each modality with swept weights, for the base and the best trial."""
     sweep = record.sweep
     swept = list(dict.fromkeys(key.split(".")[1] for key in sweep.space if ".weights." in key))
     known = [trial for trial in record.trials if trial.number in record.configs]
@@ -236,7 +236,7 @@ def _profile(config: Config, name: str, steps: int = 100) -> tuple[list[float], 
 
 
 def _lineage(sweep: Sweep, trials: Sequence[Trial]) -> Plot | None:
-    """Draw each swept value over the samples of every member of a population, and copies between members."""
+    """Draw each swept value over samples for every member of a population, and mark copies."""
     if not any(trial.changes for trial in trials):
         return None
     names, group = short_names(list(sweep.space)), groups(sweep, trials)
@@ -254,7 +254,7 @@ def _lineage(sweep: Sweep, trials: Sequence[Trial]) -> Plot | None:
             log_scale(panel, "y")
         panel.set(xlabel="samples seen", ylabel=name)
     _legend(figure, group.values())
-    caption = "A step is a change; `from N` marks where a trial copied the state of trial N."
+    caption = "Steps are changes of the value; `from N`: the trial copied the state of trial N."
     return Plot("lineage", "Values of the population", caption, figure)
 
 
@@ -278,7 +278,7 @@ def _timeline(record: Record) -> Plot | None:
 
 
 def _line(axes: Any, trial: Trial, group: dict[int, str], x: Any, y: Any, **style: Any) -> None:
-    """Draw points of a trial, joined by a line, in the colour of its group."""
+    """Draw a trial as a line with points, in the colour of its group."""
     name = group[trial.number]
     stands_out = name in ("best", "on the front", "base configuration")
     defaults = {"marker": "o", "markersize": 4, "linewidth": 2.2 if stands_out else 1.2}

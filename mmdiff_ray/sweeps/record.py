@@ -1,4 +1,4 @@
-"""A sweep read back from MLflow alone: what it was, and what became of its trials."""
+"""A sweep and its trials, read from MLflow only."""
 
 import json
 import shlex
@@ -17,11 +17,12 @@ from mmdiff_ray.tracking import queries
 
 @dataclass(frozen=True)
 class Record:
-    """A sweep as MLflow knows it.
+    """A sweep as recorded in MLflow.
 
-    run_id: of the sweep's own run. trials: those that began, by number. configs: number -> the
-    configuration that a trial began with. times: number -> when it began and ended, in seconds since the
-    epoch (None: it has not). made: how it was made: command, machine, versions, revision of the code.
+    run_id: of the parent run. trials: the started trials, by number. configs: number -> configuration at the
+    start. times: number -> (start, end) in seconds since the epoch; end is None for a running trial. made:
+    its
+    provenance: command, machine, versions, code revision.
     """
 
     sweep: Sweep
@@ -34,12 +35,12 @@ class Record:
 
 
 def read_record(uri: str, reference: str) -> Record:
-    """Return the sweep of a run's name or id. Raises ConfigError where that run is no sweep."""
+    """Return the sweep of a run. reference: its name or id. Raises ConfigError if the run is not a sweep."""
     parent = queries.find_run(uri, reference)
     with tempfile.TemporaryDirectory() as place:
         file = queries.artifact(uri, parent.info.run_id, "sweep.yaml", Path(place))
         if file is None:
-            raise ConfigError(f"{reference}: this run is no sweep (it has no sweep.yaml)")
+            raise ConfigError(f"{reference}: this run is not a sweep (it has no sweep.yaml)")
         sweep = load_sweep(file)
         trials: dict[int, Trial] = {}
         configs, times = {}, {}
@@ -47,7 +48,7 @@ def read_record(uri: str, reference: str) -> Record:
             number = int(run.data.tags.get("mmdiff.trial", -1))
             if number < 0:
                 continue
-            # Where a process died while its run began, a second run took its number: the newest counts.
+            # A process that died while it started a run leaves two runs with the same number: use the newest.
             trials[number] = _trial(uri, run, number, sweep)
             text = queries.artifact(uri, run.info.run_id, "config.yaml", Path(place))
             if text is not None:
@@ -71,7 +72,7 @@ def _made(tags: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _trial(uri: str, run: queries.Run, number: int, sweep: Sweep) -> Trial:
-    """Return a trial from its run: values from parameters, reports from metrics, the rest from tags."""
+    """Build a trial from its run: values from parameters, reports from metrics, the rest from tags."""
     tags = run.data.tags
     reports: dict[int, dict[str, float]] = {}
     for metric in sweep.metrics:
@@ -89,12 +90,12 @@ def _trial(uri: str, run: queries.Run, number: int, sweep: Sweep) -> Trial:
 
 
 def sweep_description(sweep: Sweep, address: str) -> str:
-    """Return the description of a sweep's own run as Markdown. address: where the sweep lies."""
+    """Return the Markdown description of a sweep's parent run. address: of the sweep."""
     goals = ", ".join(f"{metric} ({way})" for metric, way in sweep.metrics.items())
     budget = sweep.budget
     return (
         f"**{sweep.name}**: sweep of {budget.trials} trials x {budget.samples:,} samples over "
-        f"{', '.join(sweep.space)}; {sweep.searcher.name} and {sweep.scheduler.name} look for {goals}. "
+        f"{', '.join(sweep.space)}; {sweep.searcher.name} and {sweep.scheduler.name} optimize {goals}. "
         f"Trials are child runs; the report is in the artifacts under `report`.\n\n"
         f"Resume: `mmdiff sweep --resume {shlex.quote(address)}`"
     )

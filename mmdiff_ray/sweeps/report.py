@@ -28,16 +28,17 @@ from mmdiff_ray.sweeps.record import Record
 from mmdiff_ray.sweeps.spec import Sweep
 
 KEPT = 5
-"""Best configurations that are written for a single metric."""
+"""Number of best configurations to write for a single metric."""
 ONE_SEED = (
-    "All trials have one seed. Repeat the best with other seeds, judged on other rows, before trusting them."
+    "All trials use one seed. Before you trust the best ones, repeat them with other seeds and other "
+    "held-out rows."
 )
 
 
 def write_report(record: Record, out: Path) -> list[Path]:
     """Write `report.html`, `results.json`, `best/*.yaml` and `*.png` into a folder; return the paths.
 
-    Replaces an earlier report. A sweep without reports gives a page that says so.
+    Replaces an earlier report. Without any trial reports, the page says so.
     """
     (out / "best").mkdir(parents=True, exist_ok=True)
     for old in [*out.glob("*.png"), *out.glob("best/*.yaml")]:
@@ -86,7 +87,7 @@ def summary(record: Record) -> dict[str, Any]:
 
 
 def chosen(record: Record) -> list[Trial]:
-    """Return the trials whose configurations are written: the front of several metrics, else the best few."""
+    """Return the trials whose configurations to write: the Pareto front, or the best for one metric."""
     found = leading(record.sweep, record.trials)
     return found if len(record.sweep.metrics) > 1 else found[:KEPT]
 
@@ -120,7 +121,7 @@ def _headlines(record: Record) -> list[str]:
 
 
 def _ranges(record: Record) -> tuple[str, dict[str, str]]:
-    """Return the values that the best trials have: a heading, and key -> values."""
+    """Return a heading, and key -> range of values of the best trials."""
     sweep = record.sweep
     best, names, found = top(sweep, record.trials), short_names(list(sweep.space)), {}
     for key, ends in ranges(sweep, best).items():
@@ -153,7 +154,7 @@ def _write_best(record: Record, folder: Path) -> list[Path]:
 
 
 def _page(record: Record, plots: Sequence[Plot], best: Sequence[Path]) -> str:
-    """Return the page, which needs no other file and no network."""
+    """Return the HTML page, which is self-contained: no other files, no network."""
     sweep, trials = record.sweep, record.trials
     names, group = short_names(list(sweep.space)), groups(sweep, trials)
     heading, values = _ranges(record)

@@ -1,4 +1,4 @@
-"""The space of a sweep: its dimensions and corners, and which of them have no effect or break the prior."""
+"""The search space of a sweep: its dimensions and corners, and checks for invalid or ineffective values."""
 
 import math
 import random
@@ -19,15 +19,15 @@ Make = Callable[[Mapping[str, Any]], Config]
 """Values of swept keys -> the checked configuration of a trial."""
 MOST_CORNERS = 128
 INSIDE = 32
-"""Random points that are checked besides the corners."""
+"""Number of random points to check in addition to the corners."""
 
 
 @dataclass(frozen=True)
 class Dimension:
     """One swept key.
 
-    kind: uniform, loguniform (both from low to high), randint (low to high, both included), choice or grid
-    (of values). when: key -> values of another choice, for which alone this one exists.
+    kind: `uniform` or `loguniform` from low to high, `randint` from low to high inclusive, `choice` or `grid`
+    of values. when: key of an earlier choice -> the values for which this dimension applies.
     """
 
     key: str
@@ -39,13 +39,13 @@ class Dimension:
 
     @property
     def ends(self) -> list[Any]:
-        """Return the values at the corners: both ends, or all of a list."""
+        """Return the values at the corners: low and high, or all values of a list."""
         if self.values:
             return list(self.values)
         return [int(self.low), int(self.high)] if self.kind == "randint" else [self.low, self.high]
 
     def applies(self, values: Mapping[str, Any]) -> bool:
-        """Return whether this dimension exists beside the values of those before it."""
+        """Return whether this dimension applies, given the values of earlier dimensions."""
         return all(values.get(key) in allowed for key, allowed in self.when.items())
 
     def draw(self, rng: random.Random) -> Any:
@@ -62,7 +62,7 @@ class Dimension:
         return f"{self.kind} {self.values or f'{self.low:g} to {self.high:g}'}"
 
     def clip(self, value: float) -> Any:
-        """Return a number moved into the dimension's range."""
+        """Clamp a number to the dimension's range."""
         held = min(max(value, self.low), self.high)
         return round(held) if self.kind == "randint" else held
 
@@ -74,7 +74,7 @@ def make_space(plain: Mapping[str, Any]) -> dict[str, Dimension]:
         space[key] = _dimension(key, entry)
         for other, allowed in space[key].when.items():
             if other not in space or not space[other].values:
-                raise ConfigError(f"space.{key}.when: {other} must be a choice that stands before it")
+                raise ConfigError(f"space.{key}.when: {other} must be a choice listed before it")
             for value in allowed:
                 if value not in space[other].values:
                     raise ConfigError(unknown(f"space.{key}.when.{other}", value, space[other].values))
@@ -116,7 +116,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def corners(space: Mapping[str, Dimension], most: int = MOST_CORNERS) -> list[dict[str, Any]]:
-    """Return the space's corners; where there are more than `most`, a random choice of them."""
+    """Return the corners of the space, or a random selection if there are more than `most`."""
     rng = random.Random(0)
     found: list[dict[str, Any]] = [{}]
     for dimension in space.values():
@@ -126,12 +126,12 @@ def corners(space: Mapping[str, Dimension], most: int = MOST_CORNERS) -> list[di
 
 
 def combinations(space: Mapping[str, Dimension]) -> list[dict[str, Any]]:
-    """Return every combination of the values of a space of lists, in order."""
+    """Return the Cartesian product of the values, in order; every dimension must have a list."""
     return corners(space, sys.maxsize)
 
 
 def _extended(values: dict[str, Any], dimension: Dimension, choices: Sequence[Any]) -> list[dict[str, Any]]:
-    """Return a point once per choice of one more dimension; once as it is if the dimension does not apply."""
+    """Extend a point by each value of one more dimension; return it unchanged if that does not apply."""
     return [{**values, dimension.key: one} for one in choices] if dimension.applies(values) else [values]
 
 
@@ -148,7 +148,7 @@ class SpaceCheck:
     """The result of checking a space.
 
     tried: number of points; refused: error -> number of points; good: a valid point; inert: messages about
-    dimensions that change nothing at any point.
+    dimensions without any effect.
     """
 
     tried: int
@@ -158,7 +158,7 @@ class SpaceCheck:
 
 
 def check_space(space: Mapping[str, Dimension], make: Make) -> SpaceCheck:
-    """Check the corners of a space and random points inside.
+    """Check the corners of a space and random points inside it.
 
     make: values -> the configuration. Raises ConfigError with the most frequent error if no point is valid.
     """
@@ -175,18 +175,20 @@ def check_space(space: Mapping[str, Dimension], make: Make) -> SpaceCheck:
             refused[str(error)] = refused.get(str(error), 0) + 1
     if not good:
         why = max(refused, key=lambda error: refused[error])
-        raise ConfigError(f"space: every one of {len(points)} points is refused; most often: {why}")
+        raise ConfigError(f"space: all {len(points)} tested points are invalid; most frequent error: {why}")
     return SpaceCheck(len(points), refused, good[0], inert(space, make, good))
 
 
 def sizes_network(space: Mapping[str, Dimension]) -> bool:
-    """Return whether a space holds keys that the network's size depends on."""
+    """Return whether a swept key changes the size of the network."""
     return any(key.startswith(("model.", "space.")) for key in space)
 
 
 def check_point(config: Config, network: bool = False) -> None:
-    """Raise ConfigError for a configuration whose modalities contradict each other, whose profile leaves the
-    prior or, if asked, whose network cannot be built."""
+    """Raise ConfigError if modalities contradict each other or a profile breaks the prior.
+
+    network: also build the network.
+    """
     if network:
         build_denoiser(config)
     else:
@@ -194,19 +196,19 @@ def check_point(config: Config, network: bool = False) -> None:
 
 
 def inert(space: Mapping[str, Dimension], make: Make, points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a sentence for every dimension that changes nothing, beginning with its key."""
+    """Return a message for every dimension without any effect."""
     found = []
     for key, dimension in space.items():
         if not key.startswith(("loss.", "modalities.")):
             continue
         where = [values for values in points if key in values][:12]
         if where and not any(_changes(dimension, values, make) for values in where):
-            found.append(f"space.{key}: no value of it changes anything in this configuration")
+            found.append(f"space.{key}: has no effect in this configuration")
     return found
 
 
 def _changes(dimension: Dimension, values: Mapping[str, Any], make: Make) -> bool:
-    """Return whether two values of a dimension give different training, or one is refused."""
+    """Return whether two values of a dimension train different models, or one is invalid."""
     seen = set()
     for end in dimension.ends:
         try:
@@ -219,10 +221,10 @@ def _changes(dimension: Dimension, values: Mapping[str, Any], make: Make) -> boo
 
 
 def effect(config: Config) -> str:
-    """Return what training depends on, as text: two configurations of the same text train the same model.
+    """Return a text that is equal for two configurations that train the same model.
 
-    Of weights: b(t) where some task generates the modality, kappa where it is given and heard. Of the loss:
-    the factor of every term that has a gradient. Of all else: what the configuration says.
+    It has b(t) of modalities that a task generates, kappa of modalities that are given and enter the process,
+    the factor of every loss term with a gradient, and all other settings unchanged.
     """
     modalities = build_modalities(config)
     process = build_process(config, modalities)

@@ -1,4 +1,4 @@
-"""What a sweep is: a YAML file of a base configuration, space, metrics, searcher, scheduler and budget."""
+"""The spec of a sweep: base configuration, space, metrics, searcher, scheduler and budget."""
 
 import dataclasses
 import math
@@ -16,24 +16,24 @@ from mmdiff_ray.sweeps.space import combinations, corners, make_space
 SEARCHERS = ("random", "grid", "tpe", "nsga2")
 SCHEDULERS = ("fifo", "asha", "median", "pbt")
 MOST_POINTS = 100_000
-"""Of a grid."""
+"""Largest number of points of a grid."""
 SCALES_LOSS = ("loss.", "modalities.")
-"""Beginnings of keys that a training or held-out loss is scaled by, or whose meaning they change."""
+"""Prefixes of keys that scale a training or held-out loss, or change its meaning."""
 SET_HERE = (
     *("train.samples", "train.max_minutes", "train.log_every_samples", "checkpoint."),
     *("evaluate.every_samples", "tracking.", "runs", "name"),
 )
-"""Beginnings of keys that every trial has from the sweep."""
+"""Prefixes of keys that the sweep sets for every trial."""
 JUDGES = tuple(f"evaluate.{name}" for name in ("evaluators", "rows", "visits", "repeats", "split"))
-"""Beginnings of keys that say how figures are measured."""
+"""Prefixes of keys that change how figures are measured."""
 
 
 @dataclass(frozen=True)
 class SearcherOptions:
-    """How configurations are chosen.
+    """How to choose configurations.
 
-    name: random, grid (every combination), tpe (Optuna's, one metric or several), nsga2 (Optuna's, for
-    several). startup: random trials before tpe learns.
+    name: `random`, `grid` (every combination), `tpe` (Optuna, one or more metrics) or `nsga2` (Optuna, two or
+    more metrics). startup: random trials before tpe uses earlier results.
     """
 
     name: str = "tpe"
@@ -42,11 +42,13 @@ class SearcherOptions:
 
 @dataclass(frozen=True)
 class SchedulerOptions:
-    """Which trials go on.
+    """Which trials to continue.
 
-    name: fifo (all), asha, median, pbt. grace: the share of a trial's samples that none is stopped before.
-    reduction: asha keeps one of so many at each rung. quantile: pbt's lowest share of the population, which
-    copies the highest. resample: how often a copied value is drawn anew, in place of being moved.
+    name: `fifo` (all), `asha`, `median` or `pbt`. grace: fraction of a trial's samples before it may be
+    stopped.
+    reduction: asha keeps 1 in this many trials at each rung. quantile: in pbt, this lowest fraction of the
+    population copies the highest. resample: probability that pbt resamples a copied value instead of
+    perturbing it.
     """
 
     name: str = "asha"
@@ -58,12 +60,13 @@ class SchedulerOptions:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a sweep may cost.
+    """Limits of a sweep.
 
-    trials: how many. samples: that each trains with. reports: how often each is judged, evenly. hours: wall
-    clock, after which no trial begins and those that train end at their next report. concurrent: trials at
-    once, as many as the cluster holds where None. retries: how often a trial whose process died is tried
-    again.
+    trials: number of trials. samples: training samples per trial. reports: evaluations per trial, evenly
+    spaced.
+    hours: wall-clock limit; then no trial starts, and running ones stop at their next report. concurrent:
+    trials at a time; None: as many as fit into the cluster. retries: how often to retry a trial whose process
+    died.
     """
 
     trials: int = 20
@@ -81,12 +84,12 @@ OPTIONS = {"searcher": SearcherOptions, "scheduler": SchedulerOptions, "budget":
 class Sweep:
     """A sweep.
 
-    base: plain values; a file may name a config file in their place, which is read once, with it. space:
-    swept key -> its `Dimension`. metrics: figure of an evaluator -> min or max; the first one leads where a
-    scheduler needs a single one. overrides: on top of the base, `key=value`. data: a data set that is built
-    where it is missing: pipeline, uri, options.
-    baseline: whether the first trial is the base configuration itself, with nothing of the space, which no
-    scheduler stops.
+    base: plain values, or in the YAML file the path of a config file.
+    space: swept key -> `Dimension`.
+    metrics: figure of an evaluator -> `min` or `max`. Schedulers use the first one, the main metric.
+    overrides: `key=value`, applied to the base.
+    data: a data set to build if it is missing: pipeline, uri, options.
+    baseline: run the unchanged base configuration as the first trial; schedulers never stop it.
     """
 
     name: str
@@ -104,17 +107,17 @@ class Sweep:
 
     @property
     def main(self) -> str:
-        """Return the metric that leads."""
+        """Return the first metric, which ranks trials if a single one is needed."""
         return next(iter(self.metrics))
 
     @property
     def sign(self) -> int:
-        """Return the factor of the leading metric that makes a larger value better."""
+        """Return -1 if the main metric is minimized, else 1: sign x metric is better if larger."""
         return 1 if self.metrics[self.main] == "max" else -1
 
     @property
     def trials(self) -> int:
-        """Return how many trials there are at most: a grid has its points, and the baseline if asked for."""
+        """Return the largest number of trials; for a grid, its points plus the baseline, if any."""
         grid = self.searcher.name == "grid"
         return len(combinations(self.space)) + self.baseline if grid else self.budget.trials
 
@@ -132,7 +135,7 @@ class Sweep:
         swept = [configuration.override(key, value) for key, value in values.items()]
         budget = [f"train.samples={self.budget.samples}", "train.max_minutes=null"]
         config = configuration.load((), [*self.overrides, *budget, *swept], self.base)
-        # Reports fall on log lines: a segment of training ends where the trainer looks up anyway.
+        # A report coincides with a log line, because the trainer returns only there.
         period = self.period
         log = period // max(1, -(-period // config.train.log_every_samples))
         return dataclasses.replace(
@@ -144,18 +147,22 @@ class Sweep:
 
 
 def load_sweep(file: str | Path, overrides: Sequence[str] = ()) -> Sweep:
-    """Return the sweep of a YAML file. overrides: `key=value` of the sweep's own sections (`budget.trials=4`)
-    or of the base configuration. Raises ConfigError, naming the file and the key, for what is wrong in it."""
+    """Load a sweep from a YAML file. Raises ConfigError that names the file and the key.
+
+    overrides: `key=value` of the sweep's own sections, like `budget.trials=4`, or of the base configuration.
+    """
     plain = configuration.read_yaml(file)
     own = [word for word in overrides if re.match(r"(budget|searcher|scheduler)\.|seed=|name=", word)]
     with named(str(file)):
-        return _made(_overridden(plain, own), Path(file), [word for word in overrides if word not in own])
+        return _build(_override(plain, own), Path(file), [word for word in overrides if word not in own])
 
 
-def any_config(sweep: Sweep) -> Config:
-    """Return the configuration of a corner of the space; needs no data. Raises ConfigError where none is
-    one."""
-    error = ConfigError("space: it has no corner")
+def first_valid_config(sweep: Sweep) -> Config:
+    """Return the configuration of the first valid corner of the space, without reading data.
+
+    Raises ConfigError if no corner is valid.
+    """
+    error = ConfigError("space: no corners")
     for values in corners(sweep.space):
         try:
             return sweep.config(values)
@@ -164,8 +171,8 @@ def any_config(sweep: Sweep) -> Config:
     raise error
 
 
-def whole_text(file: str | Path, overrides: Sequence[str] = ()) -> str:
-    """Return a sweep's YAML that needs no other file: with its name, its base and the overrides in it."""
+def standalone_yaml(file: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Return self-contained YAML of a sweep, with its name, base configuration and overrides inlined."""
     plain, sweep = configuration.read_yaml(file), load_sweep(file, overrides)
     if not overrides and "name" in plain and not isinstance(plain["base"], str):
         return Path(file).read_text(encoding="utf8")
@@ -174,10 +181,10 @@ def whole_text(file: str | Path, overrides: Sequence[str] = ()) -> str:
     return configuration.plain_yaml(plain)
 
 
-def _overridden(plain: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+def _override(plain: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     values = dict(plain)
-    for word in words:
-        key, _, text = word.partition("=")
+    for override in overrides:
+        key, _, text = override.partition("=")
         section, _, name = key.partition(".")
         value = configuration.parse_name(text) if key == "name" else configuration.parse_value(text)
         if name and not isinstance(values.get(section) or {}, Mapping):
@@ -186,7 +193,7 @@ def _overridden(plain: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any
     return values
 
 
-def _made(plain: Mapping[str, Any], file: Path, overrides: Sequence[str]) -> Sweep:
+def _build(plain: Mapping[str, Any], file: Path, overrides: Sequence[str]) -> Sweep:
     known = [part.name for part in dataclasses.fields(Sweep)]
     for key in plain:
         if key not in known:
@@ -222,13 +229,13 @@ def _check(sweep: Sweep) -> None:
         if value < least:
             raise ConfigError(f"{name} ({value}) must be at least {least}")
     if not 0 < sweep.scheduler.grace <= 1:
-        raise ConfigError(f"scheduler.grace ({sweep.scheduler.grace:g}) must lie above 0 and at most at 1")
+        raise ConfigError(f"scheduler.grace ({sweep.scheduler.grace:g}) must be above 0 and at most 1")
     _check_keys(sweep)
     for metric, direction in sweep.metrics.items():
         one_of(f"metrics.{metric}", direction, ("min", "max"))
         _check_metric(sweep, metric)
     if sweep.searcher.name == "nsga2" and len(sweep.metrics) < 2:
-        raise ConfigError("searcher.name: nsga2 is for two metrics and more; take tpe")
+        raise ConfigError("searcher.name: nsga2 needs two or more metrics; use tpe")
     if sweep.searcher.name == "grid":
         endless = [key for key, dimension in sweep.space.items() if not dimension.values]
         if endless:
@@ -237,18 +244,18 @@ def _check(sweep: Sweep) -> None:
             )
         points = math.prod(len(dimension.values) for dimension in sweep.space.values())
         if points > MOST_POINTS:
-            raise ConfigError(f"space: a grid of {points:,} points is more than {MOST_POINTS:,}; take tpe")
+            raise ConfigError(f"space: a grid of {points:,} points exceeds {MOST_POINTS:,}; use tpe")
         if sweep.trials > sweep.budget.trials:
             raise ConfigError(
-                f"budget.trials ({sweep.budget.trials}) must be {sweep.trials}, all points of the grid"
-                f"{' and the baseline' * sweep.baseline}"
+                f"budget.trials ({sweep.budget.trials}) must be {sweep.trials}: all points of the grid"
+                f"{' plus the baseline' * sweep.baseline}"
             )
     if sweep.scheduler.name == "pbt":
         _check_pbt(sweep)
 
 
 def _check_keys(sweep: Sweep) -> None:
-    """Raise ConfigError for a swept key that is nobody's, that is set elsewhere, or that moves the goal."""
+    """Raise ConfigError if a swept key is unknown, is set elsewhere, or changes how trials are measured."""
     given = [word.partition("=")[0] for word in sweep.overrides]
     for key in sweep.space:
         section, name, *rest = [*key.split("."), ""]
@@ -257,37 +264,40 @@ def _check_keys(sweep: Sweep) -> None:
             known |= {parts[1] for parts in (word.split(".") for word in given) if parts[0] == section}
             one_of(f"space.{key}", name, sorted(known))
         if key in given:
-            raise ConfigError(f"space.{key}: an override sets what is swept; leave one of the two out")
+            raise ConfigError(f"space.{key}: an override also sets this key; remove one of them")
         if key.startswith(SET_HERE):
-            raise ConfigError(f"space.{key}: a sweep sets it itself, for every trial alike")
+            raise ConfigError(f"space.{key}: the sweep sets this key for every trial; remove it")
         if key.startswith(JUDGES):
             raise ConfigError(
-                f"space.{key}: it changes what trials are judged by; a figure means the same only where it "
-                "is measured in the same way"
+                f"space.{key}: it changes how trials are measured, so their figures could not be compared; "
+                "remove it"
             )
 
 
 def _check_metric(sweep: Sweep, metric: str) -> None:
-    """Raise ConfigError for a metric that the space scales: a sweep would find what makes it small."""
+    """Raise ConfigError if a swept key scales the metric: the search would only make the number small."""
     scaling = [key for key in sweep.space if key.startswith(SCALES_LOSS)]
     if re.match(r"((val|train)/)?loss(/|$)", metric) and scaling:
         raise ConfigError(
-            f"metrics.{metric}: {scaling[0]} is in the space and changes what this loss means: the sweep "
-            "would find what makes the number small, not the model good. Judge by what it does not scale: a "
-            "term of the exact bound (pixels/l1_nats), LPIPS, mIoU, label accuracy, a Frechet distance"
+            f"metrics.{metric}: the space has {scaling[0]}, which scales this loss, so a smaller value would "
+            "not mean a better model; use a term of the exact bound (pixels/l1_nats), LPIPS, mIoU, label "
+            "accuracy or a Fréchet distance"
         )
 
 
 def _check_pbt(sweep: Sweep) -> None:
     if sweep.baseline:
         raise ConfigError(
-            "baseline: a population moves the values of all of its trials; train the base configuration apart"
+            "baseline: pbt changes the values of all trials; remove the key and train the base configuration "
+            "separately"
         )
     for key, dimension in sweep.space.items():
         if not configuration.is_live(key):
             raise ConfigError(
-                f"space.{key}: population based training changes values while a model trains, which goes for "
-                "the loss' coefficients, modalities' weights and train.learning_rate alone"
+                f"space.{key}: pbt changes values during training, which only loss coefficients, modality "
+                "weights and train.learning_rate support; remove the key or use another scheduler"
             )
         if dimension.when:
-            raise ConfigError(f"space.{key}.when: a condition does not go with population based training")
+            raise ConfigError(
+                f"space.{key}.when: pbt does not support conditions; remove it or use another scheduler"
+            )

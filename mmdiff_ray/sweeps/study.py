@@ -1,4 +1,4 @@
-"""A sweep as Optuna sees it: its space, its sampler, its trials."""
+"""Conversion of a sweep to Optuna: its space, sampler and trials."""
 
 import warnings
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ STATES = {
 
 
 def distribution(dimension: Dimension) -> Any:
-    """Return a dimension as Optuna's."""
+    """Return Optuna's distribution of a dimension."""
     if dimension.values:
         return CategoricalDistribution([hashable(value) for value in dimension.values])
     if dimension.kind == "randint":
@@ -29,14 +29,15 @@ def distribution(dimension: Dimension) -> Any:
 
 
 def hashable(value: Any) -> Any:
-    """Return a value of a choice as Optuna takes it: lists as text."""
+    """Return a value of a choice as Optuna accepts it: lists become text."""
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def make_study(sweep: Sweep, begun: int = 0) -> optuna.Study:
     """Return an empty study of a sweep's metrics, with its sampler.
 
-    begun: trials that earlier drivers began, after which a sampler must not draw the same again.
+    begun: number of trials that earlier drivers started; it changes the sampler's seed, so draws do not
+    repeat.
     """
     seed = sweep.seed + 1_000_003 * begun
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -52,16 +53,17 @@ def make_study(sweep: Sweep, begun: int = 0) -> optuna.Study:
 
 
 def plain_study(metrics: Mapping[str, str], sampler: Any = None) -> optuna.Study:
-    """Return an empty study of metrics, metric -> min or max, that says nothing of what it does."""
+    """Return an empty study without log output. metrics: metric -> min or max."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     directions: Any = ["maximize" if way == "max" else "minimize" for way in metrics.values()]
     return optuna.create_study(directions=directions, sampler=sampler)
 
 
 def as_frozen(sweep: Sweep, trial: Trial) -> optuna.trial.FrozenTrial:
-    """Return a trial that has ended as Optuna's, in the state that it ended in.
+    """Return an ended trial as Optuna's FrozenTrial, with the matching state.
 
-    With several metrics Optuna knows no trial that was stopped early: it counts with the figures it had.
+    Optuna does not support pruned trials with several metrics: such a trial counts as complete with its last
+    figures.
     """
     assert trial.outcome is not None
     state, several = STATES[trial.outcome], len(sweep.metrics) > 1

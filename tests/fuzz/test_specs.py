@@ -7,7 +7,7 @@ import yaml
 from hypothesis import strategies as st
 
 from mmdiff_ray.experiments.loading import load_experiment
-from mmdiff_ray.sweeps.spec import any_config, load_sweep, whole_text
+from mmdiff_ray.sweeps.spec import first_valid_config, load_sweep, standalone_yaml
 from tests.experiments import test_spec
 from tests.fuzz.cases import Refused, answer, changed, damaged, fuzz, leaves, words
 from tests.sweeps import tiny
@@ -47,9 +47,9 @@ def test_a_sweep_is_refused_or_makes_configurations(plain, overrides):
     if isinstance(sweep, Refused):
         return
     assert sweep.trials >= 1
-    if isinstance(answer(lambda: any_config(sweep)), Refused):
+    if isinstance(answer(lambda: first_valid_config(sweep)), Refused):
         return
-    Path("whole.yaml").write_text(whole_text("s.yaml", overrides))
+    Path("whole.yaml").write_text(standalone_yaml("s.yaml", overrides))
     again = load_sweep("whole.yaml")
     assert (again.space, again.metrics, again.budget, again.seed) == (
         sweep.space,

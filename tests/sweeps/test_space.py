@@ -67,7 +67,7 @@ def test_points_that_break_the_prior_are_counted_and_no_valid_point_is_an_error(
     assert 0 < sum(seen.refused.values()) < seen.tried
     assert seen.good is not None and seen.good[f"{WEIGHTS}.family"] == "clock" and seen.inert == []
     space[f"{WEIGHTS}.family"] = {"choice": ["constant"]}
-    with pytest.raises(ConfigError, match=r"every one of \d+ points is refused.*nats per dimension"):
+    with pytest.raises(ConfigError, match=r"all \d+ tested points are invalid.*nats per dimension"):
         checked(tmp_path, sprites, space=space)
 
 

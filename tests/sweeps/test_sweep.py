@@ -424,7 +424,7 @@ def test_what_would_fail_later_is_told_before_anything_starts(sprites, tmp_path,
         ({"metrics": {"shape/head_nl": "max"}}, "did you mean 'shape/head_nll'?"),
         ({"budget__reports": 9}, "budget.reports (9): 64 samples are 4 steps of 16 rows"),
         ({"base__workers": {"count": 1, "gpus": 1}}, "workers.gpus"),
-        ({"space": {f"{WEIGHTS}.kappa": {"uniform": [1, 2]}}}, "no value of it changes anything"),
+        ({"space": {f"{WEIGHTS}.kappa": {"uniform": [1, 2]}}}, "has no effect in this configuration"),
         ({"base__workers": {"count": 99}}, "train.global_batch (16) must have a row for each of 99"),
         (
             {"base__workers": {"count": 1, "labels": {"kind": "a"}}},
