@@ -81,7 +81,7 @@ def test_a_pickle_in_the_metadata_of_a_checkpoint_is_refused(trained, checkpoint
     metadata.planner_data = planted
     for content in (pickle.dumps(metadata), pickle.dumps(planted)):
         (checkpoint / ".metadata").write_bytes(content)
-        with pytest.raises(RunError, match=r"it names \w+\.mkdir, which no checkpoint needs; remove it"):
+        with pytest.raises(RunError, match=r"it contains \w+\.mkdir, which checkpoints never use; remove it"):
             restore(trained, checkpoint)
 
 

@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
     train.add_argument(
         "--continue",
         action="store_true",
-        dest="go_on",
+        dest="resume_or_start",
         help="resume the run of this name if it exists, else begin it: for jobs that may be restarted",
     )
     train.add_argument("--resume", metavar="RUN", help="resume a run, by its name, folder or URI")
@@ -39,7 +39,7 @@ def add(commands: Commands) -> None:
 
 
 def _check(given: argparse.Namespace) -> None:
-    if given.go_on and (given.resume or given.dry_run):
+    if given.resume_or_start and (given.resume or given.dry_run):
         raise ConfigError("--continue cannot be combined with --resume or --dry-run")
     if given.new_mlflow_run and not given.resume:
         raise ConfigError("--new-mlflow-run needs --resume RUN; a new run gets a new MLflow run anyway")
@@ -60,6 +60,6 @@ def _run(given: argparse.Namespace) -> int:
     if given.resume:
         return train_and_evaluate(None, given.resume, given.runs, given.overrides, given.new_mlflow_run)
     config = configuration.load([given.config], given.overrides, {"name": Path(given.config).stem})
-    if given.go_on and (folder := existing_run(config)):
+    if given.resume_or_start and (folder := existing_run(config)):
         return train_and_evaluate(None, str(folder), config.runs, given.overrides)
     return dry_run(config) if given.dry_run else train_and_evaluate(config, None, config.runs, [])

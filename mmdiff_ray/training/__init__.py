@@ -1,2 +1,1 @@
-"""Training in one process or many: the step, the trainer, checkpoints, and use of a trained model. No Ray
-here."""
+"""Training in one or more processes: loss, optimizer, trainer and checkpoints. Independent of Ray."""

@@ -1,11 +1,10 @@
-"""Checkpoints: complete or absent, written while training goes on, kept by age and by merit.
+"""Atomic checkpoints, written asynchronously; the newest ones and the best one are kept.
 
-A checkpoint is a folder named by samples_seen with PyTorch's distributed checkpoint in it (one file per
-worker) and `state.json`: format version, progress, configuration, metric. It is written under a `.partial`
-name and renamed when every worker is done, and gets another name before it is dropped, so a folder with its
-final name is complete. Where the run is kept in storage (see `remote`), its files lie in a folder inside it,
-the state's `mark`, and `files` lists them.
-PyTorch's part takes a second to import, and is imported where it is used.
+A checkpoint is a folder named by samples_seen. It has PyTorch's distributed checkpoint, with one file per
+worker, and `state.json`: format version, progress, configuration, metric. It is written under a `.partial`
+name, renamed when every worker has finished, and renamed again before removal, so a folder with a final name
+is complete. For a run in storage (see `remote`), the files are in a subfolder named by the state's `mark`,
+and `files` lists them. PyTorch's checkpoint module takes a second to import, so it is imported on first use.
 """
 
 import copy
@@ -30,11 +29,11 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MIGRATIONS: dict[int, Any] = {}
-"""version -> a function from the `state.json` of that version to the next one's."""
+"""version -> function that converts the `state.json` of that version to the next version."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run in a folder that all workers see, or on several disks and in storage.
+    """The checkpoints of one run, in a shared folder, or in local folders plus storage.
 
     Workers call its methods together. Of the metrics in the states the lowest is the best. run: whose
     checkpoints these are; those of another in the folder do not count. "": all do. remote: the run's
@@ -58,12 +57,12 @@ class CheckpointStore:
         self.completed = completed
         self.unsent: list[str] = []
         self._pending: tuple[Future[Any], int, dict[str, Any]] | None = None
-        # Two groups of its own: the thread that writes sends messages while training, and this store in the
-        # training thread, send theirs. In one group they would meet in another order on every worker.
+        # The writer thread and the training thread communicate at the same time. In one process group, the
+        # order of their messages could differ between workers, so each thread has its own group.
         self._writer_group, self._group = _new_group(), _new_group()
 
     def save(self, trainer: Any, facts: dict[str, Any], metric: float | None = None) -> Path:
-        """Begin to write the trainer's state; wait first for the one before. Return where it will be.
+        """Start to write the trainer's state and return its path. Waits for the previous checkpoint first.
 
         metric: by which the best checkpoint is chosen, the lower the better. facts: plain values for
         `state.json` (the configuration, versions).
@@ -100,7 +99,7 @@ class CheckpointStore:
         return partial.with_suffix("")
 
     def wait(self) -> None:
-        """Wait until the checkpoint begun last is complete, and drop those that need not be kept."""
+        """Wait until the last checkpoint is complete, then remove old ones."""
         if self._pending is None:
             return
         future, samples, state = self._pending
@@ -123,8 +122,10 @@ class CheckpointStore:
             self.completed()
 
     def poll(self) -> None:
-        """Finish the checkpoint begun last if it is written on every worker, and the one on its way to
-        storage if it is there (one small message between them)."""
+        """Complete the last checkpoint if all workers have written it, and its upload if that has finished.
+
+        Does not block, apart from one small message between workers.
+        """
         remote = self.remote if self.remote is not None and self.remote.held else None
         if self._pending is None and remote is None:
             return
@@ -138,7 +139,7 @@ class CheckpointStore:
             remote.complete()
 
     def close(self) -> None:
-        """Wait until the checkpoint begun last is complete, also in storage if that can be reached."""
+        """Wait until the last checkpoint is complete, and uploaded if storage is available."""
         self.wait()
         if self.remote is not None:
             self.unsent = self.remote.close()
@@ -161,7 +162,7 @@ class CheckpointStore:
         return None if name is None else self.folder / name
 
     def latest(self) -> Path | None:
-        """Return the newest complete checkpoint, or None; from storage it is brought here."""
+        """Return the newest complete checkpoint, or None. Downloads it from storage if necessary."""
         if self.remote is not None:
             return self.remote.latest()
         found = complete(self.folder)
@@ -175,10 +176,10 @@ def _new_group() -> Any:
 
 
 def restore(trainer: Any, path: Path) -> None:
-    """Set a trainer to the state in a checkpoint; the number of workers may differ from when it was written.
-    Raises RunError for damaged files, or files that hold code.
+    """Load a checkpoint into a trainer. The number of workers may differ from when it was saved.
 
-    The optimizer's moments come from the checkpoint, its settings (weight decay, betas) from the trainer.
+    Restores the optimizer's moments; its settings (weight decay, betas) stay the trainer's. Raises RunError
+    for files that are damaged or contain code.
     """
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
@@ -196,7 +197,7 @@ def restore(trainer: Any, path: Path) -> None:
         optim_state_dict=tensors["optimizer"],
     )
     trainer.ema.model.load_state_dict(tensors["ema"])
-    trainer.go_on(type(trainer.progress)(**read_state(path)["progress"]))
+    trainer.resume_from(type(trainer.progress)(**read_state(path)["progress"]))
 
 
 def complete(folder: Path) -> list[Path]:
@@ -205,7 +206,10 @@ def complete(folder: Path) -> list[Path]:
 
 
 def written(folder: Path) -> list[Path]:
-    """Return the checkpoints of which a folder has what the workers that see it wrote, oldest first."""
+    """Return the checkpoints whose local files are all in the folder, oldest first.
+
+    On several machines, each has only the files of its own workers.
+    """
     if not folder.is_dir():
         return []
     return sorted(
@@ -214,7 +218,7 @@ def written(folder: Path) -> list[Path]:
 
 
 def drop(path: Path) -> None:
-    """Remove a checkpoint, if there is one: whenever this is cut off, nobody takes what is left for one."""
+    """Remove a checkpoint if it exists. An interrupted removal leaves no complete checkpoint."""
     gone = path.with_suffix(".dropped")
     shutil.rmtree(gone, ignore_errors=True)
     if path.exists():
@@ -225,13 +229,13 @@ def drop(path: Path) -> None:
 def _has_all(path: Path) -> bool:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf8"))
-    except FileNotFoundError:  # dropped since it was seen
+    except FileNotFoundError:  # removed in the meantime
         return False
     return len(files_of(path, state)) == len(state.get("files", {}))
 
 
 def files_of(path: Path, state: Mapping[str, Any]) -> set[str]:
-    """Return which files that a state lists are there in full."""
+    """Return the files that the state lists and that exist with their full size."""
     return {name for name, size in state.get("files", {}).items() if _size(path / name) == size}
 
 
@@ -264,20 +268,21 @@ def best_of(states: Mapping[str, Mapping[str, Any]]) -> str | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's `state.json`, brought to the present format. Raises ConfigError if it is
-    newer."""
+    """Return a checkpoint's `state.json`, migrated to the current format. ConfigError if it is newer."""
     state = json.loads((path / "state.json").read_text(encoding="utf8"))
     version = state.get("format_version", 0)
     while version in MIGRATIONS:
         state = MIGRATIONS[version](state)
         version = state["format_version"]
     if version != FORMAT_VERSION:
-        raise ConfigError(f"{path}: checkpoint format {version}, this version reads {FORMAT_VERSION}")
+        raise ConfigError(
+            f"{path}: checkpoint format {version}, but this release reads {FORMAT_VERSION}; update it"
+        )
     return state
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees all of it or nothing."""
+    """Write JSON atomically: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=1), encoding="utf8")

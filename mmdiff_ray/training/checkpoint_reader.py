@@ -1,7 +1,7 @@
-"""Read the files of a checkpoint without running code that they might hold.
+"""Read checkpoint files without running code that they may contain.
 
-PyTorch's distributed checkpoint reads `.metadata`, and the values that are no tensors, with pickle, which
-calls whatever function a file names. Here a file may name the classes of the format and nothing else.
+PyTorch's distributed checkpoint unpickles `.metadata` and all values that are not tensors, which can run
+arbitrary code. This reader allows only the classes of the checkpoint format.
 """
 
 import io
@@ -33,7 +33,7 @@ _ALLOWED = {
 
 
 def load_files(tensors: dict[str, Any], files: Path, no_dist: bool) -> None:
-    """Load a checkpoint's tensors in place. Raises RunError for files that are damaged or hold code."""
+    """Load a checkpoint's tensors in place. Raises RunError for files that are damaged or contain code."""
     try:
         load(tensors, storage_reader=_Reader(files), planner=_Planner(), no_dist=no_dist)
     except CheckpointException as error:  # a BaseException
@@ -44,12 +44,12 @@ def load_files(tensors: dict[str, Any], files: Path, no_dist: bool) -> None:
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+            raise pickle.UnpicklingError(f"it contains {module}.{name}, which checkpoints never use")
         return super().find_class(module, name)
 
 
 class _Reader(FileSystemReader):
-    """Reads `.metadata` at once: PyTorch logs what it raises later as if the file were missing."""
+    """Reads `.metadata` in the constructor: PyTorch reports later errors as a missing file."""
 
     def __init__(self, files: Path) -> None:
         super().__init__(str(files))
@@ -72,7 +72,7 @@ class _Reader(FileSystemReader):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Hands values on that the weights-only unpickler has read and written anew."""
+    """Loads non-tensor values through the weights-only unpickler."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         clean = io.BytesIO()

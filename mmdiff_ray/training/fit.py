@@ -1,4 +1,4 @@
-"""The life of a training run on one worker: go on from the last checkpoint, report, evaluate, save, end."""
+"""The training loop of one worker: resume, train, report, evaluate, save, end."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
@@ -18,20 +18,20 @@ HELD_OUT_LOSS = "loss/total"
 
 
 class Hooks(Protocol):
-    """What a run tells the outside. All are called on every worker."""
+    """Callbacks of `fit`. All are called on every worker."""
 
     def resumed(self, progress: Progress) -> None:
-        """Be told where the run goes on from."""
+        """Receive the progress at which training starts or resumes."""
 
     def report(self, progress: Progress, metrics: dict[str, float]) -> None:
-        """Take the metrics of the samples since the last report."""
+        """Receive the metrics since the last report."""
 
     def evaluate(self, trainer: Trainer, pictures: bool) -> Curves:
         """Evaluate the averaged model; return its figures, on the first worker alone. pictures: draw samples
         for people, too."""
 
     def should_stop(self, progress: Progress) -> bool:
-        """Return whether the run shall end early, here; the first worker's answer counts."""
+        """Return whether to stop early. Only the first worker's result counts."""
 
 
 def fit(
@@ -42,7 +42,7 @@ def fit(
     hooks: Hooks,
     facts: dict[str, Any],
 ) -> str:
-    """Train to the end, or until asked to stop, and return "finished" or "stopped".
+    """Train to the end or until a hook stops the run; return "finished" or "stopped".
 
     batches: finished global batches -> this worker's rows of the following ones; validation: this worker's
     share of held-out rows. A checkpoint is complete when this returns. Raises TrainingError on all workers.
@@ -51,14 +51,15 @@ def fit(
     if latest is not None:
         restore(trainer, latest)
     hooks.resumed(trainer.progress)
-    # A worker that was lost after the last checkpoint of all has nothing left to train.
-    stopped = latest is not None and _asked_to_stop(hooks, trainer.progress)
+    # After the final checkpoint nothing is left to train, even if a worker was lost since.
+    stopped = latest is not None and _should_stop(hooks, trainer.progress)
     stream = batches(trainer.progress.steps)
     try:
         while not (trainer.progress.done or stopped):
             stopped = _advance(trainer, store, stream, validation, hooks, facts)
     except Exception as error:
-        if isinstance(error, TrainingError) or world()[1] == 1:  # else the other workers know nothing of it
+        # All workers raise a TrainingError; after an error of one worker, a collective close would hang.
+        if isinstance(error, TrainingError) or world()[1] == 1:
             store.close()
         raise
     store.close()
@@ -73,13 +74,12 @@ def _advance(
     hooks: Hooks,
     facts: dict[str, Any],
 ) -> bool:
-    """Train until something is due and do what is due. Return whether the run was asked to end before its
-    end."""
+    """Train to the next due report, evaluation or checkpoint, and do it. Return whether to stop early."""
     config, progress, before = trainer.config, trainer.progress, trainer.progress.samples_seen
     best = config.evaluate.best or HELD_OUT_LOSS
     metrics = trainer.advance(stream, _next(before, trainer.whole))
     store.poll()
-    stop = _asked_to_stop(hooks, progress)
+    stop = _should_stop(hooks, progress)
     save = progress.done or stop or crossed(before, progress.samples_seen, config.checkpoint.every_samples)
     look = crossed(before, progress.samples_seen, config.evaluate.every_samples) and not progress.done
     if save or look:
@@ -114,12 +114,12 @@ def _asked_to_stop(hooks: Hooks, progress: Progress) -> bool:
 
 
 def crossed(before: int, now: int, every: int) -> bool:
-    """Return whether a multiple of `every` lies in (before, now]; 0 never does."""
+    """Return whether a multiple of `every` is in (before, now]; always False for every = 0."""
     return every > 0 and before // every != now // every
 
 
 def _next(samples_seen: int, config: Config) -> int:
-    """Return the next samples_seen at which something is due."""
+    """Return the next samples_seen at which a report, evaluation, checkpoint or change is due."""
     periods = [config.train.log_every_samples, config.checkpoint.every_samples, config.evaluate.every_samples]
     change = next_change(config, samples_seen)
     due = [(samples_seen // period + 1) * period for period in periods if period > 0]
@@ -127,7 +127,7 @@ def _next(samples_seen: int, config: Config) -> int:
 
 
 def calibrate(trainer_modalities: Any, batches: Iterable[Batch]) -> None:
-    """Fix the scale of every modality's code from real rows, so that it has unit RMS per channel."""
+    """Set the scale of every modality's code from training rows, so that it has unit RMS per channel."""
     parts = list(batches)
     for name, modality in trainer_modalities.items():
         rows = [part.data[name][part.present[name] & part.real] for part in parts]

@@ -1,4 +1,4 @@
-"""Start from another model's weights: those whose names and shapes match."""
+"""Initialize a model from another one, copying parameters with equal name and shape."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from mmdiff_ray.models.denoiser import Denoiser
 
 
 class Match(NamedTuple):
-    """Parameters of a model that another has with the same name and shape, and those that it has not."""
+    """Names of a model's parameters. same: the other model has them in the same shape; new: it does not."""
 
     same: list[str]
     new: list[str]
@@ -30,7 +30,7 @@ def match(denoiser: Denoiser, shapes: Mapping[str, tuple[int, ...]]) -> Match:
 
 @torch.no_grad()
 def load_matching(denoiser: Denoiser, tensors: Mapping[str, Tensor]) -> Match:
-    """Copy what matches into a model; the rest keeps its random start, and codes keep their scales."""
+    """Copy matching parameters into a model. All others keep their random values; code scales also stay."""
     found = match(denoiser, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     parameters = dict(denoiser.named_parameters())
     for name in found.same:

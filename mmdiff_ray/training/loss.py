@@ -1,4 +1,4 @@
-"""The training loss of a batch: draw times and noise, go forward, predict, and sum the loss terms."""
+"""The training loss of a batch: draw times and noise, diffuse, predict, and sum the loss terms."""
 
 import dataclasses
 
@@ -14,13 +14,13 @@ from mmdiff_ray.models.denoiser import Denoiser
 from mmdiff_ray.tasks import Tasks
 
 EXPECTED_ROWS = 2**15
-"""Rows that expected counts are estimated from."""
+"""Number of simulated rows for the estimate of expected counts."""
 
 
 class TrainingLoss(nn.Module):
-    """A denoiser with its objective, as one module: wrapped for data parallelism, it sees every parameter.
+    """A denoiser and its objective in one module, so that DDP or FSDP can wrap all parameters.
 
-    The forward process is the denoiser's; `set` changes it and the loss while a model trains.
+    Uses the denoiser's forward process. `set` changes process and objective during training.
     """
 
     def __init__(self, denoiser: Denoiser, config: Config) -> None:
@@ -29,14 +29,14 @@ class TrainingLoss(nn.Module):
         self.set(config, denoiser.process)
 
     def set(self, config: Config, process: Process) -> None:
-        """Use this configuration and forward process from now on."""
+        """Replace the configuration and the forward process."""
         self.config = config
         self.denoiser.process = process
         self.objective = Objective(process, config.loss, dict(self.denoiser.modalities.items()))
         self.tabulate()
 
     def tabulate(self) -> None:
-        """Tabulate the process on the model's device: training draws times from the grid alone."""
+        """Tabulate the process on the model's device: training uses only times on the grid."""
         device = next(self.denoiser.parameters()).device
         self._on_grid = dataclasses.replace(self.objective, process=self.objective.process.tabulated(device))
 
@@ -50,8 +50,8 @@ class TrainingLoss(nn.Module):
     ) -> Terms:
         """Return the sum of every loss term over a micro-batch, or by row, (B,). roles: instance -> (B,).
 
-        one_pass: rows whose t is 1, bool (B,); the others' are drawn. weighted_only: leave out terms that
-        cost something and weigh nothing (`Objective.sums`).
+        one_pass: rows with t = 1, bool (B,); other rows draw t. weighted_only: skip terms with coefficient 0
+        that are expensive (`Objective.sums`).
         """
         denoiser, objective = self.denoiser, self._on_grid
         process, t = objective.process, self._times(batch)
@@ -62,7 +62,7 @@ class TrainingLoss(nn.Module):
         codes, conditions = denoiser.encode(batch.data), denoiser.conditions(batch.data)
         z_t = process.marginal(codes, roles, t).sample(noise)  # (B, C, H, W)
         seen = self._cut_out(z_t, batch)
-        if self.config.train.channels_last and seen.is_cuda:  # CPUs took 1.3 times as long in bfloat16
+        if self.config.train.channels_last and seen.is_cuda:  # 1.3 times slower on CPUs in bfloat16
             seen = seen.contiguous(memory_format=torch.channels_last)
         with self._autocast(z_t.device.type):
             predicted = denoiser(seen, t, roles, codes, conditions)
@@ -80,9 +80,9 @@ class TrainingLoss(nn.Module):
         return counts(roles, height * width, known, void)
 
     def expected_counts(self, tasks: Tasks) -> Terms:
-        """Return the mean count of every loss term in a row that has all modalities.
+        """Return the mean count per row of every loss term, for rows with all modalities.
 
-        Estimated from many rows' draws, the same in every run of these tasks, to within a percent.
+        A Monte Carlo estimate within 1 %, with a fixed seed: equal in all runs with these tasks.
         """
         ids = torch.arange(EXPECTED_ROWS)
         present = torch.ones(EXPECTED_ROWS, dtype=torch.bool)
@@ -98,7 +98,7 @@ class TrainingLoss(nn.Module):
         return {key: count.mean() for key, count in counts.items()}
 
     def _times(self, batch: Batch) -> Tensor:
-        """Return a time on the schedule's grid for every row, within `train.times`, (B,) float64."""
+        """Draw a time on the schedule's grid, within `train.times`, for every row: (B,) float64."""
         steps = self.denoiser.process.schedule.steps
         low, high = (round(time * steps) for time in self.config.train.times)
         drawn = rng.uniform(self.config.seed, "time", batch.visits, batch.ids, 1)[:, 0]
@@ -108,7 +108,7 @@ class TrainingLoss(nn.Module):
         return (low + (drawn * max(1, high - low)).floor() + 1).clamp(max=high) / steps
 
     def _cut_out(self, z_t: Tensor, batch: Batch) -> Tensor:
-        """Return what the model sees of z_t: with `train.cutout`, in half of the rows the hole is 0."""
+        """Return the model's input z_t. With `train.cutout`, the hole is set to 0 in half of the rows."""
         name = self.config.train.cutout
         if name is None:
             return z_t
@@ -118,5 +118,5 @@ class TrainingLoss(nn.Module):
         return torch.where((cut[:, None, None] & ~visible)[:, None], 0, z_t)
 
     def _autocast(self, device: str) -> torch.autocast:
-        """Return the context of the configured precision."""
+        """Return the autocast context of `train.precision`."""
         return torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.train.precision == "bfloat16")

@@ -24,7 +24,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
 
 def _is_embedding(name: str) -> bool:
-    """Return whether a parameter's dotted name is of a role embedding or a label's learned codes."""
+    """Return whether a parameter is a role embedding or a learned label code, by its dotted name."""
     parts = name.split(".")
     return parts[-1] == "table" or "role_embedding" in parts[:-1]
 
@@ -32,8 +32,8 @@ def _is_embedding(name: str) -> bool:
 def learning_rate(config: TrainConfig, samples_seen: int, total_samples: int) -> float:
     """Return the learning rate of the step that starts at samples_seen: warm-up, then the configured decay.
 
-    With `train.decay_samples` the rate stays constant until so many samples before the end ("warm-up, stable,
-    decay"; Hu et al., 2024), else it decays all along.
+    With `train.decay_samples`, the rate is constant until that many samples before the end ("warm-up, stable,
+    decay"; Hu et al., 2024). Otherwise it decays from the end of the warm-up.
     """
     warmup = min(1.0, (samples_seen + config.global_batch) / max(1, config.warmup_samples))
     length = max(1, min(config.decay_samples or total_samples, total_samples))  # of the decay

@@ -1,9 +1,9 @@
-"""One model on one process, or on many: the only place that wraps a model for data parallelism.
+"""Data parallelism: the only module that wraps a model.
 
-Workers share a model by one of two strategies. ddp: each holds all of it. fsdp: each holds a part of every
-parameter, of its average and of the optimizer's moments, and the rest of a layer only while that computes
-(FSDP2). Both train to the same losses. What only fsdp needs of PyTorch takes a second to import, and is
-imported where it is used.
+There are two strategies. `ddp`: every worker has the whole model. `fsdp` (FSDP2): every worker has a shard of
+each parameter, of its moving average and of the optimizer's moments, and gathers a layer only while it
+computes. Both give the same losses. The FSDP modules take a second to import, so they are imported on first
+use.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -20,14 +20,15 @@ from mmdiff_ray.training.loss import TrainingLoss
 
 
 def world() -> tuple[int, int]:
-    """Return (rank, number of processes); (0, 1) where nothing is distributed."""
+    """Return (rank, world size); (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def parallelize(loss: TrainingLoss, config: Config, device: torch.device) -> nn.Module:
-    """Return the loss as the training step calls it: on the device, compiled where asked for, the model
-    shared out by the configured strategy where there are workers. A model that is not trained is never
-    compiled."""
+    """Prepare the loss module for training: move it to the device, compile it, wrap it for data parallelism.
+
+    Compiles only with `train.compile`, and wraps only if there are several workers.
+    """
     trained = any(parameter.requires_grad for parameter in loss.parameters())
     sharded = dist.is_initialized() and config.workers.strategy == "fsdp"
     if sharded:
@@ -45,9 +46,9 @@ def parallelize(loss: TrainingLoss, config: Config, device: torch.device) -> nn.
 
 
 def _shard(loss: TrainingLoss, device: torch.device) -> None:
-    """Leave every worker a part of each parameter, on its device; the backbone is gathered layer by layer.
+    """Shard every parameter over the workers; the backbone is gathered layer by layer.
 
-    Arithmetic stays in the parameters' float32 (under autocast as ever), so losses are those of one process.
+    Parameters and reductions stay in float32, so losses equal those of one process. Autocast works as usual.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -59,59 +60,60 @@ def _shard(loss: TrainingLoss, device: torch.device) -> None:
 
 
 def check_strategy(config: Config, denoiser: Denoiser) -> None:
-    """Raise ConfigError for a model that the configured strategy cannot share out."""
+    """Raise ConfigError if the configured strategy cannot shard the model."""
     scalars = [name for name, parameter in denoiser.named_parameters() if parameter.ndim == 0]
     if config.workers.strategy == "fsdp" and scalars:
         raise ConfigError(
-            f"workers.strategy: fsdp cannot share out parameters without a dimension ({', '.join(scalars)}); "
-            "give them one, of size 1, or use workers.strategy=ddp"
+            f"workers.strategy: fsdp cannot shard scalar parameters ({', '.join(scalars)}); "
+            "give them shape (1,) or use workers.strategy=ddp"
         )
 
 
 def _layers(denoiser: Denoiser) -> list[nn.Module]:
-    """Return the layers that the backbone names; none where it names none."""
+    """Return the backbone's `layers`, or an empty list if it does not define them."""
     return list(getattr(denoiser.backbone, "layers", []))
 
 
 def _compile(loss: TrainingLoss, layers_apart: bool) -> None:
-    """Compile a loss in place as one graph, from noise to terms; or each layer of its backbone (else the
-    backbone) for itself, so that what gathers a layer stays between them."""
+    """Compile a loss in place, as one graph from noise to loss terms.
+
+    layers_apart: compile each layer of the backbone separately, so that FSDP can gather layers in between.
+    """
     if not layers_apart:
         loss.compile()
         return
     layers = _layers(loss.denoiser) or [loss.denoiser.backbone]
-    limits: Any = torch._dynamo.config  # one code serves layers of several sizes
+    limits: Any = torch._dynamo.config  # all layers share one code object, in several sizes
     limits.recompile_limit = max(limits.recompile_limit, 2 * len(layers))
     for layer in layers:
         layer.forward = torch.compile(layer.forward)
 
 
 def without_sync(model: nn.Module, skip: bool) -> AbstractContextManager[None]:
-    """Return a context in which gradients stay local, for all micro-batches of a step but the last."""
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2's
+    """Return a context that skips gradient synchronization, for all but the last micro-batch of a step."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
         model.set_requires_gradient_sync(not skip)  # type: ignore[operator]
     return model.no_sync() if skip and isinstance(model, DistributedDataParallel) else nullcontext()
 
 
-def clip_gradients(model: nn.Module, most: float) -> Tensor:
-    """Scale the gradients down to a norm of at most `most`, and return what it was, over all workers."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), most)
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Clip the global gradient norm to `max_norm`; return the norm before clipping."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return norm.full_tensor() if _is_part(norm) else norm  # type: ignore[attr-defined]
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether this worker holds only a part of the model."""
+    """Return whether this worker has only a shard of the model."""
     return any(_is_part(parameter) for parameter in model.parameters())
 
 
 def _is_part(values: Tensor) -> bool:
-    """Return whether a tensor is PyTorch's DTensor, of which this worker holds a part."""
+    """Return whether a tensor is a DTensor, of which this worker has one shard."""
     return hasattr(values, "full_tensor")
 
 
 def gather(model: nn.Module) -> dict[str, Tensor]:
-    """Return the whole state of a sharded model in the first worker's memory, nothing on the others. All
-    call it together."""
+    """Return the full state of a sharded model on the first worker, and {} on the others. Collective."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -119,12 +121,12 @@ def gather(model: nn.Module) -> dict[str, Tensor]:
 
 
 def add_over_workers(values: Tensor) -> Tensor:
-    """Return values summed over all workers."""
+    """Return the sum of each value over all workers."""
     return _over_workers(values, dist.ReduceOp.SUM)
 
 
 def largest_over_workers(values: Tensor) -> Tensor:
-    """Return the largest of every value over all workers."""
+    """Return the maximum of each value over all workers."""
     return _over_workers(values, dist.ReduceOp.MAX)
 
 
@@ -146,8 +148,7 @@ def same_everywhere(value: float) -> float:
 
 
 def choose_device(config: TrainConfig) -> torch.device:
-    """Return the configured device; `auto` is the GPU that this process was given (by itself the first),
-    else the CPU."""
+    """Return the configured device. `auto`: the GPU assigned to this process, else the CPU."""
     if config.device == "auto":
         return _numbered(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
@@ -155,7 +156,7 @@ def choose_device(config: TrainConfig) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"train.device: {error}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device is cuda, but torch sees no GPU here; use train.device=cpu")
+        raise ConfigError("train.device is cuda, but PyTorch finds no GPU; use train.device=cpu")
     return _numbered(device)
 
 
@@ -166,6 +167,6 @@ def bfloat16_is_fast() -> bool:
 
 
 def _numbered(device: torch.device) -> torch.device:
-    """Return a GPU with its number: several workers of one machine see all of its GPUs, each has its own."""
+    """Add the index to a GPU device: several workers may see all GPUs of a machine, but each uses one."""
     whole = device.type != "cuda" or device.index is not None
     return device if whole else torch.device("cuda", torch.cuda.current_device())

@@ -1,14 +1,15 @@
-"""Where a run is."""
+"""The progress of a run."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class Progress:
-    """Where a run is. samples_seen: the master clock; total_samples: where it ends; seconds: spent in
-    training.
+    """The progress of a run.
 
-    probed_s, probed_steps: where the speed was measured last; speed: samples per second before, 0 if never.
+    samples_seen: the master clock; total_samples: its value at the end; seconds: training time. probed_s,
+    probed_steps: seconds and steps at the last measurement of the speed; speed: its result in samples per
+    second, 0 before the first.
     """
 
     samples_seen: int = 0

@@ -1,9 +1,10 @@
 """Checkpoints in storage: uploaded while training continues, fetched to resume on another machine.
 
-In storage a checkpoint is `checkpoints/SAMPLES/`. It has the files of all workers in a folder named by the
-save's `mark`, and `state.json`, which lists them with their sizes. The first worker writes `state.json` when
-the files of every worker are there: a checkpoint is complete if and only if `state.json` exists and all files
-that it lists have their size. Every save has another mark, so files of two saves never mix.
+In storage, a checkpoint is the folder `checkpoints/SAMPLES/`. It has `state.json`, and a subfolder named by
+the save's `mark` with the files of all workers. The first worker writes `state.json`, which lists all files
+with their sizes, after every worker has uploaded its files. A checkpoint is complete if and only if
+`state.json` exists and all listed files have their size. Each save has a unique mark, so the files of two
+saves never mix.
 """
 
 import functools
@@ -41,12 +42,14 @@ _log = logging.getLogger(__name__)
 
 
 class RemoteCheckpoints:
-    """The checkpoints of a run in storage. Workers call its methods together.
+    """The checkpoints of a run in storage. All methods are collective.
 
-    mirror: of the run's folder on this machine; machines may share it or not. run: the run's id; checkpoints
-    of another run of the same name do not count. keep_last: as in `CheckpointStore`. completed: called on
-    the first worker, in a thread, for every checkpoint that is complete in storage. stored_only: checkpoints
-    on disk only do not count; other machines may have trained on from an earlier one.
+    mirror: of the run's folder on this machine, which may be shared between machines.
+    run: the run's id; checkpoints of another run with the same name are ignored.
+    keep_last: as in `CheckpointStore`.
+    completed: called in a thread of the first worker for every checkpoint that is complete in storage.
+    stored_only: ignore checkpoints that are only on disk, since other machines may have resumed from an
+    earlier one.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class RemoteCheckpoints:
         self.keep_last = keep_last
         self.completed = completed
         self.stored_only = stored_only
-        # Workers wait in `close` for the one with the slowest network.
+        # In `close`, all workers wait for the slowest upload.
         self._group: Any = (
             dist.new_group(backend="gloo", timeout=timedelta(days=1)) if world()[1] > 1 else None
         )
@@ -72,7 +75,7 @@ class RemoteCheckpoints:
 
     @property
     def held(self) -> set[str]:
-        """The names of the checkpoints that must stay on this machine until they are in storage."""
+        """Names of the checkpoints that must stay on disk until they are in storage."""
         return {name for name, _ in self._queue}
 
     def mark(self) -> str:
@@ -80,11 +83,11 @@ class RemoteCheckpoints:
         return self._gather(secrets.token_hex(4))[0]
 
     def is_first_here(self) -> bool:
-        """Return whether this worker is the first of those that see the same folder on a disk."""
+        """Return whether this worker has the lowest rank of all that share its local folder."""
         rank, place = world()[0], self.folder / f".workers-{self.mark()}"
         place.mkdir(parents=True, exist_ok=True)
         (place / str(rank)).touch()
-        self._gather(None)  # all workers have left their file
+        self._gather(None)  # wait until all workers have written their file
         is_first = min(int(path.name) for path in place.iterdir()) == rank
         self._gather(None)
         if is_first:
@@ -92,19 +95,19 @@ class RemoteCheckpoints:
         return is_first
 
     def files_everywhere(self, folder: Path, first_here: bool) -> dict[str, int]:
-        """Return the files that lie in a folder on each worker's machine: name -> bytes."""
+        """Return name -> bytes for the files in the folder, over all workers' machines."""
         found = (path for path in folder.rglob("*") if path.is_file()) if first_here else ()
         own = {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
         return {name: size for theirs in self._gather(own) for name, size in theirs.items()}
 
     def add(self, name: str, state: dict[str, Any]) -> None:
-        """Upload a checkpoint, after the one being uploaded; of several that wait, only the newest."""
+        """Queue a checkpoint for upload. It replaces a checkpoint that is still waiting."""
         self._queue[1:] = [(name, state)]
         if len(self._queue) == 1:
             self._upload()
 
     def _upload(self) -> None:
-        """Start to upload the first in the queue, each file by one of the workers that have it."""
+        """Start to upload the first checkpoint of the queue. One worker per file uploads it."""
         name, state = self._queue[0]
         seen = self._gather(files_of(self.folder / name, state))
         for number, file in enumerate(sorted(set().union(*seen))):
@@ -113,11 +116,11 @@ class RemoteCheckpoints:
                 self._uploads.append(self.mirror.send_file(f"{FOLDER}/{name}/{file}", _label(name)))
 
     def sent(self) -> bool:
-        """Return whether this worker's files of the checkpoint being uploaded are in storage."""
+        """Return whether this worker has finished its part of the current upload."""
         return all(upload.done for upload in self._uploads)
 
     def complete(self) -> None:
-        """Complete the checkpoint whose files all workers have sent, and start to upload the next."""
+        """Complete the checkpoint that all workers have uploaded, and start the next upload."""
         name, state = self._queue.pop(0)
         self._uploads = []
         if world()[0] == 0:
@@ -127,18 +130,18 @@ class RemoteCheckpoints:
             self._upload()
 
     def _complete(self, name: str, state: dict[str, Any]) -> None:
-        """Write a checkpoint's state; remove old checkpoints, and older ones that were never completed."""
+        """Write a checkpoint's state, then remove old and incomplete checkpoints."""
         data = json.dumps(state, indent=1).encode()
         write_atomic(self.mirror.fs, self.mirror.path(f"{FOLDER}/{name}/{STATE}"), data)
         self.completed()
         try:
             kept = worth_keeping(self.stored(), self.keep_last)
             _remove(self.mirror, lambda old: old < name and old not in kept)
-        except OSError as error:  # the next one tries again
-            _log.warning("old checkpoints stay in %s: %s", self.mirror.uri, error)
+        except OSError as error:  # the next checkpoint retries
+            _log.warning("cannot remove old checkpoints in %s: %s", self.mirror.uri, error)
 
     def close(self) -> list[str]:
-        """Wait until all checkpoints are in storage, as long as bytes move; return those that are not."""
+        """Wait for all uploads while they make progress; return the checkpoints that are not in storage."""
         while self._queue:
             self.mirror.uploads.flush(uploads=self._uploads)
             if not all(self._gather(self.sent())):
@@ -150,15 +153,15 @@ class RemoteCheckpoints:
         return sorted(set().union(*self._gather(left)))
 
     def latest(self) -> Path | None:
-        """Return the newest complete checkpoint of storage and of these machines, fetched here, or None.
+        """Return the newest complete checkpoint in storage or on the workers' disks, or None.
 
-        Uploads one that storage does not have, even if every machine has only a part of it. If storage has
-        another save of the same samples, that one counts. Raises RunError on all workers: OutageError where
-        storage does not answer, unless all of them have a checkpoint.
+        Downloads it if necessary. If only the disks have it, uploads it first, even if each machine has just
+        a part. If storage has another save at the same samples, that one wins. Raises RunError on all
+        workers; OutageError if storage is unavailable, unless all workers have a checkpoint.
         """
         local = {path.name: read_state(path) for path in written(self.folder)}
         local = {name: state for name, state in local.items() if state.get("run") == self.run}
-        # Of two saves of the same samples, the first worker's counts.
+        # Of two saves at the same samples, the first worker's wins.
         states = {name: state for theirs in reversed(self._gather(local)) for name, state in theirs.items()}
         seen = self._gather({name: files_of(self.folder / name, state) for name, state in states.items()})
         joint, everywhere = set(), set()
@@ -166,7 +169,7 @@ class RemoteCheckpoints:
             files = set(state["files"])
             joint |= {name} if set().union(*(theirs[name] for theirs in seen)) >= files else set()
             everywhere |= {name} if all(theirs[name] >= files for theirs in seen) else set()
-        stored = self._gather(self._look(bool(everywhere)) if world()[0] == 0 else None)[0]
+        stored = self._gather(self._stored_or_error(bool(everywhere)) if world()[0] == 0 else None)[0]
         if isinstance(stored, RunError):
             raise stored
         newest = max(joint | stored.keys(), default=None)
@@ -176,7 +179,9 @@ class RemoteCheckpoints:
             if newest not in self.held:
                 self.add(newest, states[newest])
             if newest not in everywhere and self.close():
-                raise RunError(f"no machine has all of {_label(newest)}; {self.mirror.uri} does not take it")
+                raise RunError(
+                    f"no machine has all of {_label(newest)}, and the upload to {self.mirror.uri} failed"
+                )
         state, root = stored.get(newest) or states[newest], self.mirror.path(f"{FOLDER}/{newest}")
         fetch = functools.partial(download_files, self.mirror.fs, root, self.folder / newest, state)
         what = f"fetch checkpoint {newest} from {self.mirror.uri}"
@@ -185,13 +190,13 @@ class RemoteCheckpoints:
         return self.folder / newest
 
     def stored(self) -> dict[str, dict[str, Any]]:
-        """Return the states of the complete checkpoints in storage by name. Raises OSError."""
+        """Return name -> state of the complete checkpoints in storage. Raises OSError."""
         fs, path = self.mirror.fs, self.mirror.path
         found = {name: _read_complete(fs, path(f"{FOLDER}/{name}"), self.run) for name in _names(self.mirror)}
         return {name: state for name, state in found.items() if state is not None}
 
-    def _look(self, has_local: bool) -> dict[str, dict[str, Any]] | RunError:
-        """Return what is in storage; where it does not answer, an error, or nothing if there is one here."""
+    def _stored_or_error(self, has_local: bool) -> dict[str, dict[str, Any]] | RunError:
+        """Return `stored()`. If storage is unavailable: {} with a local checkpoint, else the error."""
         what = f"look for checkpoints in {self.mirror.uri}"
         found = _attempt(self.stored, what, STALL_S if has_local else None)
         if isinstance(found, RunError) and has_local:
@@ -206,25 +211,26 @@ class RemoteCheckpoints:
         return values
 
 
-def set_back(folder: Path, mirror: Mirror | None, samples: int) -> None:
-    """Remove the checkpoints of a run that were written after so many samples, here and in storage.
+def roll_back(folder: Path, mirror: Mirror | None, samples: int) -> None:
+    """Remove the checkpoints of a run after `samples`, on this machine and in storage.
 
-    folder: the checkpoints' on this machine. Raises OutageError where storage does not answer.
+    folder: the checkpoints on this machine. Raises OutageError if storage is unavailable.
     """
     for path in written(folder):
         if int(path.name) > samples:
             drop(path)
     if mirror is not None:
-        set_back_storage = functools.partial(_remove, mirror, lambda name: int(name) > samples)
-        retry(set_back_storage, f"look for checkpoints in {mirror.uri}")
+        roll_back_storage = functools.partial(_remove, mirror, lambda name: int(name) > samples)
+        retry(roll_back_storage, f"look for checkpoints in {mirror.uri}")
 
 
 def copy_checkpoint(source: str, donor: str, folder: Path, mirror: Mirror | None, run: str) -> bool:
-    """Make another run's checkpoint the only one of a run; return False, and do nothing, where it is gone.
+    """Replace all checkpoints of a run with one checkpoint of another run.
 
-    source: its path or URI. donor, run: the ids of the run that it belongs to and of the run that gets the
-    copy. folder: the latter's checkpoints on this machine; mirror: of the latter, where it is in storage.
-    Raises OutageError where storage does not answer.
+    Returns False and changes nothing if that checkpoint no longer exists. Raises OutageError if storage is
+    unavailable.
+    source: path or URI of the checkpoint. donor: id of the run that it belongs to. run: id of the run that
+    gets the copy; folder: its checkpoints on this machine; mirror: its mirror if it is in storage.
     """
     fs, root = filesystem(source)
     name = root.rpartition("/")[2]
@@ -242,19 +248,19 @@ def copy_checkpoint(source: str, donor: str, folder: Path, mirror: Mirror | None
     except FileNotFoundError:
         shutil.rmtree(partial, ignore_errors=True)
         return False
-    set_back(folder, mirror, -1)
-    drop(folder / name)  # a folder of that name that is no checkpoint
+    roll_back(folder, mirror, -1)
+    drop(folder / name)  # an incomplete checkpoint may have this name
     partial.rename(folder / name)
     if mirror is not None:
         for file in (*sorted(state["files"]), STATE):
             mirror.send_file(f"{FOLDER}/{name}/{file}", _label(name))
         if left := mirror.uploads.flush(OUTAGE_S):
-            raise OutageError(f"{mirror.uri} does not take {', '.join(left)}")
+            raise OutageError(f"cannot upload {', '.join(left)} to {mirror.uri}")
     return True
 
 
 def _attempt(action: Callable[[], Any], what: str, timeout_s: float | None = None) -> Any:
-    """Return what an action on storage returns, or the error that `retry` raises as a RunError."""
+    """Run an action on storage with `retry`; return its result, or its error as a RunError."""
     try:
         return retry(action, what, timeout_s=timeout_s)
     except (OutageError, OSError) as error:
@@ -267,13 +273,13 @@ def _names(mirror: Mirror) -> list[str]:
 
 
 def _read_complete(fs: Any, root: str, run: str) -> dict[str, Any] | None:
-    """Return the state of a checkpoint, None unless it is complete and of a run. Raises OSError."""
+    """Return the state of a checkpoint, or None if it is incomplete or of another run. Raises OSError."""
     try:
         state = json.loads(read_bytes(fs, f"{root}/{STATE}"))
     except (ValueError, FileNotFoundError):
         return None
     sizes = {file: info.size for file, info in list_files(fs, root).items() if file != STATE}
-    files = state.setdefault("files", sizes)  # a run in a local folder lists none
+    files = state.setdefault("files", sizes)  # runs in local folders do not list files
     is_complete = all(sizes.get(file) == size for file, size in files.items())
     return state if is_complete and state.get("run", run) == run else None
 
@@ -289,7 +295,7 @@ def download_files(fs: Any, root: str, place: Path, state: dict[str, Any]) -> No
 
 
 def _remove(mirror: Mirror, is_old: Callable[[str], bool]) -> None:
-    """Remove checkpoints from storage, each state first, so that the rest never counts as complete."""
+    """Remove checkpoints from storage, the state first: an interrupted removal leaves none complete."""
     for name in filter(is_old, _names(mirror)):
         remove(mirror.fs, mirror.path(f"{FOLDER}/{name}/{STATE}"))
         mirror.fs.delete_dir(mirror.path(f"{FOLDER}/{name}"))

@@ -1,4 +1,4 @@
-"""The trainer: steps over batches, with loss terms added over workers and micro-batches. No Ray, no files."""
+"""The trainer: optimizer steps over batches, with loss terms summed over workers and micro-batches."""
 
 import dataclasses
 import time
@@ -31,20 +31,20 @@ from mmdiff_ray.training.parallel import (
 from mmdiff_ray.training.progress import Progress
 
 PROBE_STEPS = (5, 25, 125, 500, 2000)
-"""Steps between which the speed is measured, by which `train.max_minutes` sizes the run: several, because
-a run starts slowly (readers start, caches fill)."""
+"""Steps at which to measure the speed for `train.max_minutes`. Several, because the first steps are slow
+(readers start, caches fill)."""
 
 
 class TrainingError(RunError):
-    """Training cannot go on, in words for the person who runs it."""
+    """Training cannot continue; the message is for the user."""
 
 
 @dataclass
 class Meters:
-    """What is measured between two reports. Tensors stay on the device until a report is asked for.
+    """Measurements between two reports. Tensors stay on the device until the report.
 
-    sums, counts: of every loss term; of those that weigh nothing in the first step alone.
-    bad_step: the first step that was not finite, 0 if none; bad_terms: which of its loss terms were not.
+    sums, counts: of every loss term; terms with coefficient 0 are only measured in the first step.
+    bad_step: the first non-finite step, 0 if none; bad_terms: its non-finite loss terms.
     """
 
     sums: Tensor
@@ -64,7 +64,7 @@ class Trainer:
         self.whole, self.config = config, in_force(config, 0)
         self.device = device
         self.denoiser = denoiser
-        denoiser.process = _process(self.config)  # a change at 0 is in force from the first step
+        denoiser.process = _process(self.config)  # applies changes at 0 samples
         self.ema = Ema(denoiser, config.train.ema_samples)
         self.loss = TrainingLoss(denoiser, self.config)
         self.average_loss = TrainingLoss(self.ema.model, self.config)
@@ -84,18 +84,17 @@ class Trainer:
 
     @property
     def objective(self) -> Objective:
-        """Return the objective in force."""
+        """Return the current objective."""
         return self.loss.objective
 
-    def go_on(self, progress: Progress) -> None:
-        """Take over the progress of an earlier process; where the run ends is for this configuration to
-        say."""
+    def resume_from(self, progress: Progress) -> None:
+        """Restore the progress of an earlier process. The total samples follow from this configuration."""
         self.progress = dataclasses.replace(progress)
         self.progress.total_samples = self._total_samples()
-        self._keep_up()
+        self._apply_changes()
 
-    def _keep_up(self) -> None:
-        """Take over what `train.changes` says for the samples seen: weights, coefficients, learning rate."""
+    def _apply_changes(self) -> None:
+        """Apply the `train.changes` up to samples_seen: weights, coefficients, learning rate."""
         now = in_force(self.whole, self.progress.samples_seen)
         if now != self.config:
             self.config = now
@@ -114,9 +113,8 @@ class Trainer:
         }
 
     def advance(self, batches: Iterator[Batch], stop_at: int) -> dict[str, float]:
-        """Train until samples_seen reaches stop_at (or the run's end) and return the report of what was
-        done."""
-        self._keep_up()
+        """Train until samples_seen reaches stop_at or the end of the run; return the report."""
+        self._apply_changes()
         self.meters.started = time.perf_counter()
         while self.progress.samples_seen < min(stop_at, self.progress.total_samples):
             asked = time.perf_counter()
@@ -147,8 +145,10 @@ class Trainer:
         self._measure(sums, counts, grad_norm)
 
     def _divisors(self, counts: Terms) -> Mapping[str, Tensor | float]:
-        """Return what the sums of a global batch are divided by: as `loss.normalize` says, the counts to
-        expect, or those of this batch, added over workers in one message."""
+        """Return the divisors of the sums of a global batch, according to `loss.normalize`.
+
+        They are the expected counts, or the counts of this batch, summed over workers in one message.
+        """
         if self.config.loss.normalize == "expected":
             rows = self.config.train.global_batch
             return {key: count * rows for key, count in self.expected.items()}
@@ -168,7 +168,7 @@ class Trainer:
             with without_sync(self.model, start != starts[-1]):
                 at_noise = None if one_pass is None else one_pass[start : start + size]
                 sums = self.model(part, part_roles, self.meters.steps > 0, at_noise)
-                # Workers' gradients are averaged, but divisors are global: the factor makes it a sum.
+                # DDP averages gradients over workers, but divisors are global: this makes it a sum.
                 (self.objective.total(sums, divisors) * world()[1]).backward()
             values = torch.stack(list(sums.values())).detach().double()
             total = values if total is None else total + values
@@ -190,10 +190,9 @@ class Trainer:
         meters.steps += 1
 
     def report(self) -> dict[str, float]:
-        """Return the mean of every measured thing since the last report, the same on all workers, and start
-        anew.
+        """Return the mean of every measurement since the last report, equal on all workers; then reset.
 
-        Raises TrainingError on every worker alike if a loss term or gradient was not finite.
+        Raises TrainingError on all workers if a loss term or gradient was not finite.
         """
         meters, self.meters = self.meters, self._new_meters()
         if not meters.steps:
@@ -253,7 +252,7 @@ class Trainer:
         return found
 
     def averaged(self) -> Denoiser | None:
-        """Return the averaged model, whole, on the first worker, None on the others. All call it together."""
+        """Return the complete EMA model on the first worker, and None on the others. Collective."""
         model = self.ema.model
         if is_sharded(model):
             state = gather(model)
@@ -277,7 +276,7 @@ class Trainer:
         )
 
     def _size_by_time(self) -> None:
-        """Measure the speed; where `train.max_minutes` is set, end the run at what fits into it."""
+        """Measure the speed. With `train.max_minutes`, set the end of the run to what fits into it."""
         progress = self.progress
         if progress.steps not in PROBE_STEPS:
             return
@@ -299,5 +298,5 @@ class Trainer:
 
 
 def _process(config: Config) -> Process:
-    """Return a configuration's process; a denoiser's own modalities keep the weights they were built with."""
+    """Build the process of a configuration. A denoiser's own modalities keep their original weights."""
     return build_process(config, build_modalities(config))

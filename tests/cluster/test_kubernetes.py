@@ -230,7 +230,7 @@ def test_retried_job_goes_on_with_its_run(tmp_path):
     folder, *given = done.stdout.splitlines()
     command = make_parser().parse_args(given)
     assert folder == str(tmp_path), "where runs/ is"
-    assert command.command == "train" and command.go_on and command.overrides == []
+    assert command.command == "train" and command.resume_or_start and command.overrides == []
     assert (ROOT / Path(command.config).relative_to("/app")) == ROOT / "pipelines/configs/openmoji_gpu.yaml"
     assert JOB_FILE["spec"]["backoffLimit"] > 0 and JOB_FILE["spec"]["shutdownAfterJobFinishes"]
 

@@ -25,7 +25,7 @@ from mmdiff_ray.storage.mirror import cached, mirror
 from mmdiff_ray.sweeps.journal import Trial, number_of, read_trial, read_trials, write_trial
 from mmdiff_ray.sweeps.spec import Sweep
 from mmdiff_ray.tracking import store
-from mmdiff_ray.training.remote_checkpoints import RemoteCheckpoints, copy_checkpoint, set_back
+from mmdiff_ray.training.remote_checkpoints import RemoteCheckpoints, copy_checkpoint, roll_back
 from tests import s3
 from tests import sprites as tiny_sprites
 from tests.faults import faulty
@@ -104,7 +104,7 @@ def test_a_checkpoint_is_copied_from_storage_as_the_only_one_and_another_machine
     for machine in (mine, old, tmp_path / "new"):
         assert latest(machine) == machine / "checkpoints" / kept.name
         assert torch.load(machine / "checkpoints" / kept.name / "d" / "0.distcp") == 1.0
-    set_back(old / "checkpoints", mirror(join(where, "mine"), old), 32)
+    roll_back(old / "checkpoints", mirror(join(where, "mine"), old), 32)
     assert [path.name for path in (old / "checkpoints").iterdir()] == [kept.name]
     (mine / "checkpoints" / kept.name / "state.json").unlink()  # is no checkpoint any more
     assert copy_checkpoint(source, "donor", mine / "checkpoints", run, "mine") and latest(mine) == kept

@@ -130,6 +130,6 @@ def test_device_is_the_one_that_was_asked_for():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpu_is_named_with_the_way_out():
     with pytest.raises(
-        ConfigError, match=r"train.device is cuda, but torch sees no GPU here; use train.device=cpu"
+        ConfigError, match=r"train.device is cuda, but PyTorch finds no GPU; use train.device=cpu"
     ):
         choose_device(TrainConfig(device="cuda"))

@@ -284,7 +284,7 @@ def test_run_that_is_restarted_before_its_speed_is_known_is_sized_too(sprites, m
     trainer, batches = timed(job, monkeypatch, 2.0)
     trainer.advance(batches, steps * 16)
     again = tiny.trainer(job)
-    again.go_on(trainer.progress)
+    again.resume_from(trainer.progress)
     again.advance(batches, 25 * 16)
     assert again.progress.total_samples == (25 + 8) * 16
 
@@ -300,7 +300,7 @@ def test_length_of_a_run_can_be_changed_where_it_goes_on(sprites, monkeypatch):
         ("train.samples=480", 480),
     ):
         again = tiny.trainer(tiny.job(sprites, "train.samples=16000", "train.max_minutes=6", override))
-        again.go_on(trainer.progress)
+        again.resume_from(trainer.progress)
         assert again.progress.total_samples == samples
         assert again.progress.samples_seen == 26 * 16
 

@@ -44,7 +44,7 @@ from mmdiff_ray.tracking import run_life
 from mmdiff_ray.tracking.store import with_credentials
 from mmdiff_ray.tracking.tracker import Tracker
 from mmdiff_ray.training.checkpoint import write_json
-from mmdiff_ray.training.remote_checkpoints import FOLDER, copy_checkpoint, set_back
+from mmdiff_ray.training.remote_checkpoints import FOLDER, copy_checkpoint, roll_back
 from mmdiff_ray.training.trainer import TrainingError
 
 SCORE = "score"
@@ -132,7 +132,7 @@ def _job(sweep: Sweep, where: str, trial: Trial, parent: str, store: str, tables
             lineage=trial.lineage,
             stored_only=True,
         )
-        set_back(job.checkpoints, job.mirror, trial.samples)
+        roll_back(job.checkpoints, job.mirror, trial.samples)
         if trial.outcome is None:
             run_life.resume_run(job.tracking_uri, job.run_id, job.spool)
         return job
