@@ -107,7 +107,7 @@ def test_what_is_no_command_exits_with_2(capsys, words):
         (["train.sample=9"], "train.sample: unknown key 'sample'; known: samples, .*did you mean 'samples'"),
         (["trian.samples=9"], "trian: unknown key .*did you mean 'train'"),
         (["train.samples=many"], "train.samples: .*many"),
-        (["train.samples"], "override 'train.samples' must read key=value"),
+        (["train.samples"], "override 'train.samples' must have the form key=value"),
         (["model.backbone=unet2"], "model.backbone: unknown 'unet2'.*did you mean 'unet'"),
         (["evaluate.evaluators=[joints]"], "evaluate.evaluators: .*joints.*joint"),
         (["data.sources=[{uri: nowhere}]"], "no data set at nowhere.*data build PIPELINE --out nowhere"),

@@ -240,7 +240,7 @@ def test_a_value_of_the_wrong_kind_is_an_error_that_begins_with_its_key(base, ov
     [
         (["modalities=null"], "modalities is empty"),
         (["tasks=null"], "tasks is empty"),
-        (["modalities.a-b={type: image}"], "modalities: 'a-b' is no name"),
+        (["modalities.a-b={type: image}"], "modalities: 'a-b' is not a valid name"),
         (["tasks.x.roles={pixels: given}"], "tasks.x generates nothing"),
         (["tasks.joint.drop=1"], "tasks.joint: frequency (1.0) must be finite and >= 0, and drop (1.0)"),
         (["tasks.joint.one_pass=2"], "tasks.joint.one_pass (2.0) must be between 0 and 1"),
@@ -273,7 +273,7 @@ def test_a_value_of_the_wrong_kind_is_an_error_that_begins_with_its_key(base, ov
         (["workers.cpus=0"], "workers.cpus (0) must be above 0"),
         (["workers.gpus=1.5"], "workers.gpus (1.5) must be 0, a part of 1, or a whole number"),
         (["workers.resources={fast: 0}"], "workers.resources: fast=0.0 must be above 0"),
-        (["workers.resources={GPU: 1}"], "workers.resources: GPU=1.0 must be above 0 and none of Ray's own"),
+        (["workers.resources={GPU: 1}"], "workers.resources: GPU=1.0 must be above 0 and a custom resource"),
         (["train.betas=[0.9]"], "train.betas ([0.9]) must be two numbers"),
         (["train.betas=[0.9, 1.0]"], "train.betas ([0.9, 1.0])"),
         (["train.times=[0.5, 0.2]"], "train.times ([0.5, 0.2]) must be two numbers in [0, 1]"),
@@ -440,7 +440,7 @@ def test_every_key_is_explained_by_the_docstring_of_its_section():
         ("tasks.joint.drops=0.5", "tasks.joint.drops: unknown key 'drops'"),
         ("workers=3", "workers: got 3, want a section"),
         ("train.samples=many", "train.samples: "),
-        ("train.samples", "must read key=value"),
+        ("train.samples", "must have the form key=value"),
     ],
 )
 def test_override_that_no_configuration_takes_is_told_without_one(override, said):

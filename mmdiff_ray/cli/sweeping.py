@@ -216,7 +216,7 @@ def _cost(spec: Sweep, job: Job) -> list[str]:
     """Return what a trial asks for and what it all costs, with the speed measured here."""
     workers, budget = job.config.workers, spec.budget
     count = max(1, workers.count)
-    asks = ", ".join(amount_of(name, count * each) for name, each in workers.asks.items())
+    asks = ", ".join(amount_of(name, count * each) for name, each in workers.per_worker.items())
     judged = "once" if budget.reports == 1 else f"{budget.reports} times"
     limit = f", at most {budget.hours:g} h" if budget.hours else ""
     lines = [

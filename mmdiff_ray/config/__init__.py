@@ -1,6 +1,6 @@
 """The configuration: frozen dataclasses, read from YAML and `key=value` overrides.
 
-Every error names the key, what it got and what it wants.
+Every error names the key, the value, and the expected value.
 """
 
 from mmdiff_ray.config.addresses import IN_STORAGE, IN_TRACKING, refuse_password, without_passwords

@@ -1,4 +1,4 @@
-"""Users, passwords and keys in addresses: neither stored nor shown."""
+"""Detect and remove users, passwords and keys in addresses, so that they are never stored or printed."""
 
 import re
 
@@ -21,16 +21,16 @@ IN_TRACKING = (
 
 
 def without_passwords(text: str) -> str:
-    """Return an address, or a text with addresses in it, without the users, passwords and keys of these."""
+    """Remove users, passwords and keys from all addresses in a text."""
     return _OPTION.sub(r"\1***", _USER.sub(_without_user, text))
 
 
 def refuse_password(uri: str, variables: str) -> None:
-    """Raise ConfigError for an address with a user, a password or a key. variables: where those belong."""
+    """Raise ConfigError for a URI with a user, password or key. variables: environment variables to use."""
     plain = without_passwords(uri)
     if plain != uri:
         raise ConfigError(
-            f"a key in a URI would be recorded with the run, and {plain} has one; want it in the environment "
+            f"a key in a URI would be recorded with the run, and {plain} has one; set it in the environment "
             f"({variables})"
         )
 

@@ -1,4 +1,4 @@
-"""Values that change while a model trains (`train.changes`): what is in force when."""
+"""Values that change during training (`train.changes`)."""
 
 import dataclasses
 from typing import Any
@@ -8,18 +8,18 @@ from mmdiff_ray.config.loading import load, override, to_plain
 from mmdiff_ray.config.schema import Config
 
 LIVE = ("loss.coefficients.", "loss.modalities.", "loss.channels.", "train.learning_rate")
-"""Beginnings of keys that may change while a model trains; the keys of a modality's weights may as well."""
+"""Prefixes of keys that may change during training, in addition to the weights of modalities."""
 
 
 def is_live(key: str) -> bool:
-    """Return whether a key may change while a model trains."""
+    """Return whether a key may change during training."""
     parts = key.split(".")
     weights = len(parts) >= 4 and parts[0] == "modalities" and parts[2] == "weights"
     return weights or key.startswith(LIVE)
 
 
 def in_force(config: Config, samples_seen: int) -> Config:
-    """Return the configuration that training goes on with after so many samples, itself without changes."""
+    """Return the configuration at samples_seen, with earlier changes applied and no `train.changes`."""
     plain = dataclasses.replace(config, train=_without(config))
     words = [
         override(key, value)
@@ -31,22 +31,22 @@ def in_force(config: Config, samples_seen: int) -> Config:
 
 
 def next_change(config: Config, samples_seen: int) -> int | None:
-    """Return when the next change after so many samples comes, or None."""
+    """Return the samples_seen of the next change, or None."""
     return next((change.at for change in config.train.changes if change.at > samples_seen), None)
 
 
 def check_changes(config: Config) -> None:
-    """Raise ConfigError for changes out of order, of keys that cannot change, or to values that are wrong."""
+    """Raise ConfigError for changes out of order, of keys that cannot change, or to invalid values."""
     before = -1
     for index, change in enumerate(config.train.changes):
         key = f"train.changes[{index}]"
         if change.at <= before:
-            raise ConfigError(f"{key}.at ({change.at}) must be above the one before it ({before})")
+            raise ConfigError(f"{key}.at ({change.at}) must be above that of the previous change ({before})")
         before = change.at
         for name in change.values:
             if not is_live(name):
                 raise ConfigError(
-                    f"{key}.values: {name} cannot change while a model trains; what can: "
+                    f"{key}.values: {name} cannot change during training; keys that can: "
                     f"{', '.join(live + '*' if live.endswith('.') else live for live in LIVE)}, "
                     "modalities.NAME.weights.*"
                 )

@@ -1,4 +1,4 @@
-"""What a configuration must fulfil, and the words of the errors where it does not."""
+"""Checks of a configuration that need no data, and their error messages."""
 
 import dataclasses
 import math
@@ -14,14 +14,14 @@ from mmdiff_ray.config.schema import Config, TaskConfig, as_list
 READOUTS = ("sample", "likely")
 
 NAME = re.compile(r"\w[^/\\\x00-\x1f\x7f\ud800-\udfff]*")
-"""What is one name of a file or folder on every system, and hidden on none."""
+"""A name that is valid for a file or folder on every system, and not hidden."""
 NAME_IN_URI = re.compile(r"\w[\w.~=+,@:-]*", re.ASCII)
 LONGEST_NAME = 150
-"""In bytes. File systems take 255, and a run's name gets numbers, dates and endings."""
+"""In bytes. File systems allow 255, and run names get numbers, dates and suffixes."""
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError for values that contradict each other and need no data set to be seen."""
+    """Raise ConfigError for invalid or contradictory values, as far as that is known without the data."""
     check_name("name", config.name, in_uri="://" in config.runs)
     _check_names(config)
     _check_numbers(config)
@@ -30,8 +30,8 @@ def check(config: Config) -> None:
     one_of("train.time_sampling", config.train.time_sampling, ("uniform", "logit_normal"))
     if config.train.time_sampling != "uniform" and config.loss.weighting == "elbo":
         raise ConfigError(
-            "train.time_sampling: loss.weighting=elbo estimates the bound from uniform times; choose "
-            "uniform, or another weighting"
+            "train.time_sampling: loss.weighting=elbo needs uniform times; use train.time_sampling=uniform "
+            "or another weighting"
         )
     one_of("given.input", config.given.input, ("in_place", "u_plus_code", "z_plus_code", "z_only"))
     one_of("loss.prediction", config.loss.prediction, ("v", "eps", "x0"))
@@ -56,14 +56,14 @@ def check(config: Config) -> None:
 
 
 def check_batch(config: Config) -> None:
-    """Raise ConfigError where the global batch cannot be dealt to lanes and workers."""
+    """Raise ConfigError if the global batch cannot be split into lanes and workers."""
     workers, batch, lanes = config.workers, config.train.global_batch, config.data.lanes
     if (workers.least or 0) > workers.count:
         raise ConfigError(f"workers.least ({workers.least}) must be at most workers.count ({workers.count})")
     if workers.least is not None and workers.data_labels:
         raise ConfigError(
-            "workers.data_labels: with workers.least readers run beside their worker, on its CPUs; set one "
-            "of the two"
+            "workers.data_labels: with workers.least, data workers run on the CPUs of their training worker; "
+            "remove one of the two keys"
         )
     if workers.count > batch:
         raise ConfigError(f"train.global_batch ({batch}) must have a row for each of {workers.count} workers")
@@ -77,7 +77,7 @@ def check_batch(config: Config) -> None:
 
 def _check_numbers(config: Config) -> None:
     train, workers, evaluate = config.train, config.workers, config.evaluate
-    _refuse_unfit("", dataclasses.asdict(config))
+    _check_values("", dataclasses.asdict(config))
     if config.seed >= 2**63:
         raise ConfigError(f"seed ({config.seed}) must be below 2**63")
     for key, value, least in (
@@ -129,33 +129,33 @@ def _check_numbers(config: Config) -> None:
     if not workers.cpus > 0:
         raise ConfigError(f"workers.cpus ({workers.cpus:g}) must be above 0")
     if workers.gpus < 0 or (workers.gpus > 1 and workers.gpus % 1):
-        raise ConfigError(f"workers.gpus ({workers.gpus:g}) must be 0, a part of 1, or a whole number")
+        raise ConfigError(f"workers.gpus ({workers.gpus:g}) must be 0, a fraction below 1, or a whole number")
     for name, amount in workers.resources.items():
         if name in ("CPU", "GPU", "memory", "object_store_memory") or not amount > 0:
             raise ConfigError(
-                f"workers.resources: {name}={amount} must be above 0 and none of Ray's own (for CPU and GPU "
-                "there are workers.cpus and workers.gpus)"
+                f"workers.resources: {name}={amount} must be above 0 and a custom resource; use workers.cpus "
+                "and workers.gpus for CPU and GPU"
             )
     if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
         raise ConfigError(f"train.betas ({train.betas}) must be two numbers in [0, 1)")
     times = train.times
     if len(times) != 2 or not 0 <= times[0] <= times[1] <= 1:
-        raise ConfigError(f"train.times ({times}) must be two numbers in [0, 1], the smaller one first")
-    if round(times[1] * config.schedule.steps) < 1:  # training would draw t = 0, where z_t holds no noise
+        raise ConfigError(f"train.times ({times}) must be two ascending numbers in [0, 1]")
+    if round(times[1] * config.schedule.steps) < 1:  # else training draws t = 0, where z_t has no noise
         raise ConfigError(
             f"train.times ({times}) must reach the schedule's first step, t = 1/{config.schedule.steps}"
         )
 
 
-def _refuse_unfit(key: str, value: Any) -> None:
-    """Raise ConfigError for a value in a tree that is NaN, text that is not Unicode, or a URI with a key."""
+def _check_values(key: str, value: Any) -> None:
+    """Raise ConfigError if a tree of values has NaN, invalid Unicode, or a URI with a password or key."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            _refuse_unfit(key, name)
-            _refuse_unfit(f"{key}.{name}" if key else str(name), inner)
+            _check_values(key, name)
+            _check_values(f"{key}.{name}" if key else str(name), inner)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            _refuse_unfit(f"{key}[{index}]", inner)
+            _check_values(f"{key}[{index}]", inner)
     elif isinstance(value, float) and math.isnan(value):
         raise ConfigError(f"{key} (nan) must be a number")
     elif isinstance(value, str) and re.search("[\ud800-\udfff]", value):
@@ -170,7 +170,9 @@ def _check_names(config: Config) -> None:
         raise ConfigError("modalities is empty; name at least one, for example pixels: {type: image}")
     for name in config.modalities:
         if not isinstance(name, str) or not name.isidentifier():
-            raise ConfigError(f"modalities: {name!r} is no name; use letters, digits and _, a letter first")
+            raise ConfigError(
+                f"modalities: {name!r} is not a valid name; use letters, digits and _, starting with a letter"
+            )
     if config.space.anchor not in config.modalities:
         raise ConfigError(unknown("space.anchor", config.space.anchor, config.modalities))
     for name, modality in config.modalities.items():
@@ -200,43 +202,44 @@ def _check_task(task: str, row: TaskConfig, modalities: Mapping[str, Any]) -> No
             one_of(f"tasks.{task}.roles.{instance}", role, ("generated", "given", "absent"))
     if not 0 <= row.frequency < math.inf or not 0 <= row.drop < 1:
         raise ConfigError(
-            f"tasks.{task}: frequency ({row.frequency}) must be finite and >= 0, "
-            f"and drop ({row.drop}) in [0, 1)"
+            f"tasks.{task}: frequency ({row.frequency}) must be finite and >= 0, drop ({row.drop}) in [0, 1)"
         )
     if not 0 <= row.one_pass <= 1:
         raise ConfigError(f"tasks.{task}.one_pass ({row.one_pass}) must be between 0 and 1")
     if not generates(row.roles):
-        raise ConfigError(f"tasks.{task} generates nothing; give at least one instance the role generated")
+        raise ConfigError(
+            f"tasks.{task} generates nothing; set the role of at least one modality to generated"
+        )
 
 
 def generates(roles: Mapping[str, Any]) -> bool:
-    """Return whether a row of roles generates any instance, at least sometimes."""
+    """Return whether the roles of a task can generate any instance."""
     return any("generated" in as_list(role) for role in roles.values())
 
 
 def check_name(key: str, name: Any, in_uri: bool = False) -> None:
-    """Raise ConfigError unless a name can be that of one file or folder. in_uri: of one in a URI."""
+    """Raise ConfigError unless a name is valid for a file or folder; with in_uri, also in a URI."""
     if not isinstance(name, str):
         raise ConfigError(f"{key}: got {name!r}, want text; put the name in quotes")
     if not NAME.fullmatch(name) or len(name.encode()) > LONGEST_NAME:
         raise ConfigError(
             f"{key}: {name!r} cannot name a file; use at most {LONGEST_NAME} bytes without / and \\, and "
-            "begin with a letter, a digit or _"
+            "start with a letter, a digit or _"
         )
     if in_uri and not NAME_IN_URI.fullmatch(name):
         raise ConfigError(
-            f"{key}: {name!r} cannot stand in a URI, and runs are kept in storage; use letters, digits and "
+            f"{key}: {name!r} is not valid in the URI of a run; use letters, digits and "
             "any of . _ ~ = + , @ : -"
         )
 
 
 def one_of(key: str, value: Any, known: Sequence[str]) -> None:
-    """Raise ConfigError for a value that is none of those known."""
+    """Raise ConfigError unless the value is one of `known`."""
     if value not in known:
         raise ConfigError(unknown(key, value, known))
 
 
 def unknown(key: str, value: Any, known: Any, what: str = "") -> str:
-    """Return the words for a value that is none of those known. what: what the value is, such as key."""
+    """Return the error message for a value that is not in `known`. what: kind of value, such as "key"."""
     got = f"{what} {value!r}" if what else repr(value)
     return f"{key}: unknown {got}; known: {', '.join(map(str, known))}{registry.suggestion(value, known)}"

@@ -1,4 +1,4 @@
-"""What the package raises for mistakes of the person who uses it."""
+"""Exceptions for errors that a user can cause or must handle."""
 
 import re
 from collections.abc import Iterator
@@ -6,35 +6,35 @@ from contextlib import contextmanager
 
 
 class OneLine(Exception):
-    """An error whose message is one printable line, whatever names, files and libraries bring into it."""
+    """An error whose message is always one printable line, whatever text it quotes."""
 
     def __str__(self) -> str:
-        """Return the message in one line; control characters and lone surrogates as their escapes."""
+        """Return the message as one line, with control characters and lone surrogates escaped."""
         line = re.sub(r"\s*\n\s*", " ", super().__str__().strip())
         return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in line)
 
 
 class ConfigError(OneLine, ValueError):
-    """A mistake in a configuration, in words for the person who wrote it."""
+    """A mistake in a configuration or command; the message is for the user."""
 
 
 class UnreachableError(ConfigError):
-    """Data that could not be looked at: the store did not answer, or not to this person."""
+    """Storage that did not respond or denied access, so its contents are unknown."""
 
 
 class RunError(OneLine, RuntimeError):
-    """A run that failed once it had started, in words for the person who runs it."""
+    """A run that failed after its start; the message is for the user."""
 
 
 class OutageError(RunError):
-    """Storage that did not answer for minutes: what needs it may go on later, from its last checkpoint."""
+    """Storage was unavailable for minutes. The run can resume later from its last checkpoint."""
 
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """Turn what a decoder raises for damaged or oversized content into ValueError; OSError stays.
+    """Convert the exceptions of a decoder for damaged or oversized content to ValueError; keep OSError.
 
-    Decoders of pictures and arrays raise whatever their parsers do: SyntaxError, struct.error, KeyError,
+    Decoders of images and arrays raise arbitrary exceptions: SyntaxError, struct.error, KeyError,
     RecursionError, PIL's DecompressionBombError, ...
     """
     try:
@@ -47,7 +47,7 @@ def decoding() -> Iterator[None]:
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Put what a mistake is in before the words of a ConfigError."""
+    """Prefix the message of a ConfigError with `name`, such as a file or key."""
     try:
         yield
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""Dataclasses from plain values: each value is checked against its field's type, and errors name the key."""
+"""Build dataclasses from plain values; check each value against its field's type."""
 
 import copy
 import dataclasses
@@ -16,10 +16,10 @@ _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str:
 
 
 def fill(schema: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """Return a dataclass filled from plain values (numbers, text, lists, mappings).
+    """Build a dataclass from plain values (numbers, text, lists, mappings).
 
-    prefix: the key of the section that the dataclass describes. Raises ConfigError for an unknown key, a
-    missing one, or a value of another type than its field's.
+    prefix: the key of the section that the dataclass describes. Raises ConfigError for an unknown or
+    missing key, or a value of the wrong type.
     """
     hints = get_type_hints(schema)
     fields = {field.name: field for field in dataclasses.fields(schema)}
@@ -40,12 +40,12 @@ def fill(schema: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def dotted(*parts: str) -> str:
-    """Return the parts of a key, joined."""
+    """Join the parts of a key with dots."""
     return ".".join(part for part in parts if part)
 
 
 def _convert(wanted: Any, value: Any, key: str) -> Any:
-    """Return a value as the type that a field wants."""
+    """Convert a value to the type of its field."""
     origin, inner = get_origin(wanted), get_args(wanted)
     if origin in (Union, UnionType):
         if value is None and NoneType in inner:
@@ -74,7 +74,7 @@ def _convert(wanted: Any, value: Any, key: str) -> Any:
 
 
 def _convert_scalar(wanted: type, value: Any, key: str) -> Any:
-    """Return a value as int, float, bool or str; text that spells a number or a truth value is read."""
+    """Convert a value to int, float, bool or str. Parses text such as "3" or "true"."""
     try:
         if wanted is str and isinstance(value, str | int | float):
             return str(value)

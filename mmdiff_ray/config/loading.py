@@ -1,6 +1,6 @@
-"""Reading a configuration from YAML, JSON or `key=value` overrides, and writing it back.
+"""Read a configuration from YAML, JSON and `key=value` overrides, and write it.
 
-The only module that knows omegaconf, and only for YAML and overrides: `from_plain` runs without it.
+The only module that uses omegaconf, for YAML and overrides. `from_plain` works without it.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ from mmdiff_ray.config.filling import fill
 from mmdiff_ray.config.schema import Config
 
 FORMER_PLUGINS = {"pipelines.scalar_modality": "mmdiff_ray.modalities.vector"}
-"""Plug-ins that became part of the package; saved configurations name them."""
+"""Former plug-ins that are now part of the package. Saved configurations may still list them."""
 _ENTRY = re.compile(r"\.\d+(\.|$)|\[")
-"""What the key of a single entry of a list has in it."""
+"""The index in the key of a list entry."""
 
 
 def load(
     files: Sequence[str | Path | Mapping] = (), overrides: Sequence[str] = (), base: Mapping | None = None
 ) -> Config:
-    """Return the configuration of YAML files, later ones first in rank, with `key=value` overrides on top.
+    """Load and check a configuration: base, then files, then `key=value` overrides; later values win.
 
-    files: or plain values in place of a file. base: plain values below everything (a saved configuration). A
-    modality set to null is removed, and with it its roles, its coefficient, and tasks that would generate
-    nothing else. Raises ConfigError for an unreadable file, an unknown key, a wrong type or a bad value.
+    files: YAML files or plain values. base: plain values, such as a saved configuration. A modality set to
+    null is removed, with its roles, its coefficient, and the tasks that generate nothing else. Raises
+    ConfigError for an unreadable file, an unknown key, a wrong type or an invalid value.
     """
     from omegaconf import OmegaConf
 
@@ -51,11 +51,9 @@ def load(
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Raise ConfigError for overrides that no configuration takes: a form other than `key=value`, an unknown
-    key, a wrong type.
+    """Check overrides without a configuration: the form `key=value`, keys and types. Raises ConfigError.
 
-    For the rest, and for modalities, single entries of lists and interpolations, it takes the configuration
-    that they change.
+    Modalities, list entries, interpolations and values can only be checked with the configuration.
     """
     from omegaconf import OmegaConf
 
@@ -68,7 +66,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 
 def from_plain(plain: Mapping[str, Any]) -> Config:
-    """Return the checked configuration of plain values (what `to_plain` returns)."""
+    """Build and check a configuration from plain values, as returned by `to_plain`."""
     values = dict(plain)
     _import_plugins(values.get("plugins") or [])
     modalities = _section(values.pop("modalities", None), "modalities")
@@ -81,9 +79,9 @@ def from_plain(plain: Mapping[str, Any]) -> Config:
 
 
 def read_json(file: str | Path) -> Config:
-    """Return the checked configuration in a JSON file of plain values (what `to_plain` returns).
+    """Read and check a configuration from a JSON file of plain values, as returned by `to_plain`.
 
-    Raises ConfigError for an unreadable file and as `from_plain` does.
+    Raises ConfigError for an unreadable file or an invalid configuration.
     """
     try:
         plain = json.loads(Path(file).read_text(encoding="utf8"))
@@ -110,7 +108,7 @@ def plain_yaml(values: Mapping[str, Any]) -> str:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """Return a configuration as dotted keys, one level."""
+    """Return a configuration as a flat dictionary: dotted key -> value."""
 
     def walk(prefix: str, value: Any):
         if isinstance(value, dict) and value:
@@ -123,12 +121,12 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def options(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
-    """Return a dataclass filled from open values, with errors under the prefix."""
+    """Build a dataclass from plain values. The keys in errors start with `prefix`."""
     return fill(schema, values, prefix)
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
-    """Return the plain values of a YAML file that is no configuration. Raises ConfigError if it has none."""
+    """Return the plain values of any YAML file. Raises ConfigError if it cannot be read."""
     from omegaconf import OmegaConf
 
     with _as_config_errors(str(file)):
@@ -137,12 +135,12 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def override(key: str, value: Any) -> str:
-    """Return a value of a key as an override that `load` reads back."""
+    """Return the override `key=value` that `load` reads back."""
     return f"{key}={'null' if value is None else value}"
 
 
 def parse_value(text: str) -> Any:
-    """Return what a text behind `key=` means: a number, a word, a list."""
+    """Parse the value of an override: a number, text or a list."""
     from omegaconf import OmegaConf
 
     with _as_config_errors(repr(text)):
@@ -151,17 +149,17 @@ def parse_value(text: str) -> Any:
 
 
 def parse_name(text: str) -> Any:
-    """Return what a text behind `name=` means. What reads as a number stays as written: 007, 1e3."""
+    """Parse the value of `name=`. Names that look like numbers stay text: 007, 1e3."""
     value = parse_value(text)
     return text if isinstance(value, int | float) else value
 
 
 def _override(tree: Any, overrides: Sequence[str]) -> None:
-    """Change a tree of values as `key=value` words say."""
+    """Apply `key=value` overrides to a tree of values."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
-            raise ConfigError(f"override {override!r} must read key=value")
+            raise ConfigError(f"override {override!r} must have the form key=value")
         with _as_config_errors(f"override {override!r}"):
             if key == "name":
                 tree.name = parse_name(text)
@@ -184,7 +182,7 @@ def _read(file: Path) -> Any:
     except Exception as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from None
     if not OmegaConf.is_dict(tree):
-        raise ConfigError(f"{file} must hold keys and values, got a list")
+        raise ConfigError(f"{file} must be a mapping of keys to values, got a list")
     if isinstance(cast(dict[str, Any], OmegaConf.to_container(tree)).get("name"), int | float):
         tree.name = yaml.load(file.read_text(encoding="utf8"), yaml.BaseLoader)["name"]
     return tree
@@ -192,7 +190,7 @@ def _read(file: Path) -> Any:
 
 @contextmanager
 def _as_config_errors(where: str) -> Iterator[None]:
-    """Turn what omegaconf and its YAML parser raise into ConfigError, with where it happened."""
+    """Convert exceptions of omegaconf and its YAML parser to ConfigError with the location."""
     from omegaconf.errors import OmegaConfBaseException
 
     try:
@@ -204,7 +202,7 @@ def _as_config_errors(where: str) -> Iterator[None]:
         raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{_first_line(error)}") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{where}: {_first_line(error)}") from None
-    except Exception as error:  # the YAML parser's own, whose package is omegaconf's business
+    except Exception as error:  # from whichever YAML parser omegaconf uses
         raise ConfigError(f"{where}: not valid YAML: {_first_line(error)}") from None
 
 
@@ -213,7 +211,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _import_plugins(plugins: Any) -> None:
-    """Import the modules; those in the working folder are found as well, as by `python -m`."""
+    """Import the plug-in modules. Like `python -m`, this also finds modules in the working folder."""
     if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
         raise ConfigError(f"plugins: got {plugins!r}, want a list of modules, for example [my_modality]")
     if plugins and os.getcwd() not in sys.path:
@@ -226,7 +224,7 @@ def _import_plugins(plugins: Any) -> None:
 
 
 def _section(value: Any, key: str) -> Mapping[str, Any]:
-    """Return a section of keys, empty for null. Raises ConfigError for anything else."""
+    """Return a section as a mapping, {} for null. Raises ConfigError for other types."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -235,9 +233,9 @@ def _section(value: Any, key: str) -> Mapping[str, Any]:
 
 
 def _without(values: Mapping[str, Any], removed: set[str]) -> dict[str, Any]:
-    """Return the values without what speaks of removed modalities, and without tasks set to null.
+    """Return the values without references to removed modalities, and without tasks set to null.
 
-    A task that generated only what is removed goes as well.
+    Also removes tasks that generate only removed modalities.
     """
     tasks = {}
     for name, row in _section(values.get("tasks"), "tasks").items():

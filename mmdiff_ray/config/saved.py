@@ -1,4 +1,4 @@
-"""Configurations that were written by a run, perhaps by an earlier release."""
+"""Read configurations saved by a run, possibly of an earlier release."""
 
 import dataclasses
 import json
@@ -12,23 +12,22 @@ from mmdiff_ray.config.schema import Config
 
 
 def load_saved(file: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the configuration in a file that a run wrote: YAML, or the JSON of a published model, whose
-    entry `config` it is. Raises ConfigError as `load` does.
+    """Load a saved configuration: the YAML of a run, or entry `config` of a published model's JSON.
 
-    A run writes every key, so one that is missing is newer than the run: it has the value by which training
-    stays what it was, not today's default.
+    A run saves every key, so a missing key is newer than the run. It gets its reference default, with which
+    training behaves as before, not the current default. Raises ConfigError like `load`.
     """
     saved: Any = file
     if Path(file).suffix == ".json":
         try:
             saved = json.loads(Path(file).read_text(encoding="utf8"))["config"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file} holds no configuration: {error!r}") from None
+            raise ConfigError(f"{file} has no configuration: {error!r}") from None
     return load([saved], overrides, base=_references(Config))
 
 
 def _references(section: type) -> dict[str, Any]:
-    """Return the first default of every key whose default has changed since (`reference` in its metadata)."""
+    """Return the reference default of every key whose default has changed (`reference` in its metadata)."""
     found: dict[str, Any] = {}
     for part in dataclasses.fields(section):
         if "reference" in part.metadata:

@@ -9,13 +9,13 @@ class WeightsConfig:
     """The signal weights of one modality, as a profile b(t).
 
     family: family of the profile: clock, linear, cosine, power, sigmoid, constant, knots or step_weights.
-    scale: factor of the profile: how strong the code is beside the noise. null: the type's default, or 1
-        with knots and step_weights.
-    shape: shape of clock, power and sigmoid. A clock below 1 settles the modality before the anchor,
-        above 1 after it.
+    scale: factor of the profile, which sets the strength of the code relative to the noise. null: the type's
+        default, or 1 with knots and step_weights.
+    shape: shape of clock, power and sigmoid. With clock, a modality with shape below 1 is
+        denoised before the anchor, above 1 after it.
     knots: pairs [t, b] for the family knots, from t = 0 to t = 1.
     w: step weights for the family step_weights: one number, or one per step of `grid`.
-    grid: number of steps that `w` is stated on.
+    grid: number of steps in the grid of `w`.
     kappa: constant weight when the modality is given. It has no effect under given.input in_place and
         u_plus_code.
     """
@@ -87,13 +87,13 @@ class ScheduleConfig:
 class GivenConfig:
     """How given codes reach the network.
 
-    input: in_place: a given code stands without noise in its own channels; u_plus_code: given codes are
-        removed from z_t and stand in condition channels; z_plus_code: the same, and they stay in z_t;
-        z_only: the network sees z_t alone, as in the paper.
+    input: in_place: a given code replaces its own channels, without noise; u_plus_code: given codes move from
+        z_t to extra condition channels; z_plus_code: they stay in z_t and are also in condition channels;
+        z_only: the network gets only z_t, as in the paper.
     exact: under in_place, copy visible pixels of a masked image into the anchor's channels and never
         predict them.
-    zero_unused: under z_plus_code and u_plus_code, set channels that carry nothing generated to 0.
-        in_place always does.
+    zero_unused: under z_plus_code and u_plus_code, set channels without a generated modality to 0.
+        in_place always does this.
     """
 
     input: str = field(default="in_place", metadata={"reference": "u_plus_code"})
@@ -103,15 +103,15 @@ class GivenConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """A row of roles and how often it is drawn.
+    """The roles of one task, and how often to draw it.
 
-    frequency: relative to the other tasks; 0 keeps the task from being drawn.
+    frequency: relative to the other tasks; 0: never drawn.
     roles: modality -> generated, given or absent, or a list of 1, 2, 3 or 6 of these to draw from evenly.
         Unlisted modalities are absent.
-    drop: probability that a given modality is made absent, for each independently. Guidance needs it.
-    readout: default answer to a request of this task: sample, or likely (the most likely data).
-    one_pass: share of the task's rows that train at t = 1, so that a single prediction from noise answers it
-        well (`evaluate.likely_steps: 1`); the other rows draw t as ever.
+    drop: probability of making a given modality absent, independently for each. Guidance needs it.
+    readout: default output for requests of this task: sample, or likely (the most likely data).
+    one_pass: fraction of the task's rows that train at t = 1, so that a single prediction from noise works
+        well (`evaluate.likely_steps: 1`); the other rows draw t as usual.
     """
 
     frequency: float = 1.0
@@ -121,7 +121,7 @@ class TaskConfig:
     one_pass: float = 0.0
 
     def alternatives(self, instance: str) -> list[str]:
-        """Return the roles that an instance's role is drawn from."""
+        """Return the possible roles of an instance."""
         return as_list(self.roles.get(instance, "absent"))
 
     def can_be(self, instance: str, role: str) -> bool:
@@ -161,10 +161,10 @@ class LossConfig:
     weighting: weight of L1 over t: v, eps, x0 or min_snr (simplified), or elbo (exact).
     gamma: cap of the signal-to-noise ratio under weighting min_snr.
     channel_cap: largest weight of L1 in channels without the anchor, under any weighting but elbo.
-        Without it a strong code outweighs everything else near the data.
-    normalize: divisor of each loss term: expected: the expected count of rows that have every modality,
-        so that all annotations weigh the same; batch: the batch's own count, so that rare annotations
-        weigh more.
+        Without it, a strong code dominates the loss near t = 0.
+    normalize: divisor of each loss term: expected: the expected count for rows with every modality, so that
+        all annotations have equal weight; batch: the count of the batch, so that rare annotations have more
+        weight.
     """
 
     coefficients: CoefficientsConfig = field(default_factory=CoefficientsConfig)
@@ -183,7 +183,7 @@ class ModelConfig:
 
     backbone: registered name: unet, dit or dit_tokens.
     preset: size: nano, tiny, small, base or large (dit also xlarge).
-    options: single sizes that replace those of the preset; null keeps the preset's.
+    options: sizes that override the preset; null keeps the preset's value.
     """
 
     backbone: str = "unet"
@@ -208,17 +208,16 @@ class DataConfig:
     """The data sets and how rows are read.
 
     sources: data sets to mix.
-    lanes: number of independent streams that rows are dealt to. Workers share no row group if their
-        number divides it.
+    lanes: number of independent streams of rows. Workers share no row group if their number divides it.
     window: number of row groups that are shuffled together.
     backgrounds: background of transparent images in training: random or white.
     flip: mirror rows at random.
-    balance: column of labels whose classes are read equally often; null: as often as they occur. Rows
+    balance: label column whose classes are read equally often; null: as often as they occur. Rows
         without a label keep their share.
-    weight: column of one number per row: how often it is read in an epoch, relative to others; null: all
-        alike. With balance, rows weigh against those of their class.
+    weight: column with the relative frequency of each row in an epoch; null: all equal. With balance,
+        relative to rows of the same class.
     bad_row_limit: number of unreadable rows that a run tolerates, over all workers, epochs and restarts.
-    cache_mb: decoded rows that every reading process keeps in memory, in MiB; 0: none.
+    cache_mb: memory for decoded rows in every data-loading process, in MiB; 0: no cache.
     """
 
     sources: list[SourceConfig] = field(default_factory=list)
@@ -249,7 +248,7 @@ class TrainConfig:
     """The training loop. All lengths are in samples.
 
     samples: number of samples to train on.
-    max_minutes: time limit; if set, `samples` shrinks to what fits.
+    max_minutes: time limit; if set, `samples` is reduced to what fits.
     global_batch: rows per optimizer step, over all workers.
     micro_batch: rows per forward pass and worker; null: all rows of the worker.
     learning_rate: peak learning rate of AdamW.
@@ -258,8 +257,8 @@ class TrainConfig:
     warmup_samples: samples over which the learning rate rises from 0.
     decay: course of the learning rate after the warm-up: constant, linear or cosine.
     decay_samples: samples at the end over which the learning rate decays; null: all of them.
-    final_lr_ratio: last learning rate, as a share of the peak.
-    clip_norm: largest norm of the gradient.
+    final_lr_ratio: last learning rate divided by the peak.
+    clip_norm: largest gradient norm; larger gradients are scaled down.
     ema_samples: half-life of the averaged model (EMA).
     precision: float32, bfloat16 (autocast), or auto: bfloat16 on GPUs and on CPUs with AVX512_BF16 or
         AMX. A run keeps the choice made at its start.
@@ -271,10 +270,10 @@ class TrainConfig:
     time_sampling: uniform, or logit_normal: the sigmoid of a normal variable (Esser et al., 2024).
     time_mean: mean of that normal variable.
     time_std: standard deviation of that normal variable.
-    cutout: masked image whose hole is cut out of z_t in half of the rows, as plain augmentation.
+    cutout: masked image whose hole is set to 0 in z_t in half of the rows, as augmentation.
     changes: values that change during training, in order: loss coefficients, modalities' weights, the
         learning rate.
-    init: model whose weights this one starts from, where names and shapes match: a run (name, folder or
+    init: model to initialize parameters from, if names and shapes match: a run (name, folder or
         URI), a folder of `mmdiff export`, a .safetensors file, or pretrained:NAME.
     """
 
@@ -322,16 +321,16 @@ class WorkersConfig:
     """The training workers.
 
     count: number of workers; 0: train in this process.
-    least: smallest number of workers. If set, a run starts with as many as fit, continues with fewer when
-        a node is lost and with more when one is added. Data workers then run on their worker's node.
-    strategy: ddp: every worker holds the whole model; fsdp: parameters, average and optimizer state are
+    least: smallest number of workers. If set, a run starts with as many as fit, shrinks when a node is lost
+        and grows when one is added. Data workers then run on their worker's node.
+    strategy: ddp: every worker holds the whole model; fsdp: parameters, EMA and optimizer state are
         sharded (FSDP2).
     cpus: CPUs per worker.
     gpus: GPUs per worker.
     resources: custom Ray resource -> amount per worker.
     data_workers: data-loading workers per training worker (threads if count is 0).
     threads: torch threads per worker; null: one per CPU if there are several workers.
-    max_failures: restarts in a row, without a new checkpoint, before the run fails.
+    max_failures: consecutive restarts without a new checkpoint before the run fails.
     labels: labels that the nodes of training workers must have.
     data_labels: labels that the nodes of data-loading workers must have.
     """
@@ -349,10 +348,10 @@ class WorkersConfig:
     data_labels: dict[str, str] = field(default_factory=dict)
 
     @property
-    def asks(self) -> dict[str, float]:
-        """What each worker asks the cluster for: Ray's name of a resource -> amount, above 0."""
-        asked = {"CPU": self.cpus, "GPU": self.gpus, **self.resources}
-        return {name: amount for name, amount in asked.items() if amount}
+    def per_worker(self) -> dict[str, float]:
+        """Resources of each worker: Ray's name of a resource -> amount above 0."""
+        resources = {"CPU": self.cpus, "GPU": self.gpus, **self.resources}
+        return {name: amount for name, amount in resources.items() if amount}
 
 
 @dataclass(frozen=True)
@@ -370,18 +369,17 @@ class EvaluateConfig:
         of `periodic` such as category/head_accuracy; null: loss/total.
     sampler: ancestral, ddim or dpm2.
     steps: number of sampling steps.
-    likely_steps: number of noiseless DDIM steps to the most likely answer, at most `steps`.
-    draws: draws of the noise that class probabilities are averaged over.
+    likely_steps: number of noiseless DDIM steps for the most likely output, at most `steps`.
+    draws: number of noise draws to average class probabilities over.
     guidance: guidance scale; 1: none.
     inpaint: how holes are filled: given: the model gets the masked image; repaint: visible pixels are
-        replaced at every step, for models that were never given one; both.
-    repeats: number of times repaint takes each step.
+        replaced at every step, for models trained without one; both.
+    repeats: number of times that repaint repeats each step.
     lpips: LPIPS backbones: alex, vgg.
-    condition: modalities that are given instead of the anchor (instead of nothing, for fidelity and
-        judge).
-    floors: also measure the rules without a model in restoration.
+    condition: modalities to give instead of the anchor (for fidelity and judge: instead of none).
+    floors: in restoration, also measure the baselines without a model.
     judge: export of a model that predicts labels from images.
-    neighbours: embedding by which labels are compared with those of the nearest training rows; null: none.
+    neighbours: embedding for the nearest-neighbour baseline of labels, from training rows; null: none.
     grid_rows: rows per picture.
     """
 
@@ -412,10 +410,10 @@ class TrackingConfig:
     """Where the run is recorded.
 
     uri: MLflow tracking URI without a password; null: MLFLOW_TRACKING_URI, else SQLite beside the runs.
-    required: whether MLflow must answer when a run starts. If false, records wait on disk.
+    required: whether MLflow must be reachable when a run starts. If false, records wait on disk.
     experiment: MLflow experiment.
     log_model: log the exported model.
-    system_metrics: log the load of the machines.
+    system_metrics: log CPU, GPU and memory use of the machines.
     """
 
     uri: str | None = None
@@ -432,9 +430,9 @@ class Config:
     name: name of the run. A number is added if the name is taken.
     seed: seed of all random draws.
     runs: folder or URI (s3://bucket/runs) of all runs.
-    plugins: modules to import first; they register types, backbones and other parts of your own.
+    plugins: modules to import first, to register your own types, backbones and other parts.
     modalities: name -> modality: its type and the keys of that type.
-    tasks: name -> row of roles.
+    tasks: name -> roles and frequency.
     space: diffusion space.
     schedule: noise schedule.
     given: how given codes reach the network.

@@ -1,4 +1,4 @@
-"""Files that ship with the package: configs, experiments and sweeps, of a checkout or an installed wheel."""
+"""Paths of the shipped configs, experiments and sweeps, in a checkout or an installed wheel."""
 
 from pathlib import Path
 
@@ -8,16 +8,16 @@ CONFIGS, EXPERIMENTS, SWEEPS = "pipelines/configs", "pipelines/configs/experimen
 
 
 def root() -> Path:
-    """Return the folder that holds `pipelines/configs` and `sweeps`."""
+    """Return the folder that contains `pipelines/configs` and `sweeps`."""
     package = Path(mmdiff_ray.__file__).parent
     return package / "shipped" if (package / "shipped").is_dir() else package.parent
 
 
 def find(file: str | Path, *folders: str) -> Path:
-    """Return the path of a file: as it is, else of the shipped file with that path or that name.
+    """Return the path of an existing file, else of the shipped file with this path or name.
 
-    `pipelines/configs/demo.yaml`, `demo.yaml` and `demo` all find the demo's config in any working folder.
-    folders: where to look for a name. Returns the path unchanged where nothing is found.
+    `pipelines/configs/demo.yaml`, `demo.yaml` and `demo` all find the demo config from any working folder.
+    folders: where to search for a name. Returns the path unchanged if nothing is found.
     """
     file = Path(file)
     if file.is_file() or file.is_absolute() or not file.name:
@@ -28,5 +28,5 @@ def find(file: str | Path, *folders: str) -> Path:
 
 
 def names(folder: str) -> list[str]:
-    """Return the names of the files that ship in a folder, sorted."""
+    """Return the sorted names of the shipped files in a folder."""
     return sorted(path.stem for path in (root() / folder).glob("*.yaml"))

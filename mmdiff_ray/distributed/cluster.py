@@ -127,11 +127,14 @@ def check_resources(workers: WorkersConfig) -> None:
     """
     count = workers.least or workers.count
     readers = count * workers.data_workers
-    bundles = [workers.asks] * count + [{"CPU": 1.0}] * readers
+    bundles = [workers.per_worker] * count + [{"CPU": 1.0}] * readers
     labels = [workers.labels] * count + [workers.data_labels] * readers
     cpus = "workers.cpus and workers.data_workers" if readers else "workers.cpus"
     wanted: list[tuple[str, str, float, Labels]] = [
-        *(("workers.labels", name, count * each, workers.labels) for name, each in workers.asks.items()),
+        *(
+            ("workers.labels", name, count * each, workers.labels)
+            for name, each in workers.per_worker.items()
+        ),
         ("workers.data_labels", "CPU", readers, workers.data_labels),
         (cpus, "CPU", count * workers.cpus + readers, {}),
         ("workers.gpus", "GPU", count * workers.gpus, {}),
@@ -142,11 +145,11 @@ def check_resources(workers: WorkersConfig) -> None:
         for key, resource, amount, where in wanted
         if (where or "labels" not in key) and (lack := _lack(resource, amount, where))
     ]
-    if not lacks and (room := places(workers.asks, workers.labels)) < count:
-        amounts = " and ".join(amount_of(name, amount) for name, amount in workers.asks.items())
+    if not lacks and (room := places(workers.per_worker, workers.labels)) < count:
+        amounts = " and ".join(amount_of(name, amount) for name, amount in workers.per_worker.items())
         each = "each, " if count > 1 else "on one node, "
         found = f"the nodes have room for {room}" if room else "no node has that many"
-        lacks = [(_keys(workers.asks), f"{amounts} {each}{found}")]
+        lacks = [(_keys(workers.per_worker), f"{amounts} {each}{found}")]
     need = f"{count} workers need " if count > 1 else "1 worker needs "
     if lacks and not start_nodes(bundles, labels, need + "; ".join(lack for _, lack in lacks)):
         key, lack = lacks[0]

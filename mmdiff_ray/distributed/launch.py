@@ -210,7 +210,7 @@ def make_trainer(job: Job, board: Any) -> Any:
     from mmdiff_ray.distributed.failures import FailureLimit
 
     workers = job.config.workers
-    asks = workers.asks
+    asks = workers.per_worker
     size: dict[str, Any] = {"num_workers": workers.count}
     if workers.least is not None:
         # Ray computes how many workers fit from this dict, so it must include the data workers' CPUs.

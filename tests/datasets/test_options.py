@@ -14,7 +14,7 @@ def test_pipeline_options_are_read_in_every_form():
     words = ["a=1", "--b", "2", "--c-d=3", "--e", "x=y"]
     assert pipeline_options(words) == {"a": "1", "b": "2", "c_d": "3", "e": "x=y"}
     for words in (["alone"], ["--last"]):
-        with pytest.raises(ConfigError, match="must read key=value"):
+        with pytest.raises(ConfigError, match="must have the form key=value"):
             pipeline_options(words)
 
 

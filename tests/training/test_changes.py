@@ -55,7 +55,7 @@ def test_process_and_objective_train_on_a_change_from_its_sample_on(sprites, at)
     ("changes", "words"),
     [
         ([ChangeConfig(64), ChangeConfig(64)], r"train.changes\[1\].at \(64\) must be above"),
-        ([ChangeConfig(1, {"model.preset": "nano"})], "model.preset cannot change while a model trains"),
+        ([ChangeConfig(1, {"model.preset": "nano"})], "model.preset cannot change during training"),
         ([ChangeConfig(1, {"modalities.shape.type": "image"})], "modalities.shape.type cannot change"),
         ([ChangeConfig(1, {"loss.coefficients.l9": 1})], r"train.changes\[0\].values: .*l9"),
     ],

@@ -286,10 +286,10 @@ def resources_of(sweep: Sweep, config: Config) -> tuple[dict[str, float], int]:
     workers = config.workers
     nested = workers.count > 1
     count = max(1, workers.count)
-    needs = {name: count * each for name, each in workers.asks.items()}
+    needs = {name: count * each for name, each in workers.per_worker.items()}
     needs["CPU"] = count * (workers.cpus + workers.data_workers * nested) + DRIVER_CPUS * nested
     check_resources(workers if nested else dataclasses.replace(workers, count=1, data_workers=0))
-    room = _room(needs) if nested else places(workers.asks)
+    room = _room(needs) if nested else places(workers.per_worker)
     if room < 1:
         amounts = ", ".join(amount_of(name, need) for name, need in needs.items())
         raise ConfigError(f"workers: a trial needs {amounts}; the cluster has less")
