@@ -267,7 +267,7 @@ def test_finished_run_can_be_made_longer(capsys, config_file):
     assert json.loads((runs / "tiny" / "evaluation.json").read_text())["samples_seen"] == 128
     written = (runs / "tiny" / "evaluation.json").stat().st_mtime_ns
     code, out, _ = run(capsys, "train", "--resume", "tiny", "--runs", str(runs))
-    assert code == 0 and "is finished at 128 samples; to go on from there" in out
+    assert code == 0 and "is finished at 128 samples; to train longer" in out
     assert (runs / "tiny" / "evaluation.json").stat().st_mtime_ns == written
     code, _, errors = run(capsys, "train", "--resume", str(runs / "tiny"), "seed=5")
     assert code == 2 and "seed: a resumed run keeps 0, got 5" in errors

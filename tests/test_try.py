@@ -49,7 +49,7 @@ def client(address):
             time.sleep(0.5)
 
 
-def answer(client, given, num=2, guidance=1, readout="a sample"):
+def answer(client, given, num=2, guidance=1, readout="sample"):
     """Return the picture and the notes for what is given, in the order of the fields."""
     picture, notes = client.predict(*given, num, guidance, readout, 0, api_name="/answer")
     path = picture["path"] if isinstance(picture, dict) else picture

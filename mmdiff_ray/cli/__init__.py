@@ -1,4 +1,4 @@
-"""`mmdiff`: one module per command, with its arguments, its checks and what it runs."""
+"""`mmdiff`: one module per command, with its arguments and checks."""
 
 import argparse
 import os
@@ -79,11 +79,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the arguments of a command; exits with code 2 where they are wrong."""
+    """Parse the arguments of a command. Exits with code 2 if they are invalid."""
     parser = make_parser()
     given, extra = parser.parse_known_args(arguments)
     given.extra = extra
-    if hasattr(given, "overrides"):  # argparse gives up on positional words behind an option
+    if hasattr(given, "overrides"):  # argparse does not accept positional arguments after an option
         given.overrides += [word for word in extra if not word.startswith("-")]
         extra = [word for word in extra if word.startswith("-")]
     if extra and given.command != "data build":
@@ -94,7 +94,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _take_overrides(given: argparse.Namespace) -> None:
-    """Make all words of a resumed command its overrides: it has no file to begin with."""
+    """Use all positional arguments as overrides if the command resumes, since it then has no file."""
     file = "config" if given.command == "train" else "file"
     if (word := getattr(given, file)) is not None:
         given.overrides.insert(0, word)
@@ -109,4 +109,4 @@ def _change_folder(folder: str) -> None:
     try:
         os.chdir(folder)
     except OSError as error:
-        raise ConfigError(f"-C: cannot work in {folder}: {error.strerror}") from None
+        raise ConfigError(f"-C: cannot change to {folder}: {error.strerror}") from None

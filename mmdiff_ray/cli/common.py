@@ -1,4 +1,4 @@
-"""What the commands share: the form of their parsers, and arguments that several of them have."""
+"""Shared parts of the commands: parsers, common arguments, and reports of unexpected errors."""
 
 import argparse
 import os
@@ -29,8 +29,8 @@ def command(
 ) -> argparse.ArgumentParser:
     """Add a command and return its parser.
 
-    run: carries the command out and returns its exit code. check: raises ConfigError for arguments that
-    could not work on any machine; it imports nothing heavy. more: of argparse's `add_parser`.
+    run: runs the command and returns its exit code. check: raises ConfigError for arguments that are invalid
+    on any machine, without heavy imports. more: arguments of argparse's `add_parser`.
     """
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -66,16 +66,15 @@ def model_of(given: argparse.Namespace) -> "Model":
 
 
 def check_workers(given: argparse.Namespace) -> None:
-    """Raise ConfigError for a number of workers below 0."""
+    """Raise ConfigError for a negative number of workers."""
     if given.workers < 0:
         raise ConfigError(
-            f"--workers ({given.workers}) must be at least 0; 0 works in this process, without Ray"
+            f"--workers ({given.workers}) must be at least 0; 0 runs in this process, without Ray"
         )
 
 
 def report_unexpected(error: Exception) -> RunError:
-    """Write the traceback of an error that no code foresaw to a file, without keys in addresses; return the
-    message that names the file."""
+    """Save the traceback of an unexpected error, without passwords; return an error with the file's name."""
     handle, file = tempfile.mkstemp(prefix="mmdiff-", suffix=".log")
     with os.fdopen(handle, "w", encoding="utf8", errors="backslashreplace") as log:
         log.write(without_passwords("".join(traceback.format_exception(error))))

@@ -11,7 +11,7 @@ from mmdiff_ray.config import ConfigError
 
 
 class _DatasetHelp(argparse._HelpAction):
-    """Help that lists the options of the data set that was named before it, or else of all."""
+    """Help with the options of the data set named before `--help`, or of all data sets."""
 
     def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
         from mmdiff_ray.datasets.options import describe
@@ -35,22 +35,20 @@ def add(commands: Commands) -> None:
         add_help=False,
     )
     build.add_argument(
-        "-h", "--help", action=_DatasetHelp, help="show this, with the data set's options, and exit"
+        "-h", "--help", action=_DatasetHelp, help="show this help with the data set's options, and exit"
     )
     build.add_argument(
         "pipeline",
         help="folder, coco, cityscapes, parquet, webdataset, openmoji, sprites, digits, fashion_mnist, "
-        "or one of your own",
+        "or your own",
     )
-    build.add_argument(
-        "--out", required=True, help="where to: a folder, or any URI of pyarrow (s3://bucket/name)"
-    )
-    build.add_argument("--force", action="store_true", help="replace a data set that is already there")
+    build.add_argument("--out", required=True, help="folder or URI (s3://bucket/name) to write")
+    build.add_argument("--force", action="store_true", help="replace an existing data set")
     build.add_argument(
         "--workers", type=int, default=1, help="Ray actors per embedding model; 0: without Ray"
     )
     build.add_argument(
-        "--label", action="append", default=[], metavar="KEY=VALUE", help="of the Ray nodes to run on"
+        "--label", action="append", default=[], metavar="KEY=VALUE", help="run on Ray nodes with this label"
     )
     build.add_argument(
         "options", nargs="*", metavar="key=value", help="the data set's options; --key value works too"
@@ -60,18 +58,18 @@ def add(commands: Commands) -> None:
     )
     inspect.add_argument("uri", help="the folder or URI of the data set")
     inspect.add_argument(
-        "--picture", type=Path, help="where to draw some rows (default: the URI's last part, .png, here)"
+        "--picture", type=Path, help="file for a picture of some rows (default: NAME.png in this folder)"
     )
     embed = command(
         actions,
         "embed",
-        "make the embedding of a text or picture, as `mmdiff sample --given` takes it",
+        "embed a text or picture for `mmdiff sample --given`",
         "mmdiff data embed minilm 'a red cat' --out caption.npy",
         _embed,
         _check_embed,
     )
     embed.add_argument("embedder", help="minilm, efficientnet-lite0 or open_clip:MODEL[:weights]")
-    embed.add_argument("value", help="a text, or the file of a picture")
+    embed.add_argument("value", help="a text, or an image file")
     embed.add_argument("--out", type=Path, required=True, help="the .npy file to write")
     fit = command(
         actions,
@@ -122,14 +120,14 @@ def _build(given: argparse.Namespace) -> int:
         for name, split in built.manifest.splits.items()
         if split.rows or name != "test"
     )
-    print(f"{given.out}: {splits} rows. Look at it: mmdiff data inspect {given.out}")
+    print(f"{given.out}: {splits} rows; inspect with: mmdiff data inspect {given.out}")
     return 0
 
 
 def _labels(words: Sequence[str]) -> dict[str, str]:
     labels = {key: value for key, _, value in (word.partition("=") for word in words)}
     if not all(labels.values()):
-        raise ConfigError(f"--label ({', '.join(words)}) wants KEY=VALUE")
+        raise ConfigError(f"--label ({', '.join(words)}) must have the form KEY=VALUE")
     return labels
 
 

@@ -1,4 +1,4 @@
-"""`mmdiff doctor`: what works on this machine, what is missing, and the command that fixes it."""
+"""`mmdiff doctor`: check this machine; print what is missing and the command that fixes it."""
 
 import importlib.metadata
 import importlib.util
@@ -11,7 +11,7 @@ from mmdiff_ray.cli.common import RUNS, Commands, command
 from mmdiff_ray.config import ConfigError
 
 Check = tuple[bool | None, str]
-"""(True: well, False: broken, None: missing but optional; what was found and, if need be, how to mend it)."""
+"""(state, text): True for ok, False for broken, None for a missing optional part; text: finding and fix."""
 
 PACKAGES = ("torch", "torchvision", "ray", "mlflow", "pyarrow", "lpips", "open_clip_torch")
 OPTIONAL = {
@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
     doctor = command(
         commands,
         "doctor",
-        "check this machine and say what is missing",
+        "check this machine, and print what is missing and how to fix it",
         "mmdiff doctor",
         lambda given: examine(given.runs),
     )
@@ -53,7 +53,7 @@ def examine(runs: str) -> int:
             state, text = check()
         except ConfigError as error:
             state, text = False, str(error)
-        except Exception as error:  # a check that fails is a finding, not a crash
+        except Exception as error:  # report a failing check instead of crashing
             state, text = False, f"{type(error).__name__}: {error}".split("\n")[0]
         broken += state is False
         mark = {True: "ok", False: "BROKEN", None: "missing"}[state]
@@ -87,7 +87,7 @@ def _device() -> Check:
     import torch
 
     if not torch.cuda.is_available():
-        return True, f"no GPU seen by torch; {os.cpu_count()} CPU cores"
+        return True, f"no GPU found by PyTorch; {os.cpu_count()} CPU cores"
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return True, f"{len(names)} GPUs: {', '.join(sorted(set(names)))}"
 
@@ -128,7 +128,7 @@ def _disk(runs: str) -> Check:
     free = shutil.disk_usage(folder).free / 2**30
     writable = os.access(folder, os.W_OK)
     where = f" in {folder}" if is_uri(runs) else "/"
-    text = f"{free:.1f} GiB free for {runs}{where}" + ("" if writable else f"; {folder} cannot be written to")
+    text = f"{free:.1f} GiB free for {runs}{where}" + ("" if writable else f"; {folder} is not writable")
     return writable and free > 1, text
 
 
@@ -147,6 +147,6 @@ def _store(runs: str) -> Check:
 
     uri = tracking_uri(None, runs)
     if uri.startswith("sqlite") and not sqlite_file(uri).exists():
-        return True, f"{without_passwords(uri)} (made by the first run)"
+        return True, f"{without_passwords(uri)} (created by the first run)"
     count = len(client(uri).search_experiments())
     return True, f"{without_passwords(uri)} ({count} experiments)"

@@ -11,7 +11,7 @@ def add(commands: Commands) -> None:
     evaluate = command(
         commands,
         "evaluate",
-        "measure a trained model on held-out rows, beside the rules that need no model",
+        "measure a trained model, and baselines without a model, on held-out rows",
         "mmdiff evaluate demo evaluate.rows=64",
         _run,
         _check,

@@ -13,32 +13,34 @@ def add(commands: Commands) -> None:
     experiment = command(
         commands,
         "experiment",
-        "train, measure and compare all methods of a table; resumes where it stopped",
+        "train, measure and compare all methods of a table; run again to resume",
         "mmdiff experiment masked_image --preset smoke",
         _run,
         _check,
     )
     experiment.add_argument("name", help="a name in pipelines/configs/experiments, or a YAML file")
-    experiment.add_argument("--preset", default="small", help="how large: smoke, small or gpu")
-    experiment.add_argument("--runs", default="runs/experiments", help="the folder where cells are kept")
+    experiment.add_argument("--preset", default="small", help="size: smoke, small or gpu")
+    experiment.add_argument("--runs", default="runs/experiments", help="folder of the cells")
     experiment.add_argument(
         "--out",
         type=Path,
-        help="OUT.json, OUT.md and more are written (default: results/NAME, for smoke in --runs)",
+        help="write OUT.md, OUT.json and more (default: results/NAME; in --runs for smoke)",
     )
     experiment.add_argument(
-        "--cells", nargs="+", default=["*"], metavar="PATTERN", help="run these alone, as ours-* or *-0"
+        "--cells",
+        nargs="+",
+        default=["*"],
+        metavar="PATTERN",
+        help="run only these, for example ours-* or *-0",
     )
-    experiment.add_argument("--table", action="store_true", help="only write the result of what is there")
+    experiment.add_argument("--table", action="store_true", help="only write the result of finished cells")
 
 
 def _check(given: argparse.Namespace) -> None:
     from mmdiff_ray.experiments.loading import load_experiment
 
     if "://" in given.runs:
-        raise ConfigError(
-            f"--runs ({given.runs}): an experiment needs a folder there, on a disk that all nodes share"
-        )
+        raise ConfigError(f"--runs ({given.runs}): must be a folder on a disk that all nodes share")
     load_experiment(given.name, given.preset).select(given.cells)
 
 

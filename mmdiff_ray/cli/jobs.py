@@ -31,9 +31,9 @@ def add(commands: Commands) -> None:
         if name == "logs":
             action.add_argument("--follow", action="store_true", help="print until the job ends")
         if name == "stop":
-            action.add_argument("--no-wait", action="store_true", help="return at once")
+            action.add_argument("--no-wait", action="store_true", help="return immediately")
         if name != "list":
-            action.add_argument("job", metavar="ID", help="as `mmdiff jobs list` prints it")
+            action.add_argument("job", metavar="ID", help="job id from `mmdiff jobs list`")
 
 
 def _run(given: argparse.Namespace) -> int:

@@ -18,17 +18,18 @@ def add(commands: Commands) -> None:
     )
     submit.epilog = (
         f"{submit.epilog}\n\n{TOKEN}\nThe job gets the MLFLOW_* and AWS_* variables of this shell. Ray shows "
-        "them to\nall who have the cluster's token, and logs them. On a shared cluster give the nodes a role."
+        "them to\nall users with the cluster's token, and logs them. On a shared cluster, use IAM roles of "
+        "the nodes."
     )
     submit.add_argument("--address", metavar="URL", help=ADDRESS)
-    submit.add_argument("--name", help="first part of the job's id (default: the run's name)")
+    submit.add_argument("--name", help="prefix of the job id (default: the run's name)")
     submit.add_argument("--follow", action="store_true", help="print the job's output until it ends")
     submit.add_argument("--num-workers", type=int, metavar="N", help="for train: same as workers.count=N")
     submit.add_argument(
         "--folder",
         metavar="DIR",
-        help="folder on the cluster's shared disk that relative paths (runs/, data/) start from (default on "
-        "this machine's cluster: this folder)",
+        help="folder on the cluster's shared disk for relative paths such as runs/ and data/ "
+        "(default for the cluster on this machine: this folder)",
     )
     submit.add_argument(
         "--env", action="append", default=[], metavar="NAME[=VALUE]", help="set a variable for the job"
@@ -58,10 +59,10 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def check_to_send(sent: argparse.Namespace) -> None:
-    """Check a command's arguments, and that it is of use on a cluster. Raises ConfigError."""
+    """Raise ConfigError if a command has invalid arguments or cannot be submitted."""
     sent.check(sent)
     if getattr(sent, "dry_run", False):
-        raise ConfigError("--dry-run cannot be submitted; submit checks a command before it sends it")
+        raise ConfigError("--dry-run cannot be submitted; submit checks every command before it sends it")
     if sent.command == "sweep" and sent.file is not None and sent.file != "report":
         from mmdiff_ray.sweeps.spec import first_valid_config, load_sweep
 

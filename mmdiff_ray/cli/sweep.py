@@ -6,7 +6,7 @@ from mmdiff_ray.cli.common import Commands, command
 from mmdiff_ray.config import ConfigError
 
 MAY_CHANGE = ("budget.trials", "budget.hours", "budget.concurrent", "budget.retries")
-"""What a resumed sweep may change; trials of other samples or reports would not compare."""
+"""Keys that a resumed sweep may change. With other samples or reports, trials would not be comparable."""
 
 
 def add(commands: Commands) -> None:
@@ -14,27 +14,29 @@ def add(commands: Commands) -> None:
     sweep = command(
         commands,
         "sweep",
-        "search a space of settings by Ray Tune; resumes where it stopped",
+        "search a space of settings with Ray Tune",
         "mmdiff sweep sweeps/quickstart.yaml budget.trials=8",
         _run,
         _check,
     )
-    sweep.add_argument("file", nargs="?", help="a YAML file, or the name of a shipped one; or: report")
+    sweep.add_argument("file", nargs="?", help="YAML file or name of a shipped sweep; or `report`")
     sweep.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="values of budget.*, searcher.*, scheduler.*, seed, or of the configuration",
+        help="values of budget.*, searcher.*, scheduler.*, seed, or of the base configuration",
     )
-    sweep.add_argument("--dry-run", action="store_true", help="check it, print space and cost, start nothing")
+    sweep.add_argument(
+        "--dry-run", action="store_true", help="check the sweep and print space and cost; do not start it"
+    )
     sweep.add_argument("--resume", metavar="SWEEP", help="resume a sweep that was interrupted")
-    sweep.add_argument("--runs", default="runs", help="the folder where runs lie")
+    sweep.add_argument("--runs", default="runs", help="folder of all runs")
 
 
 def _check(given: argparse.Namespace) -> None:
     if given.file == "report":
         if len(given.overrides) != 1:
-            raise ConfigError("sweep report needs the name or the id of a sweep's run in MLflow")
+            raise ConfigError("sweep report needs the name or MLflow run id of a sweep")
     elif given.resume:
         if given.dry_run:
             raise ConfigError("--dry-run cannot be combined with --resume")

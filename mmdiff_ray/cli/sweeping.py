@@ -1,4 +1,4 @@
-"""What `mmdiff sweep` does: run, resume and report on a sweep; or only check its file."""
+"""The implementation of `mmdiff sweep`: run, resume, report, dry run."""
 
 import os
 import shlex
@@ -41,7 +41,7 @@ REPORT = "report"
 
 
 def sweep(spec: Sweep, file: str, overrides: Sequence[str], where: str) -> int:
-    """Run a new sweep and write its report. where: of all runs, a folder or a URI."""
+    """Run a new sweep and write its report. where: folder or URI of all runs."""
     console = make_console()
     seen, job = check_sweep(spec)
     run_life.check_store(_store(job.config.tracking.uri, where))
@@ -55,7 +55,7 @@ def sweep(spec: Sweep, file: str, overrides: Sequence[str], where: str) -> int:
         console.print(f"{spec.title} (sweep {folder.name}): {size}")
         if folder.name != spec.name:
             before = shlex.join([spec.name] if where == "runs" else [spec.name, "--runs", where])
-            console.print(f"{spec.name} is there already; mmdiff sweep --resume {before} goes on with it")
+            console.print(f"{spec.name} already exists; resume it with: mmdiff sweep --resume {before}")
         with runs.lock_run(folder, _say):
             return _run(spec, folder)
 
@@ -65,12 +65,12 @@ def _say(line: str) -> None:
 
 
 def _store(named: str | None, where: str) -> str:
-    """Return the address of MLflow: the named one, or that of the runs. Raises ConfigError."""
+    """Return the MLflow URI: `named`, or the default for the runs. Raises ConfigError."""
     return tracking_uri(named, where if is_uri(where) else Path(where).absolute())
 
 
 def resume(name: str, where: str, overrides: Sequence[str]) -> int:
-    """Go on with a sweep; what of its budget may change stays changed."""
+    """Resume a sweep. Overrides of its budget are saved."""
     folder = sweep_folder(name, where)
     facts = read_facts(folder)
     spec = load_sweep(folder / TEXT, overrides)
@@ -83,7 +83,7 @@ def resume(name: str, where: str, overrides: Sequence[str]) -> int:
 
 
 def _run(spec: Sweep, folder: Path) -> int:
-    """Run what is left of a sweep, and write its report, whatever ended it."""
+    """Run the remaining trials of a sweep and write its report, even after an error or interrupt."""
     console, where = make_console(), runs.address(folder)
     state, error = "failed", None
     try:
@@ -105,12 +105,12 @@ def _run(spec: Sweep, folder: Path) -> int:
     records.store_unsent(folder, runs.mirror_of(folder))
     if waiting:
         console.print(
-            f"{waiting} records of trials wait for MLflow and are not in this report; later: "
+            f"{waiting} records of trials are not in MLflow yet and not in this report; send them with: "
             f"{_later(folder)}",
             soft_wrap=True,
         )
     if state == "stopped":
-        console.print(f"stopped. Go on with: mmdiff sweep --resume {shlex.quote(where)}", soft_wrap=True)
+        console.print(f"stopped; resume with: mmdiff sweep --resume {shlex.quote(where)}", soft_wrap=True)
     if error is not None:
         raise error
     ended = [trial.outcome for trial in read_trials(where)]
@@ -120,24 +120,24 @@ def _run(spec: Sweep, folder: Path) -> int:
 
 
 def _send_records(where: str) -> int:
-    """Send what trials have left for MLflow; return how many records still wait."""
+    """Send the waiting records of trials to MLflow; return the number that still wait."""
     trials = [trial.number for trial in read_trials(where) if trial.run_id]
     return sum(records.send(trial_address(where, number)).waiting for number in trials)
 
 
 def _later(folder: Path) -> str:
-    """Return the commands that bring what waits to MLflow, and make the report of it."""
+    """Return the commands that send waiting records to MLflow and update the report."""
     where = runs.address(folder)
     named = [folder.name, "--runs", parent(parent(where)[0])[0]] if is_uri(where) else [folder.name]
     return f"mmdiff sync {shlex.quote(where)}, then: mmdiff sweep report {shlex.join(named)}"
 
 
 def _report(uri: str, run_id: str, folder: Path) -> Record:
-    """Write the report of a sweep, from MLflow alone, into its folder and into its run."""
+    """Write the report of a sweep, from MLflow only, to its folder and its run."""
     if is_server(uri) and not reachable(uri):
         raise RunError(
-            f"MLflow at {without_passwords(uri)} does not answer, and the report is made of what it holds; "
-            f"later: {_later(folder)}"
+            f"MLflow at {without_passwords(uri)} is unavailable, but the report needs it; "
+            f"run later: {_later(folder)}"
         )
     record = read_record(uri, run_id)
     files = write_report(record, folder / REPORT)
@@ -157,7 +157,7 @@ def _report(uri: str, run_id: str, folder: Path) -> Record:
 
 
 def report(name: str, where: str) -> int:
-    """Write the report of a sweep anew, from MLflow alone."""
+    """Rewrite the report of a sweep, from MLflow only."""
     try:
         folder = sweep_folder(name, where)
         facts = read_facts(folder)
@@ -165,7 +165,7 @@ def report(name: str, where: str) -> int:
     except ConfigError as error:
         if isinstance(error, UnreachableError) or is_uri(name):
             raise
-        # It lies elsewhere, or it is named by its run.
+        # The sweep is in another folder, or `name` is a run id.
         uri, run_id = _store(None, where), Path(name).name
         folder = cached(join(sweeps_in(where), run_id))
         if is_uri(where):
@@ -189,7 +189,7 @@ def _say_where(folder: Path, trained: bool = True) -> None:
 
 
 def dry_run(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
-    """Check a sweep and say what it would do; start nothing."""
+    """Check a sweep and print its space and cost without starting it."""
     console = make_console()
     seen, job = check_sweep(spec)
     shown = Table(title=f"{spec.title}: space", title_justify="left")
@@ -201,9 +201,9 @@ def dry_run(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
     console.print(shown)
     console.print(f"metrics    {', '.join(f'{way} {metric}' for metric, way in spec.metrics.items())}")
     if spec.baseline:
-        console.print("baseline   trial 0 is the base configuration itself")
+        console.print("baseline   trial 0 is the unchanged base configuration")
     refused = sum(seen.refused.values())
-    console.print(f"points     {seen.tried} checked (corners and inside), {refused} refused")
+    console.print(f"points     {seen.tried} checked (corners and random), {refused} invalid")
     for why, count in sorted(seen.refused.items(), key=lambda item: -item[1])[:3]:
         console.print(f"           {count} times: {why}", soft_wrap=True)
     for line in _cost(spec, job):
@@ -213,14 +213,14 @@ def dry_run(spec: Sweep, file: str, overrides: Sequence[str], runs: str) -> int:
 
 
 def _cost(spec: Sweep, job: Job) -> list[str]:
-    """Return what a trial asks for and what it all costs, with the speed measured here."""
+    """Return the resources of a trial and the cost of the sweep, from the speed measured on this machine."""
     workers, budget = job.config.workers, spec.budget
     count = max(1, workers.count)
     asks = ", ".join(amount_of(name, count * each) for name, each in workers.per_worker.items())
     judged = "once" if budget.reports == 1 else f"{budget.reports} times"
     limit = f", at most {budget.hours:g} h" if budget.hours else ""
     lines = [
-        f"a trial    asks for {asks}; is judged {judged}",
+        f"a trial    needs {asks}; is evaluated {judged}",
         f"the sweep  {spec.searcher.name} and {spec.scheduler.name}: {spec.trials} trials of "
         f"{budget.samples:,} samples, {spec.trials * budget.samples:,} at most{limit}",
     ]
@@ -234,7 +234,7 @@ def _cost(spec: Sweep, job: Job) -> list[str]:
     whole = duration(spec.trials * seconds / at_once)
     return [
         *lines,
-        f"the cost   to train takes a trial {duration(seconds)} ({rate:.0f} rows/s a worker on {device} "
-        f"here), all of them at most {whole} with {at_once} at once, as many as this machine holds; judging "
-        "comes on top, and a cluster runs as many as it holds",
+        f"the cost   training: {duration(seconds)} per trial ({rate:.0f} rows/s per worker on this "
+        f"{device}), at most {whole} for all, with {at_once} at a time on this machine; plus evaluation. A "
+        "larger cluster runs more at a time",
     ]

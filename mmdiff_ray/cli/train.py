@@ -1,4 +1,4 @@
-"""`mmdiff train`: begin a run, resume it, or only check its config."""
+"""`mmdiff train`: start a run, resume it, or only check its config."""
 
 import argparse
 from pathlib import Path
@@ -18,22 +18,24 @@ def add(commands: Commands) -> None:
         _run,
         _check,
     )
-    train.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped one: demo, sprites")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the file's")
     train.add_argument(
-        "--dry-run", action="store_true", help="check everything, print sizes and costs, start nothing"
+        "config", nargs="?", help="YAML file or name of a shipped config, such as demo or sprites"
+    )
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the config")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check everything, print sizes and cost; do not start"
     )
     train.add_argument(
         "--continue",
         action="store_true",
         dest="resume_or_start",
-        help="resume the run of this name if it exists, else begin it: for jobs that may be restarted",
+        help="resume the run of this name if it exists, else start it; for jobs that may be restarted",
     )
     train.add_argument("--resume", metavar="RUN", help="resume a run, by its name, folder or URI")
     train.add_argument(
         "--new-mlflow-run",
         action="store_true",
-        help="with --resume: record in a new MLflow run, for example because the old one was deleted",
+        help="with --resume: log to a new MLflow run, for example because the old one was deleted",
     )
     train.add_argument("--runs", default="runs", help=f"{RUNS} (for --resume)")
 
@@ -42,7 +44,7 @@ def _check(given: argparse.Namespace) -> None:
     if given.resume_or_start and (given.resume or given.dry_run):
         raise ConfigError("--continue cannot be combined with --resume or --dry-run")
     if given.new_mlflow_run and not given.resume:
-        raise ConfigError("--new-mlflow-run needs --resume RUN; a new run gets a new MLflow run anyway")
+        raise ConfigError("--new-mlflow-run needs --resume RUN; new runs always have a new MLflow run")
     if given.resume and given.dry_run:
         raise ConfigError("--dry-run cannot be combined with --resume")
     if given.resume:

@@ -1,4 +1,4 @@
-"""What `mmdiff train` does: train, evaluate, record the model; or only check a config."""
+"""The implementation of `mmdiff train`: train, evaluate, log the model; dry run."""
 
 import json
 import shlex
@@ -31,7 +31,7 @@ from mmdiff_ray.tracking.store import is_server, tracking_uri
 from mmdiff_ray.training.parallel import choose_device
 
 TIMED_STEPS = 6
-"""Steps that a dry run measures; the first does not count."""
+"""Steps that a dry run times; the first is a warm-up."""
 
 
 def train_and_evaluate(
@@ -41,10 +41,9 @@ def train_and_evaluate(
     overrides: Sequence[str],
     new_mlflow_run: bool = False,
 ) -> int:
-    """Train a new run, or resume one; evaluate it; record its model; say where everything is.
+    """Train a new run or resume one, evaluate it, log its model, and print where the results are.
 
-    where, new_mlflow_run: for one that is resumed, the folder of all runs, and whether it gets a new MLflow
-    run.
+    where, new_mlflow_run: for a resumed run, the folder of all runs, and whether to use a new MLflow run.
     """
     console = make_console()
     go: Callable[[Job, Display], Path] = launch.train
@@ -60,7 +59,7 @@ def train_and_evaluate(
         console.print(f"init      {jobs.init_match(job)} from {job.config.train.init}", soft_wrap=True)
     if resumed is not None and is_finished(job):
         console.print(
-            f"{job.folder.name} is finished at {job.config.train.samples:,} samples; to go on from there: "
+            f"{job.folder.name} is finished at {job.config.train.samples:,} samples; to train longer: "
             f"mmdiff train --resume {_called(job.folder)} train.samples=N"
         )
         return exit_code(console, job.folder)
@@ -72,7 +71,7 @@ def train_and_evaluate(
         run = jobs.read_run(folder)
         if run["state"] != "finished":
             console.print(
-                f"stopped with a checkpoint. Go on with: mmdiff train --resume {_called(folder)}",
+                f"stopped with a checkpoint; resume with: mmdiff train --resume {_called(folder)}",
                 soft_wrap=True,
             )
             return 130
@@ -91,12 +90,12 @@ def train_and_evaluate(
 
 
 def exit_code(console: Console, folder: Path) -> int:
-    """Wait until MLflow and storage have all of a run; return 0 if they have, else 1."""
+    """Wait until a run is completely in MLflow and storage; return 0 on success, else 1."""
     return 0 if records.finish(folder, lambda text: console.print(text, soft_wrap=True)) else 1
 
 
 def is_finished(job: Job) -> bool:
-    """Return whether a run is trained and evaluated to its end as it is configured now."""
+    """Return whether a run is trained and evaluated to the end of its current configuration."""
     facts, figures = job.export / "facts.json", job.folder / "evaluation.json"
     if jobs.read_run(job.folder)["state"] != "finished" or not facts.is_file() or not figures.is_file():
         return False
@@ -106,7 +105,7 @@ def is_finished(job: Job) -> bool:
 
 
 def held_out(job: Job) -> int:
-    """Return how many rows there are to evaluate on."""
+    """Return the number of rows to evaluate on."""
     return sum(manifest.splits[job.config.evaluate.split].rows for manifest in job.manifests)
 
 
@@ -118,7 +117,7 @@ def _say_where(console: Console, folder: Path, uri: str) -> None:
 
 
 def _ui(folder: Path, uri: str) -> str:
-    """Return how to look at a run in MLflow: by our own command where that finds its store."""
+    """Return how to open a run in MLflow: `mmdiff ui` if it finds the store, else a URI."""
     where = folder.parent
     if is_uri(runs.address(folder)) or is_server(uri) or uri != without_passwords(tracking_uri(None, where)):
         return run_page(uri, jobs.read_run(folder)["run_id"])
@@ -130,7 +129,7 @@ def _ui(folder: Path, uri: str) -> str:
 
 
 def _called(folder: Path) -> str:
-    """Return what a person types to name a run from here."""
+    """Return the shortest argument that refers to a run from the working folder."""
     return (
         folder.name
         if folder.parent == Path("runs").absolute()
@@ -139,8 +138,7 @@ def _called(folder: Path) -> str:
 
 
 def dry_run(config: Config) -> int:
-    """Check a configuration against its data; print parameters, channels, tasks, priors and the cost of a
-    step."""
+    """Check a configuration against its data; print parameters, channels, tasks, priors and cost."""
     console = make_console()
     job = jobs.prepare(config, jobs.new_folder(config))
     denoiser = job.denoiser()
@@ -183,8 +181,10 @@ def _modality_table(job: Job, denoiser: Denoiser) -> Table:
 
 
 def rows_per_s(job: Job, denoiser: Denoiser) -> tuple[float, int, torch.device] | None:
-    """Return how many rows a second one worker trains on, measured here; rows a step; the device. None where
-    workers have GPUs and this machine has none."""
+    """Measure (rows per second of one worker, rows per step, device) on this machine.
+
+    None if workers have GPUs and this machine has none.
+    """
     from mmdiff_ray.data.batches import split_batches
     from mmdiff_ray.training.trainer import Trainer
 
@@ -208,7 +208,7 @@ def rows_per_s(job: Job, denoiser: Denoiser) -> tuple[float, int, torch.device] 
 
 
 def _cost(job: Job, denoiser: Denoiser) -> str:
-    """Return what a step costs, and the run: the time of a step measured here."""
+    """Return the cost of a step and of the run, from the time of a step on this machine."""
     config = job.config
     timed = rows_per_s(job, denoiser)
     if timed is None:
@@ -222,6 +222,6 @@ def _cost(job: Job, denoiser: Denoiser) -> str:
     )
     return (
         f"a step      {size} rows in {size / rate:.2g} s on {device} here ({rate:.0f} rows/s)\n"
-        f"the run     {length} at that speed with {workers} worker{'s' if workers > 1 else ''}, if each has "
-        "its own cores, and reading keeps up"
+        f"the run     {length} at this speed with {workers} worker{'s' if workers > 1 else ''}, if each has "
+        "its own cores and data loading keeps up"
     )

@@ -1,4 +1,4 @@
-"""`mmdiff try`: a page on which any modality is given and all others appear."""
+"""`mmdiff try`: a web page to give any modalities and generate all others."""
 
 import argparse
 import os
@@ -11,8 +11,8 @@ from mmdiff_ray.cli.ui import check_free
 from mmdiff_ray.config import ConfigError
 
 PICTURES, FILES = ("image", "mask", "masked_image", "latent"), ("embedding", "map")
-"""Types that are given as a picture, and as an array in a file."""
-READOUTS = {"as the task says": None, "a sample": False, "the most likely answer": True}
+"""Types whose input is an image, and types whose input is an array in a file."""
+READOUTS = {"default of the task": None, "sample": False, "most likely": True}
 
 
 def add(commands: Commands) -> None:
@@ -20,14 +20,14 @@ def add(commands: Commands) -> None:
     parser = command(
         commands,
         "try",
-        "open a page on which any modality is given and all others appear",
+        "open a web page to give any modalities and generate all others",
         "mmdiff try demo --port 7860",
         _try,
     )
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="another address opens the page to others")
     parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--password", help="what visitors have to enter, with the name mmdiff")
+    parser.add_argument("--password", help="password of the user mmdiff")
 
 
 def _try(given: argparse.Namespace) -> int:
@@ -52,7 +52,7 @@ def _try(given: argparse.Namespace) -> int:
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        os._exit(0)  # now: connections that browsers keep open would hold the server for minutes
+        os._exit(0)  # exit now: open browser connections would keep the server alive for minutes
     return 0
 
 
@@ -66,13 +66,13 @@ def page(model: Any, name: str) -> Any:
 
     names = list(model.denoiser.modalities)
     with gradio.Blocks(title=f"{name} - mmdiff", analytics_enabled=False) as blocks:
-        gradio.Markdown(f"# {name}\nGive what you like; everything else is generated.")
+        gradio.Markdown(f"# {name}\nGive any inputs; everything else is generated.")
         with gradio.Row():
             with gradio.Column(scale=1):
                 inputs = [_field(gradio, model.modality(one), one) for one in names]
             with gradio.Column(scale=2):
                 with gradio.Row():
-                    readout = gradio.Radio(list(READOUTS), value=next(iter(READOUTS)), label="answer")
+                    readout = gradio.Radio(list(READOUTS), value=next(iter(READOUTS)), label="output")
                     num = gradio.Slider(1, 16, 4, step=1, label="samples")
                     guidance = gradio.Slider(1, 4, 1, step=0.5, label="guidance")
                     seed = gradio.Number(0, precision=0, label="seed")
@@ -86,7 +86,7 @@ def page(model: Any, name: str) -> Any:
 
 
 def _field(gradio: Any, modality: Any, name: str) -> Any:
-    """Return the field that a modality is given in."""
+    """Return the input field of a modality."""
     kind = modality.options.type
     if kind in PICTURES:
         label = f"{name} (transparent pixels are the hole)" if kind == "masked_image" else name
@@ -100,7 +100,7 @@ def _field(gradio: Any, modality: Any, name: str) -> Any:
         return gradio.Dropdown(["", *(modality.options.names or [])], value="", label=name)
     if kind in FILES:
         return gradio.File(label=f"{name} (.npy)", type="filepath", height=100)
-    return gradio.Textbox(label=name, placeholder="as --given takes it")
+    return gradio.Textbox(label=name, placeholder="same format as --given")
 
 
 def _sounds(model: Any) -> list[str]:
@@ -131,4 +131,4 @@ def _answer(gradio: Any, model: Any, names: list[str]) -> Callable[..., Any]:
         played = [model.modality(name).sound(samples.data[name][0]) for name in _sounds(model)]
         return picture(model, samples, list(given), count), *played, notes
 
-    return answer
+    return sample

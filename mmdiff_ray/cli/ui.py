@@ -1,4 +1,4 @@
-"""`mmdiff ui` and `mmdiff sync`: MLflow on the runs of a folder, and records that it has not got yet."""
+"""`mmdiff ui` opens MLflow for a folder of runs; `mmdiff sync` sends waiting records to MLflow."""
 
 import argparse
 import contextlib
@@ -16,15 +16,19 @@ END_S = 5.0
 
 def add(commands: Commands) -> None:
     """Add `ui` and `sync`."""
-    ui = command(commands, "ui", "open MLflow on the runs of this folder", "mmdiff ui --port 5000", _ui)
+    ui = command(commands, "ui", "open MLflow for the runs of this folder", "mmdiff ui --port 5000", _ui)
     ui.add_argument("--runs", default="runs", help=RUNS)
     ui.add_argument("--host", default="127.0.0.1")
     ui.add_argument("--port", type=int, default=5000)
     sync = command(
-        commands, "sync", "send what runs recorded while MLflow was away", "mmdiff sync runs/demo", _sync
+        commands,
+        "sync",
+        "send records to MLflow that were saved while it was unavailable",
+        "mmdiff sync runs/demo",
+        _sync,
     )
     sync.add_argument(
-        "folder", nargs="?", default="runs", help="a run's, or that of all runs, or a URI of either (runs)"
+        "folder", nargs="?", default="runs", help="folder or URI of a run or of all runs (default: runs)"
     )
 
 
@@ -35,7 +39,7 @@ def _sync(given: argparse.Namespace) -> int:
 
 
 def _ui(given: argparse.Namespace) -> int:
-    """Serve MLflow's UI until interrupted. Raises ConfigError for a taken port or without any run."""
+    """Serve the MLflow UI until interrupted. Raises ConfigError if the port is in use or there is no run."""
     from mmdiff_ray.tracking.store import SQLITE, client, sqlite_file, tracking_uri, ui_link
 
     uri = tracking_uri(None, given.runs)
@@ -54,7 +58,7 @@ def _ui(given: argparse.Namespace) -> int:
     address = ["--host", given.host, "--port", str(given.port), "--workers", "1"]
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, *address],
-        start_new_session=True,  # the signal reaches this process alone, which ends all of the server's
+        start_new_session=True,  # Ctrl-C reaches only this process, which then stops the server's processes
         env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
     )
     for number in (signal.SIGINT, signal.SIGTERM):

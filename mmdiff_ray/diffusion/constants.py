@@ -1,4 +1,4 @@
-"""Values that are made once: small tensors and keys that every step needs."""
+"""A cache for small tensors and keys that every step needs."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 def constant(function: Callable[P, T]) -> Callable[P, T]:
-    """Cache what a function returns for its hashable arguments; a compiled caller takes it for a constant.
+    """Cache a function of hashable arguments. torch.compile treats its results as constants.
 
-    Tensors made while sampling (`torch.inference_mode`) can be used in training.
+    Tensors that are created during sampling (`torch.inference_mode`) can be used in training.
     """
     cached = lru_cache(maxsize=256)(function)
 

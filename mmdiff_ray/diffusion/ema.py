@@ -12,8 +12,8 @@ Model = TypeVar("Model", bound=nn.Module)
 class Ema(Generic[Model]):
     """Keep a moving average whose half-life is counted in samples.
 
-    Early on the half-life is a tenth of the samples seen, so that the average forgets the start
-    (Karras et al., 2022, "EDM", appendix F).
+    Early in training, the half-life is a tenth of the samples seen, so that the average forgets the
+    initial weights (Karras et al., 2022, "EDM", appendix F).
     """
 
     def __init__(self, model: Model, half_life_samples: int) -> None:
@@ -22,7 +22,7 @@ class Ema(Generic[Model]):
 
     @torch.no_grad()
     def update(self, model: nn.Module, batch_samples: int, samples_seen: int) -> None:
-        """Move the average towards the model after a step of batch_samples that ended at samples_seen."""
+        """Update the average after an optimizer step on batch_samples that ended at samples_seen."""
         half_life = min(self.half_life_samples, max(samples_seen / 10, 1))
         keep = 0.5 ** (batch_samples / half_life)
         averages = [average.detach() for average in self.model.parameters()]

@@ -3,9 +3,9 @@
     L0  KL( q(z_T | X) || p(z_T) )            L2  sum over generated i of -log p( x_i | z_t ), the decoders
     L1  sum over t >= 2 of the posteriors' KL  L3  -log p( z_0 | z_1 ), the last step
 
-Source: MT-Diffusion (ICLR 2024) for the four; what counts as one element, and the split over instances, are
-ours. A mean of per-worker means is not the mean: sums and counts are added over workers and micro-batches
-first.
+Source: MT-Diffusion (ICLR 2024) for the four sub-losses; the definition of an element and the split over
+instances are ours. Sums and counts are added over workers and micro-batches before division, because a mean
+of per-worker means is not the global mean.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,7 @@ Terms = dict[str, Tensor]
 class Objective:
     """The loss of a configuration.
 
-    owners: channel of the diffusion space -> the instance that its L1 is booked under (the one it was made
-    for). modalities: instance -> its likelihood (`Modality`).
+    modalities: instance -> its likelihood (`Modality`).
     """
 
     process: Process
@@ -37,14 +36,13 @@ class Objective:
     modalities: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        _ = self.owners, self.decoded  # cached before a compiler meets their lock
+        _ = self.owners, self.decoded  # torch.compile cannot trace the lock of cached_property
 
     @cached_property
     def owners(self) -> dict[str, slice]:
-        """Return instance -> its channels, for the instances that own theirs; overlapping ones own none.
+        """Return instance -> channels whose L1 counts as this instance's loss.
 
-        Of instances that share channels the widest owns them all, so that none is left out; the anchor
-        before others.
+        Of instances that share channels, the widest owns all of them, the anchor first; the others own none.
         """
         owned: dict[str, slice] = {}
         for name, where in sorted(
@@ -75,9 +73,8 @@ class Objective:
     ) -> Terms:
         """Return the count of every term in every row, (B,) float64.
 
-        present_cells: H * W. known: cells of a generated anchor that are not predicted, bool (B, H, W); they
-        count in neither L1 nor L3. void: instance -> cells whose data are unknown, bool (B, H, W); they count
-        in neither L1 nor L2.
+        present_cells: H * W. known: cells of a generated anchor that are not predicted, bool (B, H, W); L1
+        and L3 ignore them. void: instance -> cells with unknown data, bool (B, H, W); L1 and L2 ignore them.
         """
         owned = self._by_owner(self.process.generated_channels(roles).double()) * present_cells  # (B, owners)
         counts: Terms = {}
@@ -131,10 +128,10 @@ class Objective:
     ) -> Terms:
         """Return every term of every row, (B,); t must lie on the schedule's grid.
 
-        predicted: instance -> E[c | z_t]; heads: instance -> the head's prediction; known, void: as for
-        `row_counts`; in known cells the predicted z_0 is the true one. weighted_only: leave out L0 and L2
-        where their coefficient is 0. Simplified weightings average over all
-        steps, the last one being booked as L3; `elbo` gives estimates of the exact terms.
+        predicted: instance -> E[c | z_t]; heads: instance -> the head's prediction; known, void: as in
+        `row_counts`; in known cells, the predicted z_0 is replaced by the true one. weighted_only: skip L0
+        and L2 if their coefficient is 0. Simplified weightings average over all steps and report the last one
+        as L3; `elbo` estimates the exact terms.
         """
         last = t <= 1.5 / self.process.schedule.steps
         sums: Terms = {}
@@ -155,7 +152,7 @@ class Objective:
         return sums
 
     def total(self, sums: Terms, counts: Mapping[str, Tensor | float]) -> Tensor:
-        """Return the loss: every term's mean times its coefficient; a count of 0 gives 0, with a gradient."""
+        """Return the loss: the sum over terms of coefficient x mean; 0, with a gradient, for a count of 0."""
         values, found = torch.stack(list(sums.values())), [counts[key] for key in sums]
         weights = tuple(self.coefficient(key) for key in sums)
         tensors = [count for count in found if isinstance(count, Tensor)]
@@ -173,7 +170,7 @@ class Objective:
 
     @cached_property
     def decoded(self) -> list[str]:
-        """Return the instances of L2: all that can be generated but the anchor, which L3 decodes."""
+        """Return the instances of L2: all that can be generated, except the anchor, which L3 decodes."""
         return [
             name for name, m in self.modalities.items() if name != self.process.anchor and not m.only_given
         ]
@@ -183,8 +180,10 @@ class Objective:
         return {key: nats.sum() for key, nats in self.prior_nats(codes, roles).items()}
 
     def prior_nats(self, codes: Codes, roles: Roles) -> Terms:
-        """Return L0 of every row, (B,): 1/2 (mean^2 + var - 1 - log var) of z_T without what is given, which
-        the prior knows."""
+        """Return L0 of every row, (B,): 1/2 (mean^2 + var - 1 - log var) of z_T.
+
+        Excludes given modalities, because the prior knows them.
+        """
         end = torch.ones(len(next(iter(roles.values()))), dtype=torch.float64, device=_device(codes))
         mean = self.process.place(codes, self.process.generated_betas(end, roles))
         variance = over_cells(self.process.schedule.sigma(end).square(), mean)
@@ -194,13 +193,13 @@ class Objective:
         return {f"l0/{name}": row for name, row in zip(self.owners, rows.unbind(1), strict=True)}
 
     def _by_owner(self, channels: Tensor) -> Tensor:
-        """Return the sums over every owner's channels, (B, owners), of (B, C)."""
+        """Sum (B, C) over the channels of every owner; returns (B, owners)."""
         return torch.stack([channels[:, where].sum(1) for where in self.owners.values()], dim=1)
 
     def _posterior(
         self, z_t: Tensor, t: Tensor, roles: Roles, codes: Codes, predicted: Codes
     ) -> dict[str, Tensor]:
-        """Return L1 of every owner, summed over its cells, (B,), where channels carry something generated."""
+        """Return L1 of every owner, (B,), summed over the cells of its channels with a generated modality."""
         if self.config.weighting == "elbo":
             before = (t - 1 / self.process.schedule.steps).clamp_min(0)
             parts = posterior_nats(self.process, t, before, roles, codes, predicted)
@@ -221,8 +220,11 @@ class Objective:
         return dict(zip(self.owners, squares.unbind(1), strict=True))
 
     def _weight(self, snr: Tensor) -> Tensor:
-        """Return the weight of the squared code error at a signal-to-noise ratio: in terms of z_0, eps has
-        snr, v has snr + 1, x0 has 1 and min-SNR has min(snr, gamma) (Hang et al., 2023)."""
+        """Return the weight of the squared code error at a signal-to-noise ratio.
+
+        In terms of z_0: eps has snr, v has snr + 1, x0 has 1, min-SNR has min(snr, gamma) (Hang et al.,
+        2023).
+        """
         return {
             "eps": lambda: snr,
             "v": lambda: snr + 1,
@@ -253,7 +255,7 @@ class Objective:
 
 @constant
 def _constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return numbers as a tensor, copied to the device once."""
+    """Return numbers as a tensor on a device; cached, so they are copied once."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
@@ -262,8 +264,8 @@ def last_step_nats(
 ) -> Tensor:
     """Return L3 of every row in nats, (B,): the data under the anchor's likelihood around E[z_0 | z_1].
 
-    Its standard deviation is that of z_0 given z_1 under a unit-variance prior, sigma_1: stated, not learned.
-    known: cells that do not count, bool (B, H, W).
+    The standard deviation is fixed, not learned: sigma_1, that of z_0 given z_1 under a unit-variance prior.
+    known: cells to ignore, bool (B, H, W).
     """
     std = over_cells(process.schedule.sigma(t), predicted)
     return anchor.code_negative_log_likelihood(predicted, std, data, known)

@@ -6,8 +6,8 @@
                 B_t = sum_i b_t^(i) E_i(x_i)
 
 Source: MT-Diffusion (ICLR 2024), forward process; roles as choices of b are our own. Every modality is one
-signal beta_k(t) c_k: the anchor's beta is sqrt(abar), the others' is their profile when generated; when
-given it is the constant kappa for all of them, when absent it is 0.
+signal beta_k(t) c_k. If generated, the anchor's beta is sqrt(abar), and that of the others is their profile.
+If given, beta is the constant kappa; if absent, 0.
 """
 
 from collections.abc import Iterable, Mapping
@@ -42,15 +42,18 @@ class Gaussian(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of z_t. codes: instance -> E[c | z_t], (B, c, H, W) float32, what samplers and the
-    posterior need; heads: instance -> the head's own prediction, what the likelihood needs."""
+    """The prediction of a denoiser from z_t.
+
+    codes: instance -> E[c | z_t], (B, c, H, W) float32, for samplers and posterior. heads: instance -> output
+    of the decoder head, for the likelihood.
+    """
 
     codes: dict[str, Tensor]
     heads: dict[str, Tensor]
 
 
 class Step(NamedTuple):
-    """The coefficients of one step from s up to t > s. a, k, var: (B,); w: instance -> (B,).
+    """The coefficients of one step from s to t > s. a, k, var: (B,); w: instance -> (B,).
 
     a: a_t of the step; w: its step weights; k: the factor of the noise's error in the posterior mean;
     var: the posterior variance.
@@ -82,7 +85,7 @@ class Process:
         return {name: self._beta(name, t, role) for name, role in roles.items()}
 
     def generated_betas(self, t: Tensor, roles: Roles) -> dict[str, Tensor]:
-        """Return the signal weights of what is generated, 0 for all else, instance -> (B,)."""
+        """Return instance -> signal weight if generated, else 0, (B,)."""
         return self.betas(t, self.only(roles, GENERATED))
 
     def _beta(self, name: str, t: Tensor, role: Tensor) -> Tensor:
@@ -119,7 +122,7 @@ class Process:
         log_a = self.schedule.log_abar(t) - self.schedule.log_abar(s)
         a, one_minus_a = log_a.exp(), -torch.expm1(log_a)
         above, below = self.betas(t, roles), self.betas(s, roles)
-        # Given or not, a modality enters with w_1 = b_1 / sqrt(a_1): b_0 = 0 for all but the anchor as z_0.
+        # All modalities enter with w_1 = b_1 / sqrt(a_1), given or not: b_0 = 0 for all but the anchor.
         w = {
             name: above[name] / a.sqrt()
             - torch.where((s > 0) | ((roles[name] == GENERATED) & (name == self.anchor)), below[name], 0)
@@ -135,7 +138,7 @@ class Process:
         return Gaussian(mean, (1 - step.a).clamp_min(0).sqrt())
 
     def noise(self, z_t: Tensor, codes: Codes, roles: Roles, t: Tensor) -> Tensor:
-        """Return eps, the noise that z_t holds if these are its codes, (B, C, H, W)."""
+        """Return eps, the noise in z_t if these are its codes, (B, C, H, W)."""
         mean, std = self.marginal(codes, roles, t)
         return (z_t - mean) / over_cells(std, z_t)
 
@@ -150,7 +153,7 @@ class Process:
         return Gaussian(mean - self.place(codes, step.w), step.var.sqrt())
 
     def generated_channels(self, roles: Roles) -> Tensor:
-        """Return which channels carry something generated, bool (B, C)."""
+        """Return which channels have a generated modality, bool (B, C)."""
         return generated_channels(roles, self.layout, self.channels)
 
     def generated_power(self, betas: Mapping[str, Tensor]) -> Tensor:
@@ -159,11 +162,11 @@ class Process:
         return (squares @ _members(_spans(betas, self.layout), self.channels, squares.device)).float()
 
     def only(self, roles: Roles, role: int) -> dict[str, Tensor]:
-        """Return the roles with every other role than this one made absent."""
+        """Keep one role; make all instances with other roles absent."""
         return {name: torch.where(value == role, value, ABSENT) for name, value in roles.items()}
 
     def tabulated(self, device: torch.device) -> "TabulatedProcess":
-        """Return the same process for times on the schedule's grid alone, in a fifth of the operations."""
+        """Return an equal process for times on the schedule's grid only, with 1/5 of the operations."""
         times = torch.arange(self.schedule.steps + 1, dtype=torch.float64) / self.schedule.steps
         names = tuple(self.layout)
         roles = [torch.full(times.shape, role) for role in (ABSENT, GIVEN, GENERATED)]
@@ -182,9 +185,9 @@ class Process:
         )
 
     def prior_nats(self, name: str) -> float:
-        """Return L0 of a generated instance alone in nats per dimension: KL(q(z_T) || N(0, I)).
+        """Return L0 of one generated instance, in nats per dimension: KL(q(z_T) || N(0, I)).
 
-        Its code has unit RMS.
+        Assumes a code of unit RMS.
         """
         end = torch.ones(1, dtype=torch.float64)
         beta = self._beta(name, end, torch.full((1,), GENERATED))
@@ -208,12 +211,12 @@ class TabulatedProcess(Process):
         return dict(zip(self.names, found.unbind(1), strict=True))
 
     def generated_betas(self, t: Tensor, roles: Roles) -> dict[str, Tensor]:
-        """Return the signal weights of what is generated, 0 for all else, instance -> (B,)."""
+        """Return instance -> signal weight if generated, else 0, (B,)."""
         found = self._at(t)[..., GENERATED] * (self._roles(roles) == GENERATED)  # (B, I)
         return dict(zip(self.names, found.unbind(1), strict=True))
 
     def _at(self, t: Tensor) -> Tensor:
-        """Return the table's entries for times, (B, I, 3)."""
+        """Look up the table at times t, (B, I, 3)."""
         return self.table[(t * self.schedule.steps).round().long()]
 
     def _roles(self, roles: Roles) -> Tensor:
@@ -230,7 +233,7 @@ def place(codes: Codes, weights: Mapping[str, Tensor], layout: Mapping[str, slic
             raise ValueError(f"code of {name}: got {tuple(code.shape)}, want {width} channels")
     order = sorted(codes, key=lambda name: layout[name].start)
     dtype = torch.promote_types(first.dtype, torch.float32)
-    if any(layout[one].stop > layout[other].start for one, other in pairwise(order)):  # they share channels
+    if any(layout[one].stop > layout[other].start for one, other in pairwise(order)):  # shared channels
         total = first.new_zeros(len(first), channels, *first.shape[2:], dtype=dtype)
         for name, code in codes.items():
             total[:, layout[name]] += over_cells(weights[name], total) * code
@@ -249,7 +252,7 @@ def place(codes: Codes, weights: Mapping[str, Tensor], layout: Mapping[str, slic
 
 
 def generated_channels(roles: Roles, layout: Mapping[str, slice], channels: int) -> Tensor:
-    """Return which channels carry something generated, bool (B, C)."""
+    """Return which channels have a generated modality, bool (B, C)."""
     generated = torch.stack(list(roles.values()), dim=1) == GENERATED
     return generated.double() @ _members(_spans(roles, layout), channels, generated.device) > 0
 
@@ -260,7 +263,7 @@ def _spans(names: Iterable[str], layout: Mapping[str, slice]) -> tuple[tuple[int
 
 @constant
 def _members(spans: tuple[tuple[int, int], ...], channels: int, device: torch.device) -> Tensor:
-    """Return 1 where a span holds a channel, else 0, (spans, C) float64."""
+    """Return the membership matrix: 1 if a span contains a channel, else 0, (spans, C) float64."""
     found = torch.zeros(len(spans), channels, dtype=torch.float64)
     for row, (start, stop) in zip(found, spans, strict=True):
         row[start:stop] = 1
@@ -269,10 +272,10 @@ def _members(spans: tuple[tuple[int, int], ...], channels: int, device: torch.de
 
 @constant
 def _owners(spans: tuple[tuple[int, int], ...], channels: int, device: torch.device) -> Tensor:
-    """Return the number of the span that holds a channel, 0 where none does, (C,) int64."""
+    """Return the index of the span that contains each channel, 0 if none does, (C,) int64."""
     return _members(spans, channels, torch.device("cpu")).argmax(0).to(device)
 
 
 def over_cells(value: Tensor, like: Tensor) -> Tensor:
-    """Return (B,) reshaped to multiply (B, C, H, W), in its dtype."""
+    """Reshape (B,) so that it broadcasts over `like`, (B, C, H, W), in its dtype."""
     return value.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))

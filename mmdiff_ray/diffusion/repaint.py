@@ -1,6 +1,7 @@
-"""Inpainting by replacement with resampling, which keeps what is visible whatever the model was given.
+"""Inpainting by replacement with resampling. Works with models that were not trained on masked images.
 
-Source: RePaint (Lugmayr et al., CVPR 2022), for the anchor's channels; other instances are sampled along.
+Source: RePaint (Lugmayr et al., CVPR 2022), for the anchor's channels; other instances are sampled at the
+same time.
 """
 
 from collections.abc import Callable
@@ -23,12 +24,14 @@ def repaint(
     repeats: int,
     given: Codes | None = None,
 ) -> tuple[Prediction, Tensor]:
-    """Walk from the prior to data whose visible cells are the known ones; return as `walk` does.
+    """Sample data whose visible cells equal the known ones; return the same as `walk`.
 
-    known: the anchor's code, (B, c, H, W), anything where it is not visible. visible: bool (B, H, W). given:
-    codes of given instances. After every step the visible cells are replaced by the known code under fresh
-    noise; repeats: how often each step is taken, with a step back up in between, so that both parts meet.
-    Costs about steps x repeats predictions. The visible cells of the returned anchor code are the known ones.
+    known: the anchor's code, (B, c, H, W), arbitrary in cells that are not visible. visible: bool (B, H, W).
+    given: codes of given instances. repeats: how often to take each step, with a step back up in between, so
+    that visible and generated cells become consistent. Costs about steps x repeats predictions.
+
+    After every step, visible cells are replaced by the known code with fresh noise. In the returned anchor
+    code, visible cells equal the known code exactly.
     """
     anchor = process.anchor
     cells, where = visible[:, None], process.layout[anchor]

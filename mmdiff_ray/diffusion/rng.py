@@ -1,9 +1,10 @@
-"""Random numbers that are a function of (seed, purpose, visit, sample id): the same at any world size, batch
-split and restart, so nothing random is ever saved.
+"""Random numbers keyed by (seed, purpose, visit, sample id).
 
-Counter-based: SplitMix64 (Steele, Lea and Flood, 2014) over a key per sample, in int64 arithmetic that wraps.
-Seed and id, visit, and purpose enter the key one after another, each mixed before the next is added: were
-they added before mixing, the numbers of one id and purpose would return as those of another id and purpose.
+They are equal at any world size, batch split and restart, so no random state is ever saved.
+
+The generator is counter-based: SplitMix64 (Steele, Lea and Flood, 2014) over a key per sample, in wrapping
+int64 arithmetic. The key is mixed after each of its parts (seed and id, visit, purpose) is added. If the
+parts were added before mixing, different pairs of id and purpose could get the same numbers.
 """
 
 import hashlib
@@ -61,19 +62,19 @@ def _key(seed: int, purpose: str, visits: Tensor, ids: Tensor) -> Any:
 
 @constant
 def _purpose_key(purpose: str) -> int:
-    """Return a purpose's name as a 64-bit integer."""
+    """Hash the name of a purpose to a 64-bit integer."""
     return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _mix(x: Any) -> Any:
-    """Mix int64 numbers, of torch or numpy, which wrap alike."""
+    """Mix int64 numbers; torch and numpy wrap in the same way."""
     x = (x ^ _shift(x, 30)) * _MIX_A
     x = (x ^ _shift(x, 27)) * _MIX_B
     return x ^ _shift(x, 31)
 
 
 def _shift(x: Any, bits: int) -> Any:
-    """Shift right with zeros coming in (a shift of int64 keeps the sign)."""
+    """Logical right shift; >> on int64 would keep the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

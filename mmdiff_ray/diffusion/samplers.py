@@ -1,4 +1,4 @@
-"""Samplers: functions that take z_t one step down, and the walk from noise to data.
+"""Samplers: one update from z_t to z_s each, and `walk`, the full loop from noise to data.
 
 With several signals, z_t = sum_k beta_k(t) c_k + sigma_t eps, and c^_k = E[c_k | z_t] (method: our own
 extension of DDIM, Song et al., 2021, and of DPM-Solver++, Lu et al., 2022, to several signals with their own
@@ -34,7 +34,7 @@ Predict = Callable[[Tensor, Tensor, Roles], Prediction]
 
 
 class State(NamedTuple):
-    """Where a walk is: z at time t, (B,), and what was predicted one step before (None at the start)."""
+    """The state of a walk: z at time t, (B,), and the prediction of the previous step (None at the start)."""
 
     z: Tensor
     t: Tensor
@@ -43,7 +43,7 @@ class State(NamedTuple):
 
 
 Move = Callable[[Process, State, Tensor, Codes, Roles, Callable[[], Tensor]], Tensor]
-"""(process, state, s, codes, roles, noise) -> z_s. codes: E[c | z_t] of generated, the truth of given
+"""(process, state, s, codes, roles, noise) -> z_s. codes: E[c | z_t] of generated and true codes of given
 instances; noise: draws (B, C, H, W) standard normal numbers."""
 
 
@@ -56,11 +56,11 @@ def walk(
     steps: int,
     sampler: str = "ancestral",
 ) -> tuple[Prediction, Tensor]:
-    """Walk from the prior to the data; return the last prediction and the z it was made from.
+    """Sample from the prior to the data; return the last prediction and the z that it was made from.
 
     noise: purpose -> (B, C, H, W) standard normal; given: codes of given instances. The prior is N(B_T, I),
-    with B_T of what is given. steps: number of predictions, at even times 1, 1 - 1 / steps, ..., 1 / steps.
-    The returned codes of what is given are the given ones.
+    with B_T of the given instances. steps: number of predictions, at times 1, 1 - 1 / steps, ..., 1 / steps.
+    Returned codes of given instances equal the given codes.
     """
     move: Move = look_up("sampler", sampler)
     z = noise("prior")
@@ -78,7 +78,7 @@ def walk(
 
 
 def known_codes(predicted: Codes, given: Codes, roles: Roles) -> dict[str, Tensor]:
-    """Return predicted codes with the truth in the rows where an instance is given."""
+    """Replace predicted codes by true codes in rows where an instance is given."""
     codes = dict(predicted)
     for name, code in given.items():
         guess = predicted.get(name, torch.zeros_like(code))
@@ -90,7 +90,7 @@ def known_codes(predicted: Codes, given: Codes, roles: Roles) -> dict[str, Tenso
 def ancestral(
     process: Process, state: State, s: Tensor, codes: Codes, roles: Roles, noise: Callable[[], Tensor]
 ) -> Tensor:
-    """Draw z_s from the posterior, the paper's reverse chain."""
+    """Draw z_s from the posterior: the reverse chain of the paper."""
     return process.posterior(state.z, codes, roles, state.t, s).sample(noise())
 
 
@@ -98,7 +98,7 @@ def ancestral(
 def ddim(
     process: Process, state: State, s: Tensor, codes: Codes, roles: Roles, noise: Callable[[], Tensor]
 ) -> Tensor:
-    """Move to z_s with the noise kept, first order."""
+    """Move to z_s with the predicted noise kept: deterministic, first order."""
     eps = process.noise(state.z, codes, roles, state.t)
     return process.place(codes, process.betas(s, roles)) + over_cells(process.schedule.sigma(s), eps) * eps
 
@@ -107,7 +107,7 @@ def ddim(
 def dpm2(
     process: Process, state: State, s: Tensor, codes: Codes, roles: Roles, noise: Callable[[], Tensor]
 ) -> Tensor:
-    """Move to z_s, second order from the second step on (multistep; to t = 0 a prediction alone leads)."""
+    """Move to z_s: multistep, second order from the second step on; the step to t = 0 is first order."""
     sigma_t, sigma_s = process.schedule.sigma(state.t), process.schedule.sigma(s)
     now, then = _ratios(process, state.t, roles), _ratios(process, s, roles)
     change = {name: then[name] - now[name] for name in codes}
@@ -120,13 +120,13 @@ def dpm2(
 
 
 def _ratios(process: Process, t: Tensor, roles: Roles) -> dict[str, Tensor]:
-    """Return beta_k / sigma at t, every signal's own clock."""
+    """Return beta_k / sigma at t, which is the clock of signal k."""
     sigma = process.schedule.sigma(t)
     return {name: beta / sigma for name, beta in process.betas(t, roles).items()}
 
 
 def _half_slope(change: Tensor, before: Tensor) -> Tensor:
-    """Return Delta / (2 h), 0 where the signal stood still, at most 2 (profiles may start to move late)."""
+    """Return Delta / (2 h), clamped to 2; 0 if the signal was constant, as in profiles that start late."""
     still = before.abs() < 1e-9
     return torch.where(still, 0, change / torch.where(still, 1, 2 * before)).clamp(-2, 2)
 
@@ -138,14 +138,16 @@ def guided(
     scales: Mapping[str, float],
     expected_codes: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
 ) -> Predict:
-    """Return a prediction with guidance: for each given instance i of scale g != 1, what the heads predict is
+    """Add classifier-free guidance (Ho and Salimans, 2022), for any modality, to a prediction.
+
+    With a given instance i of scale g_i != 1, the heads predict
 
         h + sum_i (g_i - 1) (h - h with i absent).
 
-    expected_codes: heads' predictions -> E[c | z_t]. The codes follow the guided heads: of classes, whose
-    logits are extrapolated, they stay a mean of the classes' codes, which extrapolated codes would not.
-    An absent instance's code is taken out of z_t, whose law it then has (classifier-free guidance, Ho and
-    Salimans, 2022, for any modality). Costs one more prediction per guided instance.
+    expected_codes: heads' predictions -> E[c | z_t]. Codes are computed from the guided heads: with
+    extrapolated logits, they remain a mean of class codes, while extrapolated codes would not. For the
+    prediction without i, its code is removed from z_t, which gives z_t the distribution with i absent. Costs
+    one more prediction per guided instance.
     """
     pulled = {name: scale for name, scale in scales.items() if scale != 1 and name in given}
 

@@ -1,7 +1,7 @@
-"""Noise schedules abar(t) on continuous time t in [0, 1]; a grid of T steps reads them at t = k / T.
+"""Noise schedules abar(t) on continuous time t in [0, 1]; a grid of T steps uses them at t = k / T.
 
-abar(0) = 1 (data), abar(1) close to 0 (noise). Everything is kept as log abar so that products over many
-steps and 1 - abar near t = 0 stay exact. Pass float64 times; results have the dtype of t.
+abar(0) = 1 (data), abar(1) close to 0 (noise). Schedules return log abar, so that products over many steps
+and 1 - abar near t = 0 stay exact. Pass float64 times; results have the dtype of t.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from mmdiff_ray.config import ConfigError, ScheduleConfig
 from mmdiff_ray.registry import look_up, register
 
 ABAR_FLOOR = 1e-5
-"""abar(1): so far from 0 that ratios of neighbouring steps stay finite; costs 5e-6 nats per dimension."""
+"""abar(1). Above 0 so that ratios of adjacent steps stay finite; costs 5e-6 nats per dimension."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Schedule:
     steps: int
 
     def abar(self, t: Tensor) -> Tensor:
-        """Return abar(t), the share of the anchor's variance that is left."""
+        """Return abar(t), the remaining fraction of the anchor's variance."""
         return self.log_abar(t).exp()
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class Schedule:
 def make_schedule(config: ScheduleConfig, modalities: int) -> Schedule:
     """Return the configured schedule. modalities: N + 1, by which `paper_fraction` divides every alpha_t.
 
-    Raises ConfigError for a parameter that the family lacks.
+    Raises ConfigError for a parameter that the family does not have.
     Source: MT-Diffusion (ICLR 2024), transition of the forward process, a_t = alpha_t / (N + 1).
     """
     family = look_up("schedule", config.family)
@@ -74,9 +74,9 @@ def schedule_from_alphas(a: Sequence[float] | Tensor) -> Schedule:
 
 
 def interpolate(t: Tensor, table: Tensor) -> Tensor:
-    """Return the piecewise linear function through table[k] at t = k / (len - 1), read at t in [0, 1]."""
+    """Evaluate the piecewise linear function through table[k] at t = k / (len - 1), for t in [0, 1]."""
     position = t.clamp(0, 1) * (len(table) - 1)
-    left = (position + 1e-9).floor().clamp(max=len(table) - 2).long()  # 1e-9: k / T * T may fall short of k
+    left = (position + 1e-9).floor().clamp(max=len(table) - 2).long()  # k / T * T may be below k
     table = table.to(position)
     return torch.lerp(table[left], table[left + 1], position - left)
 

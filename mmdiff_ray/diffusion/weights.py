@@ -1,10 +1,9 @@
-"""Weight profiles b(t), and the step weights w_t of the paper that they stand for.
+"""Weight profiles b(t), and the equivalent step weights w_t of the paper.
 
     b_t = sqrt(a_t) (b_{t-1} + w_t),  b_0 = 0   <=>   w_t = b_t / sqrt(a_t) - b_{t-1}
 
-b is canonical: it is continuous, and w is derived from it on whatever grid is walked. The recursion is the
-paper's (MT-Diffusion, ICLR 2024, forward process); profiles as functions of time, and their families, are
-our own choice.
+The code uses b, which is continuous, and derives w on the grid of each sampler. The recursion is from the
+paper (MT-Diffusion, ICLR 2024, forward process). Profiles as functions of time, and their families, are ours.
 """
 
 import math
@@ -22,9 +21,9 @@ Profile = Callable[[Tensor], Tensor]
 
 
 def make_profile(name: str, config: WeightsConfig, schedule: Schedule) -> Profile:
-    """Return the profile of a modality: its family's, times its scale (1 where it has none).
+    """Return the profile of a modality: the profile of its family times `scale`, or 1 if it is null.
 
-    Raises ConfigError naming the key for values that make none.
+    Raises ConfigError that names the key for invalid values.
     """
     scale = 1.0 if config.scale is None else config.scale
     key = f"modalities.{name}.weights"
@@ -42,7 +41,7 @@ def make_profile(name: str, config: WeightsConfig, schedule: Schedule) -> Profil
 
 
 def b_from_w(w: Tensor, a: Tensor) -> Tensor:
-    """Return b_1 .. b_T of step weights w_1 .. w_T (T, ...) on a grid of a_1 .. a_T (T,)."""
+    """Compute b_1 .. b_T from step weights w_1 .. w_T (T, ...) on a grid of a_1 .. a_T (T,)."""
     b, steps = torch.zeros_like(w[0]), []
     for w_t, root in zip(w, a.sqrt(), strict=True):
         b = root * (b + w_t)
@@ -51,14 +50,14 @@ def b_from_w(w: Tensor, a: Tensor) -> Tensor:
 
 
 def w_from_b(b: Tensor, a: Tensor) -> Tensor:
-    """Return w_1 .. w_T of a profile b_1 .. b_T (T, ...) on a grid of a_1 .. a_T (T,)."""
+    """Compute w_1 .. w_T from a profile b_1 .. b_T (T, ...) on a grid of a_1 .. a_T (T,)."""
     before = torch.cat([torch.zeros_like(b[:1]), b[:-1]])
     return b / a.sqrt().reshape(-1, *[1] * (b.ndim - 1)) - before
 
 
 @register("profile", "constant")
 def constant(config: WeightsConfig, schedule: Schedule) -> Profile:
-    """b = 1. As a generated modality's profile it does not decay, so the prior check refuses it."""
+    """b = 1. It does not decay, so the prior check rejects it for generated modalities."""
     return lambda t: torch.ones_like(t)
 
 
@@ -95,8 +94,9 @@ def sigmoid_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
 def clock_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
     """b = sigma(t) sqrt(abar(tau)) / sigma(tau), tau = shape t / (1 + (shape - 1) t).
 
-    The modality has the signal-to-noise ratio that the anchor has at its own time tau. shape 1: the same
-    clock, b = sqrt(abar). shape below 1: the modality is settled before the anchor; above 1: after it.
+    The modality has the signal-to-noise ratio of the anchor at time tau. shape 1: the same clock, b =
+    sqrt(abar).
+    shape below 1: the modality is denoised before the anchor; above 1: after it.
     """
 
     def profile(t: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def clock_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
 
 @register("profile", "knots")
 def knots_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
-    """b is the piecewise linear function through `knots`, pairs [t, b] from t = 0 to t = 1."""
+    """Piecewise linear b through `knots`, pairs [t, b] from t = 0 to t = 1."""
     if not config.knots or any(len(knot) != 2 for knot in config.knots):
         raise ValueError("family knots needs knots: [[0, b], ..., [1, b]]")
     times, values = (torch.tensor(column, dtype=torch.float64) for column in zip(*config.knots, strict=True))
@@ -132,7 +132,7 @@ def knots_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
 
 @register("profile", "step_weights")
 def step_weights_profile(config: WeightsConfig, schedule: Schedule) -> Profile:
-    """b is what the recursion makes of the step weights `w` on a grid of `grid` steps.
+    """Compute b with the recursion from the step weights `w` on a grid of `grid` steps.
 
     w: one number for all steps, or `grid` numbers. Between grid points b is linear.
     """

@@ -315,7 +315,7 @@ def test_terminated_driver_saves_and_resume_ends_as_the_undisturbed_run(
     driver.send_signal(signal.SIGTERM)
     out, errors = driver.communicate()
     assert driver.returncode == 130, errors
-    assert out.splitlines()[-1] == f"stopped with a checkpoint. Go on with: mmdiff train --resume {folder}"
+    assert out.splitlines()[-1] == f"stopped with a checkpoint; resume with: mmdiff train --resume {folder}"
     stopped = Ended(folder, Watching())
     assert stopped.facts["state"] == "stopped" and stopped.status == "KILLED"
     done = subprocess.run([*command, "--resume", str(folder)], **pipes)

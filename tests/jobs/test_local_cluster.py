@@ -113,7 +113,7 @@ def test_cluster_starts_once_survives_a_killed_machine_and_ends_alone(bystander,
             process.kill()
         assert psutil.wait_procs(killed, timeout=30)[1] == []
         assert main(["cluster", "status"]) == 1
-        assert "0 of 2 nodes answer; restart" in capsys.readouterr().out
+        assert "0 of 2 nodes respond; restart" in capsys.readouterr().out
 
         assert main(up) == 0
         second = local_cluster.read()

@@ -221,7 +221,7 @@ def test_an_interrupted_sweep_ends_cleanly_with_what_is_known(nodes, sprites, tm
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130, out
-    assert "Traceback" not in out and "Best: trial" in out and "Go on with: mmdiff sweep --resume" in out
+    assert "Traceback" not in out and "Best: trial" in out and "resume with: mmdiff sweep --resume" in out
     open_ones = [trial for trial in read_trials(runs / "sweeps" / "tiny") if trial.outcome is None]
     for trial in open_ones:
         assert f"trial {trial.number}: interrupted at" in out
@@ -437,4 +437,4 @@ def test_what_would_fail_later_is_told_before_anything_starts(sprites, tmp_path,
         assert not (tmp_path / "runs").exists()
     assert main(["sweep", str(tiny.write(tmp_path, sprites)), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "0 refused" in out and "nothing was started" in out and not (tmp_path / "runs").exists()
+    assert "0 invalid" in out and "nothing was started" in out and not (tmp_path / "runs").exists()
