@@ -448,7 +448,7 @@ def test_samples_that_are_there_are_never_written_over(capsys, finished):
         assert run(capsys, *words)[0] == 0
     assert sorted(path.name for path in Path("samples").iterdir()) == ["tiny-joint", "tiny-joint-2"]
     code, _, errors = run(capsys, *words, "--out", "samples/tiny-joint")
-    assert code == 2 and "is not empty; name a new folder" in errors
+    assert code == 2 and "is not empty; use a new folder" in errors
 
 
 def test_hole_can_be_a_picture_of_its_own(capsys, finished):

@@ -131,7 +131,7 @@ def test_a_pickle_in_a_vector_is_refused(planted, tmp_path):
 
 def test_a_pickle_in_cached_samples_is_refused(planted, tmp_path):
     (tmp_path / "joint-000000000.pt").write_bytes(torch_bytes({"data": planted}))
-    with pytest.raises(RunError, match=r"joint-000000000\.pt holds no samples"):
+    with pytest.raises(RunError, match=r"joint-000000000\.pt has no valid samples"):
         list(cached(tmp_path, lambda name, requests: iter(()))("joint", [SimpleNamespace(start=0)]))
 
 
@@ -139,7 +139,7 @@ def test_a_pickle_in_cached_weights_is_refused(planted, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / weights.SOURCES["alex"].hub).write_bytes(torch_bytes({"features.0": planted}))
-    with pytest.raises(ConfigError, match="holds no weights"):
+    with pytest.raises(ConfigError, match="has no valid weights"):
         weights.convolutions("alex")
 
 

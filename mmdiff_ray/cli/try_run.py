@@ -131,4 +131,4 @@ def _answer(gradio: Any, model: Any, names: list[str]) -> Callable[..., Any]:
         played = [model.modality(name).sound(samples.data[name][0]) for name in _sounds(model)]
         return picture(model, samples, list(given), count), *played, notes
 
-    return sample
+    return answer

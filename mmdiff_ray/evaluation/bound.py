@@ -14,7 +14,7 @@ from mmdiff_ray.evaluation.statistics import Tally
 from mmdiff_ray.registry import register
 
 TIMES_PER_ROW = 8
-"""Steps drawn for every row; L1 is a sum over T - 1 steps, estimated from these."""
+"""Random steps per row for the estimate of L1, which is a sum over T - 1 steps."""
 
 
 @register("evaluator", "bound")
@@ -22,8 +22,8 @@ TIMES_PER_ROW = 8
 def evaluate_bound(context: Context) -> Findings:
     """Measure the bound on -log p of all modalities together, L0 + L1 + L2 + L3, each in nats per element.
 
-    L1 draws t uniformly from steps 2 .. T and is unbiased; its parts (noise, S_t, cross) are reported, too.
-    L2 decodes at the same random t, which keeps the sum a bound. L3 is evaluated at step 1 of every row.
+    L1 draws t uniformly from steps 2 .. T and is unbiased; its parts (noise, S_t, cross) are also reported.
+    L2 decodes at the same random t, so that the sum is still a bound. L3 is evaluated at step 1 of every row.
     """
     denoiser, seed, rows = context.denoiser, context.config.seed, len(context.batch)
     process, size = denoiser.process, denoiser.size
@@ -47,7 +47,7 @@ def evaluate_bound(context: Context) -> Findings:
             z_t = process.marginal(codes, roles, t).sample(noise)
             prediction = denoiser(z_t, t, roles, codes, denoiser.conditions(part.data))
             truth = dict(codes)
-            for name, cells in void.items():  # no error where the truth is unknown
+            for name, cells in void.items():  # ignore cells with unknown data
                 truth[name] = torch.where(cells[:, None], prediction.codes[name], codes[name])
             terms = (_random_step if draw else _last_step)(objective, part, t, roles, truth, prediction)
             for key, value in terms.items():
@@ -94,7 +94,7 @@ def _random_step(
 
 
 def _all_generated(context: Context, part: Batch) -> dict[str, Tensor]:
-    """Return roles that generate every instance that a row has and some task generates."""
+    """Return roles that generate every instance that the row has and that a task can generate."""
     return {
         name: torch.where(
             part.present[name] & part.real & (name in context.model.generated), GENERATED, ABSENT

@@ -19,12 +19,12 @@ SMALLEST = 1e-12
 def evaluate_calibration(context: Context) -> Findings:
     """Measure accuracy, likelihood and calibration error of heads given the condition.
 
-    Heads are evaluated at t = 1 alone, where z_t is prior noise and the given codes, and averaged over
-    `evaluate.draws` draws of the noise: at smaller t, z_t holds the sampled code, and the head repeats it
-    with a confidence of its own. No guidance, which sharpens the probabilities. `head_nll` is in nats, for a
-    mask the mean over cells; its rule predicts the class frequencies, with one added to each count. The
-    calibration error is not a sum over rows, so it has no tally; a constant prediction of the frequencies is
-    always calibrated, so it has no rule.
+    Heads are evaluated only at t = 1, where z_t has prior noise and given codes, and averaged over
+    `evaluate.draws` noise draws. At smaller t, z_t contains the sampled code, and the head would only repeat
+    it. Guidance is off, because it sharpens probabilities. `head_nll` is in nats; for masks it is the mean
+    over cells. Its rule predicts the class frequencies, with one added to each count. The calibration error
+    has no tally, because it is not a sum over rows, and no rule, because a constant prediction of the
+    frequencies is always calibrated.
     """
     findings = Findings()
     found = [*context.predicted(LabelModality), *context.predicted(MaskModality)]
@@ -92,7 +92,7 @@ def calibration_error(probabilities: np.ndarray, truth: np.ndarray, bins: int = 
 
     probabilities: (n, K, ...); truth: int (n, ...). The largest probability of each row (of each cell) falls
     into one of `bins` bins of equal width, each closed above; the error is the mean over rows (over cells) of
-    their bin's |accuracy - mean confidence|. It is biased upwards where bins hold few rows.
+    their bin's |accuracy - mean confidence|. It is biased upwards if bins have few rows.
     Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3.
     """
     confidence = probabilities.max(1)

@@ -1,4 +1,4 @@
-"""Masks, labels and embeddings predicted from the condition (`Context.condition`), beside trivial rules."""
+"""Masks, labels and embeddings predicted from the condition (`Context.condition`), with trivial rules."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ def evaluate_segmentation(context: Context) -> Findings:
 
 
 def _without(void: np.ndarray | None, mask: np.ndarray) -> np.ndarray:
-    """Return masks with class 0 in void cells, where all masks then agree."""
+    """Set void cells to class 0, so that all masks agree there."""
     return mask if void is None else np.where(void, 0, mask)
 
 
@@ -83,8 +83,7 @@ def evaluate_labels(context: Context) -> Findings:
 
 
 def _of_neighbours(context: Context, name: str, by: str, rows: np.ndarray) -> np.ndarray | None:
-    """Return labels by the nearest training rows, (n,); None where rows or training rows lack the
-    embedding."""
+    """Return labels (n,) by vote of the nearest training rows; None if rows have no such embedding."""
     if context.training is None or not context.rows_with(by)[rows].all():
         return None
     known = context.training(KNOWN)
@@ -98,9 +97,9 @@ def _of_neighbours(context: Context, name: str, by: str, rows: np.ndarray) -> np
 
 @register("evaluator", "attributes")
 def evaluate_attributes(context: Context) -> Findings:
-    """Measure predicted sets of labels: the mean over labels of F1, and how often the whole set is right.
+    """Measure predicted sets of labels: the mean over labels of F1, and the fraction of exactly correct sets.
 
-    Rules: every label; and each label that most rows have, the best single set by its parts.
+    Rules: every label; every label that most rows have, which is the best constant set label by label.
     """
     findings = Findings()
     for name, _, rows in context.predicted(LabelsModality):
@@ -119,7 +118,7 @@ def evaluate_attributes(context: Context) -> Findings:
 
 
 def f1_tally(predicted: np.ndarray, truth: np.ndarray) -> Tally:
-    """Return the F1 of each label, averaged over the labels that occur. predicted, truth: 0 or 1, (n, K)."""
+    """Return the mean F1 over the labels that occur. predicted, truth: 0 or 1, (n, K)."""
     hits = (predicted.astype(bool) & truth.astype(bool)).astype(np.float64)
     return Tally(2 * hits, predicted.astype(np.float64) + truth)
 
@@ -139,14 +138,14 @@ def evaluate_embeddings(context: Context) -> Findings:
 
 
 def class_counts(context: Context, modality: Any, truth: np.ndarray) -> list[int]:
-    """Return the count of each class in the training rows, from the manifest; by default in `truth` (n,)."""
+    """Return the count of each class in the training rows, or in `truth` (n,) if the manifest has none."""
     entry = context.columns.get(modality.column, {})
     known = [entry[key] for key in ("train_counts", "counts") if any(entry.get(key, ()))]
     return list(known[0]) if known else np.bincount(truth, minlength=modality.prediction_channels).tolist()
 
 
 def _mask_rules(context: Context, modality: Any, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Return rule -> masks that it derives from a given anchor image alone."""
+    """Return rule -> masks that it derives from the anchor image, if that is given."""
     if context.anchor not in context.condition or context.anchor not in context.instances(ImageModality):
         return {}
     image, colors = context.truth(context.anchor, rows).numpy(), modality.options.colors
@@ -165,7 +164,7 @@ def _mask_rules(context: Context, modality: Any, rows: np.ndarray) -> dict[str, 
 
 
 def panels_of(context: Context, masks: list[tuple], rows: np.ndarray) -> list[Panel]:
-    """Return panels of the first of `rows`: the condition, then each predicted mask, its truth and best rule.
+    """Return panels of the first `rows`: the condition, then each predicted mask, its truth and best rule.
 
     masks: (instance, modality, its rows bool (B,), predicted, truth, rule -> mask); all have `rows`.
     """

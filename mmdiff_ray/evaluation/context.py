@@ -1,4 +1,4 @@
-"""What evaluators share: the model, held-out rows, and samples, which are drawn once for all evaluators."""
+"""The shared state of evaluators: model, held-out rows, and samples, which are drawn only once."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from mmdiff_ray.models.denoiser import Denoiser
 from mmdiff_ray.sampling.generator import Generator, Known, Samples, join
 
 PAIRED = {"sample": "", "likely": "_likely"}
-"""Read-outs that are compared with the true row -> suffix of their figures' keys."""
+"""Read-out -> suffix of its figures' keys, for the read-outs that are compared with the true row."""
 AGAIN = 1_000_003
 """Seed offset of the second sample of a row."""
 
@@ -30,8 +30,8 @@ class Figure:
 
     key: `instance/metric`; better: "higher" or "lower"; rows: number of distinct rows; floors: trivial rule
     -> its value on the same rows; bound: whether it is a term of the bound, in nats per element. tallies:
-    "model" and rules -> the value in parts that add up over rows, from which intervals are computed; empty
-    for metrics that are not sums over rows.
+    "model" or rule -> sums over rows, from which intervals are computed; empty for metrics that are not sums
+    over rows.
     """
 
     key: str
@@ -44,7 +44,7 @@ class Figure:
 
     @property
     def best_rule(self) -> tuple[str, float] | None:
-        """The best rule that needs no model, and its value; None if the figure has none."""
+        """The best rule without a model and its value, or None."""
         pick = max if self.better == "higher" else min
         return pick(self.floors.items(), key=lambda item: item[1], default=None)
 
@@ -59,7 +59,7 @@ class Findings:
     def add(
         self, key: str, better: str, tallies: Mapping[str, Tally], ids: np.ndarray, bound: bool = False
     ) -> None:
-        """Add the figure of tallies: "model" and rules, on the rows with these ids (n,)."""
+        """Add a figure from the tallies of "model" and rules. ids: of the rows, (n,)."""
         tallies = {rule: replace(tally, ids=ids) for rule, tally in tallies.items()}
         values = {rule: tally.value for rule, tally in tallies.items()}
         value = values.pop("model")
@@ -103,7 +103,7 @@ class Context:
 
     @property
     def condition(self) -> list[str]:
-        """The instances that predictions are conditioned on: `evaluate.condition`, by default the anchor."""
+        """The given instances of predictions: `evaluate.condition`, by default the anchor."""
         return list(self.config.evaluate.condition) or [self.anchor]
 
     def instances(self, kind: type[Modality]) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Context:
         return {name: m for name, m in self.denoiser.modalities.items() if isinstance(m, kind)}
 
     def trained(self, name: str, *given: str) -> bool:
-        """Return whether some task generates an instance from at least these given ones."""
+        """Return whether a task generates an instance with at least these instances given."""
         return any(
             task.can_be(name, "generated") and all(task.can_be(other, "given") for other in given)
             for task in self.config.tasks.values()
@@ -119,7 +119,7 @@ class Context:
         )
 
     def predicted(self, kind: type[Modality]) -> Iterator[tuple[str, Any, np.ndarray]]:
-        """Yield (name, modality, rows) of the instances that some task generates from the condition.
+        """Yield (name, modality, rows) of the instances that a task generates from the condition.
 
         rows: bool (B,), the rows that have the instance and the condition; instances without any are skipped.
         """
@@ -129,7 +129,7 @@ class Context:
                 yield name, modality, rows
 
     def rows_with(self, *names: str) -> np.ndarray:
-        """Return which real rows have all of these instances, bool (B,)."""
+        """Return which rows have all of these instances, bool (B,); padding rows do not."""
         has = self.batch.real.clone()
         for name in names:
             has &= self.batch.present[name]
@@ -144,11 +144,11 @@ class Context:
         return self.batch.data[name].cpu()[rows]
 
     def prediction(self, name: str, rows: np.ndarray, readout: str = "sample") -> np.ndarray:
-        """Return an instance as sampled from the condition, in some rows. rows: bool (B,)."""
+        """Return an instance, sampled from the condition, in some rows. rows: bool (B,)."""
         return self.sampled(*self.condition, readout=readout).data[name][torch.from_numpy(rows)].numpy()
 
     def sampled(self, *given: str, readout: str = "sample") -> Samples:
-        """Return samples of every row with these instances given; cached.
+        """Sample every row with these instances given; cached.
 
         readout: "sample", "again" (a second sample) or "likely" (the most likely data).
         """
@@ -172,9 +172,9 @@ class Context:
     def requests(
         self, given: Mapping[str, Tensor], known: Known | None = None, **settings: Any
     ) -> list[SampleRequest]:
-        """Return requests for all rows, a chunk each: everything that some task generates from `given`.
+        """Return one request per chunk of rows, for everything that a task generates from `given`.
 
-        given: instance -> (B, ...). settings: fields of `SampleRequest` that replace the configured ones.
+        given: instance -> (B, ...). settings: fields of `SampleRequest` that override the configuration.
         """
         evaluate = self.config.evaluate
         settings = {
@@ -189,7 +189,7 @@ class Context:
         return found
 
     def roles(self, *given: str) -> dict[str, int]:
-        """Return roles that generate everything that some task generates from the given instances."""
+        """Return roles that generate everything that a task can generate from the given instances."""
         return {
             name: GIVEN if name in given else GENERATED if self.trained(name, *given) else ABSENT
             for name in self.denoiser.modalities
@@ -201,10 +201,10 @@ class Context:
             yield start, self.batch.rows(start, start + CHUNK)
 
     def restored(self, name: str, readout: str = "sample") -> Tensor | None:
-        """Return the source of a masked image `name` for every row, restored as `evaluate.inpaint` says.
+        """Restore the source of a masked image `name` in every row, with the method of `evaluate.inpaint`.
 
-        None where no task trained that; "repaint" and "both" restore the anchor alone, and have the read-out
-        "sample" alone. Where the masked image is only given, its visible pixels are the model's, too.
+        None if no task trains this. "repaint" and "both" support only the anchor and the read-out "sample".
+        With "given", visible pixels are also predicted by the model.
         """
         settings, masked = self.config.evaluate, self.denoiser.modalities[name]
         source = masked.made_from

@@ -1,4 +1,4 @@
-"""Fidelity and diversity of sampled images as a set, beside real held-out images."""
+"""Fidelity and diversity of a set of sampled images, compared with real held-out images."""
 
 import contextlib
 import io
@@ -14,10 +14,10 @@ from mmdiff_ray.evaluation.statistics import mean_of
 from mmdiff_ray.registry import register
 
 FEATURES = "lpips_alex"
-"""The features of all distances: `Lpips("alex").features`. Figures in other features get other names."""
+"""The features of all distances, `Lpips("alex").features`; part of the figures' names."""
 NEAREST = 5
 LEAST = NEAREST + 2
-"""Images that a set needs, so that each has its neighbours and one image further away."""
+"""Fewest images of a set: an image, its 5 neighbours, and one more."""
 BETTER = {
     "precision": "higher",
     "recall": "higher",
@@ -107,7 +107,7 @@ def compare(real: np.ndarray, sampled: np.ndarray) -> dict[str, float]:
         raise ValueError(f"want at least {LEAST} real and sampled; got {len(real)} and {len(sampled)}")
     from prdc import compute_prdc
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the counts
+    with contextlib.redirect_stdout(io.StringIO()):  # the package prints the counts
         found = compute_prdc(real_features=real, fake_features=sampled, nearest_k=NEAREST)
     found["frechet"] = frechet_distance(real, sampled)
     return {metric: float(found[metric]) for metric in BETTER}
@@ -139,9 +139,9 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """Return the squared Frechet distance of the Gaussians with the means and covariances of two sets.
 
     first: (n, D); second: (m, D); covariances with n - 1 and m - 1. |difference of means|^2 + tr(A + B - 2
-    sqrt(A B)), where the last trace is the sum of the singular values of X Y^T for A = X^T X and B = Y^T Y:
-    no matrix root, so it also works for n < D, where the estimate is too large. Raises ValueError for fewer
-    than 2 rows.
+    sqrt(A B)), where the last trace is the sum of the singular values of X Y^T for A = X^T X and B = Y^T Y.
+    Without a matrix root, this also works for n < D, although the estimate is then too large. Raises
+    ValueError for fewer than 2 rows.
     Source: Dowson and Landau, "The Frechet Distance between Multivariate Normal Distributions", 1982.
     """
     if min(len(first), len(second)) < 2:
@@ -159,7 +159,7 @@ def _factor(rows: np.ndarray) -> np.ndarray:
 
 
 def shuffled_pixels(images: Tensor, seed: int) -> Tensor:
-    """Return images (n, 3, H, W) with the pixels of each in a random order of its own."""
+    """Shuffle the pixels of each image (n, 3, H, W) independently."""
     generator = torch.Generator().manual_seed(seed)
     flat = images.flatten(2)  # (n, 3, H * W)
     order = torch.rand(len(flat), 1, flat.shape[2], generator=generator).argsort(dim=2)

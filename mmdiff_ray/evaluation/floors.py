@@ -1,6 +1,6 @@
-"""Trivial rules that need no model. Each figure of a model stands beside the rules' value on the same rows.
+"""Trivial rules without a model. Each figure of a model is reported with the rules' values on the same rows.
 
-Everything here is numpy on the CPU. Images are uint8 (n, 3, H, W), masks (n, H, W).
+All functions use numpy on the CPU. Images are uint8 (n, 3, H, W), masks (n, H, W).
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def unlike_border(images: np.ndarray, threshold: float = 0.2) -> np.ndarray:
     """Return the foreground of images over a smooth background, bool (n, H, W), holes filled.
 
     The background is the plane of colour (a constant and a gradient) fitted to the outermost pixels;
-    foreground pixels lie further from it than the threshold, of [0, 1], in some channel.
+    foreground pixels differ from it by more than the threshold, in [0, 1], in some channel.
     """
     height, width = images.shape[-2:]
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
@@ -74,12 +74,12 @@ def nearest_palette_colour(images: np.ndarray, colours: Sequence[Colour | None])
 
 
 def majority_class(counts: Sequence[int]) -> int:
-    """Return the most frequent class; the first of several."""
+    """Return the most frequent class, or the first of them."""
     return int(np.argmax(counts))
 
 
 def nearest_labels(queries: np.ndarray, known: np.ndarray, labels: np.ndarray, k: int = 5) -> np.ndarray:
-    """Return the most frequent label of the k nearest known embeddings by cosine, of several the nearest's.
+    """Return the most frequent label of the k nearest known embeddings by cosine; the nearest wins ties.
 
     queries: (n, D); known: (m, D); labels: int (m,). Returns int (n,).
     """
@@ -93,7 +93,7 @@ def nearest_labels(queries: np.ndarray, known: np.ndarray, labels: np.ndarray, k
 def mean_embedding(embeddings: np.ndarray) -> np.ndarray:
     """Return the unit vector of the greatest mean cosine to all embeddings, float32 (D,).
 
-    embeddings: (n, D), unit norm. Raises ValueError where they cancel out.
+    embeddings: (n, D), unit norm. Raises ValueError if they cancel out.
     """
     total = embeddings.sum(axis=0, dtype=np.float64)
     norm = np.linalg.norm(total)

@@ -28,7 +28,7 @@ class Gallery:
 def parse_given(model: Generator, given: list[str], hole: str | None = None) -> dict[str, np.ndarray]:
     """Return instance -> one row's data from `instance=value` texts.
 
-    hole: a picture, white where the one given masked image has its hole. Raises ConfigError for an unknown
+    hole: an image that is white in the hole of the given masked image. Raises ConfigError for an unknown
     instance or a value that cannot be parsed.
     """
     rows = {}
@@ -67,7 +67,7 @@ def write_gallery(
     Given instances are written once. Raises ConfigError if the folder is not empty or cannot be created.
     """
     if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"--out {out} is not empty; name a new folder")
+        raise ConfigError(f"--out {out} is not empty; use a new folder")
     likely = model.is_likely(list(given)) if likely is None else likely
     settings: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": guidance, "seed": seed}
     samples = model.draw(given, num, **settings, likely=likely)

@@ -1,4 +1,4 @@
-"""Grids of pictures: samples with all modalities side by side, predictions beside truth and trivial rule.
+"""Grids of pictures: samples with all modalities side by side, predictions next to truth and trivial rule.
 
 A grid is a table of square cells on white. Small pictures are enlarged pixel by pixel, so that 16 x 16 stays
 crisp; labels, captions and embeddings become pictures in `tiles`. All lengths on a page scale with its cells.
@@ -28,7 +28,7 @@ NOTES: dict[str, tiles.Colour] = {
 }
 """Colours of a panel's notes; any other note is grey."""
 TITLE_LINES, NAME_LINES = 5, 3
-"""Maximum lines of a panel's title and of a sample's name; the rest is cut off."""
+"""Maximum number of lines of a panel's title and of a sample's name; longer text is cut."""
 CELL_PX = 96
 
 
@@ -36,8 +36,8 @@ CELL_PX = 96
 class Panel:
     """One column of a grid: a title and one picture per sample.
 
-    pictures: uint8 (n, h, w, 3). note: a key of `NOTES` or any text; neighbours with equal notes share one
-    heading.
+    pictures: uint8 (n, h, w, 3). note: a key of `NOTES` or any text; adjacent panels with equal notes share
+    one heading.
     """
 
     title: str
@@ -88,7 +88,7 @@ def mosaic(panel: Panel) -> Image.Image:
 def cell_size(panels: Sequence[Panel]) -> int:
     """Return the multiple of the smallest pictures' longer side that is nearest to CELL_PX.
 
-    So each pixel becomes a square of whole pixels. CELL_PX itself where pictures are over twice as large.
+    A multiple scales each pixel to a whole square. Returns CELL_PX if pictures are over twice as large.
     """
     side = min(max(panel.pictures.shape[1:3]) for panel in panels)
     return math.floor(CELL_PX / side + 0.5) * side or CELL_PX

@@ -1,4 +1,4 @@
-"""Joint samples, everything from noise: whether the modalities agree, and a picture of them side by side."""
+"""Joint samples, with every modality from noise: agreement between modalities, and a picture."""
 
 import numpy as np
 
@@ -14,8 +14,8 @@ from mmdiff_ray.registry import register
 def evaluate_joint(context: Context) -> Findings:
     """Measure the IoU of a sample's two-class mask with the mask that the model predicts from its image.
 
-    Rule: the masks of other samples, which is the agreement by chance. `code_agreement` is the share of cells
-    whose prediction is also the data nearest to their code in z.
+    Rule: the masks of other samples, which gives the agreement by chance. `code_agreement` is the fraction of
+    cells whose predicted class is also the class nearest to their code in z.
     """
     drawn, anchor = context.sampled(), context.anchor
     count = min(2 * context.config.evaluate.grid_rows, len(context.batch))

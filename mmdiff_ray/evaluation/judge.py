@@ -37,10 +37,10 @@ def evaluate_judge(context: Context) -> Findings:
     """Measure how well a judge's predictions from sampled images agree with what was sampled or given.
 
     The judge is the exported model at `evaluate.judge`, which predicts labels, masks or embeddings from the
-    anchor in one step, at t = 1. Samples are joint ones, or follow the instances in `evaluate.condition`.
+    anchor in one step, at t = 1. Samples are joint, or conditioned on `evaluate.condition`.
     `INSTANCE/judged` is the accuracy of a label, the IoU of a mask (mean IoU of one of several classes) or
-    the cosine of an embedding. Rule: those of other samples. `INSTANCE/judged_real` is the judge's score on
-    the real images.
+    the cosine of an embedding. Rule: the values of other samples. `INSTANCE/judged_real` is the judge's score
+    on the real images.
     """
     findings, anchor = Findings(), context.anchor
     settings = context.config.evaluate
@@ -69,10 +69,10 @@ def evaluate_judge(context: Context) -> Findings:
 
 
 def _check(config: Config) -> None:
-    """Raise ConfigError where `evaluate.judge` is not an exported model."""
+    """Raise ConfigError if `evaluate.judge` is not an exported model."""
     judge = config.evaluate.judge
     if judge is not None and export_files(judge) is None:
-        raise ConfigError(f"evaluate.judge: {judge} holds no exported model")
+        raise ConfigError(f"evaluate.judge: {judge} is not an exported model; see mmdiff export")
 
 
 evaluate_judge.check = _check  # type: ignore[attr-defined]

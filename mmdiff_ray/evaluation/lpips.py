@@ -13,7 +13,7 @@ from mmdiff_ray.config import Config
 from mmdiff_ray.evaluation.weights import convolutions
 
 SMALLEST = 64
-"""The shorter side, in pixels, below which images are enlarged: AlexNet reduces 16 pixels to nothing."""
+"""The shorter side, in pixels, below which images are enlarged: AlexNet needs more than 16 pixels."""
 
 
 def check_weights(config: Config) -> None:
@@ -64,8 +64,8 @@ class Lpips:
 
         a, b: as for the distance itself; mask: bool (B, H, W). The map has the size at which the network sees
         the images; the mask is enlarged to that by the nearest pixel. The receptive field is large (163
-        pixels across in AlexNet, 196 in VGG16), so a difference outside the mask shows inside, weaker than
-        where it is. Raises ValueError for other shapes.
+        pixels across in AlexNet, 196 in VGG16), so a difference outside the mask has a weaker
+        effect inside. Raises ValueError for other shapes.
         """
         _check_pair(a, b)
         want = (len(a), *a.shape[2:])
@@ -85,9 +85,9 @@ class Lpips:
         """Return the backbone's features of images, (B, D) float32 on the metric's device.
 
         The activations of the five layers that LPIPS compares (after ReLU, not normalised), each averaged
-        over space, concatenated: D is 1152 for AlexNet and 1472 for VGG16. Layers of larger activations weigh
-        more. images: (B, 3, H, W), in values and size as for the distance. Raises ValueError for anything
-        else.
+        over space, concatenated: D is 1152 for AlexNet and 1472 for VGG16. Layers with larger activations
+        have more weight. images: (B, 3, H, W), in values and size as for the distance. Raises ValueError for
+        anything else.
         """
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"features need (B, 3, H, W); got {tuple(images.shape)}")
@@ -99,7 +99,7 @@ class Lpips:
         return torch.cat(parts)
 
     def _prepare(self, images: Tensor) -> Tensor:
-        """Return images as float32 in [-1, 1], enlarged where they are small. Raises ValueError."""
+        """Return images as float32 in [-1, 1], enlarged if they are small. Raises ValueError."""
         images = images.to(self.device)
         if images.dtype == torch.uint8:
             images = images.float() / 127.5 - 1.0

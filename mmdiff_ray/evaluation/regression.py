@@ -1,4 +1,4 @@
-"""Maps and vectors predicted from the condition (`Context.condition`), beside their means."""
+"""Maps and vectors predicted from the condition (`Context.condition`), compared with their means."""
 
 from collections.abc import Callable
 
@@ -17,10 +17,10 @@ Measure = Callable[[np.ndarray, np.ndarray], float]
 
 @register("evaluator", "maps")
 def evaluate_maps(context: Context) -> Findings:
-    """Measure predicted maps over their known cells, a mean per row. Rule: the mean map.
+    """Measure predicted maps over their known cells, averaged per row. Rule: the mean map.
 
-    `rmse` is in the map's unit; `abs_rel`, the mean of |error| / truth, is of maps above 0; `angular_error`,
-    in degrees, is of normals.
+    `rmse` is in the unit of the map. `abs_rel`, the mean of |error| / truth, is for positive maps.
+    `angular_error`, in degrees, is for normals.
     """
     findings, shown = Findings(), "likely" if context.model.is_likely(context.condition) else "sample"
     for name, modality, rows in context.predicted(MapModality):
@@ -46,8 +46,7 @@ def evaluate_maps(context: Context) -> Findings:
 
 @register("evaluator", "vectors")
 def evaluate_vectors(context: Context) -> Findings:
-    """Measure the absolute error of predicted vectors and scalars, the mean over their numbers. Rule: the
-    mean vector."""
+    """Measure the mean absolute error of predicted vectors and scalars. Rule: the mean vector."""
     findings = Findings()
     for name, _, rows in context.predicted(VectorModality):
         truth = context.truth(name, rows).numpy()
@@ -63,8 +62,10 @@ def evaluate_vectors(context: Context) -> Findings:
 
 
 def mean_map(truth: np.ndarray) -> np.ndarray:
-    """Return the mean over rows of each cell's known values, (C, H, W); of a cell that no row knows, the mean
-    over cells. truth: (n, C, H, W), NaN where unknown."""
+    """Return the mean over rows of each cell's known values, (C, H, W).
+
+    A cell without known values gets the mean over cells. truth: (n, C, H, W), NaN if unknown.
+    """
     known = ~np.isnan(truth)
     total, count = np.where(known, truth, 0).sum(0, dtype=np.float64), known.sum(0)
     overall = total.sum((1, 2), keepdims=True) / np.maximum(count.sum((1, 2), keepdims=True), 1)
@@ -72,7 +73,7 @@ def mean_map(truth: np.ndarray) -> np.ndarray:
 
 
 def per_row(measure: Measure, guess: np.ndarray, truth: np.ndarray, known: np.ndarray) -> Tally:
-    """Return a measure's mean over the rows that know any cell. known: bool (n, H, W)."""
+    """Return the mean of a measure over the rows with known cells. known: bool (n, H, W)."""
     rows = [
         measure(guess[index][:, cells].astype(np.float64), truth[index][:, cells].astype(np.float64))
         if cells.any()

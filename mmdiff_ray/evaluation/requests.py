@@ -1,4 +1,4 @@
-"""Requests for samples, a chunk of rows each, and the functions that answer them."""
+"""Requests for samples of a chunk of rows, and the functions that draw these samples."""
 
 import functools
 import os
@@ -18,11 +18,11 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Samples of a chunk of rows. The samples depend on these fields and the model alone.
+    """A request for samples of a chunk of rows. Samples depend only on these fields and the model.
 
     start: number of the first row; row numbers and seed key the noise. rows: number of rows. roles: instance
-    -> its role in all rows. given: instance -> data (rows, ...). heads: instances whose last predictions to
-    return. The other fields: arguments of `sampling.generator.sample`.
+    -> its role in all rows. given: instance -> data (rows, ...). heads: instances whose last head predictions
+    to return. The other fields: arguments of `sampling.generator.sample`.
     """
 
     start: int
@@ -79,11 +79,11 @@ def _read(file: Path) -> Samples:
         with decoding():
             return Samples(**torch.load(file, weights_only=True))
     except (OSError, ValueError) as error:
-        raise RunError(f"{file} holds no samples ({str(error).splitlines()[0]}); remove it") from None
+        raise RunError(f"{file} has no valid samples ({str(error).splitlines()[0]}); remove it") from None
 
 
 def cached(folder: Path, sample_fn: SampleFn) -> SampleFn:
-    """Return `sample_fn` with a cache of its samples in `folder`, which survives a restart."""
+    """Wrap `sample_fn` with a persistent cache of its samples in `folder`."""
 
     def sample_cached(name: str, requests: Sequence[SampleRequest]) -> Iterator[Samples]:
         files = {request.start: folder / f"{name}-{request.start:09d}.pt" for request in requests}

@@ -1,4 +1,4 @@
-"""Restoration of the anchor from a masked image, beside rules that need no model."""
+"""Restoration of the anchor from a masked image, compared with rules without a model."""
 
 import numpy as np
 import torch
@@ -23,13 +23,13 @@ PICTURED = ("mean visible colour", "nearest visible pixel")
 
 @register("evaluator", "restoration")
 def evaluate_restoration(context: Context) -> Findings:
-    """Measure restored images against the original and as a set, with the visible pixels pasted.
+    """Measure restored images against the originals and as a set, with visible pixels pasted.
 
-    L1 (pixels in [-1, 1]) and LPIPS (`evaluate.lpips`) of the whole image and of the hole; without pasting,
-    of the visible part. Realism: the kernel distance of LPIPS features to the originals (`kid`), and
-    `gradient_error`, the mean of |log| of the ratio of gradient energy in the hole to the original's. Each
-    for a sample and for the most likely image, which is closer to the original and smoother. `lpips_between`
-    is the distance of two samples for one hole.
+    Errors: L1 (pixels in [-1, 1]) and LPIPS (`evaluate.lpips`) of the whole image and of the hole; of the
+    visible part, without pasting. Realism: `kid`, the kernel distance of LPIPS features to the originals, and
+    `gradient_error`, the mean |log| ratio of gradient energy in the hole to that of the original. All are
+    reported for a sample and for the most likely image, which is closer to the original and smoother.
+    `lpips_between` is the distance between two samples for one hole.
     """
     findings = Findings()
     for name, modality in context.instances(MaskedImageModality).items():
@@ -133,8 +133,9 @@ def _distances(
 def gradient_error(images: np.ndarray, truth: np.ndarray, visible: np.ndarray) -> Tally:
     """Return the mean over images of |log(energy of the image / that of the truth)| in the hole.
 
-    The energy is the sum of squared differences of neighbouring pixels, at least one of them missing, in
-    pixels of [-1, 1]; 1 is added to both, so that flat holes count little. images, truth: uint8 (n, 3, H, W);
+    The energy is the sum of squared differences of adjacent pixels, at least one of them in the hole, with
+    pixels in [-1, 1]. Adding 1 to both energies reduces the weight of flat holes. images, truth: uint8 (n, 3,
+    H, W);
     visible: bool (n, H, W).
     """
 
@@ -162,7 +163,7 @@ def hole_l1(images: np.ndarray, truth: np.ndarray, visible: np.ndarray) -> Tally
 
 
 def lpips_within(distance: Lpips, images: np.ndarray, truth: Tensor, mask: np.ndarray) -> Tally:
-    """Return the mean of LPIPS within a mask (`Lpips.within`) over the images whose mask is not empty.
+    """Return the mean of LPIPS within a mask (`Lpips.within`) over the images with a non-empty mask.
 
     images, truth: uint8 (n, 3, H, W); mask: bool (n, H, W).
     """

@@ -10,7 +10,7 @@ from mmdiff_ray.modalities.embedding import EmbeddingModality
 from mmdiff_ray.registry import register
 
 BLOCK = 1024
-"""Queries compared with the gallery at a time."""
+"""Number of queries to compare with the gallery at a time."""
 RECALL_AT = (1, 10)
 
 
@@ -18,8 +18,8 @@ RECALL_AT = (1, 10)
 def evaluate_retrieval(context: Context) -> Findings:
     """Measure the recall at k of predicted embeddings among the true embeddings of all evaluated rows.
 
-    Recall at k is left out where k >= n rows, where it is 1 for any prediction. Each visit of a row has a
-    gallery of its own. Rule: chance, k / n. Intervals resample queries and keep the gallery.
+    Omits recall at k for k >= n rows, because it is then 1 for any prediction. Each visit of the rows has its
+    own gallery. Rule: chance, k / n. Intervals resample queries with a fixed gallery.
     """
     findings = Findings()
     for name, _, rows in context.predicted(EmbeddingModality):
@@ -48,9 +48,9 @@ def cosine(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def found_at_k(queries: np.ndarray, gallery: np.ndarray, k: int) -> np.ndarray:
     """Return whether each query's own gallery row is among its k nearest by cosine, float64 (n,) in [0, 1].
 
-    queries, gallery: (n, D), row i belongs to row i. Ties share their places: a query whose own row ties with
-    others counts as the chance that a random order puts it among the k. So a constant prediction scores
-    chance, k / n, and a duplicate in the gallery costs nothing. Raises ValueError for shapes that differ, no
+    queries, gallery: (n, D), row i belongs to row i. A query whose own row ties with others scores
+    the probability that a random order puts it among the k. So a constant prediction scores chance, k / n,
+    and duplicates in the gallery do not lower the score. Raises ValueError for shapes that differ, no
     rows, or k < 1.
     """
     if queries.shape != gallery.shape or queries.ndim != 2 or not len(queries) or k < 1:

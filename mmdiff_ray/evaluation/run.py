@@ -22,7 +22,7 @@ CHEAP = ("calibration",)
 
 
 def evaluator_names(config: Config) -> list[str]:
-    """Return the names in `evaluate.evaluators`; all registered ones where it is None."""
+    """Return the names in `evaluate.evaluators`, or all registered ones if it is None."""
     listed = config.evaluate.evaluators
     return names("evaluator") if listed is None else list(listed)
 
@@ -75,7 +75,7 @@ def evaluate(
 
 
 def sample_pictures(model: Generator, batches: Iterable[Batch]) -> dict[str, Image.Image]:
-    """Return the pictures of the first few rows: joint samples and every conditional task."""
+    """Draw pictures of the first few rows: joint samples and every conditional task."""
     batch = joined(batches)
     context = Context(model, batch.rows(0, 2 * model.config.evaluate.grid_rows).to(model.device))
     pictures: dict[str, Image.Image] = {}
@@ -108,17 +108,17 @@ def metrics_of(figures: Iterable[Figure]) -> dict[str, float]:
 
 
 def tables(figures: Iterable[Figure]) -> list[Table]:
-    """Return figures as tables: each beside the best rule that needs no model; then the bound.
+    """Return two tables: figures with the best rule without a model, and the bound.
 
-    A sample and the most likely prediction share a line; the rule is compared with the latter.
+    A sample and the most likely prediction share a line. The rule is compared with the latter.
     """
     figures = list(figures)
     rows = max((figure.rows for figure in figures), default=0)
-    title = f"{rows:,} held-out rows, beside the best rule that needs no model"
+    title = f"{rows:,} held-out rows, compared with the best rule without a model"
     table = Table(title=title, title_justify="left", box=SIMPLE)
     for heading in ("figure", "sample", "likely", "rule"):
         table.add_column(heading, justify="left" if heading == "figure" else "right", no_wrap=True)
-    table.add_column("")  # the rule's name, the only column that may wrap
+    table.add_column("")  # the rule's name is the only column that may wrap
     table.add_column("", no_wrap=True)
     by_key = {figure.key: figure for figure in figures if not figure.bound}
     for key, figure in sorted(by_key.items(), key=lambda item: not item[1].floors):

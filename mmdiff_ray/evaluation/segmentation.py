@@ -9,11 +9,11 @@ from scipy import ndimage
 from mmdiff_ray.evaluation.statistics import Tally, mean_of
 
 TOLERANCE = 0.008
-"""Distance up to which boundaries match, as a share of the diagonal."""
+"""Distance up to which boundaries match, as a fraction of the diagonal."""
 
 
 def foreground_iou(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return each image's intersection over union of all but class 0, float64 (B,); 1 where both lack it."""
+    """Return each image's intersection over union of all but class 0, float64 (B,); 1 if both are empty."""
     _same_shape(predicted, truth)
     p, q = predicted > 0, truth > 0
     both, either = (p & q).sum(axis=(1, 2)), (p | q).sum(axis=(1, 2))
@@ -38,10 +38,11 @@ def confusion(predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.ndar
 def iou_tally(
     predicted: np.ndarray, truth: np.ndarray, classes: int, void: np.ndarray | None = None
 ) -> Tally:
-    """Return the IoU of masks of so many classes: of the foreground, averaged over images, for two classes;
-    else the mean over the classes that occur, as intersections and unions by row.
+    """Return the IoU of masks.
 
-    void: pixels that are not measured, bool (B, H, W); both masks hold class 0 there.
+    For two classes, this is the foreground IoU, averaged over images. Otherwise it is the mean IoU over the
+    classes that occur, from intersections and unions per row. void: pixels to ignore, bool (B, H, W); both
+    masks have class 0 there.
     """
     if classes == 2:
         return mean_of(foreground_iou(predicted, truth))
@@ -57,9 +58,9 @@ def boundary_f(predicted: np.ndarray, truth: np.ndarray, tolerance: float | None
 
     A boundary pixel differs in class from the pixel right of it, below it or below right. It matches if the
     other mask has a boundary pixel, of any classes, within `tolerance` pixels (Euclidean), by default 0.8 %
-    of the diagonal and at least 1. 1 where neither mask has a boundary, 0 where only one has.
+    of the diagonal and at least 1. 1 if neither mask has a boundary, 0 if only one has.
     Source: the contour measure F of Perazzi et al., "A Benchmark Dataset ... for Video Object Segmentation",
-    CVPR 2016, with distances in place of its dilated discs.
+    CVPR 2016, with distances instead of dilation by discs.
     """
     _same_shape(predicted, truth)
     if tolerance is None:

@@ -8,11 +8,11 @@ import numpy as np
 
 DRAWS = 2000
 FEWEST_SEEDS = 3
-"""Seeds needed for an interval from their spread alone."""
+"""Fewest seeds for an interval from their spread only."""
 METHOD = (
-    "bootstrapped over rows; those of several seeds also cover their spread, by the t distribution. Figures "
-    "that are not sums over rows, such as Frechet distances, have intervals over seeds alone, from "
-    f"{FEWEST_SEEDS} seeds on"
+    "bootstrapped over rows; with several seeds they also cover the spread over seeds, by the t "
+    "distribution. Figures that are not sums over rows, such as Frechet distances, have intervals over seeds "
+    f"only, with {FEWEST_SEEDS} or more seeds"
 )
 """How intervals are computed, for readers of results."""
 Weighted = Callable[[np.ndarray], np.ndarray]
@@ -23,10 +23,10 @@ Weighted = Callable[[np.ndarray], np.ndarray]
 class Tally:
     """A figure as sums over rows: the mean over classes of sum(numerator) / sum(denominator).
 
-    numerator, denominator: float64 (n,) or, for a mean over K classes, (n, K). The denominator of a plain
-    mean is 1, of a mean over the pixels of holes their count; mean IoU has intersections and unions. Classes
-    with a denominator of 0 do not count. ids: int64 (n,), the row of each entry; entries of the same row are
-    resampled together. Without ids every entry is a row of its own.
+    numerator, denominator: float64 (n,) or, for a mean over K classes, (n, K). For example, the denominator
+    of a plain mean is 1, that of a mean over hole pixels is their count, and mean IoU has intersections and
+    unions. Classes with a denominator of 0 are ignored. ids: int64 (n,), the row of each entry; entries of
+    the same row are resampled together. Without ids, every entry is a separate row.
     """
 
     numerator: np.ndarray
@@ -68,8 +68,8 @@ def mean_of(values: np.ndarray) -> Tally:
 def by_row(tallies: Sequence[Tally]) -> list[Tally]:
     """Align tallies: one entry per row, the same rows in the same order.
 
-    Sums entries of the same row; a row that a tally lacks (another fold) becomes 0 / 0, which changes no
-    figure. Returns the tallies unchanged if any has no ids.
+    Sums entries of the same row; a row that is missing in a tally (another fold) becomes 0 / 0, which changes
+    no figure. Returns the tallies unchanged if any has no ids.
     """
     known = [tally.ids for tally in tallies if tally.ids is not None]
     if len(known) < len(tallies):
@@ -86,7 +86,7 @@ def by_row(tallies: Sequence[Tally]) -> list[Tally]:
 
 
 class Interval(NamedTuple):
-    """A value with the ends of its 95 % interval."""
+    """A value and the ends of its 95 % interval."""
 
     value: float
     low: float
@@ -94,7 +94,7 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the whole interval lies on one side of 0."""
+        """Whether the interval does not contain 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -102,8 +102,8 @@ class Interval(NamedTuple):
 class Estimate:
     """A value and the parts of its intervals.
 
-    rows: (draws,) bootstrap values over rows; empty for an interval over seeds alone. common: the share of
-    their variance that all seeds have in common. seeds: variance of the mean over seeds, 0 for one seed;
+    rows: (draws,) bootstrap values over rows; empty for an interval over seeds alone. common: the fraction of
+    their variance that is common to all seeds. seeds: variance of the mean over seeds, 0 for one seed;
     freedom: its degrees of freedom.
     """
 
@@ -115,7 +115,7 @@ class Estimate:
 
     def interval(self, level: float = 0.95) -> Interval:
         """Return the two-sided interval at a level."""
-        from scipy.special import stdtrit  # here, since every worker imports this module
+        from scipy.special import stdtrit  # imported here, because every worker imports this module
 
         tail = (1 - level) / 2
         low = high = self.value
@@ -131,7 +131,7 @@ class Estimate:
     def p_below(self, bound: float = 0.0) -> float:
         """Return the one-sided p-value for the claim that the value is below a bound.
 
-        It is the smallest tail whose interval lies below the bound, at least one over the draws.
+        It is the smallest tail whose interval is below the bound, at least 1 / draws.
         """
         if self.value > bound:
             return 1 - replace(self, value=-self.value, rows=-self.rows).p_below(-bound)
@@ -159,8 +159,8 @@ def compare(
 ) -> Estimate:
     """Return the mean of ours - factor * others, over seeds and rows (see `_estimate`).
 
-    One tally per seed. Equally many seeds on both sides are paired in order, and must hold the same rows;
-    otherwise they are not paired. Tallies without ids must hold the same rows in the same order. A single
+    One tally per seed. With equally many seeds on both sides, seeds are paired in order and must have the
+    same rows. Tallies without ids must have the same rows in the same order. A single
     tally (a rule without a model) has no spread over seeds. Raises ValueError for tallies of different rows.
     """
     if len(ours) == len(others):
@@ -182,13 +182,13 @@ def compare(
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
-    """Return the mean of one value per seed, by the t distribution over seeds alone."""
+    """Return the mean of one value per seed, with the t distribution over seeds only."""
     variance, freedom = _seeds_part([np.asarray(values, dtype=np.float64)])
     return Estimate(float(np.mean(values)), np.empty(0), 0.0, variance, freedom)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for multiple tests, which controls the family-wise error rate.
+    """Correct p-values for multiple tests, controlling the family-wise error rate.
 
     Source: Holm (1979), a simple sequentially rejective multiple test procedure.
     """
@@ -207,17 +207,17 @@ def _estimate(groups: Sequence[Sequence[Weighted]], rows: int, draws: int, seed:
     """Return the sum over groups of the mean over their figures, one figure per seed.
 
     With one seed per group, the interval is the percentile bootstrap over rows, which all figures share. With
-    S seeds it also covers their standard deviation s, as t(S - 1) s / sqrt(S) (Welch for two groups), since
-    resampling so few seeds understates their spread. s includes the variance that each seed adds on these
-    rows, so only the rows' variance common to all seeds is added, in quadrature, on each side; the interval
-    is never narrower than that of the rows alone.
+    S seeds, it also covers their standard deviation s, as t(S - 1) s / sqrt(S) (Welch for two groups),
+    because a bootstrap over so few seeds understates their spread. s already includes the variance that
+    differs between seeds on these rows, so only the row variance common to all seeds is added, in quadrature,
+    on each side. The interval is never narrower than that over rows only.
 
     Source: Banerjee (1960), sum of t^2 times variance, which keeps the level at any ratio of the variances;
     Zou and Donner (2008) for sides of different lengths.
     """
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(rows, np.full(rows, 1 / rows), size=draws)
-    weights = np.concatenate([np.ones((1, rows)), drawn])  # every row once, then as drawn
+    weights = np.concatenate([np.ones((1, rows)), drawn])  # first draw: every row once
     found = [np.stack([figure(weights) for figure in group]) for group in groups]  # (seeds, 1 + draws) each
     means = np.sum([values.mean(0) for values in found], 0)
     several = [values for values in found if len(values) > 1]

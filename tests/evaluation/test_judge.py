@@ -65,5 +65,5 @@ def test_without_a_judge_there_are_no_figures_and_a_missing_one_is_refused(sprit
         ).figures
         == []
     )
-    with pytest.raises(ConfigError, match=r"evaluate\.judge: nowhere holds no exported model"):
+    with pytest.raises(ConfigError, match=r"evaluate\.judge: nowhere is not an exported model"):
         check_evaluators(tiny.config(sprites, "evaluate.evaluators=[judge]", "evaluate.judge=nowhere"))

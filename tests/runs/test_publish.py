@@ -175,4 +175,4 @@ def test_run_records_held_out_losses_and_figures_as_curves(finished):
 def test_nothing_is_overwritten(finished, tmp_path, capsys):
     shutil.copytree(finished.folder / "export", tmp_path / "there")
     assert main(["export", str(finished.folder), "--out", str(tmp_path / "there")]) == 2
-    assert "is not empty; name a new folder" in capsys.readouterr().err
+    assert "is not empty; use a new folder" in capsys.readouterr().err
