@@ -88,7 +88,7 @@ def test_docs_says_of_three_figures_at_once_what_their_sweep_found():
     found = json.loads((ROOT / "results/joint/results.json").read_text(encoding="utf8"))
     part = " ".join(SWEEPS.split(f"`{found['command']}` ran")[1].split("![")[0].split())
     assert f"{len(found['trials'])} trials ({found['samples']:,} samples" in part
-    assert f"{len(found['front'])} trials lie on the front" in part
+    assert f"{len(found['front'])} trials are on the front" in part
     scale, coefficient = "modalities.category.weights.scale", "loss.modalities.palette"
     label, mask, image = "category/accuracy", "palette/miou", "pixels/frechet_lpips_alex"
 
