@@ -12,8 +12,8 @@ from mmdiff_ray.config import ConfigError, RunError, without_passwords
 if TYPE_CHECKING:
     from mmdiff_ray.runs.find import Model
 
-RUNS = "where runs lie: a folder, or any URI of pyarrow (s3://bucket/runs)"
-MODEL = "a run's name, folder or URI; a folder that `mmdiff export` wrote; or pretrained:NAME"
+RUNS = "folder of all runs, or a URI that pyarrow supports (s3://bucket/runs)"
+MODEL = "name, folder or URI of a run; a folder from `mmdiff export`; or pretrained:NAME"
 Commands = Any
 """argparse's group of subparsers, whose class is private."""
 

@@ -1,4 +1,4 @@
-"""`mmdiff data`: build data sets, look at them, embed one value, train an autoencoder."""
+"""`mmdiff data`: build and inspect data sets, embed one value, train an autoencoder."""
 
 import argparse
 import dataclasses
@@ -22,7 +22,7 @@ class _DatasetHelp(argparse._HelpAction):
 
 def add(commands: Commands) -> None:
     """Add `data build`, `data inspect`, `data embed` and `data fit-codec`."""
-    actions = commands.add_parser("data", help="build data sets and look at them").add_subparsers(
+    actions = commands.add_parser("data", help="build and inspect data sets").add_subparsers(
         required=True, metavar="ACTION"
     )
     build = command(

@@ -35,11 +35,11 @@ MIGRATIONS: dict[int, Any] = {}
 class CheckpointStore:
     """The checkpoints of one run, in a shared folder, or in local folders plus storage.
 
-    Workers call its methods together. Of the metrics in the states the lowest is the best. run: whose
-    checkpoints these are; those of another in the folder do not count. "": all do. remote: the run's
-    checkpoints in storage, which know whose they are; then workers on several machines have a folder each.
-    completed: called on the first worker for every checkpoint that is complete on disk, where that is all.
-    unsent: after `close`, what did not reach storage.
+    All methods are collective: every worker must call them. The best checkpoint has the lowest metric.
+    run: the run's id. Checkpoints of other runs in the folder are ignored; "" accepts all.
+    remote: the run's checkpoints in storage. With it, each machine may have its own folder.
+    completed: without `remote`, called on the first worker for every complete checkpoint.
+    unsent: after `close`, the checkpoints that did not reach storage.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class CheckpointStore:
                 drop(path)
 
     def best(self) -> Path | None:
-        """Return the complete checkpoint of the best metric, or None where none has one."""
+        """Return the complete checkpoint with the best metric, or None if none has a metric."""
         name = best_of({path.name: read_state(path) for path in complete(self.folder)})
         return None if name is None else self.folder / name
 
@@ -189,7 +189,7 @@ def restore(trainer: Any, path: Path) -> None:
     groups = copy.deepcopy(tensors["optimizer"]["param_groups"])
     files = path / read_state(path).get("mark", "")
     quietly(load_files, tensors, files, no_dist=world()[1] == 1)
-    tensors["optimizer"]["param_groups"] = groups  # else those of the checkpoint would replace the config's
+    tensors["optimizer"]["param_groups"] = groups  # keep the settings of the current config
     set_state_dict(
         trainer.denoiser,
         trainer.optimizer,
@@ -247,14 +247,14 @@ def _size(file: Path) -> int | None:
 
 
 def worth_keeping(states: Mapping[str, Mapping[str, Any]], keep_last: int) -> set[str]:
-    """Return the names of the checkpoints to keep, the last and the best. states: name -> state."""
+    """Return the names of the checkpoints to keep: the last ones and the best. states: name -> state."""
     return {*sorted(states)[-keep_last:], *filter(None, [best_of(states)])}
 
 
 def best_of(states: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Return the name of the checkpoint of the lowest metric, or None where none has one.
+    """Return the name of the checkpoint with the lowest metric, or None if none has a metric.
 
-    Metrics of another figure (`evaluate.best`) than the newest checkpoint's do not count.
+    Ignores metrics of another figure (`evaluate.best`) than that of the newest checkpoint.
     """
     figure = states[max(states)].get("figure") if states else None
     scored = [
@@ -298,7 +298,7 @@ def _tensors(trainer: Any) -> dict[str, Any]:
 
 def quietly(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a function of PyTorch's distributed checkpoint without its warnings about a single process."""
-    # Said in a thread of its own, after this returns: only a lasting filter hears it.
+    # The warning comes from another thread after this returns, so a temporary filter would miss it.
     warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -109,7 +109,7 @@ def _score(curves: Curves, best: str, needed: bool) -> float | None:
     return same_everywhere((-value if better == "higher" else value) if value is not None else 0.0)
 
 
-def _asked_to_stop(hooks: Hooks, progress: Progress) -> bool:
+def _should_stop(hooks: Hooks, progress: Progress) -> bool:
     return bool(same_everywhere(float(hooks.should_stop(progress)))) and not progress.done
 
 

@@ -285,7 +285,7 @@ def _read_complete(fs: Any, root: str, run: str) -> dict[str, Any] | None:
 
 
 def download_files(fs: Any, root: str, place: Path, state: dict[str, Any]) -> None:
-    """Download the files of a checkpoint that are missing in a folder; the state marks it complete."""
+    """Download the missing files of a checkpoint, and its state last, which marks it as complete."""
     missing = state["files"].keys() - files_of(place, state)
     if missing:
         (place / STATE).unlink(missing_ok=True)
