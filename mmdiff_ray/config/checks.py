@@ -129,7 +129,7 @@ def _check_numbers(config: Config) -> None:
     if not workers.cpus > 0:
         raise ConfigError(f"workers.cpus ({workers.cpus:g}) must be above 0")
     if workers.gpus < 0 or (workers.gpus > 1 and workers.gpus % 1):
-        raise ConfigError(f"workers.gpus ({workers.gpus:g}) must be 0, a fraction below 1, or a whole number")
+        raise ConfigError(f"workers.gpus ({workers.gpus:g}) must be 0, a part of 1, or a whole number")
     for name, amount in workers.resources.items():
         if name in ("CPU", "GPU", "memory", "object_store_memory") or not amount > 0:
             raise ConfigError(
@@ -140,7 +140,7 @@ def _check_numbers(config: Config) -> None:
         raise ConfigError(f"train.betas ({train.betas}) must be two numbers in [0, 1)")
     times = train.times
     if len(times) != 2 or not 0 <= times[0] <= times[1] <= 1:
-        raise ConfigError(f"train.times ({times}) must be two ascending numbers in [0, 1]")
+        raise ConfigError(f"train.times ({times}) must be two numbers in [0, 1], the smaller one first")
     if round(times[1] * config.schedule.steps) < 1:  # else training draws t = 0, where z_t has no noise
         raise ConfigError(
             f"train.times ({times}) must reach the schedule's first step, t = 1/{config.schedule.steps}"
@@ -202,7 +202,8 @@ def _check_task(task: str, row: TaskConfig, modalities: Mapping[str, Any]) -> No
             one_of(f"tasks.{task}.roles.{instance}", role, ("generated", "given", "absent"))
     if not 0 <= row.frequency < math.inf or not 0 <= row.drop < 1:
         raise ConfigError(
-            f"tasks.{task}: frequency ({row.frequency}) must be finite and >= 0, drop ({row.drop}) in [0, 1)"
+            f"tasks.{task}: frequency ({row.frequency}) must be finite and >= 0, "
+            f"and drop ({row.drop}) in [0, 1)"
         )
     if not 0 <= row.one_pass <= 1:
         raise ConfigError(f"tasks.{task}.one_pass ({row.one_pass}) must be between 0 and 1")
@@ -228,7 +229,7 @@ def check_name(key: str, name: Any, in_uri: bool = False) -> None:
         )
     if in_uri and not NAME_IN_URI.fullmatch(name):
         raise ConfigError(
-            f"{key}: {name!r} is not valid in the URI of a run; use letters, digits and "
+            f"{key}: {name!r} cannot stand in a URI, and runs are kept in storage; use letters, digits and "
             "any of . _ ~ = + , @ : -"
         )
 
