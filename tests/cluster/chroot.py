@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
 mount -t tmpfs -o mode=1777,size=2g tmpfs "$root/dev/shm"
 mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
+mount -t tmpfs -o uid=1000,gid=1000 tmpfs "$root/home/mmdiff"
 mount --bind /etc/resolv.conf "$root/etc/resolv.conf"
 if [ -d "$root{SHARED}" ]; then mount --bind "$shared" "$root{SHARED}"; fi
 exec chroot "$root" setpriv --reuid 1000 --regid 1000 --clear-groups --no-new-privs --bounding-set=-all \\
@@ -37,7 +39,8 @@ class Images:
     def __init__(self, work: Path):
         self.work = work
         self.shared = work / "shared"
-        self.shared.mkdir(exist_ok=True)
+        shutil.rmtree(self.shared, ignore_errors=True)
+        self.shared.mkdir()
         os.chown(self.shared, 1000, 1000)
         work.chmod(0o755)
         self.settings = packages(work)
@@ -72,7 +75,7 @@ class Images:
             self._services.callback(self.buildah, "rm", container)
             self._roots[tag] = self.buildah("mount", container).strip()
         variables = {"HOME": "/home/mmdiff", "PATH": "/usr/local/bin:/usr/bin:/bin", "PYTHONUNBUFFERED": "1"}
-        variables |= {"RAY_USAGE_STATS_ENABLED": "0", **self.environment, **extra}
+        variables |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", **self.environment, **extra}
         enter = ["unshare", "--mount", "--pid", "--fork", "--propagation=private"]
         enter += ["sh", "-c", ENTER, "enter", self._roots[tag], str(self.shared)]
         enter += ["env", "-i", "-C", WORKING[tag], *(f"{key}={value}" for key, value in variables.items())]
@@ -95,10 +98,16 @@ class Images:
 
 def run(command: Sequence[str]) -> str:
     """Run a command and return its output; raises SystemExit with the output if it fails."""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{command[0]} failed ({done.returncode}):\n{(done.stdout + done.stderr)[-6000:]}")
-    return done.stdout
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    try:
+        output, errors = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    if process.returncode:
+        raise SystemExit(f"{command[0]} failed ({process.returncode}):\n{(output + errors)[-6000:]}")
+    return output
 
 
 def answers(address: str) -> bool:

@@ -1,6 +1,7 @@
 """The images can be built of what is committed, run without root, and hold the locked versions."""
 
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from tests.cluster.files import CLUSTER, COMMANDS, PROJECT, ROOT, locked
+from tests.cluster.files import CLUSTER, COMMANDS, PROJECT, README, ROOT, locked
+from tests.cluster.images import RESULTS, STEPS, table
 
 FILE = CLUSTER / "Dockerfile"
 TARGETS = ("cluster", "mlflow")
@@ -207,3 +209,11 @@ def test_every_image_of_the_page_can_be_built():
             name, _, value = words[words.index("--build-arg") + 1].partition("=")
             assert name in ARGUMENTS and f"base-{value}" in STAGES
     assert list(STAGES)[-1] == "cluster"  # what a build without --target makes
+
+
+def test_page_and_results_agree_on_what_was_built_and_run():
+    found = json.loads(RESULTS.read_text(encoding="utf8"))
+    assert [step["step"] for step in found["steps"]] == list(STEPS)
+    assert table(found["steps"]) in README
+    assert found["command"] in README and found["command"].split()[1] + ":" in (ROOT / "Makefile").read_text()
+    assert f"buildah {found['versions']['buildah']}" in README
