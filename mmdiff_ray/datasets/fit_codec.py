@@ -69,7 +69,7 @@ def fit_codec(fit: Fit, out: Path, progress: bool = True) -> dict[str, float]:
     """
     fit.check()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} is not empty; name a new folder")
+        raise ConfigError(f"--out {out} is not empty; use a new folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     lpips = Lpips("alex", device) if fit.lpips else None
     reader = _reader(fit)

@@ -26,7 +26,7 @@ def pipeline_options(words: Sequence[str]) -> dict[str, str]:
         key, separator, value = word.removeprefix("--").partition("=")
         if not separator:
             if not word.startswith("--") or not left:
-                raise ConfigError(f"option {word!r} must read key=value or --key value")
+                raise ConfigError(f"option {word!r} must have the form key=value or --key value")
             value = left.pop(0)
         options[key.replace("-", "_")] = value
         mapped = word == "--map"

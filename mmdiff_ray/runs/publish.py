@@ -44,7 +44,7 @@ def publish(
     of DTYPES; licence: of the weights, an SPDX name. Raises ConfigError where the folder is not empty.
     """
     if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"--out {out} is not empty; name a new folder")
+        raise ConfigError(f"--out {out} is not empty; use a new folder")
     config, manifests = read_config(model.where), _manifests(model)
     denoiser = build_denoiser(config)
     names = {name for name, _ in denoiser.named_parameters()}

@@ -279,7 +279,7 @@ def test_fetched_convolutions_get_torchvisions_names_and_are_saved(
     assert [entry.name for entry in file.parent.iterdir()] == ["lpips-alexnet.safetensors"]
     monkeypatch.setattr(weights, "_download", lambda scratch: pytest.fail("downloaded again"))
     assert weights.fetch(["alex"], lines.append) == [file]
-    assert [line.split()[-1] for line in lines] == ["MB", "there"]
+    assert [line.split()[-1] for line in lines] == ["MB", "exists"]
 
 
 def test_unexpected_convolutions_are_not_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

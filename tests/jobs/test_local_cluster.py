@@ -50,7 +50,7 @@ def test_half_written_state_is_no_cluster(text, capsys):
     STATE.write_text(text)
     assert main(["cluster", "status"]) == 1 and main(["cluster", "down"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "there is no cluster in this folder; start one: mmdiff cluster up",
+        "there is no cluster in this folder; start one with: mmdiff cluster up",
         "there is no cluster in this folder",
     ]
 

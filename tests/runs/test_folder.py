@@ -205,10 +205,10 @@ def test_storage_that_cannot_be_used_is_refused_before_anything_starts(sprites, 
         ),
         (("ui", "--runs", "file:///nowhere"), "tracking.uri: runs in file:///nowhere need an MLflow store"),
         (("sweep", "report", "x", "--runs", "file:///nowhere"), "tracking.uri: runs in file:///nowhere need"),
-        (("experiment", "weights", "--runs", "s3://b/c"), r"--runs (s3://b/c): an experiment needs a folder"),
+        (("experiment", "weights", "--runs", "s3://b/c"), r"--runs (s3://b/c): must be a folder on a disk"),
         (
             ("submit", "--", "experiment", "weights", "--runs", "s3://b"),
-            r"--runs (s3://b): an experiment needs a folder",
+            r"--runs (s3://b): must be a folder on a disk",
         ),
     ],
 )
