@@ -256,9 +256,12 @@ def _record(folder: Path, place: Path, config: Config, findings: Findings) -> No
         if own:
             tracker.image(f"samples/{name}", to_png(image), seen)  # ends the series drawn during training
         tracker.artifact(pictures / f"{name}.png", where)
+    for name in findings.sounds:
+        tracker.artifact(place / "sounds" / f"{name}.wav", where)
     tracker.close(timeout_s=30)
     if (mirror := runs.mirror_of(folder)) is not None:
         drawn = [f"pictures/{name}.png" for name in findings.pictures]
+        drawn += [f"sounds/{name}.wav" for name in findings.sounds]
         mirror.send(
             *(
                 [*drawn, "evaluation.npz", "evaluation.json"]
@@ -269,7 +272,7 @@ def _record(folder: Path, place: Path, config: Config, findings: Findings) -> No
 
 
 def _write(place: Path, seen: int, findings: Findings) -> None:
-    """Write `evaluation.json`, the tallies of its figures, and pictures to a folder."""
+    """Write `evaluation.json`, the tallies of its figures, pictures and sounds to a folder."""
     write_json(
         place / "evaluation.json", {"samples_seen": seen, "figures": [plain(f) for f in findings.figures]}
     )
@@ -277,6 +280,9 @@ def _write(place: Path, seen: int, findings: Findings) -> None:
     (place / "pictures").mkdir(exist_ok=True)
     for name, image in findings.pictures.items():
         (place / "pictures" / f"{name}.png").write_bytes(to_png(image))
+    for name, wav in findings.sounds.items():
+        (place / "sounds").mkdir(exist_ok=True)
+        (place / "sounds" / f"{name}.wav").write_bytes(wav)
 
 
 def _evaluations(folder: Path) -> list[str]:

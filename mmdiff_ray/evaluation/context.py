@@ -51,10 +51,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Findings:
-    """The figures of an evaluator, and its pictures by name."""
+    """The figures of an evaluator, its pictures by name, and sounds as .wav files by name."""
 
     figures: list[Figure] = field(default_factory=list)
     pictures: dict[str, Image.Image] = field(default_factory=dict)
+    sounds: dict[str, bytes] = field(default_factory=dict)
 
     def add(
         self, key: str, better: str, tallies: Mapping[str, Tally], ids: np.ndarray, bound: bool = False

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from mmdiff_ray.evaluation.conditional import panels_of
 from mmdiff_ray.evaluation.context import PAIRED, Context, Findings
@@ -12,6 +13,8 @@ from mmdiff_ray.modalities.map import MapModality
 from mmdiff_ray.modalities.vector import VectorModality
 from mmdiff_ray.registry import register
 
+SOUNDS = 3
+"""Rows whose predicted and true sounds are kept."""
 Measure = Callable[[np.ndarray, np.ndarray], float]
 
 
@@ -38,7 +41,12 @@ def evaluate_maps(context: Context) -> Findings:
                 tallies = {rule: per_row(measure, guess, truth, known) for rule, guess in candidates.items()}
                 findings.add(f"{name}/{metric}{suffix}", "lower", tallies, ids)
         title = f"{name} from {', '.join(context.condition)}"
-        drawn = (name, modality, rows, context.prediction(name, rows, shown), truth, rules)
+        predicted = context.prediction(name, rows, shown)
+        for index, row in enumerate(zip(predicted[:SOUNDS], truth[:SOUNDS], strict=True)):
+            for what, data in zip(("predicted", "true"), row, strict=True):
+                if (wav := modality.wav(torch.from_numpy(data))) is not None:
+                    findings.sounds[f"{name}_{index}_{what}"] = wav
+        drawn = (name, modality, rows, predicted, truth, rules)
         picture = grid(panels_of(context, [drawn], rows), title, "held-out rows")
         findings.pictures[title.replace(" ", "_")] = picture
     return findings

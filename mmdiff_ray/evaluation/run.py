@@ -71,6 +71,7 @@ def evaluate(
         found = evaluator(context)
         findings.figures.extend(found.figures)
         findings.pictures.update(found.pictures)
+        findings.sounds.update(found.sounds)
     return findings
 
 

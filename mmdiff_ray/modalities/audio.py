@@ -107,11 +107,15 @@ class AudioModality(MapModality):
 
     def write(self, data: Tensor, stem: Path) -> Path:
         """Write the spectrogram as a .npy file, and beside it a sound with these levels, as a .wav file."""
-        rate, samples = self.sound(data)
-        with wave.open(f"{stem}.wav", "wb") as file:
-            file.setparams((1, 2, rate, len(samples), "NONE", ""))
-            file.writeframes(samples.astype("<i2").tobytes())
+        Path(f"{stem}.wav").write_bytes(self.wav(data))
         return super().write(data, stem)
+
+    def wav(self, data: Tensor) -> bytes:
+        (rate, samples), file = self.sound(data), io.BytesIO()
+        with wave.open(file, "wb") as sound:
+            sound.setparams((1, 2, rate, len(samples), "NONE", ""))
+            sound.writeframes(samples.astype("<i2").tobytes())
+        return file.getvalue()
 
 
 class MelSpectrum:

@@ -250,6 +250,10 @@ class Modality(nn.Module):
         """Return data as RGB images, uint8 (B, 3, h, w), or None for a type that is no image."""
         return None
 
+    def wav(self, data: Tensor) -> bytes | None:
+        """Return one row's data as a .wav file; None for a type that is no sound."""
+        return None
+
     def parse(self, text: str) -> np.ndarray:
         """Return one row's data from what a person typed (a name, a number, a file). Raises ConfigError."""
         raise NotImplementedError

@@ -200,7 +200,12 @@ def test_sounds_are_learned_from_pictures_of_a_built_data_set(kind, fields, tmp_
     model = Generator(job.config, trainer.ema.model)
     splits = [manifest.splits["train"] for manifest in job.manifests]
     (batch,) = split_batches(job.reader(job.denoiser()), splits, 8, 8)
-    figures = {one.key: one for one in evaluate_maps(Context(model, batch)).figures}
+    findings = evaluate_maps(Context(model, batch))
+    figures = {one.key: one for one in findings.figures}
+    assert {"sound_0_predicted", "sound_0_true"} <= set(findings.sounds)
+    for file in findings.sounds.values():
+        samples, rate = read_sound(file)
+        assert rate == model.modality("sound").options.rate and np.abs(samples).max() > 0
     assert figures["sound/rmse_likely"].value < 0.3 * figures["sound/rmse_likely"].floors["mean map"]
     drawn = model.draw({"pixels": batch.data["pixels"].numpy()}, 8).data["sound"]
     for pixels, levels_drawn in zip(batch.data["pixels"], drawn, strict=True):
