@@ -29,6 +29,7 @@ from mmdiff_ray.modalities.image import to_png
 
 TEXTS, NUMBERS = ("label", "labels", "text"), ("scalar", "vector")
 """Types given as text or numbers. All others take files, and clients must not name those of this machine."""
+PICTURES = ("image", "mask", "latent")
 MOST = 64
 """Samples per request."""
 
@@ -45,9 +46,11 @@ class Model:
             given = {name: [self.parse(name, value)] * num for name, value in asked.get("given", {}).items()}
             settings = int(asked.get("seed", 0)), float(asked.get("guidance", 1.0))
             shown = asked.get("png")
-            if shown is not None:
-                self.model.modality(shown)
-        except (ConfigError, TypeError, ValueError, AttributeError) as error:
+            if shown is not None and self.model.modality(shown).options.type not in PICTURES:
+                raise ConfigError(f"png: {shown} is no picture; want one of type {', '.join(PICTURES)}")
+        except KeyError as error:
+            return JSONResponse({"error": f"{error} is missing"}, status_code=400)
+        except (ConfigError, TypeError, ValueError, AttributeError, OverflowError) as error:
             return JSONResponse({"error": str(error)}, status_code=400)
         samples = await self.sample((given, num, settings))
         if shown in samples:

@@ -1,5 +1,6 @@
 """The sections of a configuration: frozen dataclasses, their keys and defaults."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -38,8 +39,8 @@ class ModalityConfig:
     weights: signal weights.
     """
 
-    folders: ClassVar[tuple[str, ...]] = ()
-    """Keys that name a folder which a model of this type cannot do without."""
+    folders: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Keys that name a folder which a model of this type cannot do without -> the files in it."""
 
     type: str = "???"
     channels: str = "own"

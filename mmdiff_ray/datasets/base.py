@@ -289,12 +289,9 @@ def _write(
     kept = len(writer.done) if streamed else sum(item.key in writer.done for item in items)
     size = 1 if streamed else CHUNK
     chunks = [items[start : start + size] for start in range(0, len(items), size)]
-    if streamed:  # rows are written in order: what lies before the last item with a row is complete
-        last = max((key.rpartition("#")[0] for key in writer.done), default="")
-        chunks = [chunk for chunk in chunks if chunk[0].key >= last]
-    else:
+    if not streamed:  # of a streamed item nobody knows how many rows it has: it is read again
         chunks = [chunk for chunk in chunks if any(item.key not in writer.done for item in chunk)]
-    advance(len(items) - len(chunks) if streamed else kept)
+        advance(kept)
     bad: dict[str, str] = {}
     written = seen = 0
     with closing(flow.run(partial(render, pipeline), stages, chunks, workers, labels)) as stream:

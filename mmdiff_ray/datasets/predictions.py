@@ -12,7 +12,8 @@ from PIL import Image
 
 from mmdiff_ray import registry
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.data.manifest import Manifest, read_manifest
+from mmdiff_ray.config.checks import one_of
+from mmdiff_ray.data.manifest import SPLITS, Manifest, read_manifest
 from mmdiff_ray.data.parquet import read_row_group
 from mmdiff_ray.data.reader import in_reading_order
 from mmdiff_ray.data.shards import row_id
@@ -21,6 +22,8 @@ from mmdiff_ray.datasets.samples import SampleStage, check_export
 from mmdiff_ray.modalities.base import Modality, RowContext
 from mmdiff_ray.modalities.image import to_png
 
+SAME = ("kind", "names", "classes", "dim", "channels", "range", "content")
+"""What a column and a prediction for it must have in common."""
 STATISTICS = ("present", "counts", "train_counts", "pixel_share", "mean_norm", "known_share")
 """What a manifest says of a column that depends on its rows."""
 
@@ -28,7 +31,8 @@ STATISTICS = ("present", "counts", "train_counts", "pixel_share", "mean_norm", "
 @dataclass(frozen=True)
 class PredictionsOptions(Options):
     """model: the export folder of a run, or its URI. rows: the data set to complete. given: the instances
-    that the model is given of each row, separated by commas. sampler: as the model's configuration says where
+    that the model is given of each row, separated by commas. splits: whose rows are completed; predictions in
+    val or test would be judged as if they were true. sampler: as the model's configuration says where
     not given. steps: as sampler. guidance: above 1 closer to what is given. seed: of the noise. likely: the
     most likely answer in place of samples.
     """
@@ -36,6 +40,7 @@ class PredictionsOptions(Options):
     model: str = ""
     rows: str = ""
     given: str = ""
+    splits: str = "train"
     sampler: str | None = None
     steps: int | None = None
     guidance: float = 1.0
@@ -54,23 +59,42 @@ class PredictionStage(SampleStage):
     options: PredictionsOptions
 
     def columns(self) -> dict[str, dict[str, Any]]:
-        """Return the entries of what is generated and has a column."""
-        return {one.column: one.entry() for one in self.predicted.values()}
+        """Return the entries of the columns that are new."""
+        found = {one.column: one.entry() for one in self.predicted.values()}
+        return {name: entry for name, entry in found.items() if name not in self.manifest.columns}
 
-    @property
+    @cached_property
     def predicted(self) -> dict[str, Modality]:
-        """Return the instances that are generated and have a column."""
+        """Return the instances that are generated and whose column rows lack."""
         return {
             name: modality
             for name, modality in self.model.denoiser.modalities.items()
-            if name in self.model.generated - set(self.options.names) and not modality.only_given
+            if name in self.model.generated - set(self.options.names)
+            and not modality.only_given
+            and self._lacks(modality.column)
         }
+
+    def _lacks(self, column: str) -> bool:
+        rows = sum(split.rows for split in self.manifest.splits.values())
+        return self.manifest.columns.get(column, {}).get("present", 0) < rows
+
+    def check(self) -> None:
+        """Raise ConfigError if a column of the rows holds something else than the model predicts."""
+        for name, modality in self.predicted.items():
+            entry, held = modality.entry(), self.manifest.columns.get(modality.column, {})
+            for fact in SAME:
+                if fact in entry and fact in held and entry[fact] != held[fact]:
+                    raise ConfigError(
+                        f"column {modality.column!r} of {self.options.rows} has another {fact} "
+                        f"({_short(held[fact])}) than {name} of the model ({_short(entry[fact])})"
+                    )
 
     def __call__(self, made: Made) -> Made:
         """Return the chunk with its empty columns filled; a row that lacks a given instance is unchanged."""
         rows, known, given = [dict(row) for row in made.rows], [], []
         for row in rows:
-            data = self._given(row, row.pop("number"))
+            number = row.pop("number")
+            data = {} if number is None else self._given(row, number)
             if all(name in data for name in self.options.names):
                 known.append(row)
                 given.append(data)
@@ -112,6 +136,11 @@ class PredictionStage(SampleStage):
         return done
 
 
+def _short(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
 @registry.register("pipeline", "predictions")
 class Predictions(Streamed):
     """The rows of a data set, with a model's predictions in the columns that they lack."""
@@ -123,6 +152,9 @@ class Predictions(Streamed):
         check_export(options.model)
         if not options.rows or not options.names:
             raise ConfigError("predictions need rows=DATA_SET and given=INSTANCE, as given=pixels")
+        self.splits = [name.strip() for name in options.splits.split(",")]
+        for name in self.splits:
+            one_of("splits", name, list(SPLITS))
         self.stage = PredictionStage(options)
         self.manifest = self.stage.manifest
         for name in options.names:
@@ -132,6 +164,8 @@ class Predictions(Streamed):
                     f"given: {options.rows} has no column {modality.column!r} for {name}; it has: "
                     f"{', '.join(self.manifest.columns)}"
                 )
+
+        self.stage.check()
 
     @property
     def description(self) -> str:
@@ -167,5 +201,6 @@ class Predictions(Streamed):
     def rows(self, item: Item) -> Iterator[dict[str, Any]]:
         """Yield the rows of a row group."""
         columns = read_row_group(self.options.rows, item.source, list(self.manifest.columns))
+        completed, names = item.split in self.splits, list(columns)[1:]
         for number, *values in zip(*columns.values(), strict=True):
-            yield {"number": number, **dict(zip(list(columns)[1:], values, strict=True))}
+            yield {"number": number if completed else None, **dict(zip(names, values, strict=True))}

@@ -98,6 +98,7 @@ def evaluate_model(model: Model, overrides: Sequence[str]) -> tuple[Findings, Pa
     Returns what `evaluate_run` returns. Raises ConfigError if the overrides set no `data.sources`.
     """
     config = read_config(model.where, list(overrides))
+    jobs.check_kept(read_config(model.where), config, MAY_CHANGE, "an evaluation")
     if not config.data.sources:
         raise ConfigError(f"{model.name} comes without data; add 'data.sources=[{{uri: data/NAME}}]'")
     check_evaluators(config)

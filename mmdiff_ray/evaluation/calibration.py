@@ -5,7 +5,7 @@ import numpy as np
 from mmdiff_ray.evaluation.conditional import class_counts
 from mmdiff_ray.evaluation.context import AGAIN, Context, Figure, Findings
 from mmdiff_ray.evaluation.floors import majority_class
-from mmdiff_ray.evaluation.statistics import Tally, mean_of
+from mmdiff_ray.evaluation.statistics import Tally
 from mmdiff_ray.modalities.label import LabelModality
 from mmdiff_ray.modalities.mask import MaskModality
 from mmdiff_ray.registry import register
@@ -30,33 +30,37 @@ def evaluate_calibration(context: Context) -> Findings:
     found = [*context.predicted(LabelModality), *context.predicted(MaskModality)]
     heads = first_step(context, [name for name, *_ in found])
     for name, modality, rows in found:
-        probabilities, truth = heads[name][rows], context.truth(name, rows).numpy().astype(int)
-        classes = probabilities.shape[1]
+        probabilities, data = heads[name][rows], context.truth(name, rows)
+        void, classes = modality.void(data), probabilities.shape[1]
+        known = np.ones(data.shape, bool) if void is None else ~void.numpy()
+        truth = np.where(known, data.numpy(), 0).astype(int)
         if truth.ndim == 1:
             counts = class_counts(context, modality, truth)
         else:
-            counts = np.bincount(truth.ravel(), minlength=classes).tolist()
+            counts = np.bincount(truth[known], minlength=classes).tolist()
         smooth = np.array(counts) + 1
         shape = (1, classes, *[1] * (probabilities.ndim - 2))
         frequencies = np.broadcast_to((smooth / smooth.sum()).reshape(shape), probabilities.shape)
         accuracy = {
-            "model": _mean_over_rows(probabilities.argmax(1) == truth),
-            "majority class": _mean_over_rows(truth == majority_class(counts)),
+            "model": _mean_over_rows(probabilities.argmax(1) == truth, known),
+            "majority class": _mean_over_rows(truth == majority_class(counts), known),
         }
         nll = {
-            "model": _mean_over_rows(negative_log_likelihood(probabilities, truth)),
-            "class frequencies": _mean_over_rows(negative_log_likelihood(frequencies, truth)),
+            "model": _mean_over_rows(negative_log_likelihood(probabilities, truth), known),
+            "class frequencies": _mean_over_rows(negative_log_likelihood(frequencies, truth), known),
         }
         findings.add(f"{name}/head_accuracy", "higher", accuracy, context.ids(rows))
         findings.add(f"{name}/head_nll", "lower", nll, context.ids(rows))
-        error = calibration_error(probabilities, truth)
+        error = calibration_error(np.moveaxis(probabilities, 1, -1)[known], truth[known])
         findings.figures.append(Figure(f"{name}/head_calibration_error", error, "lower", len(truth)))
     return findings
 
 
-def _mean_over_rows(values: np.ndarray) -> Tally:
-    """Return the tally of the mean over rows of each row's mean over cells. values: (n, ...)."""
-    return mean_of(values.reshape(len(values), -1).mean(1))
+def _mean_over_rows(values: np.ndarray, known: np.ndarray) -> Tally:
+    """Return the tally of the mean over rows of each row's mean over known cells. values, known: (n, ...)."""
+    cells = known.reshape(len(known), -1).sum(1)
+    sums = np.where(known, values, 0).reshape(len(known), -1).sum(1)
+    return Tally(sums / np.maximum(cells, 1), (cells > 0).astype(np.float64))
 
 
 def first_step(context: Context, names: list[str]) -> dict[str, np.ndarray]:

@@ -45,7 +45,7 @@ def evaluate_segmentation(context: Context) -> Findings:
             candidates = {"model": context.prediction(name, rows, readout), **rules}
             candidates = {rule: _without(void, mask) for rule, mask in candidates.items()}
             overlap = {rule: iou_tally(mask, truth, classes, void) for rule, mask in candidates.items()}
-            edges = {rule: mean_of(boundary_f(mask, truth)) for rule, mask in candidates.items()}
+            edges = {rule: mean_of(boundary_f(mask, truth, void=void)) for rule, mask in candidates.items()}
             metric = "iou" if classes == 2 else "miou"
             findings.add(f"{name}/{metric}{suffix}", "higher", overlap, context.ids(rows))
             findings.add(f"{name}/boundary_f{suffix}", "higher", edges, context.ids(rows))

@@ -53,26 +53,36 @@ def iou_tally(
     return Tally(hits, matrices.sum(1) + matrices.sum(2) - hits)
 
 
-def boundary_f(predicted: np.ndarray, truth: np.ndarray, tolerance: float | None = None) -> np.ndarray:
+def boundary_f(
+    predicted: np.ndarray,
+    truth: np.ndarray,
+    tolerance: float | None = None,
+    void: np.ndarray | None = None,
+) -> np.ndarray:
     """Return the F1 of precision and recall of each image's region boundaries, float64 (B,).
 
     A boundary pixel differs in class from the pixel right of it, below it or below right. It matches if the
     other mask has a boundary pixel, of any classes, within `tolerance` pixels (Euclidean), by default 0.8 %
-    of the diagonal and at least 1. 1 if neither mask has a boundary, 0 if only one has.
+    of the diagonal and at least 1. 1 if neither mask has a boundary, 0 if only one has. void: bool (B, H, W),
+    pixels that are in no boundary.
     Source: the contour measure F of Perazzi et al., "A Benchmark Dataset ... for Video Object Segmentation",
     CVPR 2016, with distances instead of dilation by discs.
     """
     _same_shape(predicted, truth)
     if tolerance is None:
         tolerance = max(1.0, TOLERANCE * float(np.hypot(*truth.shape[1:])))
-    return np.array(
-        [_f1(_boundary(p), _boundary(q), tolerance) for p, q in zip(predicted, truth, strict=True)]
-    )
+    voids = np.zeros(truth.shape, bool) if void is None else void
+    pairs = zip(predicted, truth, voids, strict=True)
+    return np.array([_f1(_boundary(p, v), _boundary(q, v), tolerance) for p, q, v in pairs])
 
 
-def _boundary(mask: np.ndarray) -> np.ndarray:
-    padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
-    return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
+def _boundary(mask: np.ndarray, void: np.ndarray) -> np.ndarray:
+    """Return the boundary pixels, (H, W): void and known pixels have none in common."""
+    padded, unknown = (np.pad(values, ((0, 1), (0, 1)), mode="edge") for values in (mask, void))
+    boundary = np.zeros(mask.shape, bool)
+    for part in (np.s_[:-1, 1:], np.s_[1:, :-1], np.s_[1:, 1:]):
+        boundary |= (mask != padded[part]) & ~void & ~unknown[part]
+    return boundary
 
 
 def _f1(predicted: np.ndarray, truth: np.ndarray, tolerance: float) -> float:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmdiff_ray.codecs.autoencoder import Codec, load_codec
+from mmdiff_ray.codecs.autoencoder import CONFIG, WEIGHTS, Codec, load_codec
 from mmdiff_ray.config import ConfigError, ModalityConfig, named
 from mmdiff_ray.modalities.base import DenseModality, Mean, RowContext, need_column
 from mmdiff_ray.modalities.image import draw, open_image, resized, to_png
@@ -36,7 +36,7 @@ class LatentOptions(ModalityConfig):
         the channel.
     """
 
-    folders = ("codec",)
+    folders: ClassVar = {"codec": (CONFIG, WEIGHTS)}
 
     column: str | None = None
     codec: str | None = None
@@ -84,6 +84,15 @@ class LatentModality(DenseModality):
     ) -> LatentOptions:
         column = options.column or name
         entry = need_column(name, column, columns, ("latent",))
+        for key, pinned, held in (
+            ("digest", options.digest, entry["codec_digest"]),
+            ("cells", options.cells, list(entry["size"])),
+        ):
+            if pinned not in (None, held):
+                raise ConfigError(
+                    f"modalities.{name}.{key} ({pinned}) differs from the data set's {held} in column "
+                    f"{column!r}; leave it out to take the data set's"
+                )
         with named(f"modalities.{name}.codec"):
             codec = Codec(options.codec or entry["codec_folder"], entry["codec_digest"])
         return dataclasses.replace(

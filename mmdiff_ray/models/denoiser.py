@@ -48,7 +48,7 @@ class Denoiser(nn.Module):
         self.backbone = backbone
         self.path = InputPath.of(given_input, modalities, process, exact, zero_unused)
         self.prediction = prediction
-        self.contexts = context_shapes(modalities)
+        self.contexts = {} if given_input == "z_only" else context_shapes(modalities)
         width = backbone.embedding_channels
         heads = {
             name: modality.make_head(backbone.feature_channels, backbone.pooled_channels)
@@ -304,7 +304,7 @@ def build_denoiser(config: Config) -> Denoiser:
         path = InputPath.of(given.input, modalities, process, given.exact, given.zero_unused)
         backbone = look_up("backbone", config.model.backbone)
         options = {key: value for key, value in config.model.options.items() if value is not None}
-        if contexts := context_shapes(modalities):
+        if given.input != "z_only" and (contexts := context_shapes(modalities)):
             options["token_channels"] = total_shape(contexts)[1]
         made = backbone(
             path.groups() if getattr(backbone, "separate", False) else path.width,

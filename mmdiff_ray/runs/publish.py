@@ -82,7 +82,9 @@ def publish(
         for name, options in config.modalities.items():
             for key in filter(lambda key: getattr(options, key), options.folders):
                 about["config"]["modalities"][name][key] = f"{name}_{key}"
-                shutil.copytree(getattr(options, key), saved.parent / f"{name}_{key}")
+                (saved.parent / f"{name}_{key}").mkdir()
+                for file in options.folders[key]:
+                    shutil.copyfile(Path(getattr(options, key)) / file, saved.parent / f"{name}_{key}" / file)
         saved.write_text(json.dumps(about, indent=1), encoding="utf8")
         (partial / "README.md").write_text(card, encoding="utf8")
     return out

@@ -85,27 +85,32 @@ def _advance(
     if save or look:
         metrics.update(trainer.validate(validation()))
     curves: dict[str, tuple[float, str]] = {name: (value, "lower") for name, value in metrics.items()}
-    if look or (save and f"val/{best}" not in curves):
-        curves.update(hooks.evaluate(trainer, look))
+    chooses = save and config.evaluate.best is not None and f"val/{best}" not in curves
+    found = hooks.evaluate(trainer, look) if look or chooses else {}
+    curves.update(found)
     hooks.report(progress, {name: value for name, (value, _) in curves.items()})
     if save:
-        store.save(trainer, facts, _score(curves, best, config.evaluate.best is not None))
+        score = _score(curves, best, config.evaluate.best is not None)
+        store.save(trainer, facts, score)
+        known = ", ".join(sorted(name.removeprefix("val/") for name in curves if name.startswith("val/")))
+        lacks = config.evaluate.best is not None and score is None
+        if lacks and same_everywhere(float(bool(found) or not known)):  # else the evaluation failed
+            raise TrainingError(
+                f"evaluate.best: unknown curve {best!r}; known: {known or 'none, no held-out rows'}"
+            )
     return stop
 
 
 def _score(curves: Curves, best: str, needed: bool) -> float | None:
-    """Return the value by which the best checkpoint is chosen, the lower the better, the same on all workers.
+    """Return the value by which the best checkpoint is chosen, the lower the better; None if there is none.
 
-    Raises TrainingError on all workers if `evaluate.best` names no curve.
+    needed: whether it is `evaluate.best`, whose value is the first worker's.
     """
     value, better = curves.get(f"val/{best}", (None, ""))
     if not needed:
         return value
     if not same_everywhere(float(value is not None)):
-        known = ", ".join(sorted(name.removeprefix("val/") for name in curves if name.startswith("val/")))
-        raise TrainingError(
-            f"evaluate.best: unknown curve {best!r}; known: {known or 'none, no held-out rows'}"
-        )
+        return None
     return same_everywhere((-value if better == "higher" else value) if value is not None else 0.0)
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -110,23 +111,26 @@ def test_a_label_outside_the_stated_classes_costs_its_row(hub, tmp_path):
     assert set(built.bad.values()) == {"label: got 4, which is none of the 4 classes"}
 
 
-def test_an_interrupted_build_of_parts_goes_on_to_the_same_rows(hub, tmp_path, monkeypatch):
+@pytest.mark.parametrize("interrupted_at", [6, 21, 35])
+def test_an_interrupted_build_of_parts_goes_on_to_the_same_rows(hub, tmp_path, monkeypatch, interrupted_at):
     from mmdiff_ray.data.shards import ShardWriter
 
-    whole = make("parquet", str(hub), str(tmp_path / "whole"))[1]
+    split = {"val_share": "0.3", "test_share": "0.2"}
+    whole = make("parquet", str(hub), str(tmp_path / "whole"), **split)[1]
     add, added = ShardWriter.add, []
 
     def failing(self, row, *place):
         added.append(row["key"])
-        if len(added) == 21:
+        if len(added) == interrupted_at:
             raise KeyboardInterrupt
         return add(self, row, *place)
 
-    with monkeypatch.context() as patch:
+    monkeypatch.setattr("mmdiff_ray.datasets.base.ShardWriter", partial(ShardWriter, rows_per_shard=4))
+    with monkeypatch.context() as patch:  # some splits have written shards, others hold rows in memory
         patch.setattr(ShardWriter, "add", failing)
         with pytest.raises(KeyboardInterrupt):
-            make("parquet", str(hub), str(tmp_path / "cut"))
-    rows = make("parquet", str(hub), str(tmp_path / "cut"))[1]
+            make("parquet", str(hub), str(tmp_path / "cut"), **split)
+    rows = make("parquet", str(hub), str(tmp_path / "cut"), **split)[1]
     assert sorted(rows) == sorted(whole) and len(rows) == 36
 
 

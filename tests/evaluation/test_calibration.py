@@ -1,5 +1,7 @@
 """Probabilities of the label head: calibration by its definition, and what the head says before any step."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -131,3 +133,20 @@ def test_without_a_predicted_label_there_are_no_figures(sprites: str) -> None:
     job = tiny.job(sprites, "tasks.understand.roles.shape=absent", "tasks.understand.roles.shapes=absent")
     batch = joined(tiny.held_out(job, ROWS, size=4))
     assert evaluate_calibration(Context(tiny.generator(job), batch.where(batch.real))).figures == []
+
+
+def test_void_cells_are_in_no_figure(sprites: str) -> None:
+    job = tiny.job(sprites)
+    batch = joined(tiny.held_out(job, ROWS, size=4))
+    context = Context(tiny.generator(job), batch.where(batch.real))
+    known = {figure.key: figure for figure in evaluate_calibration(context).figures}
+    mask = context.denoiser.modalities["shapes"]
+    mask.options = dataclasses.replace(mask.options, void=255)
+    context.batch.data["shapes"][:, :2] = 255
+    context.batch.data["shapes"][0] = 255
+    found = {figure.key: figure for figure in evaluate_calibration(context).figures}
+    for key in ("shapes/head_accuracy", "shapes/head_nll"):
+        tally = found[key].tallies["model"]
+        assert tally.denominator.tolist() == [0.0, *[1.0] * (len(tally.denominator) - 1)]
+        assert np.isfinite(tally.numerator).all() and found[key].value != known[key].value
+    assert 0 <= found["shapes/head_calibration_error"].value <= 1

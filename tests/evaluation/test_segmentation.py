@@ -74,6 +74,19 @@ def test_boundaries_between_classes_count_like_those_of_the_foreground() -> None
     assert boundary_f(np.ones_like(truth), truth).tolist() == [0.0]
 
 
+def test_the_outline_of_void_pixels_is_no_boundary():
+    truth = np.zeros((1, 16, 16), np.uint8)
+    truth[:, 4:8, 4:8] = 1
+    void = np.zeros((1, 16, 16), bool)
+    void[:, 10:, :] = True
+    wrong = np.zeros_like(truth)
+    wrong[:, :3, 12:] = 1
+    for mask in (truth, wrong):
+        mask[void] = 2
+    assert boundary_f(wrong, truth, void=void) == [0.0] and boundary_f(truth, truth, void=void) == [1.0]
+    assert boundary_f(wrong, truth) > 0.2
+
+
 def test_void_pixels_are_not_measured():
     rng = np.random.default_rng(0)
     truth, predicted = rng.integers(0, 4, (2, 3, 8, 8))

@@ -125,6 +125,14 @@ def test_stated_figure_chooses_the_best_checkpoint(job, tmp_path):
     assert {read_state(path)["figure"] for path in complete(tmp_path / "loss")} == {"task/restore/total"}
     with pytest.raises(TrainingError, match=r"evaluate.best: unknown curve 'shape/gessed'; known: loss/"):
         ending("shape/gessed", tmp_path / "typo")
+    assert complete(tmp_path / "typo")  # nothing of what was trained is lost
+    silent = Diary()
+    silent.evaluate = lambda trainer, pictures: {}  # as where an evaluation fails
+    config = dataclasses.replace(
+        job.config, evaluate=dataclasses.replace(job.config.evaluate, best="shape/guessed")
+    )
+    run(dataclasses.replace(job, config=config), tmp_path / "failed", silent)
+    assert complete(tmp_path / "failed")[-1].name == f"{160:012d}"
 
 
 def test_stopped_run_saves_and_goes_on_to_the_same_end_bit_for_bit(job, whole, tmp_path):
