@@ -39,17 +39,17 @@ def _try(given: argparse.Namespace) -> int:
     check_free(given.host, given.port)
     found = model_of(given)
     shown = page(load_export(found.where), found.name)
-    shown.launch(
-        server_name=given.host,
-        server_port=given.port,
-        share=False,
-        quiet=True,
-        auth=("mmdiff", given.password) if given.password else None,
-        footer_links=[],
-        prevent_thread_lock=True,
-    )
-    print(f"page: http://{given.host}:{given.port} (Ctrl-C ends it)", flush=True)
     try:
+        shown.launch(
+            server_name=given.host,
+            server_port=given.port,
+            share=False,
+            quiet=True,
+            auth=("mmdiff", given.password) if given.password else None,
+            footer_links=[],
+            prevent_thread_lock=True,
+        )
+        print(f"page: http://{given.host}:{given.port} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         os._exit(0)  # exit now: open browser connections would keep the server alive for minutes

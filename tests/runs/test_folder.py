@@ -336,7 +336,7 @@ def test_a_server_that_dies_at_the_end_costs_an_exit_code_and_the_next_command_s
         assert code == 1 and said.count("cannot upload") == 1
         checkpoints = "checkpoint 000000000064, checkpoint 000000000160"
         assert f"not in {uri}: {checkpoints}. They are in {here}; resuming the run" in said
-        left = "config.yaml, evaluation.json, export, pictures/joint.png, run.json"
+        left = "config.yaml, evaluation.json, evaluation.npz, export, pictures/joint.png, run.json"
         assert said.rstrip().endswith(
             f"not in {uri}: {left}. They are in {here}; the next command on this run "
             "on this machine uploads them"

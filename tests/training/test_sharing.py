@@ -128,5 +128,5 @@ def test_parameters_that_cannot_be_shared_out_are_refused(sprites, monkeypatch):
 
     monkeypatch.setattr(UNet, "__init__", with_scalar)
     tiny.job(sprites)
-    with pytest.raises(ConfigError, match=r"without a dimension \(backbone.loudness\)"):
+    with pytest.raises(ConfigError, match=r"cannot shard scalar parameters \(backbone.loudness\)"):
         tiny.job(sprites, "workers.strategy=fsdp")
