@@ -1,5 +1,6 @@
 """The page of `mmdiff try`: what is given in its fields appears in its answer, and mistakes in one line."""
 
+import functools
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,11 @@ def address(finished):
     port = free_port()
     command = [sys.executable, "-m", "mmdiff_ray.cli", "try", finished.folder.name, "--runs", finished.runs]
     process = subprocess.Popen(
-        [*command, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, "--port", str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
     )
     assert process.stdout is not None
     assert process.stdout.readline() == f"page: http://127.0.0.1:{port} (Ctrl-C ends it)\n"
