@@ -31,21 +31,22 @@ COLUMNS = (
 MASKS, LABELS, HOLES, NOISE = "masks from images", "labels from images", "blocks 30 %", "images from noise"
 FRECHET, LPIPS = "pixels/frechet_lpips_alex", "pixels_from_masked/lpips_hole"
 FEW = "few_annotations"
+
+
+def _masks(figure: str) -> tuple[Cell | None, ...]:
+    """Return the comparisons of a figure of masks."""
+    return (
+        Cell("image_mask", MASKS, "masks_third", figure),
+        Cell("all_at_once", MASKS, "mask_fifth", figure),
+        Cell("all_at_once", MASKS, "mask", figure),
+        Cell(f"{FEW}-tenth", MASKS, "masks_best", f"{figure}_likely"),
+        Cell(f"{FEW}-thirtieth", MASKS, "masks_best", f"{figure}_likely"),
+    )
+
+
 ROWS: dict[str, tuple[Cell | None, ...]] = {
-    "24-colour segmentation, mIoU ↑": (
-        Cell("image_mask", MASKS, "masks_third", "palette/miou"),
-        Cell("all_at_once", MASKS, "mask_fifth", "palette/miou"),
-        Cell("all_at_once", MASKS, "mask", "palette/miou"),
-        Cell(f"{FEW}-tenth", MASKS, "masks_best", "palette/miou_likely"),
-        Cell(f"{FEW}-thirtieth", MASKS, "masks_best", "palette/miou_likely"),
-    ),
-    "foreground mask, IoU ↑": (
-        Cell("image_mask", MASKS, "masks_third", "alpha/iou"),
-        Cell("all_at_once", MASKS, "mask_fifth", "alpha/iou"),
-        Cell("all_at_once", MASKS, "mask", "alpha/iou"),
-        Cell(f"{FEW}-tenth", MASKS, "masks_best", "alpha/iou_likely"),
-        Cell(f"{FEW}-thirtieth", MASKS, "masks_best", "alpha/iou_likely"),
-    ),
+    "24-colour segmentation, mIoU ↑": _masks("palette/miou"),
+    "foreground mask, IoU ↑": _masks("alpha/iou"),
     "label, accuracy ↑": (
         Cell("image_label", LABELS, "classifier_third", "label/accuracy"),
         Cell("all_at_once", LABELS, "label_fifth", "category/accuracy"),

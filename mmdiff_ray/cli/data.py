@@ -25,6 +25,19 @@ def add(commands: Commands) -> None:
     actions = commands.add_parser("data", help="build and inspect data sets").add_subparsers(
         required=True, metavar="ACTION"
     )
+    _add_build(actions)
+    inspect = command(
+        actions, "inspect", "show what is in a data set", "mmdiff data inspect data/openmoji", _inspect
+    )
+    inspect.add_argument("uri", help="the folder or URI of the data set")
+    inspect.add_argument(
+        "--picture", type=Path, help="file for a picture of some rows (default: NAME.png in this folder)"
+    )
+    _add_embed(actions)
+    _add_fit_codec(actions)
+
+
+def _add_build(actions: Commands) -> None:
     build = command(
         actions,
         "build",
@@ -53,13 +66,9 @@ def add(commands: Commands) -> None:
     build.add_argument(
         "options", nargs="*", metavar="key=value", help="the data set's options; --key value works too"
     )
-    inspect = command(
-        actions, "inspect", "show what is in a data set", "mmdiff data inspect data/openmoji", _inspect
-    )
-    inspect.add_argument("uri", help="the folder or URI of the data set")
-    inspect.add_argument(
-        "--picture", type=Path, help="file for a picture of some rows (default: NAME.png in this folder)"
-    )
+
+
+def _add_embed(actions: Commands) -> None:
     embed = command(
         actions,
         "embed",
@@ -71,6 +80,9 @@ def add(commands: Commands) -> None:
     embed.add_argument("embedder", help="minilm, efficientnet-lite0 or open_clip:MODEL[:weights]")
     embed.add_argument("value", help="a text, or an image file")
     embed.add_argument("--out", type=Path, required=True, help="the .npy file to write")
+
+
+def _add_fit_codec(actions: Commands) -> None:
     fit = command(
         actions,
         "fit-codec",

@@ -21,6 +21,7 @@ from mmdiff_ray.datasets.base import Item, Made, Options, Streamed
 from mmdiff_ray.datasets.samples import SampleStage, check_export
 from mmdiff_ray.modalities.base import Modality, RowContext
 from mmdiff_ray.modalities.image import to_png
+from mmdiff_ray.sampling.export import weights_digest
 
 SAME = ("kind", "names", "classes", "dim", "channels", "range", "content")
 """What a column and a prediction for it must have in common."""
@@ -170,8 +171,8 @@ class Predictions(Streamed):
     @property
     def description(self) -> str:
         """Return what was completed."""
-        name = self.stage.model.config.name
-        return f"{self.manifest.description} Completed by {name}, given {self.options.given}."
+        model = f"{self.stage.model.config.name} (weights {weights_digest(self.options.model)})"
+        return f"{self.manifest.description} Completed by {model}, given {self.options.given}."
 
     @property
     def credit(self) -> str:  # type: ignore[override]

@@ -96,23 +96,6 @@ class Objective:
                     counts[key] = counts[key] * share
         return counts
 
-    def sums(
-        self,
-        z_t: Tensor,
-        t: Tensor,
-        roles: Roles,
-        codes: Codes,
-        data: Mapping[str, Tensor],
-        predicted: Codes,
-        heads: Mapping[str, Tensor],
-        known: Tensor | None = None,
-        void: Mapping[str, Tensor] | None = None,
-        weighted_only: bool = False,
-    ) -> Terms:
-        """Return the sum of every term over a batch (`row_sums`)."""
-        rows = self.row_sums(z_t, t, roles, codes, data, predicted, heads, known, void, weighted_only)
-        return {key: value.sum() for key, value in rows.items()}
-
     def row_sums(
         self,
         z_t: Tensor,

@@ -24,13 +24,14 @@ from mmdiff_ray.batch import Batch
 from mmdiff_ray.config import Config, ConfigError, RunError
 from mmdiff_ray.config.checks import unknown
 from mmdiff_ray.data.batches import local_batches, split_batches
+from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.experiments.digest import training_digest
 from mmdiff_ray.experiments.loading import load_experiment
 from mmdiff_ray.experiments.measurement import Say, is_measured, measure_cell
 from mmdiff_ray.experiments.spec import Cell, Experiment
 from mmdiff_ray.experiments.watch import Watch
 from mmdiff_ray.runs import job as jobs
-from mmdiff_ray.sampling.export import WEIGHTS, save_export
+from mmdiff_ray.sampling.export import WEIGHTS, save_export, weights_digest
 from mmdiff_ray.storage.lock import lock_folder
 from mmdiff_ray.training.checkpoint import CheckpointStore, complete
 from mmdiff_ray.training.fit import Curves, fit
@@ -45,13 +46,17 @@ WATCH_POINTS = 8
 """Number of evaluations of a cell's watched tasks during training."""
 
 
-def is_trained(folder: Path, config: Config) -> bool:
-    """Return whether a cell is trained. Raises ConfigError if its settings have changed since."""
+def is_trained(experiment: Experiment, cell: Cell, runs: Path) -> bool:
+    """Return whether a cell is trained. Raises ConfigError if its settings, or its teacher's, have changed
+    since."""
+    folder = experiment.folder(runs, cell)
     file = folder / "export" / "facts.json"
     if not file.is_file():
         return False
     facts = json.loads(file.read_text(encoding="utf8"))
-    if facts.get("digest") != training_digest(config):
+    teacher = _teacher_digest(experiment, cell, runs)
+    changed = facts.get("digest") != training_digest(experiment.config(cell, folder.parent))
+    if changed or facts.get("teacher", teacher) != teacher:
         raise ConfigError(
             f"{folder} was trained with settings that differ from the experiment's; "
             "move the folder away to train the cell again"
@@ -59,10 +64,39 @@ def is_trained(folder: Path, config: Config) -> bool:
     return True
 
 
-def train_cell(config: Config, folder: Path, hooks: "CellHooks", watched: Sequence[str] = ()) -> None:
+def _teacher_digest(experiment: Experiment, cell: Cell, runs: Path) -> str | None:
+    """Return the digest of the settings of a cell's teacher, None if it has none."""
+    if cell.method.teacher is None:
+        return None
+    teacher = Cell(experiment.methods[cell.method.teacher], cell.seed)
+    return training_digest(experiment.config(teacher, experiment.folder(runs)))
+
+
+def _make_own_data(experiment: Experiment, cell: Cell, runs: Path) -> None:
+    """Build the data set that a cell's teacher makes, unless it exists. Raises ConfigError if another model
+    made it."""
+    if data := experiment.own_data(cell, runs):
+        from mmdiff_ray.datasets.base import build_missing
+
+        build_missing(dataclasses.asdict(data))
+        teacher = experiment.folder(runs, Cell(experiment.methods[str(cell.method.teacher)], cell.seed))
+        if weights_digest(str(teacher / "export")) not in read_manifest(data.uri).description:
+            raise ConfigError(
+                f"{data.uri} was not made by the present model of {teacher.name}; remove it to make it again"
+            )
+
+
+def train_cell(
+    config: Config,
+    folder: Path,
+    hooks: "CellHooks",
+    watched: Sequence[str] = (),
+    teacher: str | None = None,
+) -> None:
     """Train a cell in this process and write its export. Resumes from the last checkpoint, if any.
 
-    watched: tasks whose losses and gradients are recorded in `watched.json`.
+    watched: tasks whose losses and gradients are recorded in `watched.json`. teacher: digest of the settings
+    of the model that made the cell's data.
     """
     period = config.train.samples // WATCH_POINTS if watched else 0
     config = dataclasses.replace(
@@ -106,7 +140,7 @@ def train_cell(config: Config, folder: Path, hooks: "CellHooks", watched: Sequen
         "parameters": parameters,
         "machine": machine(trainer.device),
         "versions": versions,
-    }
+    } | ({"teacher": teacher} if teacher else {})
     shutil.rmtree(folder / "measured", ignore_errors=True)  # they belong to an earlier model
     save_export(job.export, _with_init(config, init), trainer.ema.model, known)
 
@@ -178,16 +212,16 @@ def run_cell(
     """
     folder = experiment.folder(runs, cell)
     config = experiment.config(cell, folder.parent)
-    if not is_trained(folder, config) or (measured and _is_missing_needed_model(experiment, cell, runs)):
+    if not is_trained(experiment, cell, runs) or (
+        measured and _is_missing_needed_model(experiment, cell, runs)
+    ):
         for first in experiment.cells_before(cell):
             if not (experiment.folder(runs, first) / "export" / WEIGHTS).is_file():
                 raise ConfigError(f"{cell.key} needs {first.key}, which is not trained; train that first")
-        if data := experiment.own_data(cell, runs):
-            from mmdiff_ray.datasets.base import build_missing
-
-            build_missing(dataclasses.asdict(data))
+        _make_own_data(experiment, cell, runs)
         copy_shared_checkpoint(experiment, cell, runs, say)
-        train_cell(config, folder, hooks or CellHooks(say), experiment.watch.get(cell.method.name, ()))
+        watched, teacher = experiment.watch.get(cell.method.name, ()), _teacher_digest(experiment, cell, runs)
+        train_cell(config, folder, hooks or CellHooks(say), watched, teacher)
     if measured:
         measure_cell(experiment, cell, runs, say)
 

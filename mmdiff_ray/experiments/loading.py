@@ -73,22 +73,7 @@ def _build(plain: Mapping[str, Any], preset: str) -> Experiment:
     if preset not in written.presets:
         raise ConfigError(unknown("preset", preset, list(written.presets)))
     chosen = _make(Preset, f"presets.{preset}", written.presets[preset], name=preset)
-    methods = {}
-    for name, values in written.methods.items():
-        if chosen.methods.get(name, {}) is None:
-            continue
-        own = _make(Method, f"methods.{name}", values, name=name)
-        at_preset = chosen.methods.get(name) or {}
-        whole = {
-            **(values or {}),
-            **at_preset,
-            "overrides": [*own.overrides, *_preset_overrides(name, at_preset)],
-        }
-        if whole.get("data") is not None:
-            whole["data"] = _make(DataSet, f"methods.{name}.data", whole["data"])
-        methods[name] = _make(Method, f"methods.{name}", whole, name=name)
-    if not methods:
-        raise ConfigError(f"presets.{preset}.methods  removes every method; keep at least one")
+    methods = _methods(written, chosen)
     data = written.data if chosen.data is None else chosen.data
     parts: dict[str, Any] = {
         "title": written.title or written.name,
@@ -116,6 +101,27 @@ def _build(plain: Mapping[str, Any], preset: str) -> Experiment:
     experiment = Experiment(**rest, **parts)
     _check_references(experiment)
     return experiment
+
+
+def _methods(written: _ExperimentFile, preset: Preset) -> dict[str, Method]:
+    """Return the methods of a preset. Raises ConfigError if it has none."""
+    methods = {}
+    for name, values in written.methods.items():
+        if preset.methods.get(name, {}) is None:
+            continue
+        own = _make(Method, f"methods.{name}", values, name=name)
+        at_preset = preset.methods.get(name) or {}
+        whole = {
+            **(values or {}),
+            **at_preset,
+            "overrides": [*own.overrides, *_preset_overrides(name, at_preset)],
+        }
+        if whole.get("data") is not None:
+            whole["data"] = _make(DataSet, f"methods.{name}.data", whole["data"])
+        methods[name] = _make(Method, f"methods.{name}", whole, name=name)
+    if not methods:
+        raise ConfigError(f"presets.{preset.name}.methods removes every method; keep at least one")
+    return methods
 
 
 def _preset_overrides(name: str, at_preset: Mapping[str, Any]) -> list[str]:

@@ -82,7 +82,7 @@ def check_cells(experiment: Experiment, runs: Path) -> None:
     for cell in experiment.cells():
         folder = experiment.folder(runs, cell)
         config = experiment.config(cell, folder.parent)
-        is_trained(folder, config)
+        is_trained(experiment, cell, runs)
         if (data := experiment.own_data(cell, runs)) and not is_built(data.uri):
             continue
         manifests = read_sources(config)

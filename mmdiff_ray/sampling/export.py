@@ -1,6 +1,7 @@
 """Write a trained model for use, and load it."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -87,6 +88,12 @@ def _shipped(where: str) -> str:
     if name not in (known := shipped_models()):
         raise ConfigError(f"no shipped model {name!r}; there are: {', '.join(known) or 'none'}")
     return str(_shipped_folder() / name)
+
+
+def weights_digest(where: str | Path) -> str:
+    """Return the first 12 hexadecimal digits of the SHA-256 of an exported model's weights."""
+    with need_export(where)[1].open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 def tensors_in(file: str) -> dict[str, Tensor]:

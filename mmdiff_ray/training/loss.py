@@ -51,7 +51,7 @@ class TrainingLoss(nn.Module):
         """Return the sum of every loss term over a micro-batch, or by row, (B,). roles: instance -> (B,).
 
         one_pass: rows with t = 1, bool (B,); other rows draw t. weighted_only: skip terms with coefficient 0
-        that are expensive (`Objective.sums`).
+        that are expensive (`Objective.row_sums`).
         """
         denoiser, objective = self.denoiser, self._on_grid
         process, t = objective.process, self._times(batch)
@@ -67,10 +67,10 @@ class TrainingLoss(nn.Module):
         with self._autocast(z_t.device.type):
             predicted = denoiser(seen, t, roles, codes, conditions)
         known, void = denoiser.known_cells(batch.data, roles), denoiser.void_cells(batch.data)
-        terms = objective.row_sums if by_row else objective.sums
-        return terms(
+        rows = objective.row_sums(
             z_t, t, roles, codes, batch.data, predicted.codes, predicted.heads, known, void, weighted_only
         )
+        return rows if by_row else {key: value.sum() for key, value in rows.items()}
 
     def counts(self, batch: Batch, roles: Roles, by_row: bool = False) -> Terms:
         """Return the count of every loss term in a batch, or by row, (B,), before any forward pass."""

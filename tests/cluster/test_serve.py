@@ -78,6 +78,9 @@ def test_pictures_are_given_as_files_and_answered_as_png(address, tmp_path):
         ({"given": {"pixels": "/etc/hostname"}}, "want a file"),
         ({"given": {"colour": "red"}}, "the model has no modality 'colour'"),
         ({"num": "many"}, "many"),
+        ({"given": {"pixels": {"name": "x.png"}}}, "'file' is missing"),
+        ({"seed": float("inf")}, "infinity"),
+        ({"png": "shape"}, "png: shape is no picture"),
     ],
 )
 def test_mistakes_are_answered_with_400_in_one_line(address, asked, message):

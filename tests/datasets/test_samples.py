@@ -9,8 +9,9 @@ from PIL import Image
 from mmdiff_ray.cli import main
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import read_manifest
+from mmdiff_ray.data.shards import ShardWriter
 from mmdiff_ray.datasets.base import build
-from mmdiff_ray.sampling.export import load_export
+from mmdiff_ray.sampling.export import load_export, weights_digest
 from tests.datasets.reading import read_rows
 
 
@@ -96,7 +97,42 @@ def test_a_model_completes_the_rows_of_a_data_set(finished, sprites, tmp_path, c
         name: split.rows for name, split in new.splits.items()
     }
     model = load_export(finished.folder / "export")
-    assert f"Completed by {model.config.name}, given pixels." in new.description
+    made_by = f"{model.config.name} (weights {weights_digest(finished.folder / 'export')})"
+    assert f"Completed by {made_by}, given pixels." in new.description
+
+
+def only(columns: dict, rows: dict, out: str) -> str:
+    """Write some columns of rows, the first ten for training, ten for validation."""
+    writer = ShardWriter(out, "part", columns)
+    for index, row in enumerate(list(rows.values())[:20]):
+        part = {name: row[name] for name in columns}
+        writer.add({"key": str(index), **part}, "train" if index < 10 else "val")
+    writer.close()
+    return out
+
+
+def test_held_out_rows_are_completed_on_request_alone(finished, sprites, tmp_path):
+    rows = only({"pixels": {"kind": "image"}}, read_rows(sprites), str(tmp_path / "pictures"))
+    settings = {"model": str(finished.folder / "export"), "rows": rows, "given": "pixels"}
+    for splits, held_out in (("train", 0), ("train,val", 10)):
+        out = str(tmp_path / splits)
+        build("predictions", out, settings | {"splits": splits}, workers=0, progress=False)
+        lacking = [row["shape"] is None for row in read_rows(out).values()]
+        assert lacking.count(False) == 10 + held_out
+    with pytest.raises(ConfigError, match="splits: unknown"):
+        build("predictions", str(tmp_path / "a"), settings | {"splits": "dev"}, workers=0, progress=False)
+
+
+def test_labels_of_other_classes_are_not_mixed(finished, sprites, tmp_path):
+    source = {
+        key: row | {"shape": None if int(row["id"]) % 2 else 0} for key, row in read_rows(sprites).items()
+    }
+    columns = {"pixels": {"kind": "image"}, "shape": {"kind": "label", "names": ["round", "square"]}}
+    rows = only(columns, source, str(tmp_path / "other"))
+    settings = {"model": str(finished.folder / "export"), "rows": rows, "given": "pixels"}
+    with pytest.raises(ConfigError, match=r"column 'shape' of .* has another names \(round, square\) than"):
+        build("predictions", str(tmp_path / "out"), settings, workers=0, progress=False)
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_completing_rows_needs_instances_that_they_have(finished, sprites, tmp_path, capsys):

@@ -68,7 +68,7 @@ class Rows:
             return {name: tensor[rows] for name, tensor in tensors.items()}
 
         predicted = {n: objective.modalities[n].expected_code(head) for n, head in self.heads.items()}
-        return objective.sums(
+        found = objective.row_sums(
             self.z_t[rows],
             self.t[rows],
             part(self.roles),
@@ -77,6 +77,7 @@ class Rows:
             part(predicted),
             part(self.heads),
         )
+        return {key: value.sum() for key, value in found.items()}
 
 
 ALL_ROLES = list(product((ABSENT, GIVEN, GENERATED), repeat=3))

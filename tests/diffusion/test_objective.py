@@ -150,9 +150,9 @@ def test_channels_without_the_anchor_never_weigh_more_than_their_cap():
     predicted = {**rows.codes, "label": rows.codes["label"] + 1}
     process = objective.process
     snr = (process.betas(rows.t, rows.roles)["label"] / process.schedule.sigma(rows.t)).square()
-    sums = objective.sums(rows.z_t, rows.t, rows.roles, rows.codes, rows.data, predicted, rows.heads)
+    found = objective.row_sums(rows.z_t, rows.t, rows.roles, rows.codes, rows.data, predicted, rows.heads)
     want = (snr + 1).clamp(max=3.0)[1:].sum() * 2 * CELLS  # the first row is at the last step
-    assert float(sums["l1/label"]) == pytest.approx(float(want), rel=1e-4)
+    assert float(found["l1/label"].sum()) == pytest.approx(float(want), rel=1e-4)
     assert (snr + 1).max() > 3
 
 

@@ -1,5 +1,7 @@
 """Cells that start from what other cells made: their first steps, or data that their model made."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,9 @@ from safetensors.torch import load_file
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import read_manifest
-from mmdiff_ray.experiments.cell import run_cell
+from mmdiff_ray.experiments.cell import is_trained, run_cell
 from mmdiff_ray.experiments.loading import load_experiment
-from mmdiff_ray.experiments.spec import Experiment
+from mmdiff_ray.experiments.spec import Cell, Experiment
 from tests import sprites as tiny
 
 
@@ -80,8 +82,26 @@ def test_a_cell_learns_from_data_that_its_teacher_made(experiment, tmp_path):
     for cell in (half, pupil):
         run_cell(experiment, cell, tmp_path, False, print)
     made = read_manifest(str(tmp_path / "labelled-0"))
-    assert "Completed by half-0, given pixels." in made.description
+    assert "Completed by half-0 (weights " in made.description
     saved = configuration.load_saved(experiment.folder(tmp_path, pupil) / "export" / "config.yaml")
     assert [source.uri for source in saved.data.sources] == [str(tmp_path / "labelled-0")]
     assert pupil not in experiment.needed_first() and half in experiment.needed_first()
     assert experiment.select(["pupil-0"]) == [half, pupil]
+
+
+def test_a_pupil_does_not_outlive_its_teacher(experiment, tmp_path):
+    _, half, _, pupil = experiment.cells()
+    for cell in (half, pupil):
+        run_cell(experiment, cell, tmp_path, False, print)
+    assert is_trained(experiment, pupil, tmp_path)
+    changed = dataclasses.replace(half.method, overrides=["train.learning_rate=0.01"])
+    other = dataclasses.replace(experiment, methods=experiment.methods | {"half": changed})
+    with pytest.raises(ConfigError, match="pupil-0 was trained with settings that differ"):
+        is_trained(other, pupil, tmp_path)
+    shutil.rmtree(experiment.folder(tmp_path, pupil))
+    shutil.rmtree(experiment.folder(tmp_path, half))
+    run_cell(other, Cell(changed, 0), tmp_path, False, print)
+    with pytest.raises(
+        ConfigError, match="labelled-0 was not made by the present model of half-0; remove it"
+    ):
+        run_cell(other, pupil, tmp_path, False, print)

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import stats
 
 from mmdiff_ray import config as configuration
-from mmdiff_ray.codecs.autoencoder import load_codec
+from mmdiff_ray.codecs.autoencoder import CONFIG, WEIGHTS, load_codec
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.manifest import read_manifest
@@ -193,7 +193,10 @@ def test_a_published_model_holds_its_codec(data, codec, tmp_path, form):
         configuration.load(base=PLAIN, overrides=[f"data.sources=[{{uri: {data}}}]"]), tmp_path
     )
     save_export(tmp_path / "run", job.config, job.denoiser(), {"progress": {"samples_seen": 0}})
+    (Path(codec) / "fit.json").write_text("{}")  # as fit-codec leaves it: whose data it saw
     publish(Model(str(tmp_path / "run"), "toy"), tmp_path / "out", form)
+    (held,) = (folder for folder in (tmp_path / "out").rglob("latent_codec"))
+    assert {file.name for file in held.iterdir()} == {CONFIG, WEIGHTS}
     moved = shutil.move(tmp_path / "out", tmp_path / "moved")
     model = load_export(moved)
     assert Path(model.modality("latent").options.codec).is_relative_to(moved)
@@ -223,6 +226,9 @@ def test_another_codec_or_none_is_refused_with_the_key_before_anything_starts(en
         ConfigError, match=r"modalities\.latent\.codec: .*other holds the codec AutoencoderTiny@"
     ):
         modality(entry, codec=other)
+    for pinned, held in (("digest", "0" * 64), ("cells", [4, 4])):
+        with pytest.raises(ConfigError, match=rf"latent\.{pinned} \(.*\) differs from the data set's"):
+            modality(entry, **{pinned: held})
     with pytest.raises(ConfigError, match=r"modalities\.latent\.codec: no codec in .*gone"):
         modality(entry, codec=str(tmp_path / "gone"))
     moved = shutil.copytree(codec, tmp_path / "moved")

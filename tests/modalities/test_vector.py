@@ -92,7 +92,8 @@ def test_a_denoiser_with_it_learns_in_a_few_steps(denoiser):
         noise = rng.normal(step, "noise", batch.visits, batch.ids, (denoiser.process.channels, *tiny.SIZE))
         z_t = denoiser.process.marginal(codes, roles, t).sample(noise)
         predicted = denoiser(z_t, t, roles, codes, conditions)
-        sums = objective.sums(z_t, t, roles, codes, batch.data, predicted.codes, predicted.heads)
+        rows = objective.row_sums(z_t, t, roles, codes, batch.data, predicted.codes, predicted.heads)
+        sums = {key: value.sum() for key, value in rows.items()}
         counts = objective.counts(roles, math.prod(tiny.SIZE))
         optimizer.zero_grad()
         objective.total(sums, counts).backward()

@@ -130,7 +130,7 @@ def test_shipped_model_is_found_by_its_name_and_starts_a_run(
 
 
 def test_published_model_is_evaluated_on_data_that_are_named(
-    published, finished, sprites, tmp_path, monkeypatch
+    published, finished, sprites, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     settings = [f"data.sources=[{{uri: {sprites}}}]", "evaluate.evaluators=[labels]"]
@@ -140,6 +140,8 @@ def test_published_model_is_evaluated_on_data_that_are_named(
         for folder in (Path("evaluations/shapes"), finished.folder)
     )
     assert found["shape/accuracy"] == own["shape/accuracy"]
+    assert main(["evaluate", str(published), *settings, "loss.prediction=x0"]) == 2
+    assert "loss.prediction: an evaluation keeps" in capsys.readouterr().err
 
 
 def test_model_of_the_best_checkpoint_is_sampled_and_evaluated(finished, tmp_path, monkeypatch, capsys):
