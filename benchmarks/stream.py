@@ -29,7 +29,7 @@ from mmdiff_ray.data.manifest import Manifest, read_manifest
 from mmdiff_ray.data.parquet import read_row_group
 from mmdiff_ray.data.plan import Plan
 from mmdiff_ray.data.reader import RowReader
-from mmdiff_ray.datasets.base import build
+from mmdiff_ray.datasets.build import build
 from mmdiff_ray.distributed.stream import stream_batches
 from mmdiff_ray.modalities.base import Modality, RowContext
 from mmdiff_ray.models.denoiser import build_modalities

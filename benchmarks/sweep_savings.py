@@ -143,7 +143,7 @@ def main() -> None:
 
 def build_digits(runs: Path) -> str:
     """Return the path of the digits' shards, built once."""
-    from mmdiff_ray.datasets.base import build
+    from mmdiff_ray.datasets.build import build
 
     place = runs / "digits"
     if not (place / "manifest.json").is_file():

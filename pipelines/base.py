@@ -1,13 +1,14 @@
-"""The former name of `mmdiff_ray.datasets.base`, for scripts written for version 0.1."""
+"""The former name of `mmdiff_ray.datasets.base` and `build`, for scripts written for version 0.1."""
 
 import warnings
 from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    from mmdiff_ray.datasets import base
+    from mmdiff_ray.datasets import base, build
 
     if name.startswith("__"):
         raise AttributeError(name)
-    warnings.warn("pipelines.base is now mmdiff_ray.datasets.base", FutureWarning, stacklevel=2)
-    return getattr(base, name)
+    module = base if hasattr(base, name) else build
+    warnings.warn(f"pipelines.base is now {module.__name__} for {name}", FutureWarning, stacklevel=2)
+    return getattr(module, name)

@@ -14,7 +14,7 @@ from mmdiff_ray.batch import Batch
 from mmdiff_ray.cli import main
 from mmdiff_ray.config import Config
 from mmdiff_ray.data.batches import local_batches, split_batches
-from mmdiff_ray.datasets.base import build
+from mmdiff_ray.datasets.build import build
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.runs.job import Job
 from mmdiff_ray.sampling.generator import Generator

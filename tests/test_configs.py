@@ -16,7 +16,7 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.cli import make_parser
 from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.data.batches import split_batches
-from mmdiff_ray.datasets.base import build
+from mmdiff_ray.datasets.build import build
 from mmdiff_ray.diffusion.schedule import make_schedule
 from mmdiff_ray.evaluation.run import evaluate, evaluator_names
 from mmdiff_ray.evaluation.weights import convolutions

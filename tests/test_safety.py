@@ -20,7 +20,7 @@ from mmdiff_ray.config import CheckpointConfig, ConfigError, RunError, load_save
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.data.plan import Piece, Window
 from mmdiff_ray.data.schema import make_column
-from mmdiff_ray.datasets.base import build
+from mmdiff_ray.datasets.build import build
 from mmdiff_ray.datasets.webdataset import _decoded
 from mmdiff_ray.distributed import local_cluster
 from mmdiff_ray.evaluation import weights

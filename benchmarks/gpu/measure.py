@@ -20,7 +20,7 @@ from benchmarks.gpu.shared import read_config
 from mmdiff_ray.config import Config
 from mmdiff_ray.distributed.evaluate import measure, plain
 from mmdiff_ray.experiments.loading import load_experiment
-from mmdiff_ray.experiments.spec import Measure
+from mmdiff_ray.experiments.parts import Measure
 from mmdiff_ray.models.denoiser import build_denoiser
 from mmdiff_ray.sampling.export import save_export
 from mmdiff_ray.training.checkpoint import write_json

@@ -108,7 +108,7 @@ def _add_fit_codec(actions: Commands) -> None:
 
 
 def _check_build(given: argparse.Namespace) -> None:
-    from mmdiff_ray.datasets.base import check_options
+    from mmdiff_ray.datasets.build import check_options
     from mmdiff_ray.datasets.options import pipeline_options
 
     _labels(given.label)
@@ -117,7 +117,7 @@ def _check_build(given: argparse.Namespace) -> None:
 
 
 def _build(given: argparse.Namespace) -> int:
-    from mmdiff_ray.datasets.base import build
+    from mmdiff_ray.datasets.build import build
     from mmdiff_ray.datasets.options import pipeline_options
 
     options = pipeline_options([*given.options, *given.extra])

@@ -45,7 +45,7 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _run(given: argparse.Namespace) -> int:
-    from mmdiff_ray.datasets.base import build_missing
+    from mmdiff_ray.datasets.build import build_missing
     from mmdiff_ray.distributed.display import make_console
     from mmdiff_ray.experiments.archive import result_path
     from mmdiff_ray.experiments.loading import load_experiment

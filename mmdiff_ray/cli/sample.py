@@ -129,7 +129,7 @@ def _sample(given: argparse.Namespace) -> int:
 
 
 def _generate(given: argparse.Namespace) -> int:
-    from mmdiff_ray.datasets.base import build
+    from mmdiff_ray.datasets.build import build
 
     options = {
         "model": model_of(given).where,

@@ -49,7 +49,7 @@ def _check(given: argparse.Namespace) -> None:
 
 def _run(given: argparse.Namespace) -> int:
     from mmdiff_ray.cli.sweeping import dry_run, report, resume, sweep
-    from mmdiff_ray.datasets.base import build_missing
+    from mmdiff_ray.datasets.build import build_missing
     from mmdiff_ray.sweeps.spec import load_sweep
 
     if given.file == "report":

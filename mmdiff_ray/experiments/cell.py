@@ -28,7 +28,8 @@ from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.experiments.digest import training_digest
 from mmdiff_ray.experiments.loading import load_experiment
 from mmdiff_ray.experiments.measurement import Say, is_measured, measure_cell
-from mmdiff_ray.experiments.spec import Cell, Experiment
+from mmdiff_ray.experiments.parts import Cell
+from mmdiff_ray.experiments.spec import Experiment
 from mmdiff_ray.experiments.watch import Watch
 from mmdiff_ray.runs import job as jobs
 from mmdiff_ray.sampling.export import WEIGHTS, save_export, weights_digest
@@ -76,7 +77,7 @@ def _make_own_data(experiment: Experiment, cell: Cell, runs: Path) -> None:
     """Build the data set that a cell's teacher makes, unless it exists. Raises ConfigError if another model
     made it."""
     if data := experiment.own_data(cell, runs):
-        from mmdiff_ray.datasets.base import build_missing
+        from mmdiff_ray.datasets.build import build_missing
 
         build_missing(dataclasses.asdict(data))
         teacher = experiment.folder(runs, Cell(experiment.methods[str(cell.method.teacher)], cell.seed))

@@ -12,7 +12,8 @@ from mmdiff_ray.evaluation.context import Context
 from mmdiff_ray.evaluation.grids import Panel, grid
 from mmdiff_ray.evaluation.run import joined
 from mmdiff_ray.experiments.archive import result_file
-from mmdiff_ray.experiments.spec import Cell, Experiment, Pictures
+from mmdiff_ray.experiments.parts import Cell, Pictures
+from mmdiff_ray.experiments.spec import Experiment
 from mmdiff_ray.runs.job import make_reader
 from mmdiff_ray.sampling.export import WEIGHTS, load_export
 

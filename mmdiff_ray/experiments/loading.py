@@ -8,17 +8,8 @@ from typing import Any
 from mmdiff_ray import config as configuration
 from mmdiff_ray.config import ConfigError, named, shipped
 from mmdiff_ray.config.checks import check_name, unknown
-from mmdiff_ray.experiments.spec import (
-    Best,
-    DataSet,
-    Experiment,
-    Goal,
-    Measure,
-    Method,
-    Panel,
-    Pictures,
-    Preset,
-)
+from mmdiff_ray.experiments.parts import Best, DataSet, Goal, Measure, Method, Panel, Pictures, Preset
+from mmdiff_ray.experiments.spec import Experiment
 
 
 @dataclass(frozen=True)

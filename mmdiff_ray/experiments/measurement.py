@@ -10,7 +10,8 @@ from mmdiff_ray import config as configuration
 from mmdiff_ray.config import Config, ConfigError
 from mmdiff_ray.evaluation.tallies import save_tallies
 from mmdiff_ray.experiments.digest import digest, training_digest
-from mmdiff_ray.experiments.spec import Cell, Experiment, Measure, Method
+from mmdiff_ray.experiments.parts import Cell, Measure, Method
+from mmdiff_ray.experiments.spec import Experiment
 from mmdiff_ray.training.checkpoint import write_json
 
 Say = Callable[[str], None]

@@ -8,7 +8,7 @@ import numpy as np
 
 from mmdiff_ray.evaluation.lpips import SMALLEST
 from mmdiff_ray.evaluation.segmentation import TOLERANCE
-from mmdiff_ray.experiments.spec import Panel
+from mmdiff_ray.experiments.parts import Panel
 from mmdiff_ray.experiments.styles import RULE
 
 Line = Mapping[str, Any]

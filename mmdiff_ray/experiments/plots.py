@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdiff_ray.experiments.archive import result_file
-from mmdiff_ray.experiments.spec import Panel
+from mmdiff_ray.experiments.parts import Panel
 from mmdiff_ray.experiments.styles import RULE, Style, label_ends, numbered, styles, wrapped
 from mmdiff_ray.plotting import POINTS, log_scale, panels, save_png
 

@@ -19,8 +19,9 @@ from mmdiff_ray.experiments.cell import CellHooks, is_trained, lock_cell, run_ce
 from mmdiff_ray.experiments.gallery import draw_gallery
 from mmdiff_ray.experiments.measurement import Say
 from mmdiff_ray.experiments.page import markdown
+from mmdiff_ray.experiments.parts import Cell
 from mmdiff_ray.experiments.plots import draw_curves, draw_overview, draw_watched
-from mmdiff_ray.experiments.spec import Cell, Experiment
+from mmdiff_ray.experiments.spec import Experiment
 from mmdiff_ray.experiments.table import refusals, result
 from mmdiff_ray.models.denoiser import build_denoiser
 from mmdiff_ray.storage.lock import lock_folder

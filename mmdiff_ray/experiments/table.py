@@ -26,7 +26,8 @@ from mmdiff_ray.evaluation.statistics import (
 )
 from mmdiff_ray.evaluation.tallies import load_tally
 from mmdiff_ray.experiments.measurement import is_measured, measurements_of
-from mmdiff_ray.experiments.spec import Best, Cell, Experiment, Goal
+from mmdiff_ray.experiments.parts import Best, Cell, Goal
+from mmdiff_ray.experiments.spec import Experiment
 from mmdiff_ray.experiments.watch import read
 from mmdiff_ray.models.cost import forward_flops
 from mmdiff_ray.models.denoiser import build_denoiser, inert_settings

@@ -6,7 +6,8 @@ from PIL import Image
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.shards import row_id, split_of
 from mmdiff_ray.datasets.annotations import annotated
-from mmdiff_ray.datasets.base import Item, Options, build, make_pipeline
+from mmdiff_ray.datasets.base import Item, Options
+from mmdiff_ray.datasets.build import build, make_pipeline
 from tests.datasets.reading import read_rows
 
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.datasets.base import bad_limit, build, make_pipeline, render
+from mmdiff_ray.datasets.build import bad_limit, build, make_pipeline, render
 from mmdiff_ray.datasets.embedders import make_embedder
 from mmdiff_ray.modalities.image import ImageModality, ImageOptions
 from mmdiff_ray.storage.filesystem import filesystem, write_atomic

@@ -14,7 +14,8 @@ from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.data.parquet import read_row_group
 from mmdiff_ray.data.shards import row_id, split_of, verify
-from mmdiff_ray.datasets.base import BadRow, Item, build, choose, make_pipeline
+from mmdiff_ray.datasets.base import BadRow, Item
+from mmdiff_ray.datasets.build import build, choose, make_pipeline
 from mmdiff_ray.datasets.sprites import Sprites, SpritesOptions
 from tests.datasets.reading import read_rows
 
@@ -193,7 +194,7 @@ def test_ray_and_this_process_give_the_same_rows(ray_cluster, tmp_path):
 def test_build_on_its_own_ray_is_silent_and_leaves_none_behind(tmp_path):
     program = f"""
         import ray
-        from mmdiff_ray.datasets.base import build
+        from mmdiff_ray.datasets.build import build
         build("sprites", {str(tmp_path / "set")!r}, {{"count": 40, "size": 8}}, workers=1, progress=False)
         assert not ray.is_initialized()
     """

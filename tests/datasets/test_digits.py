@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from mmdiff_ray.datasets.base import build, make_pipeline
+from mmdiff_ray.datasets.build import build, make_pipeline
 from mmdiff_ray.datasets.embedders import make_embedder
 from tests.datasets.reading import decode, read_rows
 

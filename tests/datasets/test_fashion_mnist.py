@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.datasets.base import build, make_pipeline
+from mmdiff_ray.datasets.build import build, make_pipeline
 from mmdiff_ray.datasets.fashion_mnist import NAMES, read_idx
 from tests.datasets.reading import decode, read_rows
 

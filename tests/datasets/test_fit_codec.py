@@ -9,7 +9,7 @@ from mmdiff_ray.cli import main
 from mmdiff_ray.codecs.autoencoder import Codec, new_autoencoder
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import read_manifest
-from mmdiff_ray.datasets.base import build
+from mmdiff_ray.datasets.build import build
 from mmdiff_ray.datasets.fit_codec import Fit, fit_codec, measure
 from mmdiff_ray.evaluation.weights import convolutions
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.datasets.base import build, make_pipeline
+from mmdiff_ray.datasets.build import build, make_pipeline
 from tests.datasets.reading import decode, read_rows
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

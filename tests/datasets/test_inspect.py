@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.datasets.base import build
+from mmdiff_ray.datasets.build import build
 from mmdiff_ray.datasets.inspect import draw_rows, human_bytes, inspect, over_checkerboard, paint_mask
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.datasets.base import build, make_pipeline
+from mmdiff_ray.datasets.build import build, make_pipeline
 from mmdiff_ray.datasets.layouts import CITYSCAPES, CocoMasks, Drawing
 from tests.datasets.reading import decode, read_rows
 

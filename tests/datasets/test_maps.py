@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.datasets.base import make_pipeline
+from mmdiff_ray.datasets.build import make_pipeline
 from tests.datasets.test_folder import RED, make, save
 
 DEPTH = np.linspace(500, 4000, 16 * 16).reshape(16, 16).astype(np.uint16)

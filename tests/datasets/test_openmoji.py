@@ -9,7 +9,7 @@ import pytest
 
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.shards import row_id, split_of
-from mmdiff_ray.datasets.base import build, choose, make_pipeline
+from mmdiff_ray.datasets.build import build, choose, make_pipeline
 from mmdiff_ray.datasets.embedders import make_embedder
 from mmdiff_ray.datasets.openmoji import CATEGORIES, COLORS, PALETTE, _folder, folded, near_duplicates, render
 from tests.datasets.reading import decode, read_rows

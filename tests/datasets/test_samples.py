@@ -10,7 +10,7 @@ from mmdiff_ray.cli import main
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.data.shards import ShardWriter
-from mmdiff_ray.datasets.base import build
+from mmdiff_ray.datasets.build import build
 from mmdiff_ray.sampling.export import load_export, weights_digest
 from tests.datasets.reading import read_rows
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.datasets.base import build
+from mmdiff_ray.datasets.build import build
 from mmdiff_ray.datasets.sprites import (
     FACTORS,
     SHAPES,

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.datasets.base import build, make_pipeline, render
+from mmdiff_ray.datasets.build import build, make_pipeline, render
 from mmdiff_ray.datasets.options import pipeline_options
 from mmdiff_ray.storage.filesystem import filesystem, write_atomic
 from tests.datasets.reading import decode, read_rows
@@ -125,7 +125,7 @@ def test_an_interrupted_build_of_parts_goes_on_to_the_same_rows(hub, tmp_path, m
             raise KeyboardInterrupt
         return add(self, row, *place)
 
-    monkeypatch.setattr("mmdiff_ray.datasets.base.ShardWriter", partial(ShardWriter, rows_per_shard=4))
+    monkeypatch.setattr("mmdiff_ray.datasets.build.ShardWriter", partial(ShardWriter, rows_per_shard=4))
     with monkeypatch.context() as patch:  # some splits have written shards, others hold rows in memory
         patch.setattr(ShardWriter, "add", failing)
         with pytest.raises(KeyboardInterrupt):

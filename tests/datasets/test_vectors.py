@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmdiff_ray.config import ConfigError
-from mmdiff_ray.datasets.base import make_pipeline
+from mmdiff_ray.datasets.build import make_pipeline
 from tests.datasets.test_folder import make, save
 from tests.datasets.test_streamed import hub_table, tar_bytes
 from tests.datasets.test_streamed import make as make_streamed

@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import f1_score, mean_absolute_percentage_error, root_mean_squared_error
 
 from mmdiff_ray.batch import Batch
-from mmdiff_ray.datasets.base import build
+from mmdiff_ray.datasets.build import build
 from mmdiff_ray.evaluation import regression, texts
 from mmdiff_ray.evaluation.conditional import f1_tally
 from mmdiff_ray.evaluation.run import evaluate, joined

@@ -14,7 +14,8 @@ from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.manifest import read_manifest
 from mmdiff_ray.experiments.cell import is_trained, run_cell
 from mmdiff_ray.experiments.loading import load_experiment
-from mmdiff_ray.experiments.spec import Cell, Experiment
+from mmdiff_ray.experiments.parts import Cell
+from mmdiff_ray.experiments.spec import Experiment
 from tests import sprites as tiny
 
 

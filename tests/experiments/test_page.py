@@ -8,9 +8,9 @@ import pytest
 from mmdiff_ray.config import shipped
 from mmdiff_ray.experiments.loading import load_experiment
 from mmdiff_ray.experiments.page import markdown
+from mmdiff_ray.experiments.parts import Panel
 from mmdiff_ray.experiments.plots import compared_tasks, limits
 from mmdiff_ray.experiments.runner import write_page
-from mmdiff_ray.experiments.spec import Panel
 from mmdiff_ray.experiments.styles import COLORS, styles, wrapped
 
 FOLDER = shipped.root() / shipped.EXPERIMENTS

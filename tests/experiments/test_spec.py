@@ -12,7 +12,7 @@ from mmdiff_ray import registry
 from mmdiff_ray.config import Config, ConfigError, load, shipped, to_plain
 from mmdiff_ray.experiments.digest import digest, training_digest
 from mmdiff_ray.experiments.loading import load_experiment
-from mmdiff_ray.experiments.spec import DataSet
+from mmdiff_ray.experiments.parts import DataSet
 from mmdiff_ray.experiments.table import refusals
 from mmdiff_ray.modalities.base import Modality
 from mmdiff_ray.models.denoiser import Denoiser, build_denoiser

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmdiff_ray.evaluation.statistics import difference, interval, mean_of
-from mmdiff_ray.experiments.spec import Goal
+from mmdiff_ray.experiments.parts import Goal
 from mmdiff_ray.experiments.table import Series, evaluate_goals, mean_point, summary
 
 

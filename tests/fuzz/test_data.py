@@ -20,7 +20,7 @@ from mmdiff_ray.data.manifest import MANIFEST, Manifest, from_json, read_manifes
 from mmdiff_ray.data.parquet import _footer
 from mmdiff_ray.data.plan import Piece, Window
 from mmdiff_ray.data.shards import ShardWriter, verify
-from mmdiff_ray.datasets.base import build
+from mmdiff_ray.datasets.build import build
 from mmdiff_ray.datasets.inspect import draw_rows, tables
 from tests.data import samples
 from tests.fuzz.cases import Refused, answer, changed, damaged, fuzz, junk, words

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmdiff_ray.data.manifest import MANIFEST
 from mmdiff_ray.data.shards import verify
-from mmdiff_ray.datasets.base import build
+from mmdiff_ray.datasets.build import build
 from mmdiff_ray.datasets.pictures import DEPTHS, FITS, UNREADABLE, open_picture
 from mmdiff_ray.modalities.image import ORIENTATION
 from tests.data import samples

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmdiff_ray.data.manifest import MANIFEST
 from mmdiff_ray.data.shards import verify
-from mmdiff_ray.datasets.base import build
+from mmdiff_ray.datasets.build import build
 from mmdiff_ray.datasets.layouts import CocoMasks, Drawing
 from tests.fuzz.cases import Refused, answer, changed, damaged, fuzz, junk, leaves, numbers, words
 

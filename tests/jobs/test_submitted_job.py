@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from mmdiff_ray.cli import main
-from mmdiff_ray.datasets.base import build
+from mmdiff_ray.datasets.build import build
 from mmdiff_ray.distributed.jobs import connect, find_server
 from mmdiff_ray.runs.job import read_run
 from mmdiff_ray.tracking import queries, store

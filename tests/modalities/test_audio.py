@@ -13,7 +13,7 @@ import torch
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.schema import make_column
-from mmdiff_ray.datasets.base import build
+from mmdiff_ray.datasets.build import build
 from mmdiff_ray.datasets.inspect import _cell
 from mmdiff_ray.evaluation.context import Context
 from mmdiff_ray.evaluation.regression import evaluate_maps

@@ -15,7 +15,7 @@ from mmdiff_ray.codecs.autoencoder import CONFIG, WEIGHTS, load_codec
 from mmdiff_ray.config import ConfigError
 from mmdiff_ray.data.batches import split_batches
 from mmdiff_ray.data.manifest import read_manifest
-from mmdiff_ray.datasets.base import build
+from mmdiff_ray.datasets.build import build
 from mmdiff_ray.datasets.embedders import over_white
 from mmdiff_ray.datasets.inspect import draw_rows
 from mmdiff_ray.evaluation.fidelity import frechet_distance, shuffled_pixels
