@@ -16,6 +16,9 @@ from mmdiff_ray.config import OneLine
 from mmdiff_ray.datasets.embedders import Embedder, make_embedder
 from mmdiff_ray.datasets.vectors import OwnVectors
 
+FILE = "__file__"
+"""The key of a row's file name on its way to the writer: no column, since a user's may be called `file`."""
+
 
 class Item(NamedTuple):
     """One item of a source.
@@ -113,8 +116,8 @@ class Pipeline:
     annotations: ClassVar[tuple[str, ...]] = ()
     """The columns that rows without annotations lack."""
     own_vectors: Sequence[OwnVectors] = ()
-    """Vectors that the process that writes joins to rows by their keys or their `file`; never sent to
-    workers."""
+    """Vectors that the process that writes joins to rows by their keys or their files' names (`FILE`); never
+    sent to workers."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -151,7 +154,7 @@ class Pipeline:
         """Return one item's row without its key: column -> value. Raises BadRow for an unreadable item.
 
         Values: PNG bytes for images and masks, an index or a name for labels, float32 (dim,) for embeddings,
-        str for text, and None where the row lacks the column. `file` is no column, but the row's name in
+        str for text, and None where the row lacks the column. `FILE` is no column, but the row's name in
         `own_vectors`.
         """
         raise NotImplementedError

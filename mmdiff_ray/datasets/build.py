@@ -14,7 +14,7 @@ from mmdiff_ray.data.journal import RESTART
 from mmdiff_ray.data.manifest import Manifest, is_built
 from mmdiff_ray.data.shards import ShardWriter
 from mmdiff_ray.datasets.annotations import annotated, lacking
-from mmdiff_ray.datasets.base import BadRow, Item, Made, Options, Pipeline, Streamed, is_off
+from mmdiff_ray.datasets.base import FILE, BadRow, Item, Made, Options, Pipeline, Streamed, is_off
 from mmdiff_ray.datasets.latents import LatentStage
 from mmdiff_ray.distributed import flow
 from mmdiff_ray.distributed.display import show_progress
@@ -141,7 +141,7 @@ def _write(
                 fresh = fresh[: max(0, most - kept - written)]
             for row in fresh:
                 place = row["key"].rpartition("#")[0] if streamed else row["key"]
-                names = row["key"], row.pop("file", "")
+                names = row["key"], row.pop(FILE, "")
                 joined = {own.column: own.of(*names) for own in pipeline.own_vectors}
                 writer.add(row | joined, *placed.get(place, ()))
             written += len(fresh)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mmdiff_ray.config import ConfigError, decoding
 from mmdiff_ray.config.checks import unknown
-from mmdiff_ray.datasets.base import BadRow, Streamed, is_off
+from mmdiff_ray.datasets.base import FILE, BadRow, Streamed, is_off
 from mmdiff_ray.datasets.listing import clean
 from mmdiff_ray.datasets.maps import MapFormat, formats
 from mmdiff_ray.datasets.masks import VOID
@@ -165,7 +165,7 @@ class Mapped(Pictured, Streamed):
 
         name: of the picture's file, where it is known.
         """
-        row: dict[str, Any] = {"file": name} if name else {}
+        row: dict[str, Any] = {FILE: name} if name else {}
         column = "pixels"
         try:
             if (value := values.get(self.fields[column].name)) is None:

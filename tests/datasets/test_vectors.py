@@ -105,7 +105,8 @@ def test_streamed_rows_are_named_by_their_files_and_keys(tmp_path):
 
     table = hub_table(range(4))
     images = [{"bytes": one["bytes"], "path": f"{i}.jpg"} for i, one in enumerate(table["image"].to_pylist())]
-    pq.write_table(table.set_column(0, "image", pa.array(images)), tmp_path / "in.parquet")
+    table = table.set_column(0, "image", pa.array(images))
+    pq.write_table(table, tmp_path / "in.parquet")
     np.savez(
         tmp_path / "v.npz", vectors=VECTORS.astype("f4"), names=np.array(["0.jpg", "1", "00000-00000#000003"])
     )
@@ -113,3 +114,6 @@ def test_streamed_rows_are_named_by_their_files_and_keys(tmp_path):
     found = {row["text"]: row["look"] for row in rows.values()}
     assert found["number 2"] is None
     assert [found[f"number {index}"].tolist() for index in (0, 1, 3)] == VECTORS.tolist()
+    own["map"] = "pixels=image,file=caption:text"  # a column of that name is a column
+    _, rows = make_streamed("parquet", str(tmp_path / "in.parquet"), str(tmp_path / "named"), **own)
+    assert sorted(row["file"] for row in rows.values()) == [f"number {index}" for index in range(4)]
